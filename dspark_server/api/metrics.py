@@ -1,0 +1,150 @@
+"""/metrics: vLLM's series names over plain numbers.
+
+The step thread and the response path only add to plain Python counters; prometheus_client comes in when a scrape asks.
+"""
+
+from bisect import bisect_left
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from dspark_server.engine.engine import AsyncEngine
+
+FIRST_TOKEN_BUCKETS = (
+    *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75),
+    *(1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0),
+)
+INTER_TOKEN_BUCKETS = (
+    *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75),
+    *(1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0),
+)
+REQUEST_BUCKETS = (
+    *(0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0),
+    *(120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0),
+)
+LENGTH_BUCKETS = tuple(float(m * 10**e) for e in range(5) for m in (1, 2, 5))
+ITERATION_BUCKETS = tuple(float(2**power) for power in range(0, 15))
+LABELS = ("model_name", "engine")
+
+
+class Histogram:
+    """Counts per bucket and a sum; `observe` costs a bisection."""
+
+    def __init__(self, name: str, documentation: str, bounds: Sequence[float]) -> None:
+        self.name = name
+        self.documentation = documentation
+        self._bounds = list(bounds)
+        self._counts = [0] * (len(bounds) + 1)
+        self._sum = 0.0
+
+    def observe(self, value: float) -> None:
+        """Count one value."""
+        self._counts[bisect_left(self._bounds, value)] += 1
+        self._sum += value
+
+    def drain(self, values: deque[float] | deque[int]) -> None:
+        """Count values that another thread appends, and take them away."""
+        for _ in range(len(values)):
+            self.observe(values.popleft())
+
+    def family(self, labels: Sequence[str]) -> HistogramMetricFamily:
+        """As prometheus_client writes it: cumulative buckets."""
+        total, buckets = 0, []
+        for bound, count in zip([*map(str, self._bounds), "+Inf"], self._counts, strict=True):
+            total += count
+            buckets.append((bound, float(total)))
+        family = HistogramMetricFamily(self.name, self.documentation, labels=LABELS)
+        family.add_metric(labels, buckets, self._sum)
+        return family
+
+
+class Metrics(Collector):
+    """Everything `/metrics` shows. Its own registry: two servers in one process do not meet."""
+
+    def __init__(self, engine: AsyncEngine) -> None:
+        self._engine = engine
+        self._success: Counter[str] = Counter()
+        self.time_to_first_token = Histogram(
+            "vllm:time_to_first_token_seconds", "Time to first token in seconds.", FIRST_TOKEN_BUCKETS
+        )
+        self.inter_token_latency = Histogram(
+            "vllm:inter_token_latency_seconds", "Time between two chunks of one choice in seconds.", INTER_TOKEN_BUCKETS
+        )
+        self._e2e = Histogram(
+            "vllm:e2e_request_latency_seconds", "From arrival to the last token in seconds.", REQUEST_BUCKETS
+        )
+        self._prompt = Histogram("vllm:request_prompt_tokens", "Prompt tokens of a choice.", LENGTH_BUCKETS)
+        self._generated = Histogram("vllm:request_generation_tokens", "Tokens generated for a choice.", LENGTH_BUCKETS)
+        self._queue = Histogram("vllm:request_queue_time_seconds", "Time waiting to be admitted.", REQUEST_BUCKETS)
+        self._iteration = Histogram("vllm:iteration_tokens_total", "Tokens computed in a step.", ITERATION_BUCKETS)
+        self._registry = CollectorRegistry(auto_describe=False)
+        self._registry.register(self)
+
+    def finished(self, reason: str, seconds: float, *, prompt: int, generated: int) -> None:
+        """Count a choice that ended, for whatever reason."""
+        self._success[reason] += 1
+        self._e2e.observe(seconds)
+        self._prompt.observe(prompt)
+        self._generated.observe(generated)
+
+    def render(self) -> bytes:
+        """The Prometheus text format."""
+        return generate_latest(self._registry)
+
+    def describe(self) -> Iterable[Metric]:
+        """Nothing up front: names are known at scrape time."""
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        """Called by prometheus_client at each scrape."""
+        labels = (self._engine.model_name, "0")
+        stats = self._engine.stats
+        yield _gauge("num_requests_running", "Requests in the batch.", labels, stats.running)
+        yield _gauge("num_requests_waiting", "Requests waiting to be admitted.", labels, stats.waiting)
+        yield _gauge("kv_cache_usage_perc", "KV blocks in use; 1 is all of them.", labels, stats.kv_usage)
+        for name, documentation, value in (
+            ("prompt_tokens", "Prompt tokens computed.", stats.prompt_tokens),
+            ("generation_tokens", "Tokens generated.", stats.generation_tokens),
+            ("num_preemptions", "Requests preempted.", stats.preemptions),
+            ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", stats.prefix_queries),
+            ("prefix_cache_hits", "Prompt tokens found in the prefix cache.", stats.prefix_hits),
+            ("spec_decode_num_drafts", "Blocks drafted.", stats.drafts),
+            ("spec_decode_num_draft_tokens", "Tokens drafted.", stats.draft_tokens),
+            ("spec_decode_num_accepted_tokens", "Draft tokens accepted.", stats.accepted_tokens),
+        ):
+            counter = CounterMetricFamily("vllm:" + name, documentation, labels=LABELS)
+            counter.add_metric(labels, value)
+            yield counter
+        yield self._per_position(labels, list(stats.accepted_per_position))
+        yield self._finished_family(labels)
+        self._queue.drain(stats.queue_times)
+        self._iteration.drain(stats.iteration_tokens)
+        for histogram in (
+            *(self.time_to_first_token, self.inter_token_latency, self._e2e),
+            *(self._prompt, self._generated, self._queue, self._iteration),
+        ):
+            yield histogram.family(labels)
+
+    def _per_position(self, labels: Sequence[str], accepted: list[int]) -> Metric:
+        name = "vllm:spec_decode_num_accepted_tokens_per_pos"
+        family = CounterMetricFamily(name, "Draft tokens accepted, by position.", labels=(*LABELS, "position"))
+        for position, count in enumerate(accepted):
+            family.add_metric((*labels, str(position)), count)
+        return family
+
+    def _finished_family(self, labels: Sequence[str]) -> Metric:
+        family = CounterMetricFamily(
+            "vllm:request_success", "Choices that ended, by reason.", labels=(*LABELS, "finished_reason")
+        )
+        for reason in ("stop", "length", "abort", "error"):
+            family.add_metric((*labels, reason), self._success[reason])
+        return family
+
+
+def _gauge(name: str, documentation: str, labels: Sequence[str], value: float) -> GaugeMetricFamily:
+    family = GaugeMetricFamily("vllm:" + name, documentation, labels=LABELS)
+    family.add_metric(labels, value)
+    return family

@@ -1,0 +1,226 @@
+"""How a generation becomes bytes: one JSON answer, or server-sent events.
+
+Streaming is the hot path (32 streams wake at every engine step), so there is no model and no task group in it: the
+JSON around a text is made once per choice, and all that is new goes out in one `send`.
+"""
+
+import asyncio
+from collections.abc import Iterable
+from contextlib import suppress
+from time import monotonic
+from typing import Any
+
+import orjson
+from fastapi import Response
+from starlette.types import Message, Receive, Scope, Send
+
+from dspark_server.api.errors import GenerationError, describe
+from dspark_server.api.generation import Choice, Generation
+from dspark_server.engine.engine import AsyncEngine
+from dspark_server.errors import CapacityError, EngineDeadError
+
+DONE = b"data: [DONE]\n\n"
+# Line ends to Python's str.splitlines, which some clients cut the stream with; JSON escapes only the ASCII ones.
+_LINE_ENDS = ((b"\xc2\x85", b"\\u0085"), (b"\xe2\x80\xa8", b"\\u2028"), (b"\xe2\x80\xa9", b"\\u2029"))
+
+
+def json_text(text: str) -> bytes:
+    """A JSON string that holds no line end of any kind."""
+    encoded = orjson.dumps(text)
+    if not text.isascii():
+        for raw, escaped in _LINE_ENDS:
+            encoded = encoded.replace(raw, escaped)
+    return encoded
+
+
+class GenerationResponse(Response):
+    """An answer that waits for the engine: lets go of the request as soon as its client leaves or stops reading."""
+
+    def __init__(
+        self, engine: AsyncEngine, generation: Generation, head: dict[str, Any], *, stall_timeout: float
+    ) -> None:
+        super().__init__()
+        self.engine = engine
+        self.generation = generation
+        self.head = head  # id, object, created, model
+        self._stall_timeout = stall_timeout
+        self._sending_since = 0.0  # monotonic seconds, 0 while nothing waits for the reader
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        drop = scope.get("extensions", {}).get("dspark.drop")  # closes the connection at once: server.Protocol
+
+        async def send_watched(message: Message) -> None:
+            self._sending_since = monotonic()
+            await send(message)
+            self._sending_since = 0.0
+
+        watchers = [
+            asyncio.create_task(self._watch_disconnect(receive)),
+            asyncio.create_task(self._watch_stall(drop)),
+        ]
+        try:
+            await self.respond(send_watched)
+        finally:
+            for watcher in watchers:
+                watcher.cancel()
+            self.generation.close()
+
+    async def respond(self, send: Send) -> None:
+        """Send the whole answer."""
+        raise NotImplementedError
+
+    async def send_failure(self, send: Send) -> None:
+        """The request failed before anything was sent: a plain error answer."""
+        status, body, headers = describe(self.failure())
+        await send_json(send, status, body, headers)
+
+    def failure(self) -> Exception:
+        """What became of the request, as the error that the client is told."""
+        message = self.generation.failure or "The request was aborted."
+        health = self.engine.health()
+        if health == "dead":
+            return EngineDeadError(message)
+        return CapacityError(message, retry_after=5) if health == "draining" else GenerationError(message)
+
+    async def _watch_disconnect(self, receive: Receive) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self.generation.disconnect()
+
+    async def _watch_stall(self, drop: Any) -> None:
+        while True:
+            await asyncio.sleep(self._stall_timeout / 2)
+            since = self._sending_since
+            if since and monotonic() - since > self._stall_timeout:
+                self.generation.disconnect()
+                if drop is not None:
+                    drop()
+                return
+
+
+class WholeResponse(GenerationResponse):
+    """One JSON object when all choices have ended."""
+
+    async def respond(self, send: Send) -> None:
+        """Send the whole answer."""
+        generation = self.generation
+        await generation.wait_over()
+        if generation.disconnected:
+            return
+        if generation.failure is not None:
+            await self.send_failure(send)
+            return
+        choices = [_whole_choice(choice, generation.wants_tokens) for choice in generation.choices]
+        usage = usage_of(generation.choices)
+        await send_json(send, 200, {**self.head, "choices": choices, "usage": usage}, {})
+
+
+class StreamResponse(GenerationResponse):
+    """Server-sent events: one chunk per choice and engine step that gave it text."""
+
+    def __init__(self, *args: Any, include_usage: bool, continuous_usage: bool, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._include_usage = include_usage
+        self._continuous_usage = continuous_usage
+        self._head = b"data: " + orjson.dumps(self.head)[:-1] + b',"choices":['
+        usage = b',"usage":null' if include_usage else b""
+        self._plain_tail = b',"logprobs":null,"finish_reason":null,"stop_reason":null}]' + usage + b"}\n\n"
+
+    async def respond(self, send: Send) -> None:
+        """Send the whole answer."""
+        generation = self.generation
+        await generation.wait()  # the status waits for the first news: an early failure is an honest 5xx
+        if generation.disconnected:
+            return
+        if generation.failure is not None:
+            await self.send_failure(send)
+            return
+        await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
+        while not generation.over:
+            await send({"type": "http.response.body", "body": self._chunks(), "more_body": True})
+            await generation.wait()
+        if not generation.disconnected:
+            await send({"type": "http.response.body", "body": self._chunks() + self._ending(), "more_body": False})
+
+    def _chunks(self) -> bytes:
+        """Everything that is new, one event per choice."""
+        return b"".join([self._chunk(choice) for choice in self.generation.choices if choice.has_news])
+
+    def _chunk(self, choice: Choice) -> bytes:
+        text = json_text(choice.pending_text)
+        choice.pending_text = ""
+        start = b'%b{"index":%d,"text":%b' % (self._head, choice.index, text)
+        if choice.finish_reason is None and not self._continuous_usage and not self.generation.wants_tokens:
+            choice.first = False
+            return start + self._plain_tail
+        return start + self._full_tail(choice)
+
+    def _full_tail(self, choice: Choice) -> bytes:
+        """The end of a chunk that says more than text: the last of a choice, or one with usage or token ids."""
+        fields: dict[str, Any] = {
+            "logprobs": None,
+            "finish_reason": choice.finish_reason,
+            "stop_reason": choice.stop_reason,
+        }
+        if self.generation.wants_tokens:
+            fields["prompt_token_ids"] = choice.prompt if choice.first else None
+            fields["token_ids"], choice.pending_tokens = choice.pending_tokens, []
+        choice.first = False
+        choice.finish_sent = choice.finish_reason is not None
+        usage = b""
+        if self._continuous_usage:
+            usage = b',"usage":' + orjson.dumps(usage_of([choice]))
+        elif self._include_usage:
+            usage = b',"usage":null'
+        return b"," + orjson.dumps(fields)[1:-1] + b"}]" + usage + b"}\n\n"
+
+    def _ending(self) -> bytes:
+        if self.generation.failure is not None:
+            return b"data: " + orjson.dumps(describe(self.failure())[1]) + b"\n\n" + DONE
+        if not self._include_usage:
+            return DONE
+        return self._head + b'],"usage":' + orjson.dumps(usage_of(self.generation.choices)) + b"}\n\n" + DONE
+
+
+_STREAM_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+]
+
+
+def usage_of(choices: Iterable[Choice]) -> dict[str, Any]:
+    """Token counts; a prompt that several choices share counts once."""
+    prompts = {id(choice.prompt): choice for choice in reversed(list(choices))}.values()
+    prompt_tokens = sum(len(choice.prompt) for choice in prompts)
+    completion_tokens = sum(choice.completion_tokens for choice in choices)
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": sum(choice.cached_tokens for choice in prompts)},
+    }
+
+
+async def send_json(send: Send, status: int, body: dict[str, Any], headers: dict[str, str]) -> None:
+    """A whole JSON answer."""
+    content = orjson.dumps(body)
+    raw = [(name.lower().encode(), value.encode("latin-1")) for name, value in headers.items()]
+    raw += [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
+    with suppress(OSError):  # the client left between the check and the send
+        await send({"type": "http.response.start", "status": status, "headers": raw})
+        await send({"type": "http.response.body", "body": content, "more_body": False})
+
+
+def _whole_choice(choice: Choice, wants_tokens: bool) -> dict[str, Any]:
+    fields = {
+        "index": choice.index,
+        "text": choice.pending_text,
+        "logprobs": None,
+        "finish_reason": choice.finish_reason,
+        "stop_reason": choice.stop_reason,
+    }
+    if wants_tokens:
+        fields |= {"prompt_token_ids": choice.prompt, "token_ids": choice.pending_tokens}
+    return fields

@@ -1,0 +1,139 @@
+"""Runs the application under uvicorn, and ends it well.
+
+SIGTERM: readiness turns 503 and new requests are refused while the listener stays open; running requests may finish
+within `shutdown_timeout`; those that do not are ended with one error event; the exit code is 0. A second signal does
+not wait.
+"""
+
+import asyncio
+import logging
+import socket
+from time import monotonic
+from types import FrameType
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from dspark_server.api.app import create_app
+from dspark_server.api.settings import ServerSettings
+from dspark_server.engine.engine import AsyncEngine
+
+logger = logging.getLogger(__name__)
+
+HEADER_TIMEOUT = 30.0  # seconds in which a request's headers must have arrived
+LAST_WORDS_TIMEOUT = 5  # seconds for the last chunks to reach their readers
+
+
+class Protocol(HttpToolsProtocol):
+    """uvicorn's HTTP/1.1 with a deadline for headers, and a way to cut off a reader that stalls."""
+
+    _deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """A client connected; it must say something."""
+        super().connection_made(transport)
+        self._expect_headers()
+
+    def on_message_begin(self) -> None:
+        """A request begins, the first of its connection or a later one."""
+        super().on_message_begin()
+        self._expect_headers()
+        scope: Any = self.scope
+        scope["extensions"] = {"dspark.drop": self.transport.abort}
+
+    def on_headers_complete(self) -> None:
+        """The headers are here: the body has its own deadline."""
+        self._cancel_deadline()
+        super().on_headers_complete()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The client left."""
+        self._cancel_deadline()
+        super().connection_lost(exc)
+
+    def _expect_headers(self) -> None:
+        self._cancel_deadline()
+        self._deadline = asyncio.get_running_loop().call_later(HEADER_TIMEOUT, self.transport.abort)
+
+    def _cancel_deadline(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+
+class Server(uvicorn.Server):
+    """uvicorn that drains the engine before it closes its listener."""
+
+    def __init__(self, config: uvicorn.Config, engine: AsyncEngine, shutdown_timeout: float) -> None:
+        super().__init__(config)
+        self._engine = engine
+        self._shutdown_timeout = shutdown_timeout
+        self._signals = 0
+        self._drain: asyncio.Task[None] | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Signal handler. Not uvicorn's, which raises the signal again at the end: the exit code would not be 0."""
+        self._signals += 1
+
+    async def on_tick(self, counter: int) -> bool:
+        """Called ten times a second."""
+        if self._signals and self._drain is None:
+            self._drain = asyncio.create_task(self._drain_engine())
+        if self._drain is not None and self._drain.done():
+            self._drain.result()
+            self.should_exit = True
+        return await super().on_tick(counter)
+
+    async def _drain_engine(self) -> None:
+        logger.info("shutting down: running requests have %.0f s to finish", self._shutdown_timeout)
+        self._engine.begin_drain()
+        deadline = monotonic() + self._shutdown_timeout
+        idle = False
+        while not idle and monotonic() < deadline and self._signals < 2:
+            idle = await self._engine.wait_idle(min(0.2, max(0.0, deadline - monotonic())))
+        if not idle:
+            self._engine.fail_all("The server is shutting down.")
+
+
+def make_server(app: FastAPI, engine: AsyncEngine, settings: ServerSettings) -> Server:
+    """A uvicorn server for the app; `run` blocks, `serve` is a coroutine."""
+    config = uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        loop="uvloop",
+        http=Protocol,
+        ws="none",
+        lifespan="on",
+        access_log=settings.access_log,
+        log_level="info",
+        server_header=False,
+        timeout_graceful_shutdown=LAST_WORDS_TIMEOUT,
+    )
+    return Server(config, engine, settings.shutdown_timeout)
+
+
+async def serve(
+    engine: AsyncEngine, settings: ServerSettings | None = None, *, sockets: list[socket.socket] | None = None
+) -> None:
+    """Start the engine, serve until SIGTERM or SIGINT has been honoured, stop the engine.
+
+    Run it on a uvloop (`uvloop.run`): uvicorn's loop setting does not apply inside a coroutine.
+    """
+    settings = settings or ServerSettings()
+    app = create_app(engine, settings)
+    await engine.start()
+    try:
+        app.state.completions.warm_up()
+        await make_server(app, engine, settings).serve(sockets)
+    finally:
+        await engine.stop()
+
+
+def run(engine: AsyncEngine, settings: ServerSettings | None = None) -> None:
+    """Serve on a uvloop of its own; returns after a graceful shutdown."""
+    import uvloop
+
+    uvloop.run(serve(engine, settings))

@@ -1,0 +1,196 @@
+"""Continuous batching: who runs in the next step, with how many tokens, and who must give way.
+
+The plan is made between commit and the next draft, the only point where a request may be preempted: once a draft
+exists, only selection may drop it (DSPARK, "No value-dependent drop").
+"""
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from time import monotonic
+
+from dspark_server.engine.blocks import BlockPool
+from dspark_server.engine.request import Request, Status
+from dspark_server.engine.stats import EngineStats
+from dspark_server.errors import RequestError
+
+
+@dataclass(frozen=True)
+class Scheduled:
+    """A request's part of a step: its next `count` committed tokens."""
+
+    request: Request
+    count: int
+
+    @property
+    def samples(self) -> bool:
+        """The run reaches the sequence's end, so its last row is wanted."""
+        return self.count == self.request.pending
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One step. `draft_room` is how many draft tokens may be verified beside the scheduled ones."""
+
+    scheduled: list[Scheduled] = field(default_factory=list)
+    draft_room: int = 0
+
+    @property
+    def decoding(self) -> list[Request]:
+        """Requests that could draft, oldest first."""
+        return [entry.request for entry in self.scheduled if entry.request.is_decoding]
+
+
+class Batcher:
+    """First come, first served, oldest first. The oldest running request is never preempted, so someone always ends."""
+
+    def __init__(
+        self,
+        pool: BlockPool,
+        stats: EngineStats,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        gamma: int,
+        clock: Callable[[], float] = monotonic,
+    ) -> None:
+        self.pool = pool
+        self.stats = stats
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.gamma = gamma
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []
+        self._clock = clock
+
+    # -- arrival and departure ---------------------------------------------------------------------------------------
+
+    def check_fits(self, prompt_length: int, max_tokens: int) -> None:
+        """Raise RequestError for a request that could not finish even alone on an empty pool."""
+        longest = prompt_length + max_tokens + self.gamma
+        if self.pool.blocks_for(longest) > self.pool.num_blocks:
+            capacity = self.pool.num_blocks * self.pool.block_size - self.gamma
+            raise RequestError(
+                f"The prompt has {prompt_length} tokens and asks for {max_tokens} more, "
+                f"but the KV cache holds {capacity} tokens in all. Shorten the prompt or lower max_tokens.",
+                param="max_tokens",
+                code="context_length_exceeded",
+            )
+
+    def add(self, request: Request) -> None:
+        """Queue a request that `check_fits` let through."""
+        self.waiting.append(request)
+
+    def remove(self, request: Request) -> None:
+        """Take a request out for good: finished, failed or aborted. Its blocks are released."""
+        if request.status is Status.RUNNING:
+            self.running.remove(request)
+        elif request.status is Status.WAITING:
+            self.waiting.remove(request)
+        self._release(request)
+        request.status = Status.FINISHED
+
+    def preempt(self, request: Request) -> None:
+        """Put a running request back at the head of the queue; its rows will be recomputed."""
+        self.running.remove(request)
+        self._release(request)
+        request.status = Status.WAITING
+        self.waiting.appendleft(request)
+        self.stats.preemptions += 1
+
+    def _release(self, request: Request) -> None:
+        self.pool.release(request.blocks)
+        request.blocks = []
+        request.computed = 0
+        request.published = 0
+
+    # -- the plan ----------------------------------------------------------------------------------------------------
+
+    def plan(self) -> Plan:
+        """Schedule the next step: anchors of all decoding requests, then prefill chunks, then new admissions."""
+        self._reserve_running()
+        decoding = [request for request in self.running if request.is_decoding]
+        room = self.max_num_batched_tokens - len(decoding)
+        # Drafts want gamma tokens each, but prefill must not starve behind them: it gets at least half of the rest.
+        prefill_room = max(room - self.gamma * len(decoding), room // 2)
+        scheduled = [Scheduled(request, 1) for request in decoding]
+        spent = 0
+        for request in self.running:
+            if not request.is_decoding and spent < prefill_room:
+                chunk = min(request.pending, prefill_room - spent)
+                scheduled.append(Scheduled(request, chunk))
+                spent += chunk
+        while self.waiting and spent < prefill_room and len(self.running) < self.max_num_seqs:
+            if not self._admit(self.waiting[0]):
+                break
+            request = self.waiting.popleft()
+            chunk = min(request.pending, prefill_room - spent)
+            scheduled.append(Scheduled(request, chunk))
+            spent += chunk
+        return Plan(scheduled, draft_room=room - spent)
+
+    def _reserve_running(self) -> None:
+        """Slots for the anchor and gamma draft tokens of every decoding request, preempting the youngest if need be."""
+        index = 0
+        while index < len(self.running):
+            request = self.running[index]
+            if self._reserve(request):
+                index += 1
+            else:
+                self.preempt(self.running[-1])
+
+    def _reserve(self, request: Request) -> bool:
+        missing = self.pool.blocks_for(len(request.tokens) + self.gamma) - len(request.blocks)
+        if missing > self.pool.available:
+            return False
+        if missing > 0:
+            request.blocks += self.pool.allocate(missing)
+        return True
+
+    def _admit(self, request: Request) -> bool:
+        """Start a waiting request if all its tokens and a draft block fit, reusing the cached prefix."""
+        # The last token always runs: its row gives the next token's logits.
+        usable = (len(request.tokens) - 1) // self.pool.block_size
+        found = self.pool.lookup(request.full_block_keys(self.pool.block_size)[:usable])
+        self.pool.hold(found)
+        request.blocks = list(found)
+        if not self._reserve(request):
+            self.pool.release(found)
+            request.blocks = []
+            return False
+        request.computed = len(found) * self.pool.block_size
+        request.published = len(found)
+        request.status = Status.RUNNING
+        self.running.append(request)
+        self.stats.prefix_queries += len(request.tokens)
+        self.stats.prefix_hits += request.computed
+        if request.cached_tokens is None:  # not a return after preemption
+            request.cached_tokens = request.computed
+            self.stats.prompt_tokens += request.prompt_length
+            self.stats.queue_times.append(self._clock() - request.arrival)
+        return True
+
+    # -- after the pass ----------------------------------------------------------------------------------------------
+
+    def advance(self, request: Request, rows: int) -> None:
+        """`rows` more committed tokens have KV rows: publish the blocks they filled."""
+        request.computed += rows
+        assert request.computed <= len(request.tokens)
+        full = request.computed // self.pool.block_size
+        if full > request.published:
+            keys = request.full_block_keys(self.pool.block_size)
+            for index in range(request.published, full):
+                self.pool.publish(request.blocks[index], keys[index])
+            request.published = full
+
+    def update_gauges(self) -> None:
+        """Write what is running, waiting and held into the stats."""
+        self.stats.running = len(self.running)
+        self.stats.waiting = len(self.waiting)
+        self.stats.kv_usage = self.pool.usage
+
+    def check(self) -> None:
+        """Block conservation and status, for tests and the debug flag."""
+        self.pool.check([request.blocks for request in self.running])
+        assert all(request.status is Status.RUNNING for request in self.running)
+        assert all(request.status is Status.WAITING and not request.blocks for request in self.waiting)

@@ -1,0 +1,151 @@
+"""The block pool and the prefix cache: who holds which KV block, and what it may be reused for.
+
+A block is *free*, *held* (referenced by one or more requests), or *cached* (referenced by none, its content known and
+evictable, least recently used first). free + cached + held == total, always. Only full blocks of committed tokens are
+given an identity, so no unverified token can be found by a later request.
+"""
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dspark_server.errors import CapacityError
+
+
+@dataclass(frozen=True)
+class BlockKey:
+    """Identity of a full block: a SHA-256 chain over everything before it, and its own tokens (compared on a hit)."""
+
+    digest: bytes
+    tokens: tuple[int, ...]
+
+
+def chain(parent: bytes, tokens: Sequence[int]) -> BlockKey:
+    """Key of the block that holds `tokens` after the prefix whose digest is `parent`."""
+    own = tuple(tokens)
+    # Fixed-width fields: no two different (parent, tokens) pairs give the same bytes.
+    body = b"".join(token.to_bytes(8, "little") for token in own)
+    return BlockKey(hashlib.sha256(parent + body).digest(), own)
+
+
+def chain_root(*identity: str) -> bytes:
+    """Start of a chain. Everything that shapes the KV rows beside the tokens (model, drafter, salt) goes in here."""
+    digest = hashlib.sha256()
+    for part in identity:
+        encoded = part.encode("utf-8", "surrogatepass")
+        digest.update(len(encoded).to_bytes(8, "little") + encoded)
+    return digest.digest()
+
+
+class BlockPool:
+    """Blocks by number, 0 .. num_blocks-1, with reference counts and an LRU of reusable ones."""
+
+    def __init__(self, num_blocks: int, block_size: int, *, prefix_caching: bool = True) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self._prefix_caching = prefix_caching
+        self._free: list[int] = list(range(num_blocks - 1, -1, -1))
+        self._references = [0] * num_blocks
+        self._key_of: list[BlockKey | None] = [None] * num_blocks
+        self._block_of: dict[bytes, int] = {}
+        self._evictable: OrderedDict[int, None] = OrderedDict()
+
+    @property
+    def available(self) -> int:
+        """Blocks that `allocate` can hand out now, evicting cached ones if it must."""
+        return len(self._free) + len(self._evictable)
+
+    @property
+    def usage(self) -> float:
+        """Share of the pool that requests hold, 0 .. 1."""
+        return 1.0 - self.available / self.num_blocks
+
+    def blocks_for(self, tokens: int) -> int:
+        """Blocks that `tokens` tokens take."""
+        return -(-tokens // self.block_size)
+
+    def allocate(self, count: int) -> list[int]:
+        """`count` writable blocks, each held once.
+
+        Raises CapacityError, and takes nothing, if fewer are available.
+        """
+        if count > self.available:
+            raise CapacityError(f"{count} KV blocks wanted, {self.available} available")
+        return [self._take() for _ in range(count)]
+
+    def _take(self) -> int:
+        if self._free:
+            block = self._free.pop()
+        else:
+            block, _ = self._evictable.popitem(last=False)
+            self._forget(block)
+        self._references[block] = 1
+        return block
+
+    def _forget(self, block: int) -> None:
+        key = self._key_of[block]
+        if key is not None:
+            del self._block_of[key.digest]
+            self._key_of[block] = None
+
+    def lookup(self, keys: Sequence[BlockKey]) -> list[int]:
+        """Blocks that hold the longest cached prefix of `keys`; nothing is taken."""
+        found: list[int] = []
+        for key in keys:
+            block = self._block_of.get(key.digest)
+            # Equal digests are not trusted: the tokens themselves must match.
+            if block is None or self._key_of[block] != key:
+                break
+            found.append(block)
+        return found
+
+    def hold(self, blocks: Sequence[int]) -> None:
+        """Add one reference to each block found by `lookup`."""
+        for block in blocks:
+            if self._references[block] == 0:
+                del self._evictable[block]
+            self._references[block] += 1
+
+    def release(self, blocks: Sequence[int]) -> None:
+        """Drop one reference to each. Blocks with an identity stay findable until evicted."""
+        # The last block of a chain goes first: a prefix is worth more than its continuation.
+        for block in reversed(blocks):
+            assert self._references[block] > 0, f"block {block} released more often than held"
+            self._references[block] -= 1
+            if self._references[block] > 0:
+                continue
+            if self._key_of[block] is None:
+                self._free.append(block)
+            else:
+                self._evictable[block] = None
+
+    def publish(self, block: int, key: BlockKey) -> None:
+        """Make a full block of committed tokens findable. The first block with a key keeps it."""
+        if self._prefix_caching and self._key_of[block] is None and key.digest not in self._block_of:
+            self._key_of[block] = key
+            self._block_of[key.digest] = block
+
+    def reset_cache(self) -> None:
+        """Forget every identity; blocks held stay held."""
+        for block in list(self._evictable):
+            self._free.append(block)
+        self._evictable.clear()
+        self._key_of = [None] * self.num_blocks
+        self._block_of.clear()
+
+    def check(self, owners: Sequence[Sequence[int]]) -> None:
+        """Conservation law (RELIABILITY, law 1). `owners` are the block tables of all live requests."""
+        counts = [0] * self.num_blocks
+        for table in owners:
+            for block in table:
+                counts[block] += 1
+        held = sum(1 for count in counts if count)
+        assert counts == self._references, "reference counts do not match the owners"
+        assert len(self._free) + len(self._evictable) + held == self.num_blocks, "blocks lost or doubled"
+        assert len(set(self._free)) == len(self._free), "a block is free twice"
+        assert all(counts[block] == 0 for block in (*self._free, *self._evictable)), "a reusable block is held"
+        assert all(self._key_of[block] is None for block in self._free), "a free block has an identity"
+        for digest, block in self._block_of.items():
+            key = self._key_of[block]
+            assert key is not None and key.digest == digest, "the index names a block that is something else"

@@ -1,0 +1,169 @@
+"""Builds an engine from its configuration: model, drafter, KV pool, batcher, step loop."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import dspark_kernels
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from dspark_server.config import EngineConfig, SpeculativeConfig
+from dspark_server.engine.batcher import Batcher
+from dspark_server.engine.blocks import BlockPool, chain_root
+from dspark_server.engine.executor import TorchExecutor
+from dspark_server.engine.request import FinishReason, Request, SamplingParams
+from dspark_server.engine.stats import EngineStats
+from dspark_server.engine.step import StepLoop, StepOutput
+from dspark_server.errors import CheckpointError, ConfigError
+from dspark_server.models.config import read_json
+from dspark_server.models.decoder import Decoder
+from dspark_server.models.hub import resolve_model
+from dspark_server.runtime.kv import KVPool
+from dspark_server.speculation.drafter import Drafter, NoDrafter
+from dspark_server.speculation.dspark import DSparkDrafter
+from dspark_server.speculation.selection import build_selection
+
+
+@dataclass(eq=False)
+class EngineCore:
+    """Everything the step thread owns, and the facts the front door needs to check a request."""
+
+    config: EngineConfig
+    loop: StepLoop
+    model_name: str
+    max_model_len: int
+    vocab_size: int
+    eos_token_ids: frozenset[int]
+    cache_identity: str
+    backend: str
+
+    @property
+    def batcher(self) -> Batcher:
+        """Who waits and who runs."""
+        return self.loop.batcher
+
+    @classmethod
+    def load(cls, config: EngineConfig, **loop_options: Any) -> "EngineCore":
+        """Load weights and allocate the KV pool. `loop_options` go to StepLoop.
+
+        Raises CheckpointError for a model that cannot be read, ConfigError for settings that do not fit it.
+        """
+        directory = resolve_model(config.model)
+        kernels = dspark_kernels.load()
+        dtype = _dtype(config.dtype, directory)
+        target = Decoder.load(directory, dtype, kernels, config.max_model_len)
+        drafter = _drafter(config.speculative, target, directory, dtype, kernels)
+        groups = [target.kv_group] + ([drafter.kv_group] if drafter.kv_group else [])
+        block_bytes = KVPool.bytes_per_block(config.block_size, groups, dtype)
+        num_blocks = config.num_blocks or config.kv_cache_memory_bytes // block_bytes
+        _check_pool(config, num_blocks, drafter.gamma)
+        pool = KVPool(num_blocks, config.block_size, groups, dtype)
+        batcher = Batcher(
+            BlockPool(num_blocks, config.block_size, prefix_caching=config.enable_prefix_caching),
+            EngineStats(),
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            gamma=drafter.gamma,
+        )
+        loop = StepLoop(
+            batcher,
+            TorchExecutor(target, drafter, pool),
+            build_selection("none" if drafter.gamma == 0 else config.speculative.selection),
+            max_draft_tokens=config.speculative.num_speculative_tokens,
+            check_invariants=config.check_invariants,
+            **loop_options,
+        )
+        return cls(
+            config=config,
+            loop=loop,
+            model_name=config.served_model_name or config.model,
+            max_model_len=target.max_model_len,
+            vocab_size=target.config.vocab_size,
+            eos_token_ids=frozenset(target.config.eos_token_ids),
+            cache_identity=f"{directory}|{dtype}|{drafter.identity}",
+            backend=f"{kernels.name}, {target.lm_head.backend} linear, {str(dtype).removeprefix('torch.')}",
+        )
+
+    def new_request(
+        self, prompt: list[int], params: SamplingParams, *, id: str = "", nonce: int, choice: int = 0, salt: str = ""
+    ) -> Request:
+        """A request ready to be queued; its fit has been checked elsewhere."""
+        eos = frozenset[int]() if params.ignore_eos else self.eos_token_ids
+        return Request(
+            id=id,
+            prompt_length=len(prompt),
+            tokens=list(prompt),
+            params=params,
+            stop_ids=params.stop_token_ids | eos,
+            chain_root=chain_root(self.cache_identity, salt),
+            nonce=nonce,
+            choice=choice,
+        )
+
+    def generate(self, prompts: list[list[int]], params: SamplingParams | list[SamplingParams]) -> list[list[int]]:
+        """Offline: run all prompts to their end and return their output tokens, in order."""
+        each = params if isinstance(params, list) else [params] * len(prompts)
+        requests = [
+            self.new_request(prompt, own, nonce=index)
+            for index, (prompt, own) in enumerate(zip(prompts, each, strict=True))
+        ]
+        for request in requests:
+            self.batcher.check_fits(request.prompt_length, request.params.max_tokens)
+            self.batcher.add(request)
+        while self.loop.has_work:
+            self.loop.step()
+        return [request.output for request in requests]
+
+    def fail_running(self, message: str) -> list[StepOutput]:
+        """After a failed step: end every running request with an error; those waiting were not part of it."""
+        failed = list(self.batcher.running)
+        for request in failed:
+            request.finish_reason = FinishReason.ERROR
+            request.error = message
+            self.batcher.remove(request)
+        return [StepOutput(request, []) for request in failed]
+
+
+def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+    """The checkpoint's tokenizer. Raises CheckpointError if there is none."""
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory)  # type: ignore[no-untyped-call]
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{directory} has no usable tokenizer: {error}") from error
+    # Prompts longer than the training length are refused by us, with a message of ours.
+    tokenizer.model_max_length = 1 << 60
+    return tokenizer
+
+
+def _dtype(name: str, directory: Path) -> torch.dtype:
+    if name != "auto":
+        return torch.bfloat16 if name == "bfloat16" else torch.float32
+    fields = read_json(directory / "config.json")
+    return torch.float32 if fields.get("dtype", fields.get("torch_dtype")) == "float32" else torch.bfloat16
+
+
+def _drafter(
+    config: SpeculativeConfig, target: Decoder, directory: Path, dtype: torch.dtype, kernels: dspark_kernels.Kernels
+) -> Drafter:
+    if config.method == "none":
+        return NoDrafter()
+    assert config.model is not None
+    drafter = DSparkDrafter.load(resolve_model(config.model), target, directory, dtype, kernels)
+    asked = config.num_speculative_tokens
+    if asked is not None and asked > drafter.gamma:
+        raise ConfigError(
+            f"num_speculative_tokens is {asked}, but the drafter was trained for blocks of {drafter.gamma}: "
+            f"ask for at most {drafter.gamma}."
+        )
+    if config.method == "dflash" and drafter.config.markov_rank:
+        raise ConfigError("method dflash expects a drafter without a Markov head; use method dspark for this one.")
+    return drafter
+
+
+def _check_pool(config: EngineConfig, num_blocks: int, gamma: int) -> None:
+    if num_blocks * config.block_size <= gamma + 1:
+        raise ConfigError(
+            f"The KV cache has room for {num_blocks} blocks of {config.block_size} tokens, too few for one request; "
+            "raise kv_cache_memory_bytes."
+        )

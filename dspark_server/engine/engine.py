@@ -1,0 +1,309 @@
+"""The engine's front door: submit, stream, abort, drain, health.
+
+The event loop and the step thread share nothing mutable. Requests and aborts travel through one inbox; what a step
+gave comes back in one message, with one wake-up of the event loop per step, not per token.
+"""
+
+import asyncio
+import copy
+import logging
+import queue
+import random
+import secrets
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from time import monotonic
+
+from transformers import PreTrainedTokenizerBase
+
+from dspark_server.engine.core import EngineCore
+from dspark_server.engine.request import FinishReason, Request, SamplingParams, Status
+from dspark_server.engine.stats import EngineStats
+from dspark_server.engine.step import StepOutput
+from dspark_server.errors import CapacityError, EngineDeadError, RequestError
+
+logger = logging.getLogger(__name__)
+
+# A step that fails takes its requests with it; this many in a row mean that the engine cannot go on.
+MAX_FAILED_STEPS = 3
+
+
+@dataclass(frozen=True)
+class TokenEvent:
+    """Tokens one step committed to one choice. The last event, and only it, has a finish reason."""
+
+    tokens: list[int]
+    finish_reason: FinishReason | None = None
+    stop_token: int | None = None
+    error: str | None = None
+    cached_tokens: int = 0
+
+
+@dataclass(eq=False)
+class Handle:
+    """One submitted choice, as the event loop sees it."""
+
+    request: Request
+    on_tokens: Callable[[TokenEvent], None]
+    finished: bool = False
+
+
+@dataclass(eq=False)
+class Reservation:
+    """Places in the engine for `choices` submissions; a context manager that returns those not used."""
+
+    engine: "AsyncEngine"
+    places: int
+
+    def __enter__(self) -> "Reservation":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.engine.release(self.places)
+        self.places = 0
+
+
+@dataclass(frozen=True)
+class _Abort:
+    """Message to the step thread: let this request go."""
+
+    request: Request
+
+
+class AsyncEngine:
+    """Runs an EngineCore on a thread of its own and streams what it produces to the event loop."""
+
+    def __init__(self, core: EngineCore, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.core = core
+        self.tokenizer = tokenizer
+        self.model_name = core.model_name
+        self.max_model_len = core.max_model_len
+        self.vocab_size = core.vocab_size
+        self.backend = core.backend
+        self._inbox: queue.SimpleQueue[Request | _Abort | None] = queue.SimpleQueue()
+        self._handles: dict[Request, Handle] = {}
+        self._in_flight = 0
+        self._capacity = core.config.max_num_seqs + core.config.max_num_queued_reqs
+        self._random = random.Random(core.config.seed) if core.config.seed is not None else None
+        self._draining = False
+        self._dead: str | None = None
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+        self._encoder = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
+        self._encoder_tokenizer = copy.deepcopy(tokenizer)  # a tokenizer serves one thread
+
+    @property
+    def stats(self) -> EngineStats:
+        """Counters kept by the step thread."""
+        return self.core.loop.stats
+
+    # -- life --------------------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Start the step thread; must be called on the event loop that will use the engine."""
+        self._loop = asyncio.get_running_loop()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    async def stop(self) -> None:
+        """End the step thread. Requests still in flight get their terminal event first."""
+        self.fail_all("The server is shutting down.")
+        self._inbox.put(None)
+        if self._thread is not None:
+            await asyncio.get_running_loop().run_in_executor(None, self._thread.join, 5.0)
+        self._encoder.shutdown(wait=False, cancel_futures=True)
+
+    def health(self) -> str:
+        """ "ready", "draining" or "dead"."""
+        if self._dead is not None:
+            return "dead"
+        return "draining" if self._draining else "ready"
+
+    def begin_drain(self) -> None:
+        """Refuse new requests from now on; those in flight go on."""
+        self._draining = True
+
+    async def wait_idle(self, timeout: float) -> bool:
+        """Wait until nothing is in flight, at most `timeout` seconds; False if something still is."""
+        try:
+            await asyncio.wait_for(self._idle.wait(), timeout)
+        except TimeoutError:
+            return False
+        return True
+
+    def fail_all(self, message: str) -> None:
+        """End every request in flight with one error event."""
+        for handle in list(self._handles.values()):
+            self._finish(handle, TokenEvent([], FinishReason.ERROR, error=message))
+            self._inbox.put(_Abort(handle.request))
+
+    # -- requests ----------------------------------------------------------------------------------------------------
+
+    def reserve(self, choices: int = 1) -> Reservation:
+        """Take places before any work is done for a request.
+
+        Raises CapacityError when the queue is full or the server is draining, EngineDeadError when it is dead.
+        """
+        if self._dead is not None:
+            raise EngineDeadError(f"The engine has stopped: {self._dead}")
+        if self._draining:
+            raise CapacityError("The server is shutting down; send the request to another replica.", retry_after=5)
+        if self._in_flight + choices > self._capacity:
+            raise CapacityError(
+                f"The queue is full ({self._in_flight} requests in flight, {self._capacity} allowed). Try again later."
+            )
+        self._in_flight += choices
+        self._idle.clear()
+        return Reservation(self, choices)
+
+    async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Tokenize off the event loop."""
+        assert self._loop is not None
+        return await self._loop.run_in_executor(self._encoder, self._encode, text, add_special_tokens)
+
+    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        ids: list[int] = self._encoder_tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        return ids
+
+    def submit(
+        self,
+        prompt: list[int],
+        params: SamplingParams,
+        *,
+        reservation: Reservation,
+        request_id: str,
+        on_tokens: Callable[[TokenEvent], None],
+        choice: int = 0,
+        cache_salt: str = "",
+    ) -> Handle:
+        """Queue one choice. `on_tokens` is called on the event loop, once per step that has tokens for it.
+
+        Raises RequestError for a request that can never be served.
+        """
+        self._check(prompt, params)
+        assert reservation.places > 0, "more submissions than reserved places"
+        nonce = self._random.getrandbits(63) if self._random else secrets.randbits(63)
+        request = self.core.new_request(prompt, params, id=request_id, nonce=nonce, choice=choice, salt=cache_salt)
+        request.arrival = monotonic()
+        handle = Handle(request, on_tokens)
+        self._handles[request] = handle
+        reservation.places -= 1  # the place now belongs to the request, until it ends
+        self._inbox.put(request)
+        return handle
+
+    def _check(self, prompt: list[int], params: SamplingParams) -> None:
+        if not prompt:
+            raise RequestError("The prompt is empty: at least one token is needed.", param="prompt")
+        bad = next((token for token in prompt if not 0 <= token < self.vocab_size), None)
+        if bad is not None:
+            raise RequestError(
+                f"Token id {bad} in the prompt is outside the vocabulary (0 to {self.vocab_size - 1}).", param="prompt"
+            )
+        if len(prompt) + params.max_tokens > self.max_model_len:
+            raise RequestError(
+                f"This model's maximum context length is {self.max_model_len} tokens, but the prompt has "
+                f"{len(prompt)} and {params.max_tokens} more were asked for.",
+                param="max_tokens" if len(prompt) < self.max_model_len else "prompt",
+                code="context_length_exceeded",
+            )
+        self.core.batcher.check_fits(len(prompt), params.max_tokens)
+
+    def abort(self, handle: Handle) -> None:
+        """Stop a choice; its blocks are free again within a step. Does nothing if it has ended."""
+        if not handle.finished:
+            self._finish(handle, TokenEvent([], FinishReason.ABORT))
+            self._inbox.put(_Abort(handle.request))
+
+    # -- event-loop side of the step thread --------------------------------------------------------------------------
+
+    def _dispatch(self, outputs: list[tuple[Request, TokenEvent]]) -> None:
+        for request, event in outputs:
+            handle = self._handles.get(request)
+            if handle is None:
+                continue  # aborted while the step ran
+            if event.finish_reason is None:
+                handle.on_tokens(event)
+            else:
+                self._finish(handle, event)
+
+    def _finish(self, handle: Handle, event: TokenEvent) -> None:
+        handle.finished = True
+        del self._handles[handle.request]
+        self.release(1)
+        handle.on_tokens(event)
+
+    def release(self, places: int) -> None:
+        """Give back places taken by `reserve`."""
+        self._in_flight -= places
+        if self._in_flight == 0:
+            self._idle.set()
+
+    # -- the step thread ---------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        failures = 0
+        while self._receive():
+            if not self.core.loop.has_work:
+                continue
+            try:
+                outputs = self.core.loop.step()
+                failures = 0
+            except Exception as error:
+                logger.exception("a step failed")
+                failures += 1
+                outputs = self.core.fail_running(
+                    f"The engine failed while running this request ({type(error).__name__})."
+                )
+                if failures == MAX_FAILED_STEPS:
+                    self._post([(output.request, _event(output)) for output in outputs])
+                    self._die(f"{failures} steps in a row failed, the last with {type(error).__name__}")
+                    return
+            self._post([(output.request, _event(output)) for output in outputs])
+
+    def _receive(self) -> bool:
+        """Take what is in the inbox, waiting if there is nothing else to do; False when told to stop."""
+        block = not self.core.loop.has_work
+        while True:
+            try:
+                message = self._inbox.get(block=block)
+            except queue.Empty:
+                return True
+            block = False
+            if message is None:
+                return False
+            if isinstance(message, _Abort):
+                if message.request.status is not Status.FINISHED:
+                    self.core.batcher.remove(message.request)
+                    self.core.batcher.update_gauges()
+            else:
+                self.core.batcher.add(message)
+
+    def _post(self, outputs: list[tuple[Request, TokenEvent]]) -> None:
+        assert self._loop is not None
+        if outputs and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._dispatch, outputs)
+
+    def _die(self, reason: str) -> None:
+        assert self._loop is not None
+
+        def on_loop() -> None:
+            self._dead = reason
+            self.fail_all(f"The engine has stopped: {reason}")
+
+        self._loop.call_soon_threadsafe(on_loop)
+
+
+def _event(output: StepOutput) -> TokenEvent:
+    request = output.request
+    stopped = request.finish_reason is FinishReason.STOP
+    return TokenEvent(
+        tokens=output.tokens,
+        finish_reason=request.finish_reason,
+        stop_token=output.tokens[-1] if stopped else None,
+        error=request.error,
+        cached_tokens=request.cached_tokens or 0,
+    )

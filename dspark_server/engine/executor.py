@@ -1,0 +1,45 @@
+"""What the step loop asks of a model. The torch executor runs real weights; tests and the simulator bring their own."""
+
+from typing import Protocol
+
+from torch import Tensor
+
+from dspark_server.models.decoder import Decoder
+from dspark_server.runtime.batch import Batch, Run
+from dspark_server.runtime.kv import KVPool
+from dspark_server.speculation.drafter import DraftBlock, Drafter, DraftRequest
+from dspark_server.speculation.sampling import SamplingBatch, Streams
+
+__all__ = ["DraftRequest", "Executor", "TorchExecutor"]
+
+
+class Executor(Protocol):
+    """One draft and one verification per step."""
+
+    gamma: int
+
+    def draft(self, requests: list[DraftRequest], sampling: SamplingBatch, streams: Streams) -> DraftBlock:
+        """Draft gamma tokens after each anchor. KV slots for anchor and block are reserved."""
+
+    def verify(self, runs: list[Run]) -> tuple[Tensor, list[int]]:
+        """One target pass over all runs: logits [M, V] float32 and where each run's rows start (R + 1 entries)."""
+
+
+class TorchExecutor:
+    """Target and drafter over one paged KV pool: layer group 0 is the target's, group 1 the drafter's."""
+
+    def __init__(self, target: Decoder, drafter: Drafter, pool: KVPool) -> None:
+        self.gamma = drafter.gamma
+        self._target = target
+        self._drafter = drafter
+        self._pool = pool
+
+    def draft(self, requests: list[DraftRequest], sampling: SamplingBatch, streams: Streams) -> DraftBlock:
+        return self._drafter.propose(requests, sampling, streams, self._pool)
+
+    def verify(self, runs: list[Run]) -> tuple[Tensor, list[int]]:
+        batch = Batch.of(runs, self._pool.block_size)
+        hidden, taps = self._target.forward(batch, self._pool.layers(0), self._drafter.taps)
+        # For every token of every request, speculating or not: a later prefix hit must find its draft rows.
+        self._drafter.observe(taps, batch, self._pool)
+        return self._target.logits(hidden), batch.row_start

@@ -1,0 +1,117 @@
+"""A request: what the user asked for, what has been committed, and where its KV rows live.
+
+Life: WAITING -> RUNNING -> FINISHED, with RUNNING -> WAITING on preemption. `tokens[:computed]` have KV rows;
+the rest is still to run. A request is *decoding* when only its last token, the anchor, is left to run.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum, StrEnum
+
+from dspark_server.engine.blocks import BlockKey, chain
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How one choice is sampled. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 are off.
+
+    `seed` selects the coupled acceptance rule, whose tokens repeat; without it the ratio rule runs (DSpark, step 8).
+    """
+
+    max_tokens: int = 16
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop_token_ids: frozenset[int] = frozenset()
+    ignore_eos: bool = False
+
+
+class FinishReason(StrEnum):
+    """Why a choice ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+class Status(Enum):
+    """Where a request is in its life."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(eq=False)
+class Request:
+    """One choice of one user request, owned by the step thread once submitted."""
+
+    id: str
+    prompt_length: int
+    tokens: list[int]
+    params: SamplingParams
+    stop_ids: frozenset[int]
+    chain_root: bytes
+    nonce: int
+    choice: int = 0
+    arrival: float = 0.0  # monotonic seconds
+    status: Status = Status.WAITING
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+    computed: int = 0
+    blocks: list[int] = field(default_factory=list)
+    keys: list[BlockKey] = field(default_factory=list)
+    published: int = 0
+    cached_tokens: int | None = None  # prompt tokens found in the prefix cache at first admission
+    draft_number: int = 0  # every draft of the request, discarded ones included; survives preemption
+
+    @property
+    def max_length(self) -> int:
+        """Longest the sequence may grow, in tokens."""
+        return self.prompt_length + self.params.max_tokens
+
+    @property
+    def remaining(self) -> int:
+        """Tokens that may still be committed."""
+        return self.max_length - len(self.tokens)
+
+    @property
+    def pending(self) -> int:
+        """Committed tokens that have no KV rows yet."""
+        return len(self.tokens) - self.computed
+
+    @property
+    def is_decoding(self) -> bool:
+        """Only the anchor is left to run."""
+        return self.pending == 1 and len(self.tokens) > self.prompt_length
+
+    @property
+    def output(self) -> list[int]:
+        """Tokens generated so far."""
+        return self.tokens[self.prompt_length :]
+
+    def full_block_keys(self, block_size: int) -> list[BlockKey]:
+        """Keys of all full blocks of committed tokens; computed once each."""
+        while (len(self.keys) + 1) * block_size <= len(self.tokens):
+            start = len(self.keys) * block_size
+            parent = self.keys[-1].digest if self.keys else self.chain_root
+            self.keys.append(chain(parent, self.tokens[start : start + block_size]))
+        return self.keys
+
+    def commit(self, tokens: Sequence[int]) -> list[int]:
+        """Append tokens up to the first that ends the request; returns those appended."""
+        taken: list[int] = []
+        for token in tokens:
+            self.tokens.append(token)
+            taken.append(token)
+            if token in self.stop_ids:
+                self.finish_reason = FinishReason.STOP
+            elif self.remaining == 0:
+                self.finish_reason = FinishReason.LENGTH
+            if self.finish_reason is not None:
+                break
+        return taken

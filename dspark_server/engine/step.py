@@ -1,0 +1,217 @@
+"""The step loop: plan, draft, select, verify, accept, commit (DSpark §3; DSPARK.md "One decoding cycle")."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dspark_server.engine.batcher import Batcher, Plan
+from dspark_server.engine.executor import DraftRequest, Executor
+from dspark_server.engine.request import FinishReason, Request
+from dspark_server.runtime.batch import Run
+from dspark_server.speculation.acceptance import Accepted, DraftTokens, accept
+from dspark_server.speculation.drafter import DraftBlock
+from dspark_server.speculation.sampling import CounterStreams, Forbidden, SamplingBatch
+from dspark_server.speculation.selection import Selection
+
+
+@dataclass(frozen=True)
+class Drafted:
+    """A step's draft block: `requests[i]` owns row i and has the first `lengths[i]` of its tokens verified."""
+
+    requests: list[Request]
+    block: DraftBlock
+    lengths: list[int]
+
+    def prefix_of(self) -> dict[Request, list[int]]:
+        """The draft tokens to verify, by request."""
+        rows = self.block.tokens.tolist()
+        return {r: row[:length] for r, row, length in zip(self.requests, rows, self.lengths, strict=True)}
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What the target said: rows of `requests[i]` are row_start[i] .. row_start[i+1]-1 of logits [M, V] float32."""
+
+    requests: list[Request]
+    logits: Tensor
+    row_start: list[int]
+
+
+@dataclass(frozen=True)
+class StepTrace:
+    """Everything a sampling step saw, for conformance and tests."""
+
+    drafted: Drafted | None
+    verified: Verification
+    accepted: Accepted
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """The tokens one step committed to one request; `request.finish_reason` says whether they are its last."""
+
+    request: Request
+    tokens: list[int]
+
+
+Acceptance = Callable[[Verification, Drafted | None, SamplingBatch], Accepted]
+
+
+class StepLoop:
+    """Owns every request and block; one thread calls it.
+
+    `acceptance` may be replaced (conformance forces counts); `trace` is shown every step that sampled.
+    """
+
+    def __init__(
+        self,
+        batcher: Batcher,
+        executor: Executor,
+        selection: Selection,
+        *,
+        max_draft_tokens: int | None = None,
+        acceptance: Acceptance | None = None,
+        trace: Callable[[StepTrace], None] | None = None,
+        check_invariants: bool = False,
+    ) -> None:
+        self.batcher = batcher
+        self.executor = executor
+        self.stats = batcher.stats
+        self.stats.accepted_per_position = [0] * executor.gamma
+        self._selection = selection
+        self._max_draft_tokens = min(executor.gamma, max_draft_tokens or executor.gamma)
+        self._streams = CounterStreams()
+        self._acceptance = acceptance or self._lossless
+        self._trace = trace
+        self._check_invariants = check_invariants
+
+    @property
+    def has_work(self) -> bool:
+        """Some request is waiting or running."""
+        return bool(self.batcher.running or self.batcher.waiting)
+
+    @torch.inference_mode()
+    def step(self) -> list[StepOutput]:
+        """One cycle for every scheduled request. Nothing of a request changes before commit but its draft number."""
+        plan = self.batcher.plan()
+        drafted = self._draft(plan)
+        prefixes = drafted.prefix_of() if drafted else {}
+        verified = self._verify(plan, prefixes)
+        accepted = None
+        if verified.requests:
+            accepted = self._acceptance(verified, drafted, sampling_batch(verified.requests))
+            if self._trace:
+                self._trace(StepTrace(drafted, verified, accepted))
+        outputs = self._commit(plan, prefixes, accepted)
+        self.stats.steps += 1
+        self.stats.iteration_tokens.append(
+            sum(entry.count + len(prefixes.get(entry.request, [])) for entry in plan.scheduled)
+        )
+        self.batcher.update_gauges()
+        if self._check_invariants:
+            self.batcher.check()
+        return outputs
+
+    def _draft(self, plan: Plan) -> Drafted | None:
+        """Draft a block for those the policy lets draft, and choose how much of each is verified."""
+        candidates = plan.decoding
+        # The last token a request may commit is never a draft: one token always comes from the target.
+        limits = [min(self._max_draft_tokens, request.remaining - 1) for request in candidates]
+        chosen = self._selection.drafting(limits, plan.draft_room)
+        if not chosen:
+            return None
+        requests = [candidates[index] for index in chosen]
+        limits = [limits[index] for index in chosen]
+        for request in requests:
+            request.draft_number += 1
+        block = self.executor.draft(
+            [DraftRequest(r.tokens[-1], len(r.tokens) - 1, r.blocks) for r in requests],
+            sampling_batch(requests),
+            self._streams,
+        )
+        # A NaN at slot k cuts the prefix to k - 1, never shorter: earlier tokens were sampled without knowing of it.
+        limits = [min(limit, usable) for limit, usable in zip(limits, block.usable.tolist(), strict=True)]
+        return Drafted(requests, block, self._selection.lengths(block.survival, limits, plan.draft_room))
+
+    def _verify(self, plan: Plan, prefixes: dict[Request, list[int]]) -> Verification:
+        """The one target pass: every run's committed tokens, then its draft prefix."""
+        runs = []
+        for entry in plan.scheduled:
+            request, prefix = entry.request, prefixes.get(entry.request, [])
+            committed = request.tokens[request.computed : request.computed + entry.count]
+            rows = 1 + len(prefix) if entry.samples else 0
+            runs.append(Run(committed + prefix, request.computed, request.blocks, rows))
+        logits, row_start = self.executor.verify(runs)
+        sampled = [(entry.request, row) for entry, row in zip(plan.scheduled, row_start, strict=False) if entry.samples]
+        return Verification([r for r, _ in sampled], logits, [row for _, row in sampled] + row_start[-1:])
+
+    def _lossless(self, verified: Verification, drafted: Drafted | None, sampling: SamplingBatch) -> Accepted:
+        """The acceptance rules of DSPARK.md over one verification pass."""
+        if drafted is None:
+            return accept(
+                verified.logits, verified.row_start, None, [0] * len(verified.requests), sampling, self._streams
+            )
+        row_of = {request: row for row, request in enumerate(drafted.requests)}
+        rows = [row_of.get(request, -1) for request in verified.requests]
+        lengths = [drafted.lengths[row] if row >= 0 else 0 for row in rows]
+        draft = DraftTokens(drafted.block.tokens, drafted.block.q, torch.tensor(rows))
+        return accept(verified.logits, verified.row_start, draft, lengths, sampling, self._streams)
+
+    def _commit(self, plan: Plan, prefixes: dict[Request, list[int]], accepted: Accepted | None) -> list[StepOutput]:
+        """Append what survived, account for its KV rows, let finished requests go."""
+        counts = iter(accepted.count.tolist() if accepted else [])
+        tokens = iter(accepted.token.tolist() if accepted else [])
+        failed = iter(accepted.failed.tolist() if accepted else [])
+        outputs = []
+        for entry in plan.scheduled:
+            request = entry.request
+            if not entry.samples:
+                self.batcher.advance(request, entry.count)
+                continue
+            kept, token = next(counts), next(tokens)
+            if next(failed):
+                request.finish_reason = FinishReason.ERROR
+                request.error = "The model produced no valid probabilities for this request (NaN in its logits)."
+                self.batcher.remove(request)
+                outputs.append(StepOutput(request, []))
+                continue
+            prefix = prefixes.get(request, [])
+            taken = request.commit([*prefix[:kept], token])
+            # Rows past an early end belong to no committed token.
+            self.batcher.advance(request, min(entry.count + kept, request.pending))
+            self._count_tokens(len(taken), len(prefix), kept)
+            if request.finish_reason is not None:
+                self.batcher.remove(request)
+            outputs.append(StepOutput(request, taken))
+        return outputs
+
+    def _count_tokens(self, committed: int, drafted: int, kept: int) -> None:
+        self.stats.generation_tokens += committed
+        if drafted:
+            self.stats.drafts += 1
+            self.stats.draft_tokens += drafted
+            self.stats.accepted_tokens += kept
+            for position in range(kept):
+                self.stats.accepted_per_position[position] += 1
+
+
+def sampling_batch(requests: list[Request]) -> SamplingBatch:
+    """How each request samples the tokens that follow its anchor."""
+    params = [request.params for request in requests]
+    return SamplingBatch.of(
+        temperature=[p.temperature for p in params],
+        top_k=[p.top_k for p in params],
+        top_p=[p.top_p for p in params],
+        min_p=[p.min_p for p in params],
+        coupled=[p.seed is not None for p in params],
+        key=[request.nonce if p.seed is None else p.seed for request, p in zip(requests, params, strict=True)],
+        choice=[request.choice for request in requests],
+        position=[len(request.tokens) for request in requests],
+        draft_number=[request.draft_number for request in requests],
+        forbidden=[
+            Forbidden(tuple(request.stop_ids), request.prompt_length + p.min_tokens) if p.min_tokens else None
+            for request, p in zip(requests, params, strict=True)
+        ],
+    )

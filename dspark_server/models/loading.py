@@ -1,0 +1,169 @@
+"""Strict reading of safetensors checkpoints: what is missing, unexpected or damaged is an error that names it.
+
+Silent drops cost other loaders half their acceptance (a drafter's head that was never loaded), so every tensor of a
+checkpoint must be asked for. Only safetensors are read; pickle runs code.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from dspark_server.errors import CheckpointError
+from dspark_server.models.config import read_json
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+# Buffers that old exporters saved; we compute rotary frequencies from the config.
+_HARMLESS = r".*\.rotary_emb\.inv_freq"
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a file's header says of one tensor; `dtype` is safetensors' own name, such as BF16."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class Checkpoint:
+    """The tensors of a model directory, read one by one from memory-mapped files."""
+
+    def __init__(self, directory: Path, files: dict[Path, Any], tensors: dict[str, TensorInfo]) -> None:
+        self.directory = directory
+        self.tensors = tensors
+        self._files = files
+
+    def read(self, name: str) -> Tensor:
+        """The tensor as stored. Raises CheckpointError if its bytes cannot be read."""
+        info = self.tensors[name]
+        try:
+            tensor: Tensor = self._files[info.file].get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{info.file}: tensor {name} cannot be read ({error}); download it again") from error
+        return tensor
+
+
+def open_checkpoint(directory: Path) -> Checkpoint:
+    """Open model.safetensors, or the shards that model.safetensors.index.json names, reading headers only.
+
+    Raises CheckpointError for a directory without safetensors, a damaged or truncated file, an absent shard, or an
+    index that disagrees with its shards.
+    """
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory} is not a directory; give a model directory or a Hugging Face model id")
+    if (directory / SINGLE_FILE).is_file():
+        handles, tensors = _open_files([directory / SINGLE_FILE])
+        return Checkpoint(directory, handles, tensors)
+    if not (directory / INDEX_FILE).is_file():
+        raise CheckpointError(_no_weights(directory))
+
+    shard_of = _read_index(directory / INDEX_FILE)
+    handles, tensors = _open_files(sorted(set(shard_of.values())))
+    for name, shard in shard_of.items():
+        if name not in tensors or tensors[name].file != shard:
+            raise CheckpointError(f"{directory / INDEX_FILE}: tensor {name} is not in {shard}; download both again")
+    return Checkpoint(directory, handles, tensors)
+
+
+def _no_weights(directory: Path) -> str:
+    pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in directory.glob(pattern))
+    if pickles:
+        return (
+            f"{directory} holds pickled weights ({pickles[0]}), which can run code and are not read; "
+            "convert them with transformers' save_pretrained, which writes safetensors"
+        )
+    return f"{directory} holds no weights: expected {SINGLE_FILE}, or {INDEX_FILE} and its shards"
+
+
+def _read_index(path: Path) -> dict[str, Path]:
+    """Tensor name -> shard, all of which exist beside the index."""
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path} has no weight_map; download it again")
+    shard_of = {}
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise CheckpointError(f"{path}: tensor {name} is said to be in {file!r}, which is not a plain file name")
+        shard_of[name] = path.parent / file
+        if not shard_of[name].is_file():
+            raise CheckpointError(f"{path} names {file} (for tensor {name}), which is absent; download the model again")
+    return shard_of
+
+
+def _open_files(paths: list[Path]) -> tuple[dict[Path, Any], dict[str, TensorInfo]]:
+    """Handles, and what the headers say. Opening checks each header against the file's size."""
+    handles: dict[Path, Any] = {}
+    tensors: dict[str, TensorInfo] = {}
+    for path in paths:
+        try:
+            handle: Any = safe_open(path, framework="pt")
+            slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 (not a mapping)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{path} is damaged or not a safetensors file ({error}); download it again"
+            ) from error
+        handles[path] = handle
+        for name, entry in slices.items():
+            if name in tensors:
+                raise CheckpointError(f"tensor {name} is both in {tensors[name].file} and in {path}; keep one of them")
+            tensors[name] = TensorInfo(path, entry.get_dtype(), tuple(entry.get_shape()))
+    return handles, tensors
+
+
+class WeightReader:
+    """Hands out a checkpoint's tensors by name and shape, in one dtype, and checks that none is left over."""
+
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self._checkpoint = checkpoint
+        self._taken: set[str] = set()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._checkpoint.tensors
+
+    def take(self, name: str, shape: Sequence[int]) -> Tensor:
+        """The tensor, in the reader's dtype.
+
+        Raises CheckpointError if it is absent, of another shape or an unsupported dtype, or holds NaN or infinity.
+        """
+        info = self._checkpoint.tensors.get(name)
+        if info is None:
+            raise CheckpointError(
+                f"{self._checkpoint.directory}: tensor {name} is missing; the checkpoint is incomplete, "
+                "or its config.json belongs to another model"
+            )
+        if info.shape != tuple(shape):
+            raise CheckpointError(
+                f"{info.file}: tensor {name} has shape {list(info.shape)}, but config.json asks for {list(shape)}; "
+                "weights and config.json must come from the same model"
+            )
+        if info.dtype not in _DTYPES:
+            raise CheckpointError(
+                f"{info.file}: tensor {name} has dtype {info.dtype}; {', '.join(_DTYPES.values())} are supported, "
+                "quantized weights are not"
+            )
+        tensor = self._checkpoint.read(name).to(self.dtype)
+        if not all(bound.isfinite() for bound in tensor.aminmax()):  # either bound is NaN if any element is
+            raise CheckpointError(f"{info.file}: tensor {name} holds NaN or infinity; download or export it again")
+        self._taken.add(name)
+        return tensor
+
+    def finish(self, harmless: Sequence[str] = ()) -> None:
+        """Raise CheckpointError if a tensor was never asked for, unless its name is in `harmless`."""
+        left = sorted(self._checkpoint.tensors.keys() - self._taken - set(harmless))
+        left = [name for name in left if not re.fullmatch(_HARMLESS, name)]
+        if left:
+            more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+            raise CheckpointError(
+                f"{self._checkpoint.tensors[left[0]].file}: unexpected tensor {left[0]}{more}; "
+                "weights and config.json must come from the same model"
+            )

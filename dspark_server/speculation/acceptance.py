@@ -1,0 +1,210 @@
+"""Lossless acceptance: how much of each draft stands, and the token that ends the cycle (DSpark §3.2.2, §2.1).
+
+Shapes: R requests in the pass, Rd requests that drafted, γ slots of a draft, V vocabulary, N rows of logits. Request
+r brings ℓ_r draft tokens, 0 <= ℓ_r <= γ, and owns ℓ_r + 1 rows: the row of its anchor judges draft token 1, the row
+of draft token k judges token k + 1, and the last one gives the bonus token.
+
+Both rules give the target's law exactly; they may not be mixed, nor share noise (DSPARK.md, "Losslessness"):
+
+- ratio: keep x with probability min(1, p(x)/q(x)); after the first rejection draw from norm(max(p - q, 0)).
+- coupled (and greedy): the target draws its own token y from p with the noise the draft used; keep x iff x = y.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dspark_server.speculation.sampling import (
+    Purpose,
+    Rule,
+    SamplingBatch,
+    Streams,
+    distribution,
+    draw,
+    draw_coupled,
+    permitted,
+    top,
+)
+
+
+@dataclass(frozen=True)
+class DraftTokens:
+    """What was drafted, and the law it was really drawn from.
+
+    tokens [Rd, γ] i64; q [Rd, γ, V] probabilities after temperature, filters and any shortlist, read only for ratio
+    requests; None says that every draft was greedy: q is one-hot at the token. row [R] i64: the request's index into
+    Rd, or -1 if it did not draft.
+    """
+
+    tokens: Tensor
+    q: Tensor | None
+    row: Tensor
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """count [R] i64: draft tokens that stand; token [R] i64: the token after them; failed [R] bool.
+
+    A request fails if a row it needs (those up to and including the one that gives `token`) holds NaN or +inf, or
+    permits no token at all; its token is then -1 and nothing of it may be committed.
+    """
+
+    count: Tensor
+    token: Tensor
+    failed: Tensor
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """The requests of one rule. start [n]: first row of each; lengths [n]; tokens [n, L]: drafts, L the longest."""
+
+    logits: Tensor
+    start: Tensor
+    lengths: Tensor
+    tokens: Tensor
+    row: Tensor
+    sampling: SamplingBatch
+
+    def select(self, indices: Tensor, sampling: SamplingBatch) -> "_Pass":
+        lengths = self.lengths[indices]
+        width = int(lengths.max())
+        return _Pass(
+            self.logits, self.start[indices], lengths, self.tokens[indices, :width], self.row[indices], sampling
+        )
+
+
+def accept(
+    logits: Tensor,
+    row_start: Sequence[int],
+    draft: DraftTokens | None,
+    lengths: Sequence[int] | Tensor,
+    sampling: SamplingBatch,
+    streams: Streams,
+) -> Accepted:
+    """Judge every draft of a pass and draw the token that ends each request's cycle.
+
+    logits [N, V], float32 (float64 is computed in float64); row_start, R + 1 numbers: rows row_start[r] up to
+    row_start[r + 1] are request r's, ℓ_r + 1 of them; lengths [R]: ℓ_r; sampling: R rows. ℓ_r = 0 is plain sampling,
+    and `draft` may be None if all are 0.
+    """
+    device = logits.device
+    lengths = torch.as_tensor(lengths, dtype=torch.int64, device=device)
+    bounds = torch.tensor(row_start, dtype=torch.int64, device=device)
+    assert torch.equal(bounds.diff(), lengths + 1), "each request needs one row of logits more than draft tokens"
+    if draft is None:
+        draft = DraftTokens(lengths.new_zeros((1, 0)), None, torch.full_like(lengths, -1))
+    width = int(lengths.max())
+    # A request that did not draft reads row 0 and uses nothing of it.
+    row = draft.row.clamp(min=0)
+    whole = _Pass(logits, bounds[:-1], lengths, draft.tokens[:, :width][row], row, sampling)
+    result = Accepted(torch.empty_like(lengths), torch.empty_like(lengths), torch.empty_like(lengths, dtype=torch.bool))
+    for rule, (indices, part) in sampling.by_rule.items():
+        mine = whole if indices is None else whole.select(indices, part)
+        if rule is Rule.GREEDY:
+            done = _accept_greedy(mine)
+        elif rule is Rule.COUPLED:
+            done = _accept_coupled(mine, streams)
+        else:
+            done = _accept_by_ratio(mine, draft.q, streams)
+        if indices is None:
+            return done
+        result.count[indices], result.token[indices], result.failed[indices] = done.count, done.token, done.failed
+    return result
+
+
+def _accept_greedy(mine: _Pass) -> Accepted:
+    """Keep draft tokens up to the first that is not the target's argmax. One look at each row, no walk."""
+    requests, width = mine.tokens.shape
+    slots = torch.arange(width + 1, device=mine.start.device)
+    within = slots <= mine.lengths.unsqueeze(1)
+    index = mine.start.unsqueeze(1) + slots.minimum(mine.lengths.unsqueeze(1))  # [n, L + 1], padded with the last row
+    if not mine.sampling.forbidden and int(within.sum()) == len(mine.logits):
+        best, token = top(permitted(mine.logits, mine.sampling))
+        best, token = best[index], token[index]
+    else:
+        rows = index.reshape(-1)
+        request = torch.arange(requests, device=rows.device).repeat_interleave(width + 1)
+        best, token = top(permitted(mine.logits[rows], mine.sampling.select(request, slots.repeat(requests))))
+        best, token = best.view(requests, -1), token.view(requests, -1)
+    # A broken row agrees with nothing, so that the walk ends there and it is the row that decides.
+    agrees = (token[:, :-1] == mine.tokens) & best[:, :-1].isfinite() & (slots[:-1] < mine.lengths.unsqueeze(1))
+    count = agrees.long().cumprod(1).sum(1)
+    failed = ~best.gather(1, count.unsqueeze(1)).squeeze(1).isfinite()
+    token = token.gather(1, count.unsqueeze(1)).squeeze(1)
+    return Accepted(count.masked_fill(failed, 0), token.masked_fill(failed, -1), failed)
+
+
+def _accept_coupled(mine: _Pass, streams: Streams) -> Accepted:
+    """The target draws with the draft's own noise; the draft stands as far as it drew the same."""
+
+    def judge(slot: int, active: Tensor, p: Tensor, here: SamplingBatch) -> tuple[Tensor, Tensor]:
+        token = draw_coupled(p, streams.exponential(here, p.shape[1], p.dtype))
+        if slot == mine.tokens.shape[1]:
+            return torch.zeros_like(active, dtype=torch.bool), token
+        return token == mine.tokens[active, slot], token
+
+    return _walk(mine, judge)
+
+
+def _accept_by_ratio(mine: _Pass, q: Tensor | None, streams: Streams) -> Accepted:
+    """Keep x with probability min(1, p(x)/q(x)), else draw from what p has left over; past the draft, from p."""
+    width = mine.tokens.shape[1]
+    offsets = torch.arange(width + 1, device=mine.start.device)
+    coins = streams.uniform(Purpose.COIN, mine.sampling, offsets[:-1]) if width else None
+    last = streams.uniform(Purpose.RESIDUAL, mine.sampling, offsets)
+
+    def judge(slot: int, active: Tensor, p: Tensor, here: SamplingBatch) -> tuple[Tensor, Tensor]:
+        accepted = torch.zeros_like(active, dtype=torch.bool)
+        drafted = slot < mine.lengths[active]
+        if coins is not None and slot < width:
+            x = mine.tokens[active, slot].unsqueeze(1)
+            q_x = 1.0 if q is None else q[mine.row[active], slot].gather(1, x).squeeze(1).double()
+            # u q < p, not u < p / q: right at q = 0, and u = 0 does not let a token of probability 0 through.
+            accepted = drafted & (coins[active, slot] * q_x < p.gather(1, x).squeeze(1))
+        ends = (~accepted).nonzero().squeeze(1)
+        token = torch.zeros_like(active)
+        if len(ends):
+            rejected = drafted[ends].nonzero().squeeze(1)
+            weights = p[ends]
+            if len(rejected):
+                which = active[ends[rejected]]
+                of_draft = None if q is None else q[mine.row[which], slot]
+                weights[rejected] = residual(weights[rejected], of_draft, mine.tokens[which, slot])
+            token[ends] = draw(weights, last[active[ends], slot])
+        return accepted, token
+
+    return _walk(mine, judge)
+
+
+def residual(p: Tensor, q: Tensor | None, drafted: Tensor) -> Tensor:
+    """max(p - q, 0) [n, V], not normalised (`draw` needs no norm); q None: one-hot at `drafted` [n].
+
+    Where nothing is left, p itself: p and q are then equal up to rounding.
+    """
+    left = p.scatter(1, drafted.unsqueeze(1), 0.0) if q is None else (p - q).clamp_(min=0)
+    return torch.where(left.sum(-1, keepdim=True) > 0, left, p)
+
+
+def _walk(mine: _Pass, judge: Callable[[int, Tensor, Tensor, SamplingBatch], tuple[Tensor, Tensor]]) -> Accepted:
+    """Slot by slot, along the requests whose drafts have stood so far: no row past the first rejection costs anything.
+
+    `judge(slot, active [a], p [a, V], sampling)` gives (accepted [a], the token that ends the cycle if not [a]).
+    """
+    count, token = torch.zeros_like(mine.lengths), torch.full_like(mine.lengths, -1)
+    failed = torch.zeros_like(mine.lengths, dtype=torch.bool)
+    active = torch.arange(len(mine.lengths), device=mine.lengths.device)
+    for slot in range(mine.tokens.shape[1] + 1):
+        here = mine.sampling.select(active, slot)
+        p = distribution(mine.logits[mine.start[active] + slot], here)
+        broken = p[:, 0].isnan()  # `distribution` turns a broken row into NaN throughout
+        accepted, drawn = judge(slot, active, p, here)
+        failed[active] = broken
+        accepted &= ~broken & (slot < mine.lengths[active])
+        count[active] = torch.where(broken, 0, slot)
+        token[active] = torch.where(broken, -1, drawn)
+        active = active[accepted]
+        if not len(active):
+            break
+    return Accepted(count, token, failed)

@@ -1,0 +1,83 @@
+"""What a drafter is to the engine. `none` is one too.
+
+Shapes: R drafting requests, gamma draft tokens each, V vocabulary, D hidden size, N tokens of a target pass.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dspark_server.runtime.batch import Batch
+from dspark_server.runtime.kv import KVPool, LayerGroup
+from dspark_server.speculation.sampling import SamplingBatch, Streams
+
+
+@dataclass(frozen=True)
+class DraftRequest:
+    """Where a block starts: the anchor, its 0-based position, and blocks that reach gamma tokens past it."""
+
+    anchor: int
+    position: int
+    block_table: list[int]
+
+
+@dataclass(frozen=True)
+class DraftBlock:
+    """gamma drafted tokens of each of R requests.
+
+    tokens [R, gamma] int64; q [R, gamma, V] the law each token was really drawn from (read for ratio rows only), None
+    where no row follows the ratio rule; confidence [R, gamma] float32 logits of c_k, None without a confidence head; usable [R]
+    int64, how many leading slots came from finite numbers. hidden [R, gamma, D], base_logits and logits [R, gamma, V]
+    are kept only for conformance.
+    """
+
+    tokens: Tensor
+    q: Tensor | None
+    confidence: Tensor | None
+    usable: Tensor
+    hidden: Tensor | None = None
+    base_logits: Tensor | None = None
+    logits: Tensor | None = None
+
+    @property
+    def survival(self) -> Tensor:
+        """a_k [R, gamma] float32: the chance that the prefix up to k survives; 1 where nothing is known."""
+        if self.confidence is None:
+            return torch.ones(self.tokens.shape, dtype=torch.float32)
+        return torch.sigmoid(self.confidence).cumprod(dim=1)
+
+
+class Drafter(Protocol):
+    """Proposes blocks, and keeps its context from what the target computes anyway."""
+
+    gamma: int  # draft tokens per block; 0 for none
+    taps: tuple[int, ...]  # target layers whose outputs `observe` wants
+    kv_group: LayerGroup | None  # its layers in the KV pool, group 1
+    identity: str  # part of the prefix hash: rows of one drafter are garbage to another
+
+    def propose(
+        self, requests: list[DraftRequest], sampling: SamplingBatch, streams: Streams, pool: KVPool
+    ) -> DraftBlock:
+        """Draft one block per request, row i of `sampling` belonging to requests[i]."""
+
+    def observe(self, taps: list[Tensor], batch: Batch, pool: KVPool) -> None:
+        """Write context rows for every token of a target pass; taps are [N, D], one per entry of `self.taps`."""
+
+
+class NoDrafter:
+    """Plain decoding: one token a step, nothing to remember."""
+
+    gamma = 0
+    taps: tuple[int, ...] = ()
+    kv_group: LayerGroup | None = None
+    identity = "none"
+
+    def propose(
+        self, requests: list[DraftRequest], sampling: SamplingBatch, streams: Streams, pool: KVPool
+    ) -> DraftBlock:
+        raise AssertionError("the engine must not draft without a drafter")
+
+    def observe(self, taps: list[Tensor], batch: Batch, pool: KVPool) -> None:
+        return None

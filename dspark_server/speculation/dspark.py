@@ -1,0 +1,323 @@
+"""The DSpark drafter: a parallel backbone over the target's features, then a tiny sequential head (DSpark §3.1-3.2).
+
+DFlash is the same with Markov rank 0 and no confidence head. Checkpoints are DeepSpec's format A (DSPARK.md).
+Shapes: R drafting requests, gamma = block_size, D hidden size, V vocabulary, N tokens of a target pass, m taps.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from dspark_kernels import Kernels
+from torch import Tensor
+
+from dspark_server.errors import CheckpointError
+from dspark_server.models.config import ModelConfig, parse_decoder, read_json
+from dspark_server.models.decoder import Decoder, DecoderLayer, LayerWeights
+from dspark_server.models.loading import WeightReader, open_checkpoint
+from dspark_server.models.rope import rotary_table
+from dspark_server.runtime.batch import Batch, Run
+from dspark_server.runtime.kv import KVPool, LayerGroup
+from dspark_server.runtime.linear import Linear
+from dspark_server.speculation.drafter import DraftBlock, DraftRequest
+from dspark_server.speculation.heads import ConfidenceHead, SequentialHead, build_head
+from dspark_server.speculation.sampling import Purpose, SamplingBatch, Streams, sample
+
+ARCHITECTURE = "Qwen3DSparkModel"
+
+
+@dataclass(frozen=True)
+class DSparkConfig:
+    """A format-A config: the backbone's decoder fields, and what makes it a drafter."""
+
+    decoder: ModelConfig
+    block_size: int
+    mask_token_id: int
+    taps: tuple[int, ...]
+    markov_rank: int
+    markov_head_type: str
+    confidence: bool
+    confidence_with_markov: bool
+
+    @classmethod
+    def load(cls, directory: Path, target: ModelConfig) -> "DSparkConfig":
+        """Read and check config.json against the target it was trained for; CheckpointError if they do not fit."""
+        fields = read_json(directory / "config.json")
+        if fields.get("architectures") != [ARCHITECTURE]:
+            raise CheckpointError(
+                f"{directory}: architectures {fields.get('architectures')} is not a drafter this server runs; "
+                f"[{ARCHITECTURE!r}] is."
+            )
+        decoder = parse_decoder(fields, "qwen3")
+        rank = _whole(fields, "markov_rank", minimum=0)
+        config = cls(
+            decoder=decoder,
+            block_size=_whole(fields, "block_size", minimum=1),
+            mask_token_id=_whole(fields, "mask_token_id", minimum=0),
+            taps=_taps(fields, target.num_layers),
+            markov_rank=rank,
+            markov_head_type=str(fields.get("markov_head_type", "vanilla")).lower() if rank else "none",
+            confidence=bool(fields.get("enable_confidence_head", False)),
+            confidence_with_markov=bool(fields.get("confidence_head_with_markov", False)),
+        )
+        config._check(target)
+        return config
+
+    def _check(self, target: ModelConfig) -> None:
+        if self.confidence_with_markov and self.confidence and self.markov_rank == 0:
+            raise CheckpointError("confidence_head_with_markov needs a Markov head, but markov_rank is 0.")
+        if self.mask_token_id >= self.decoder.vocab_size:
+            raise CheckpointError(f"mask_token_id {self.mask_token_id} is outside the embedding.")
+        for name in ("vocab_size", "hidden_size"):
+            mine, its = getattr(self.decoder, name), getattr(target, name)
+            if mine != its:
+                raise CheckpointError(f"The drafter's {name} is {mine}, the target's {its}: not a pair.")
+
+
+def _whole(fields: Mapping[str, Any], name: str, *, minimum: int) -> int:
+    value = fields.get(name)
+    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+        raise CheckpointError(f"The drafter's config.json needs {name} as a whole number >= {minimum}, not {value!r}.")
+    return value
+
+
+def _taps(fields: Mapping[str, Any], target_layers: int) -> tuple[int, ...]:
+    """target_layer_ids: strictly increasing, -1 for the embeddings, never the last layer."""
+    ids = fields.get("target_layer_ids")
+    if not isinstance(ids, list) or not ids or not all(isinstance(i, int) for i in ids):
+        raise CheckpointError(f"The drafter's config.json needs target_layer_ids as a list of layers, not {ids!r}.")
+    if fields.get("num_target_layers", target_layers) != target_layers:
+        raise CheckpointError(
+            f"The drafter was trained for a target of {fields['num_target_layers']} layers, this one has {target_layers}."
+        )
+    # HF's hidden state after the last layer is already normed, so that id would not mean the layer's output.
+    if any(i < -1 or i >= target_layers - 1 for i in ids) or sorted(set(ids)) != ids:
+        raise CheckpointError(
+            f"target_layer_ids {ids} must increase and lie within -1 .. {target_layers - 2} for this target."
+        )
+    return tuple(ids)
+
+
+class DSparkDrafter:
+    """Drafts blocks of gamma tokens. Its context K/V are layer group 1 of the pool, written by `observe`."""
+
+    def __init__(
+        self,
+        config: DSparkConfig,
+        layers: list[DecoderLayer],
+        context: "ContextProjection",
+        head: SequentialHead | None,
+        confidence: ConfidenceHead | None,
+        final_norm: Tensor,
+        embedding: Tensor,
+        lm_head: Linear,
+        cos_sin: Tensor,
+        kernels: Kernels,
+        identity: str,
+    ) -> None:
+        self.config = config
+        self.gamma = config.block_size
+        self.taps = config.taps
+        self.identity = identity
+        self.keep_logits = False  # conformance wants every intermediate
+        self._layers = layers
+        self._context = context
+        self._head = head
+        self._confidence = confidence
+        self._final_norm = final_norm
+        self._embedding = embedding
+        self._lm_head = lm_head
+        self._cos_sin = cos_sin
+        self._kernels = kernels
+
+    @property
+    def kv_group(self) -> LayerGroup:
+        """Its layers in the KV pool."""
+        decoder = self.config.decoder
+        return LayerGroup(decoder.num_layers, decoder.num_kv_heads, decoder.head_dim)
+
+    @classmethod
+    def load(
+        cls, directory: Path, target: Decoder, target_directory: Path, dtype: torch.dtype, kernels: Kernels
+    ) -> "DSparkDrafter":
+        """Load a format-A checkpoint for `target`; embeddings equal to the target's are shared with it.
+
+        Raises CheckpointError if a tensor is missing, unexpected or misshapen, or the pair does not fit.
+        """
+        config = DSparkConfig.load(directory, target.config)
+        decoder = config.decoder
+        reader = WeightReader(open_checkpoint(directory), dtype)
+        hidden = decoder.hidden_size
+        embedding, lm_head = _embeddings(reader, target, target_directory, dtype, kernels)
+        weights = [LayerWeights.read(reader, decoder, f"layers.{i}.") for i in range(decoder.num_layers)]
+        cos_sin = rotary_table(decoder, target.max_model_len, positions=target.max_model_len + config.block_size)
+        context = ContextProjection(
+            features=reader.take("fc.weight", (hidden, len(config.taps) * hidden)),
+            norm=reader.take("hidden_norm.weight", (hidden,)),
+            weights=weights,
+            decoder=decoder,
+            cos_sin=cos_sin,
+            kernels=kernels,
+        )
+        head = build_head(
+            config.markov_head_type,
+            reader,
+            rank=config.markov_rank,
+            hidden_size=hidden,
+            vocab_size=decoder.vocab_size,
+            kernels=kernels,
+        )
+        confidence = None
+        if config.confidence:
+            width = hidden + (config.markov_rank if config.confidence_with_markov else 0)
+            confidence = ConfidenceHead(
+                reader.take("confidence_head.proj.weight", (1, width)),
+                reader.take("confidence_head.proj.bias", (1,)),
+                with_markov=config.confidence_with_markov,
+            )
+        final_norm = reader.take("norm.weight", (hidden,))
+        reader.finish()
+        return cls(
+            config,
+            [DecoderLayer(decoder, i, layer, kernels) for i, layer in enumerate(weights)],
+            context,
+            head,
+            confidence,
+            final_norm,
+            embedding,
+            lm_head,
+            cos_sin,
+            kernels,
+            identity=context.digest,
+        )
+
+    def observe(self, taps: list[Tensor], batch: Batch, pool: KVPool) -> None:
+        """Write K and V of H_ctx for every token of the pass (DSPARK.md, "Draft context")."""
+        self._context.write(taps, batch, pool.layers(1))
+
+    def propose(
+        self, requests: list[DraftRequest], sampling: SamplingBatch, streams: Streams, pool: KVPool
+    ) -> DraftBlock:
+        """Backbone over [anchor, mask, ...] with attention over block and context, then the sequential head."""
+        mask = [self.config.mask_token_id] * (self.gamma - 1)
+        runs = [Run([r.anchor, *mask], r.position, r.block_table, self.gamma) for r in requests]
+        hidden = self._backbone(Batch.of(runs, pool.block_size), pool)
+        base = self._lm_head(hidden, out_float32=True)
+        anchors = torch.tensor([r.anchor for r in requests])
+        shape = (len(requests), self.gamma, -1)
+        return self._sample(hidden.view(shape), base.view(shape), anchors, sampling, streams)
+
+    def _backbone(self, batch: Batch, pool: KVPool) -> Tensor:
+        """h_k of every slot [R * gamma, D], after the final norm."""
+        residual = self._embedding[batch.tokens]
+        delta: Tensor | None = None
+        for layer, (keys, values) in zip(self._layers, pool.layers(1), strict=True):
+            delta = layer.forward(delta, residual, batch, keys, values, self._cos_sin, causal=False)
+        assert delta is not None
+        return self._kernels.add_rms_norm(delta, residual, self._final_norm, self.config.decoder.rms_norm_eps)
+
+    def _sample(
+        self, hidden: Tensor, base: Tensor, anchors: Tensor, sampling: SamplingBatch, streams: Streams
+    ) -> DraftBlock:
+        """Left to right: correct the base logits for the token before, score its chance, sample (DSpark §3.2)."""
+        requests = len(anchors)
+        uniforms = streams.uniform(Purpose.DRAFT, sampling, torch.arange(self.gamma))
+        state = self._head.start(requests) if self._head else None
+        previous, embedding = anchors, None
+        usable = torch.full((requests,), self.gamma)
+        tokens, laws, confidences, kept_logits = [], [], [], []
+        for k in range(self.gamma):
+            logits = base[:, k]
+            if self._head is not None:
+                embedding = self._head.embedding(previous)
+                bias, state = self._head.bias(embedding, hidden[:, k], state)
+                logits = logits + bias
+            finite = torch.isfinite(logits.amax(dim=-1))
+            if self._confidence is not None:
+                confidences.append(self._confidence.logit(hidden[:, k], embedding))
+                finite &= ~torch.isnan(confidences[-1])
+            usable = torch.where(finite, usable, usable.clamp(max=k))
+            previous, law = sample(torch.nan_to_num(logits), sampling.ahead(k), uniforms[:, k], streams)
+            tokens.append(previous)
+            if law is not None:
+                laws.append(law)
+            if self.keep_logits:
+                kept_logits.append(logits)
+        return DraftBlock(
+            tokens=torch.stack(tokens, dim=1),
+            q=torch.stack(laws, dim=1) if laws else None,
+            confidence=torch.stack(confidences, dim=1) if confidences else None,
+            usable=usable,
+            hidden=hidden if self.keep_logits else None,
+            base_logits=base if self.keep_logits else None,
+            logits=torch.stack(kept_logits, dim=1) if kept_logits else None,
+        )
+
+
+class ContextProjection:
+    """H_ctx = RMSNorm(W_c [H_l1; ...; H_lm]) and its K and V for all draft layers, in one product.
+
+    `digest` names the weights that shape the rows, for the prefix cache.
+    """
+
+    def __init__(
+        self,
+        features: Tensor,
+        norm: Tensor,
+        weights: list[LayerWeights],
+        decoder: ModelConfig,
+        cos_sin: Tensor,
+        kernels: Kernels,
+    ) -> None:
+        self._features = Linear(features, None, kernels)
+        self._norm = norm
+        self._decoder = decoder
+        self._cos_sin = cos_sin
+        self._kernels = kernels
+        self._k_norms = [layer.k_norm for layer in weights]
+        rows = [layer.key_value_rows(decoder) for layer in weights]
+        biases = [bias for _, bias in rows if bias is not None]
+        # H_ctx does not pass the layers' input norms, so one stacked projection serves all of them.
+        stacked = torch.cat([weight for weight, _ in rows])
+        self._key_values = Linear(stacked, torch.cat(biases) if biases else None, kernels)
+        digest = hashlib.sha256()
+        for tensor in (features, norm, stacked, *biases):
+            digest.update(tensor.contiguous().view(torch.uint8).numpy())
+        self.digest = digest.hexdigest()
+
+    def write(self, taps: list[Tensor], batch: Batch, layers: list[tuple[Tensor, Tensor]]) -> None:
+        """Rows at batch.slots of each draft layer, rotated at the tokens' own positions. taps: m times [N, D]."""
+        eps = self._decoder.rms_norm_eps
+        features = self._features(torch.cat(taps, dim=-1))
+        key_values = self._key_values(self._kernels.rms_norm(features, self._norm, eps))
+        width = 2 * self._decoder.num_kv_heads * self._decoder.head_dim
+        for index, (keys, values) in enumerate(layers):
+            self._kernels.rotary_kv_write(
+                key_values[:, index * width : (index + 1) * width],
+                batch.positions,
+                self._cos_sin,
+                batch.slots,
+                keys,
+                values,
+                num_q_heads=0,
+                k_norm=self._k_norms[index],
+                eps=eps,
+            )
+
+
+def _embeddings(
+    reader: WeightReader, target: Decoder, target_directory: Path, dtype: torch.dtype, kernels: Kernels
+) -> tuple[Tensor, Linear]:
+    """The drafter's embedding and head: the target's own where the checkpoint's copies are equal to them."""
+    shape = (target.config.vocab_size, target.config.hidden_size)
+    theirs = open_checkpoint(target_directory)
+    head_name = "model.embed_tokens.weight" if target.config.tie_word_embeddings else "lm_head.weight"
+    embedding = reader.take("embed_tokens.weight", shape)
+    head = reader.take("lm_head.weight", shape)
+    if torch.equal(embedding, target.embedding):
+        embedding = target.embedding
+    same_head = torch.equal(head, theirs.read(head_name).to(dtype))
+    return embedding, target.lm_head if same_head else Linear(head, None, kernels)

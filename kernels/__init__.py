@@ -1,0 +1,39 @@
+"""The operations a decoder needs, matrix products included: native CPU kernels and the plain PyTorch ones they match.
+
+`load()` gives the native kernels (built once into the user's cache), `load("reference")` their oracle. The contract of
+both is `Kernels`.
+"""
+
+import os
+import sys
+import warnings
+
+from dspark_kernels.cpu.build import KernelBuildError, build
+from dspark_kernels.cpu.native import NativeKernels
+from dspark_kernels.interface import Kernels, PackedLinear
+from dspark_kernels.reference import ReferenceKernels
+
+__all__ = ["KernelBuildError", "Kernels", "PackedLinear", "load"]
+
+
+def load(name: str = "auto") -> Kernels:
+    """The kernel set called "native", "reference", or "auto": native where it can be built, else reference, loudly.
+
+    The environment variable DSPARK_KERNELS decides what "auto" means. Raises KernelBuildError if "native" cannot be
+    built and ValueError for an unknown name.
+    """
+    if name == "auto":
+        name = os.environ.get("DSPARK_KERNELS") or "auto"
+    if name == "reference":
+        return ReferenceKernels()
+    if name not in ("auto", "native"):
+        raise ValueError(f"kernels must be auto, native or reference, not {name!r}")
+    try:
+        return NativeKernels(build())
+    except (KernelBuildError, OSError) as error:
+        if name == "native":
+            raise
+        message = f"SLOW: running on the plain PyTorch kernels, because: {error}"
+        print(f"dspark: {message}", file=sys.stderr)
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+        return ReferenceKernels()

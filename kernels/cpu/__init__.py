@@ -1,0 +1,1 @@
+"""The native CPU kernels: C sources, their build, and the binding."""

@@ -1,0 +1,287 @@
+// Paged attention over runs of any length: decode steps, draft blocks and prefill chunks are the same thing.
+//
+// A task is (run, query tile, key/value head). Its rows are the tile's queries for all the query heads that share the
+// head, so keys and values are read once for the group. Keys are visited in tiles of KEYS at fixed absolute positions
+// with an online softmax, and every row adds its products in order of position: a row's result depends neither on the
+// tile it is in nor on what else is in the step. Context is not split between threads, so a single long run keeps at
+// most Hkv of them busy.
+#include "common.h"
+
+#include <math.h>
+#include <stdlib.h>
+
+enum {
+  KEYS = 64,                        // keys of a tile
+  PANEL = 2 * LANES,                // columns of a register tile
+  MAX_ROWS = LANES == 16 ? 12 : 6,  // rows of a register tile
+  TASK_ROWS = 96,                   // queries * group of a task, unless one query has more
+  DEPTH = 32,                       // head sizes are padded to a multiple of this in scratch
+};
+
+typedef struct {
+  Tasks tasks;
+  const void *queries;
+  long stride;  // elements from one token's row to the next
+  const void *keys, *values;
+  void *out;
+  const int32_t *query_start, *context_len, *block_tables;
+  const long *tile_start;  // [runs + 1] query tiles before each run
+  long runs, table_width, block_size, q_heads, kv_heads, head_dim, tile_queries;
+  long window;  // 0: none
+  float scale;
+  int causal, dtype;
+} Attention;
+
+// Float scratch of a task. Rows are (query, head of the group); dim is head_dim padded to DEPTH.
+typedef struct {
+  float *query;   // [rows, dim], scaled by scale * log2(e)
+  float *score;   // [rows, KEYS], then the softmax's numerators
+  float *sum;     // [rows, dim] of numerator * value
+  float *key;     // [dim, KEYS]
+  float *value;   // [KEYS, dim]
+  float *peak;    // [rows] greatest score so far
+  float *weight;  // [rows, LANES] sums of numerators, lane by lane
+  long *begin, *end;  // [rows] visible key positions
+} Scratch;
+
+// out [rows, PANEL] (+)= x [rows, depth] * w [depth, PANEL].
+ALWAYS_INLINE void multiply(int rows, const float *x, long x_stride, const float *w, long w_stride, long depth,
+                            float *out, long out_stride, int accumulate) {
+  floats sum[MAX_ROWS][2];
+#pragma GCC unroll 16
+  for (int i = 0; i < rows; i++) {
+    sum[i][0] = accumulate ? load(out + i * out_stride) : (floats){0};
+    sum[i][1] = accumulate ? load(out + i * out_stride + LANES) : (floats){0};
+  }
+  for (long k = 0; k < depth; k++) {
+    floats first = load(w + k * w_stride), second = load(w + k * w_stride + LANES);
+#pragma GCC unroll 16
+    for (int i = 0; i < rows; i++) {
+      float value = x[i * x_stride + k];
+      sum[i][0] += value * first;
+      sum[i][1] += value * second;
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < rows; i++) {
+    store(out + i * out_stride, sum[i][0]);
+    store(out + i * out_stride + LANES, sum[i][1]);
+  }
+}
+
+// out [rows, columns] (+)= x [rows, depth] * w [depth, columns]; columns is a multiple of PANEL.
+static void multiply_tiles(long rows, long columns, const float *x, long x_stride, const float *w, long w_stride,
+                           long depth, float *out, long out_stride, int accumulate) {
+#define TILE(n) \
+  case n: multiply(n, x, x_stride, w + column, w_stride, depth, out + column, out_stride, accumulate); break;
+  long count = (rows + MAX_ROWS - 1) / MAX_ROWS;
+  for (long t = 0; t < count; t++) {
+    long height = rows * (t + 1) / count - rows * t / count;
+    for (long column = 0; column < columns; column += PANEL) {
+      switch (height) {
+        TILE(1) TILE(2) TILE(3) TILE(4) TILE(5) TILE(6)
+#if LANES == 16
+        TILE(7) TILE(8) TILE(9) TILE(10) TILE(11) TILE(12)
+#endif
+      }
+    }
+    x += height * x_stride;
+    out += height * out_stride;
+  }
+#undef TILE
+}
+
+#ifdef __AVX512F__
+// One step of a transposition by perfect shuffles; log2(LANES) of them transpose [LANES][LANES] words.
+ALWAYS_INLINE void interleave(words *to, const words *from) {
+  const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const __m512i high = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+#pragma GCC unroll 8
+  for (int i = 0; i < LANES / 2; i++) {
+    to[2 * i] = (words)_mm512_permutex2var_epi32((__m512i)from[i], low, (__m512i)from[i + LANES / 2]);
+    to[2 * i + 1] = (words)_mm512_permutex2var_epi32((__m512i)from[i], high, (__m512i)from[i + LANES / 2]);
+  }
+}
+
+// 32 consecutive bfloat16 of each of 16 rows -> column [32][KEYS] float32.
+static void transpose_bfloat16(const void *const *rows, long offset, float *column) {
+  words a[LANES], b[LANES];
+#pragma GCC unroll 16
+  for (int i = 0; i < LANES; i++) a[i] = load_words((const uint16_t *)rows[i] + offset);
+  interleave(b, a);
+  interleave(a, b);
+  interleave(b, a);
+  interleave(a, b);
+#pragma GCC unroll 16
+  for (int i = 0; i < LANES; i++) {
+    store(column + 2 * i * KEYS, (floats)(a[i] << 16));
+    store(column + (2 * i + 1) * KEYS, (floats)(a[i] & 0xffff0000u));
+  }
+}
+#endif
+
+// Keys at `rows` [count] -> key [head_dim, KEYS] float32. Columns past `count` are left as they are: they are masked.
+static void pack_keys(const void *const *rows, long count, long head_dim, int dtype, float *key) {
+  long packed = 0;
+#ifdef __AVX512F__
+  if (dtype == BFLOAT16 && head_dim % 32 == 0) {
+    for (; packed < count; packed += LANES) {
+      const void *sixteen[LANES];
+      for (long i = 0; i < LANES; i++) sixteen[i] = rows[smaller(packed + i, count - 1)];
+      for (long j = 0; j < head_dim; j += 32) transpose_bfloat16(sixteen, j, key + j * KEYS + packed);
+    }
+    return;
+  }
+#endif
+  for (; packed < count; packed++) {
+    if (dtype == BFLOAT16) {
+      const uint16_t *row = rows[packed];
+      for (long j = 0; j < head_dim; j++) key[j * KEYS + packed] = from_bfloat16(row[j]);
+    } else {
+      const float *row = rows[packed];
+      for (long j = 0; j < head_dim; j++) key[j * KEYS + packed] = row[j];
+    }
+  }
+}
+
+// Scores of one row against the keys at [position, position + KEYS) -> softmax numerators; `sum` [dim] is rescaled.
+ALWAYS_INLINE void soften_row(const Scratch *scratch, long i, long position, long columns, long dim) {
+  float *score = scratch->score + i * KEYS, *sum = scratch->sum + i * dim;
+  long begin = scratch->begin[i] - position, end = scratch->end[i] - position;
+  for (long j = 0; j < smaller(begin, columns); j++) score[j] = -INFINITY;
+  for (long j = larger(end, 0); j < columns; j++) score[j] = -INFINITY;
+  if (begin >= columns || end <= 0) {  // nothing to see in this tile
+    memset(score, 0, columns * sizeof *score);
+    return;
+  }
+  floats best = load(score);
+  for (long j = LANES; j < columns; j += LANES) {
+    floats v = load(score + j);
+    best = choose(v > best, v, best);
+  }
+  float old = scratch->peak[i], tile_peak = max_lanes(best);
+  floats weight = load(scratch->weight + i * LANES);
+  if (tile_peak > old) {
+    scratch->peak[i] = tile_peak;
+    floats shrink = exp2_lanes(splat(old - tile_peak));
+    weight *= shrink;
+    for (long j = 0; j < dim; j += LANES) store(sum + j, load(sum + j) * shrink);
+  }
+  floats peak = splat(scratch->peak[i]);
+  for (long j = 0; j < columns; j += LANES) {
+    floats numerator = exp2_lanes(load(score + j) - peak);
+    weight += numerator;
+    store(score + j, numerator);
+  }
+  store(scratch->weight + i * LANES, weight);
+}
+
+static void attend_tile(const Attention *attention, const Scratch *scratch, long run, long head, long query,
+                        long queries) {
+  long group = attention->q_heads / attention->kv_heads, head_dim = attention->head_dim;
+  long dim = round_up(head_dim, DEPTH), rows = queries * group, first_token = attention->query_start[run];
+  long context = attention->context_len[run], run_queries = attention->query_start[run + 1] - first_token;
+  long total = context + run_queries, begin = total, end = 0;
+  int dtype = attention->dtype;
+  for (long i = 0; i < rows; i++) {
+    long token = query + i / group, position = context + token;
+    float *row = scratch->query + i * dim;
+    long column = (head * group + i % group) * head_dim;
+    read_floats(row, element(attention->queries, dtype, (first_token + token) * attention->stride + column), dtype,
+                head_dim);
+    for (long j = 0; j < head_dim; j++) row[j] *= attention->scale * 1.44269504f;
+    scratch->end[i] = attention->causal ? position + 1 : total;
+    scratch->begin[i] = attention->window ? larger(0, position + 1 - attention->window) : 0;
+    begin = smaller(begin, scratch->begin[i]);
+    end = larger(end, scratch->end[i]);
+    scratch->peak[i] = -INFINITY;
+  }
+  memset(scratch->sum, 0, rows * dim * sizeof(float));
+  memset(scratch->weight, 0, rows * LANES * sizeof(float));
+
+  const int32_t *table = attention->block_tables + run * attention->table_width;
+  for (long position = begin / KEYS * KEYS; position < end; position += KEYS) {
+    const void *key_rows[KEYS];
+    long count = smaller(KEYS, end - position), columns = round_up(count, PANEL);
+    for (long i = 0; i < count; i++) {
+      long at = position + i, slot = table[at / attention->block_size] * attention->block_size + at % attention->block_size;
+      long offset = (slot * attention->kv_heads + head) * head_dim;
+      key_rows[i] = element(attention->keys, dtype, offset);
+      read_floats(scratch->value + i * dim, element(attention->values, dtype, offset), dtype, head_dim);
+    }
+    pack_keys(key_rows, count, head_dim, dtype, scratch->key);
+    multiply_tiles(rows, columns, scratch->query, dim, scratch->key, KEYS, head_dim, scratch->score, KEYS, 0);
+    for (long i = 0; i < rows; i++) soften_row(scratch, i, position, columns, dim);
+    multiply_tiles(rows, dim, scratch->score, KEYS, scratch->value, dim, count, scratch->sum, dim, 1);
+  }
+
+  for (long i = 0; i < rows; i++) {
+    float *sum = scratch->sum + i * dim;
+    floats inverse = splat(1.0f / sum_lanes(load(scratch->weight + i * LANES)));
+    for (long j = 0; j < dim; j += LANES) store(sum + j, load(sum + j) * inverse);
+    long to = (first_token + query + i / group) * attention->q_heads * head_dim;
+    write_floats(mutable_element(attention->out, dtype, to + (head * group + i % group) * head_dim), sum, dtype,
+                 head_dim);
+  }
+}
+
+static Scratch make_scratch(long rows, long dim) {
+  long floats_in_all = rows * (2 * dim + KEYS + LANES + 1 + 4) + 2 * KEYS * dim + 64;
+  float *next = thread_scratch(floats_in_all);
+  Scratch scratch;
+  scratch.query = next;
+  scratch.sum = scratch.query + rows * dim;
+  scratch.key = scratch.sum + rows * dim;
+  scratch.value = scratch.key + KEYS * dim;
+  scratch.score = scratch.value + KEYS * dim;
+  scratch.weight = scratch.score + rows * KEYS;
+  scratch.begin = (long *)(scratch.weight + rows * LANES);
+  scratch.end = scratch.begin + rows;
+  scratch.peak = (float *)(scratch.end + rows);
+  memset(next, 0, floats_in_all * sizeof(float));  // the padding of rows and of head_dim stays zero
+  return scratch;
+}
+
+static void attend(void *context) {
+  Attention *attention = context;
+  long group = attention->q_heads / attention->kv_heads, tile_queries = attention->tile_queries, first, last;
+  Scratch scratch = make_scratch(tile_queries * group, round_up(attention->head_dim, DEPTH));
+  while (take_tasks(&attention->tasks, &first, &last)) {
+    long tile = first / attention->kv_heads, low = 0, high = attention->runs;
+    while (high - low > 1) {  // the run whose tiles include this one
+      long middle = (low + high) / 2;
+      if (attention->tile_start[middle] <= tile)
+        low = middle;
+      else
+        high = middle;
+    }
+    long query = (tile - attention->tile_start[low]) * tile_queries;
+    long run_queries = attention->query_start[low + 1] - attention->query_start[low];
+    attend_tile(attention, &scratch, low, first % attention->kv_heads, query,
+                smaller(tile_queries, run_queries - query));
+  }
+}
+
+// Shapes as in interface.py; window 0 means none. Groups of query heads follow their key/value head.
+EXPORT void dspark_paged_attention(const void *queries, long stride, const void *keys, const void *values, void *out,
+                                   const int32_t *query_start, const int32_t *context_len,
+                                   const int32_t *block_tables, long runs, long table_width, long block_size,
+                                   long q_heads, long kv_heads, long head_dim, float scale, int causal, long window,
+                                   int dtype, int threads) {
+  long group = q_heads / kv_heads, tile_queries = larger(1, TASK_ROWS / group);
+  long *tile_start = malloc((runs + 1) * sizeof(long)), work = 0;
+  if (!tile_start) abort();
+  tile_start[0] = 0;
+  for (long run = 0; run < runs; run++) {
+    long run_queries = query_start[run + 1] - query_start[run];
+    tile_start[run + 1] = tile_start[run] + (run_queries + tile_queries - 1) / tile_queries;
+    work += run_queries * (context_len[run] + run_queries) * q_heads * head_dim;
+  }
+  Tasks tasks = {0, tile_start[runs] * kv_heads, 1};
+  Attention attention = {tasks,       queries,    stride, keys,        values,     out,     query_start,
+                         context_len, block_tables, tile_start, runs,  table_width, block_size, q_heads,
+                         kv_heads,    head_dim,   tile_queries, window, scale,      causal,  dtype};
+  const long worth_a_thread = 65536;  // multiplications of scores; waking the pool costs a few microseconds
+  run_parallel(attend, &attention, (int)larger(1, smaller(threads, work / worth_a_thread)));
+  free(tile_start);
+}

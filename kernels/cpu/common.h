@@ -1,0 +1,164 @@
+// What every kernel shares: vectors, element conversion, threads, scratch memory.
+//
+// Kernels are written with the vector extension of GCC and Clang, so that one source serves every instruction set: LANES
+// floats are one AVX-512 register, or one AVX register, or a few smaller ones elsewhere.
+#ifndef DSPARK_COMMON_H
+#define DSPARK_COMMON_H
+
+#include <stdint.h>
+#include <string.h>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+#ifdef __AVX512F__
+#define LANES 16
+#else
+#define LANES 8
+#endif
+
+#define EXPORT __attribute__((visibility("default")))
+#define ALWAYS_INLINE static inline __attribute__((always_inline))
+
+typedef float floats __attribute__((vector_size(LANES * 4)));
+typedef uint32_t words __attribute__((vector_size(LANES * 4)));
+typedef int32_t integers __attribute__((vector_size(LANES * 4)));
+
+// Element types of activations and caches, as Python passes them.
+enum { FLOAT32 = 0, BFLOAT16 = 1 };
+
+ALWAYS_INLINE long element_size(int dtype) { return dtype == BFLOAT16 ? 2 : 4; }
+ALWAYS_INLINE long round_up(long value, long multiple) { return (value + multiple - 1) / multiple * multiple; }
+ALWAYS_INLINE long smaller(long a, long b) { return a < b ? a : b; }
+ALWAYS_INLINE long larger(long a, long b) { return a > b ? a : b; }
+
+ALWAYS_INLINE floats load(const float *p) {
+  floats v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+
+ALWAYS_INLINE words load_words(const void *p) {
+  words v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+
+ALWAYS_INLINE void store(float *p, floats v) { memcpy(p, &v, sizeof v); }
+
+ALWAYS_INLINE floats splat(float x) { return x - (floats){0}; }
+
+ALWAYS_INLINE floats choose(integers mask, floats yes, floats no) {
+  return (floats)(((words)mask & (words)yes) | (~(words)mask & (words)no));
+}
+
+ALWAYS_INLINE float sum_lanes(floats v) {
+#ifdef __AVX512F__
+  return _mm512_reduce_add_ps((__m512)v);
+#else
+  float total = 0;
+  for (int i = 0; i < LANES; i++) total += v[i];
+  return total;
+#endif
+}
+
+// The greatest lane; a NaN may be lost.
+ALWAYS_INLINE float max_lanes(floats v) {
+#ifdef __AVX512F__
+  return _mm512_reduce_max_ps((__m512)v);
+#else
+  float best = v[0];
+  for (int i = 1; i < LANES; i++) best = v[i] > best ? v[i] : best;
+  return best;
+#endif
+}
+
+// 2^x to about 1e-7 relative; 0 below 2^-126, saturates at 2^127, NaN stays NaN.
+ALWAYS_INLINE floats exp2_lanes(floats x) {
+  const float round_to_integer = 12582912.0f;  // 1.5 * 2^23: adding it leaves the rounded integer in the low bits
+  floats bounded = choose(x < splat(127.0f), x, splat(127.0f));
+  floats shifted = bounded + round_to_integer;
+  floats f = bounded - (shifted - round_to_integer);  // in [-0.5, 0.5]
+  floats p = splat(1.5403530e-4f);
+  p = p * f + 1.3333558e-3f;
+  p = p * f + 9.6181291e-3f;
+  p = p * f + 5.5504109e-2f;
+  p = p * f + 2.4022651e-1f;
+  p = p * f + 6.9314718e-1f;
+  p = p * f + 1.0f;
+  floats scaled = (floats)((words)p + ((words)shifted << 23));  // add the integer to the exponent
+  scaled = choose(x < splat(-126.0f), splat(0.0f), scaled);
+  return choose(x == x, scaled, x);
+}
+
+ALWAYS_INLINE float from_bfloat16(uint16_t x) {
+  uint32_t bits = (uint32_t)x << 16;
+  float value;
+  memcpy(&value, &bits, 4);
+  return value;
+}
+
+// Round to nearest even; NaN stays a (quiet) NaN.
+ALWAYS_INLINE uint16_t to_bfloat16(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  return (bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : (uint16_t)rounded;
+}
+
+// dst[0..count) = src[0..count) as float32.
+ALWAYS_INLINE void read_floats(float *restrict dst, const void *restrict src, int dtype, long count) {
+  if (dtype == BFLOAT16) {
+    const uint16_t *from = src;
+    for (long i = 0; i < count; i++) dst[i] = from_bfloat16(from[i]);
+  } else {
+    memcpy(dst, src, count * sizeof(float));
+  }
+}
+
+// dst[0..count) = src[0..count) rounded to dtype.
+ALWAYS_INLINE void write_floats(void *restrict dst, const float *restrict src, int dtype, long count) {
+  if (dtype == BFLOAT16) {
+    uint16_t *to = dst;
+    for (long i = 0; i < count; i++) to[i] = to_bfloat16(src[i]);
+  } else {
+    memcpy(dst, src, count * sizeof(float));
+  }
+}
+
+ALWAYS_INLINE const void *element(const void *base, int dtype, long index) {
+  return (const char *)base + index * element_size(dtype);
+}
+
+ALWAYS_INLINE void *mutable_element(void *base, int dtype, long index) {
+  return (char *)base + index * element_size(dtype);
+}
+
+// Run body(context) on up to `threads` threads of torch's pool, the caller included, and wait for all of them. Bodies
+// share work out through a Tasks counter, so that a thread that is late or missing only leaves more for the others.
+void run_parallel(void (*body)(void *context), void *context, int threads);
+
+typedef struct {
+  long next;   // first task that nobody has taken
+  long count;  // tasks in all
+  long grain;  // how many a thread takes at a time
+} Tasks;
+
+// The next range of tasks for the calling thread: 1 and [*first, *last), or 0 when all are taken.
+ALWAYS_INLINE int take_tasks(Tasks *tasks, long *first, long *last) {
+  *first = __atomic_fetch_add(&tasks->next, tasks->grain, __ATOMIC_RELAXED);
+  *last = smaller(*first + tasks->grain, tasks->count);
+  return *first < tasks->count;
+}
+
+// Rows in as many pieces as keep the threads level, one piece if there is little to do in all.
+ALWAYS_INLINE Tasks tasks_of_rows(long rows, long elements_per_row, int *threads) {
+  const long worth_a_thread = 16384;  // elements; waking the pool costs a few microseconds
+  *threads = (int)larger(1, smaller(*threads, rows * elements_per_row / worth_a_thread));
+  return (Tasks){0, rows, larger(1, rows / (4 * *threads))};
+}
+
+// The calling thread's scratch of at least `count` floats, 64-byte aligned, valid until its next call.
+float *thread_scratch(long count);
+
+#endif

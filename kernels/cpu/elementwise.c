@@ -1,0 +1,122 @@
+// silu(gate) * up, and argmax over the vocabulary.
+#include "common.h"
+
+#include <math.h>
+#include <stdlib.h>
+
+typedef struct {
+  Tasks tasks;
+  const void *gate_up;
+  void *out;
+  long features, stride;
+  int dtype;
+} Silu;
+
+static void silu_rows(void *context) {
+  enum { CHUNK = 1024 };
+  const float log2_e = 1.44269504f;
+  Silu *silu = context;
+  int dtype = silu->dtype;
+  long first, last;
+  float *gate = thread_scratch(2 * CHUNK), *up = gate + CHUNK;
+  memset(gate, 0, 2 * CHUNK * sizeof(float));
+  while (take_tasks(&silu->tasks, &first, &last)) {
+    for (long i = first; i < last; i++) {
+      for (long j = 0; j < silu->features; j += CHUNK) {
+        long count = smaller(CHUNK, silu->features - j);
+        read_floats(gate, element(silu->gate_up, dtype, i * silu->stride + j), dtype, count);
+        read_floats(up, element(silu->gate_up, dtype, i * silu->stride + silu->features + j), dtype, count);
+        for (long c = 0; c < count; c += LANES) {
+          floats x = load(gate + c);
+          store(gate + c, x / (1.0f + exp2_lanes(x * -log2_e)) * load(up + c));
+        }
+        write_floats(mutable_element(silu->out, dtype, i * silu->features + j), gate, dtype, count);
+      }
+    }
+  }
+}
+
+// gate_up [rows, 2 * features] with the gate first -> out [rows, features].
+EXPORT void dspark_silu_mul(const void *gate_up, void *out, long rows, long features, long stride, int dtype,
+                            int threads) {
+  Silu silu = {tasks_of_rows(rows, 4 * features, &threads), gate_up, out, features, stride, dtype};
+  run_parallel(silu_rows, &silu, threads);
+}
+
+enum { SEGMENT = 8192 };  // elements one task looks at: 32 KB of float32
+
+typedef struct {
+  float value;
+  int32_t index;
+} Best;
+
+typedef struct {
+  Tasks tasks;
+  const void *logits;
+  Best *best;  // [rows, segments]
+  long vocabulary, stride, segments;
+  int dtype;
+} Argmax;
+
+// Is a better than b, which stands at a lower index? NaN is better than every number.
+static int better(float a, float b) { return a > b || (a != a && b == b); }
+
+static Best best_of(const float *x, long count) {
+  floats best = splat(-INFINITY);
+  integers ordered = (integers)(best == best);
+  long j = 0;
+  for (; j + LANES <= count; j += LANES) {
+    floats v = load(x + j);
+    best = choose(v > best, v, best);
+    ordered &= (v == v);
+  }
+  float value = max_lanes(best);
+  int has_nan = 0;
+  for (int i = 0; i < LANES; i++) has_nan |= !ordered[i];
+  for (; j < count; j++) {
+    has_nan |= x[j] != x[j];
+    value = x[j] > value ? x[j] : value;
+  }
+  long index = 0;
+  while (has_nan ? x[index] == x[index] : x[index] != value) index++;
+  return (Best){x[index], (int32_t)index};
+}
+
+static void argmax_segments(void *context) {
+  Argmax *argmax = context;
+  long first, last;
+  while (take_tasks(&argmax->tasks, &first, &last)) {
+    for (long task = first; task < last; task++) {
+      long row = task / argmax->segments, start = task % argmax->segments * SEGMENT;
+      long count = smaller(SEGMENT, argmax->vocabulary - start);
+      const void *logits = element(argmax->logits, argmax->dtype, row * argmax->stride + start);
+      if (argmax->dtype == BFLOAT16) {
+        float *scratch = thread_scratch(SEGMENT);
+        read_floats(scratch, logits, BFLOAT16, count);
+        logits = scratch;
+      }
+      argmax->best[task] = best_of(logits, count);
+      argmax->best[task].index += (int32_t)start;
+    }
+  }
+}
+
+// out [rows] = lowest index of each row's maximum.
+EXPORT void dspark_argmax(const void *logits, int64_t *out, long rows, long vocabulary, long stride, int dtype,
+                          int threads) {
+  long segments = (vocabulary + SEGMENT - 1) / SEGMENT;
+  Tasks tasks = tasks_of_rows(rows * segments, smaller(vocabulary, SEGMENT), &threads);
+  Best *best = malloc(rows * segments * sizeof(Best));
+  if (!best) abort();
+  Argmax argmax = {tasks, logits, best, vocabulary, stride, segments, dtype};
+  run_parallel(argmax_segments, &argmax, threads);
+  for (long i = 0; i < rows; i++) {
+    Best winner = best[i * segments];
+    for (long s = 1; s < segments; s++) {
+      Best other = best[i * segments + s];
+      if (better(other.value, winner.value)) winner = other;
+    }
+    out[i] = winner.index;
+  }
+  free(best);
+}

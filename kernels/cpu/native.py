@@ -1,0 +1,185 @@
+"""`interface.Kernels` on the native CPU kernels, through ctypes (which releases the GIL during a call).
+
+A step makes hundreds of calls, so a method does nothing but take addresses, allocate its output and call. Contracts:
+`interface.Kernels`.
+"""
+
+import ctypes
+from ctypes import c_float, c_int, c_long, c_void_p
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, empty, get_num_threads
+
+from dspark_kernels.interface import PackedLinear
+
+FLOAT32, BFLOAT16 = 0, 1  # as in common.h
+_CODES = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
+_BLOCK = 32  # output features are packed in blocks of this many, as in gemm.c
+
+_SIGNATURES = {
+    "dspark_rms_norm": [c_void_p] * 4 + [c_long] * 4 + [c_float, c_int, c_int],
+    "dspark_rotary_kv_write": [c_void_p, c_long] + [c_void_p] * 5 + [c_long] * 4 + [c_void_p] * 2
+    + [c_float, c_int, c_int],
+    "dspark_paged_attention": [c_void_p, c_long] + [c_void_p] * 6 + [c_long] * 6
+    + [c_float, c_int, c_long, c_int, c_int],
+    "dspark_silu_mul": [c_void_p] * 2 + [c_long] * 3 + [c_int, c_int],
+    "dspark_argmax": [c_void_p] * 2 + [c_long] * 3 + [c_int, c_int],
+    "dspark_linear": [c_void_p] * 4 + [c_long] * 4 + [c_int, c_int],
+    "dspark_pack_linear": [c_void_p] * 2 + [c_long] * 2 + [c_int],
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class NativeLinear:
+    """weight [Nout / 32, K / 2, 32, 2] bfloat16 (both rounded up), bias [Nout rounded up] float32."""
+
+    weight: Tensor
+    bias: Tensor | None
+    in_features: int
+    out_features: int
+    weight_address: int
+    bias_address: int
+
+
+class NativeKernels:
+    """`interface.Kernels` over the shared library at `library`, on torch's own threads."""
+
+    def __init__(self, library: Path) -> None:
+        native = ctypes.CDLL(str(library))
+        for function, arguments in _SIGNATURES.items():
+            getattr(native, function).argtypes = arguments
+            getattr(native, function).restype = None
+        threaded = _use_torch_threads(native)
+        self.lanes = int(native.dspark_lanes())
+        self.name = "native-avx512" if self.lanes == 16 else "native-generic"
+        if not threaded:
+            self.name += "-single-thread"
+        self._rms_norm = native.dspark_rms_norm
+        self._rotary_kv_write = native.dspark_rotary_kv_write
+        self._paged_attention = native.dspark_paged_attention
+        self._silu_mul = native.dspark_silu_mul
+        self._argmax = native.dspark_argmax
+        self._linear = native.dspark_linear
+        self._pack_linear = native.dspark_pack_linear
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        rows, features = x.shape
+        dtype = x.dtype
+        out = empty((rows, features), dtype=dtype)
+        self._rms_norm(
+            x.data_ptr(), None, weight.data_ptr(), out.data_ptr(),
+            rows, features, x.stride(0), 0, eps, _CODES[dtype], get_num_threads(),
+        )  # fmt: skip
+        return out
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+        rows, features = x.shape
+        dtype = x.dtype
+        out = empty((rows, features), dtype=dtype)
+        self._rms_norm(
+            x.data_ptr(), residual.data_ptr(), weight.data_ptr(), out.data_ptr(),
+            rows, features, x.stride(0), residual.stride(0), eps, _CODES[dtype], get_num_threads(),
+        )  # fmt: skip
+        return out
+
+    def rotary_kv_write(
+        self,
+        qkv: Tensor,
+        positions: Tensor,
+        cos_sin: Tensor,
+        slots: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        num_q_heads: int,
+        q_norm: Tensor | None = None,
+        k_norm: Tensor | None = None,
+        eps: float = 1e-6,
+    ) -> None:
+        _, kv_heads, head_dim = keys.shape
+        self._rotary_kv_write(
+            qkv.data_ptr(), qkv.stride(0), positions.data_ptr(), cos_sin.data_ptr(), slots.data_ptr(),
+            keys.data_ptr(), values.data_ptr(), qkv.shape[0], num_q_heads, kv_heads, head_dim,
+            None if q_norm is None else q_norm.data_ptr(), None if k_norm is None else k_norm.data_ptr(),
+            eps, _CODES[qkv.dtype], get_num_threads(),
+        )  # fmt: skip
+
+    def paged_attention(
+        self,
+        qkv: Tensor,
+        num_q_heads: int,
+        keys: Tensor,
+        values: Tensor,
+        query_start: Tensor,
+        context_len: Tensor,
+        block_tables: Tensor,
+        block_size: int,
+        scale: float,
+        causal: bool = True,
+        window: int | None = None,
+    ) -> Tensor:
+        _, kv_heads, head_dim = keys.shape
+        runs, width = block_tables.shape
+        dtype = qkv.dtype
+        out = empty((qkv.shape[0], num_q_heads * head_dim), dtype=dtype)
+        self._paged_attention(
+            qkv.data_ptr(), qkv.stride(0), keys.data_ptr(), values.data_ptr(), out.data_ptr(),
+            query_start.data_ptr(), context_len.data_ptr(), block_tables.data_ptr(), runs, width, block_size,
+            num_q_heads, kv_heads, head_dim, scale, causal, window or 0, _CODES[dtype], get_num_threads(),
+        )  # fmt: skip
+        return out
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        rows, columns = gate_up.shape
+        dtype = gate_up.dtype
+        out = empty((rows, columns // 2), dtype=dtype)
+        self._silu_mul(
+            gate_up.data_ptr(), out.data_ptr(), rows, columns // 2, gate_up.stride(0), _CODES[dtype], get_num_threads()
+        )
+        return out
+
+    def argmax(self, logits: Tensor) -> Tensor:
+        rows, vocabulary = logits.shape
+        out = empty(rows, dtype=torch.int64)
+        self._argmax(
+            logits.data_ptr(), out.data_ptr(), rows, vocabulary, logits.stride(0), _CODES[logits.dtype],
+            get_num_threads(),
+        )  # fmt: skip
+        return out
+
+    def pack_linear(self, weight: Tensor, bias: Tensor | None = None) -> NativeLinear:
+        assert weight.dtype == torch.bfloat16, "the native matrix product takes bfloat16 weights"
+        out_features, in_features = weight.shape
+        weight = weight.contiguous()
+        blocks = (out_features + _BLOCK - 1) // _BLOCK
+        packed = empty((blocks, (in_features + 1) // 2, _BLOCK, 2), dtype=torch.bfloat16)
+        self._pack_linear(weight.data_ptr(), packed.data_ptr(), in_features, out_features, get_num_threads())
+        padded_bias = None
+        if bias is not None:
+            padded_bias = torch.zeros(blocks * _BLOCK)
+            padded_bias[:out_features] = bias
+        address = 0 if padded_bias is None else padded_bias.data_ptr()
+        return NativeLinear(packed, padded_bias, in_features, out_features, packed.data_ptr(), address)
+
+    def linear(self, x: Tensor, packed: PackedLinear, out_dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        assert isinstance(packed, NativeLinear)
+        rows = x.shape[0]
+        out_features = packed.out_features
+        out = empty((rows, out_features), dtype=out_dtype)
+        self._linear(
+            x.data_ptr(), packed.weight_address, packed.bias_address, out.data_ptr(), rows, x.stride(0),
+            packed.in_features, out_features, _CODES[out_dtype], get_num_threads(),
+        )  # fmt: skip
+        return out
+
+
+def _use_torch_threads(native: ctypes.CDLL) -> bool:
+    """Hand the library the GOMP_parallel that torch itself runs on; False if there is none to be found."""
+    for path in sorted((Path(torch.__file__).parent / "lib").glob("libgomp*")):
+        entry = ctypes.cast(ctypes.CDLL(str(path)).GOMP_parallel, c_void_p)
+        native.dspark_set_parallel.argtypes = [c_void_p]
+        native.dspark_set_parallel.restype = None
+        native.dspark_set_parallel(entry)
+        return True
+    return False

@@ -1,0 +1,47 @@
+// RMS norm, alone and fused with the residual addition before it.
+#include "common.h"
+
+typedef struct {
+  Tasks tasks;
+  const void *x;
+  void *residual;  // null: plain norm
+  const void *weight;
+  void *out;
+  long features, x_stride, residual_stride;  // strides in elements
+  float eps;
+  int dtype;
+} Norm;
+
+static void normalize_rows(void *context) {
+  Norm *norm = context;
+  long features = norm->features, padded = round_up(features, LANES), first, last;
+  int dtype = norm->dtype;
+  float *weight = thread_scratch(3 * padded), *row = weight + padded, *sum = row + padded;
+  memset(weight, 0, 3 * padded * sizeof(float));  // the padding adds nothing to the sum of squares
+  read_floats(weight, norm->weight, dtype, features);
+  while (take_tasks(&norm->tasks, &first, &last)) {
+    for (long i = first; i < last; i++) {
+      read_floats(row, element(norm->x, dtype, i * norm->x_stride), dtype, features);
+      if (norm->residual) {
+        void *residual = mutable_element(norm->residual, dtype, i * norm->residual_stride);
+        read_floats(sum, residual, dtype, features);
+        for (long j = 0; j < padded; j += LANES) store(sum + j, load(sum + j) + load(row + j));
+        write_floats(residual, sum, dtype, features);
+        read_floats(row, residual, dtype, features);  // the norm is of what was stored
+      }
+      floats squares = {0};
+      for (long j = 0; j < padded; j += LANES) squares += load(row + j) * load(row + j);
+      float scale = 1.0f / __builtin_sqrtf(sum_lanes(squares) / features + norm->eps);
+      for (long j = 0; j < padded; j += LANES) store(row + j, load(row + j) * scale * load(weight + j));
+      write_floats(mutable_element(norm->out, dtype, i * features), row, dtype, features);
+    }
+  }
+}
+
+// out [rows, features] = rms_norm(x) * weight; with a residual: residual += x first, and the norm is of that.
+EXPORT void dspark_rms_norm(const void *x, void *residual, const void *weight, void *out, long rows, long features,
+                            long x_stride, long residual_stride, float eps, int dtype, int threads) {
+  Norm norm = {tasks_of_rows(rows, features, &threads), x, residual, weight, out, features, x_stride,
+               residual_stride, eps, dtype};
+  run_parallel(normalize_rows, &norm, threads);
+}

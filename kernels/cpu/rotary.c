@@ -1,0 +1,76 @@
+// Rotary embedding of q in place and of k into the cache, v into the cache, with an optional norm of each head before.
+#include "common.h"
+
+typedef struct {
+  Tasks tasks;
+  void *qkv;
+  long stride;  // elements from one token's row to the next
+  const int32_t *positions, *slots;
+  const float *cos_sin;
+  void *keys, *values;
+  long q_heads, kv_heads, head_dim;
+  const void *q_norm, *k_norm;  // null: no norm
+  float eps;
+  int dtype;
+} Rotary;
+
+// dst = rotate(norm(src)) of one head; `head` and `norm_weight` are float scratch of head_dim.
+static void rotate_head(const Rotary *rotary, void *dst, const void *src, const float *cos, float *restrict head,
+                        const float *restrict norm_weight) {
+  long head_dim = rotary->head_dim, half = head_dim / 2;
+  const float *sin = cos + half;
+  read_floats(head, src, rotary->dtype, head_dim);
+  if (norm_weight) {
+    float squares = 0;
+    for (long j = 0; j < head_dim; j += 8) {  // head sizes are multiples of 8
+      float part[8];
+      for (int i = 0; i < 8; i++) part[i] = head[j + i] * head[j + i];
+      squares += ((part[0] + part[4]) + (part[1] + part[5])) + ((part[2] + part[6]) + (part[3] + part[7]));
+    }
+    float scale = 1.0f / __builtin_sqrtf(squares / head_dim + rotary->eps);
+    for (long j = 0; j < head_dim; j++) head[j] = head[j] * scale * norm_weight[j];
+  }
+  float *restrict high = head + half;
+  for (long j = 0; j < half; j++) {
+    float a = head[j], b = high[j];
+    head[j] = a * cos[j] - b * sin[j];
+    high[j] = b * cos[j] + a * sin[j];
+  }
+  write_floats(dst, head, rotary->dtype, head_dim);
+}
+
+static void rotate_tokens(void *context) {
+  Rotary *rotary = context;
+  long head_dim = rotary->head_dim, q_heads = rotary->q_heads, kv_heads = rotary->kv_heads, first, last;
+  int dtype = rotary->dtype;
+  float *head = thread_scratch(3 * head_dim), *q_norm = NULL, *k_norm = NULL;
+  if (rotary->q_norm) read_floats(q_norm = head + head_dim, rotary->q_norm, dtype, head_dim);
+  if (rotary->k_norm) read_floats(k_norm = head + 2 * head_dim, rotary->k_norm, dtype, head_dim);
+  while (take_tasks(&rotary->tasks, &first, &last)) {
+    for (long i = first; i < last; i++) {
+      const float *cos = rotary->cos_sin + rotary->positions[i] * head_dim;
+      void *row = mutable_element(rotary->qkv, dtype, i * rotary->stride);
+      for (long h = 0; h < q_heads; h++) {
+        void *q = mutable_element(row, dtype, h * head_dim);
+        rotate_head(rotary, q, q, cos, head, q_norm);
+      }
+      long slot = rotary->slots[i] * kv_heads * head_dim;
+      for (long h = 0; h < kv_heads; h++) {
+        const void *k = element(row, dtype, (q_heads + h) * head_dim);
+        rotate_head(rotary, mutable_element(rotary->keys, dtype, slot + h * head_dim), k, cos, head, k_norm);
+      }
+      memcpy(mutable_element(rotary->values, dtype, slot), element(row, dtype, (q_heads + kv_heads) * head_dim),
+             kv_heads * head_dim * element_size(dtype));
+    }
+  }
+}
+
+EXPORT void dspark_rotary_kv_write(void *qkv, long stride, const int32_t *positions, const float *cos_sin,
+                                   const int32_t *slots, void *keys, void *values, long tokens, long q_heads,
+                                   long kv_heads, long head_dim, const void *q_norm, const void *k_norm, float eps,
+                                   int dtype, int threads) {
+  Tasks tasks = tasks_of_rows(tokens, (q_heads + 2 * kv_heads) * head_dim, &threads);
+  Rotary rotary = {tasks,   qkv,      stride,   positions, slots,  cos_sin, keys, values,
+                   q_heads, kv_heads, head_dim, q_norm,    k_norm, eps,     dtype};
+  run_parallel(rotate_tokens, &rotary, threads);
+}

@@ -1,0 +1,105 @@
+"""The contract of a kernel set. Everything above `kernels/` depends on this and on nothing else in the package.
+
+Shapes: N tokens in the step, R runs, D hidden size, Hq/Hkv query and key/value heads, d head size, F feed-forward
+size, S = num_blocks * block_size KV slots, W block-table width, P rows of the rotary table, V vocabulary size,
+M rows of a matrix product, K/Nout its input and output features.
+
+Activations and caches are bfloat16 or float32, all of one dtype in one call; every computation is done in float32 and
+rounded once, when it is stored. Rows may be strided, elements within a row are contiguous. Index tensors are int32.
+Arguments are trusted: shapes are checked where the model is built, not on every call of a step.
+"""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class PackedLinear(Protocol):
+    """A weight in the layout its own kernel set wants; only that kernel set can read it."""
+
+    @property
+    def in_features(self) -> int: ...
+
+    @property
+    def out_features(self) -> int: ...
+
+
+class Kernels(Protocol):
+    """The operations a decoder needs. Implementations hold no mutable state: one instance serves all threads."""
+
+    @property
+    def name(self) -> str:
+        """What runs, for `/version`, metrics and benchmarks: "native-avx512bf16", …, "reference"."""
+        ...
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """x / rms(x) * weight. x [N, D] (rows may be strided), weight [D] -> [N, D]."""
+        ...
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """`residual += x` in place, rounded to its dtype; returns rms_norm(residual). All [N, D], weight [D]."""
+        ...
+
+    def rotary_kv_write(
+        self,
+        qkv: Tensor,
+        positions: Tensor,
+        cos_sin: Tensor,
+        slots: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        num_q_heads: int,
+        q_norm: Tensor | None = None,
+        k_norm: Tensor | None = None,
+        eps: float = 1e-6,
+    ) -> None:
+        """Rotate q in place; write rotated k, and v, to the cache.
+
+        qkv [N, (Hq + 2 Hkv) * d], positions [N] int32, cos_sin [P, d] float32 (d/2 cosines, then d/2 sines; element i
+        is paired with i + d/2), slots [N] int32, keys and values [S, Hkv, d] contiguous. `num_q_heads` may be 0: the
+        rows then hold k and v alone. With q_norm or k_norm [d], each head of q or k is RMS-normalised first.
+        """
+        ...
+
+    def paged_attention(
+        self,
+        qkv: Tensor,
+        num_q_heads: int,
+        keys: Tensor,
+        values: Tensor,
+        query_start: Tensor,
+        context_len: Tensor,
+        block_tables: Tensor,
+        block_size: int,
+        scale: float,
+        causal: bool = True,
+        window: int | None = None,
+    ) -> Tensor:
+        """Attention of every run's queries over its own paged keys and values -> [N, Hq * d].
+
+        qkv [N, at least Hq * d] (queries come first in a row), keys and values [S, Hkv, d] contiguous, query_start
+        [R+1] int32, context_len [R] int32, block_tables [R, W] int32. The run's own tokens are already in the cache:
+        run r has context_len[r] + q_len keys. Causal: query i sees keys 0 .. context_len + i. Not causal (a DSpark
+        draft block): each query sees all keys of its run. `window` further hides keys at or before position - window.
+        """
+        ...
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        """silu(gate) * up. gate_up [N, 2F], the gate first -> [N, F]."""
+        ...
+
+    def argmax(self, logits: Tensor) -> Tensor:
+        """The lowest index of each row's maximum; a NaN counts as the maximum. logits [M, V] -> [M] int64."""
+        ...
+
+    def pack_linear(self, weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
+        """Copy weight [Nout, K] bfloat16 and bias [Nout] into this kernel set's own layout, to be packed once."""
+        ...
+
+    def linear(self, x: Tensor, packed: PackedLinear, out_dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        """x weight^T + bias, accumulated in float32. x [M, K] bfloat16 -> [M, Nout] bfloat16 or float32.
+
+        A row's result does not depend on M, nor on the other rows.
+        """
+        ...

@@ -1,0 +1,124 @@
+"""Every kernel in plain PyTorch: the oracle the native kernels are tested against, and the fallback without a compiler.
+
+Written to be obviously right, not fast. Shapes and contracts: `interface.Kernels`.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dspark_kernels.interface import PackedLinear
+
+
+@dataclass(frozen=True)
+class PlainLinear:
+    """A "packed" linear that is merely the weight [Nout, K] and bias [Nout]."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    @property
+    def in_features(self) -> int:
+        return self.weight.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.weight.shape[0]
+
+
+class ReferenceKernels:
+    """`interface.Kernels` in plain PyTorch."""
+
+    name = "reference"
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return _rms_norm(x.float(), weight, eps).to(x.dtype)
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+        residual.copy_(residual.float() + x.float())
+        return self.rms_norm(residual, weight, eps)
+
+    def rotary_kv_write(
+        self,
+        qkv: Tensor,
+        positions: Tensor,
+        cos_sin: Tensor,
+        slots: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        num_q_heads: int,
+        q_norm: Tensor | None = None,
+        k_norm: Tensor | None = None,
+        eps: float = 1e-6,
+    ) -> None:
+        _, kv_heads, head_dim = keys.shape
+        heads = qkv.unflatten(1, (num_q_heads + 2 * kv_heads, head_dim))
+        q, k, v = heads.split([num_q_heads, kv_heads, kv_heads], dim=1)
+        table = cos_sin[positions.long()].unsqueeze(1)  # [N, 1, d]
+        q.copy_(_rotate(q.float(), table, q_norm, eps))
+        keys[slots.long()] = _rotate(k.float(), table, k_norm, eps).to(keys.dtype)
+        values[slots.long()] = v
+
+    def paged_attention(
+        self,
+        qkv: Tensor,
+        num_q_heads: int,
+        keys: Tensor,
+        values: Tensor,
+        query_start: Tensor,
+        context_len: Tensor,
+        block_tables: Tensor,
+        block_size: int,
+        scale: float,
+        causal: bool = True,
+        window: int | None = None,
+    ) -> Tensor:
+        _, kv_heads, head_dim = keys.shape
+        out = torch.empty(qkv.shape[0], num_q_heads * head_dim, dtype=qkv.dtype)
+        starts = query_start.tolist()
+        for run, context in enumerate(context_len.tolist()):
+            first, last = starts[run], starts[run + 1]
+            position = context + torch.arange(last - first).unsqueeze(1)  # [q_len, 1]
+            key_position = torch.arange(context + last - first)
+            slots = block_tables[run].long()[key_position // block_size] * block_size + key_position % block_size
+            query = qkv[first:last, : num_q_heads * head_dim].float().unflatten(1, (kv_heads, -1, head_dim))
+            scores = torch.einsum("qhgd,khd->hgqk", query, keys[slots].float()) * scale
+            hidden = torch.zeros(last - first, len(slots), dtype=torch.bool)
+            if causal:
+                hidden |= key_position > position
+            if window is not None:
+                hidden |= key_position <= position - window
+            weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+            attended = torch.einsum("hgqk,khd->qhgd", weights, values[slots].float())
+            out[first:last] = attended.flatten(1).to(out.dtype)
+        return out
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.float().chunk(2, dim=1)
+        return (F.silu(gate) * up).to(gate_up.dtype)
+
+    def argmax(self, logits: Tensor) -> Tensor:
+        return logits.argmax(-1)
+
+    def pack_linear(self, weight: Tensor, bias: Tensor | None = None) -> PlainLinear:
+        return PlainLinear(weight.clone(), None if bias is None else bias.clone())
+
+    def linear(self, x: Tensor, packed: PackedLinear, out_dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        assert isinstance(packed, PlainLinear)
+        bias = None if packed.bias is None else packed.bias.float()
+        return F.linear(x.float(), packed.weight.float(), bias).to(out_dtype)
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.float()
+
+
+def _rotate(x: Tensor, cos_sin: Tensor, norm: Tensor | None, eps: float) -> Tensor:
+    """x [N, H, d] float32 and cos_sin [N, 1, d] -> [N, H, d], normalised first if there is a norm weight."""
+    if norm is not None:
+        x = _rms_norm(x, norm, eps)
+    cos, sin = cos_sin.chunk(2, dim=-1)
+    low, high = x.chunk(2, dim=-1)
+    return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1)

@@ -1,0 +1,191 @@
+"""An engine with the real one's front door and no model: what it says is written in the prompt.
+
+    say TEXT      TEXT, then end of sequence      forever     "x " until max_tokens
+    fail N        N tokens, then an error         nothing     end of sequence at once
+
+It is also a program, `python fake_engine.py --shutdown-timeout S`: a server on a free port, printed on its first line.
+"""
+
+import argparse
+import asyncio
+import itertools
+import socket
+from dataclasses import dataclass
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from dspark_server.api import ServerSettings, serve
+from dspark_server.engine.engine import TokenEvent
+from dspark_server.engine.request import FinishReason, SamplingParams
+from dspark_server.engine.stats import EngineStats
+from dspark_server.errors import CapacityError, EngineDeadError, RequestError
+
+EOS = 256
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per byte: an emoji is four tokens."""
+    vocabulary = {letter: index for index, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken("<|end|>", special=True)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>")
+
+
+@dataclass(eq=False)
+class FakeHandle:
+    """A choice in the fake engine."""
+
+    prompt: list[int]
+    params: SamplingParams
+    script: list[int]
+    on_tokens: object
+    fails: bool = False
+    sent: int = 0
+    finished: bool = False
+
+
+@dataclass(eq=False)
+class FakeReservation:
+    """Places taken."""
+
+    engine: "FakeEngine"
+    places: int
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self.engine.in_flight -= self.places
+
+
+class FakeEngine:
+    """See the module. `per_step` tokens of every running choice each `step_seconds`."""
+
+    def __init__(self, *, capacity: int = 64, per_step: int = 1, step_seconds: float = 0.002) -> None:
+        self.model_name = "fake"
+        self.max_model_len = 2048
+        self.vocab_size = 257
+        self.backend = "none"
+        self.tokenizer = build_tokenizer()
+        self.stats = EngineStats(accepted_per_position=[3, 1])
+        self.capacity = capacity
+        self.per_step = per_step
+        self.step_seconds = step_seconds
+        self.in_flight = 0
+        self.state = "ready"
+        self.running: list[FakeHandle] = []
+        self.submitted: list[FakeHandle] = []
+        self.encoded = 0
+        self.aborted = 0
+
+    async def start(self) -> None:
+        self._task = asyncio.create_task(self._steps())
+
+    async def stop(self) -> None:
+        self._task.cancel()
+
+    def health(self) -> str:
+        return self.state
+
+    def begin_drain(self) -> None:
+        self.state = "draining"
+
+    async def wait_idle(self, timeout: float) -> bool:
+        end = asyncio.get_running_loop().time() + timeout
+        while self.in_flight and asyncio.get_running_loop().time() < end:
+            await asyncio.sleep(0.01)
+        return self.in_flight == 0
+
+    def fail_all(self, message: str) -> None:
+        for handle in list(self.running):
+            self._finish(handle, TokenEvent([], FinishReason.ERROR, error=message))
+
+    def reserve(self, choices: int = 1) -> FakeReservation:
+        if self.state == "dead":
+            raise EngineDeadError("The engine has stopped.")
+        if self.state == "draining":
+            raise CapacityError("The server is shutting down.", retry_after=5)
+        if self.in_flight + choices > self.capacity:
+            raise CapacityError("The queue is full.", retry_after=1)
+        self.in_flight += choices
+        return FakeReservation(self, choices)
+
+    async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        self.encoded += 1
+        return await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens=add_special_tokens)
+
+    def submit(self, prompt, params, *, reservation, request_id, on_tokens, choice=0, cache_salt=""):
+        if len(prompt) + params.max_tokens > self.max_model_len:
+            message = f"maximum context length is {self.max_model_len}, the prompt has {len(prompt)}"
+            raise RequestError(message, param="prompt", code="context_length_exceeded")
+        word, _, rest = self.tokenizer.decode(prompt).partition(" ")
+        forever = list(itertools.islice(itertools.cycle(self.tokenizer.encode("x ")), params.max_tokens))
+        script = [*self.tokenizer.encode(rest), EOS] if word == "say" else [EOS] if word == "nothing" else forever
+        if word == "fail":
+            script = forever[: int(rest)]
+        handle = FakeHandle(prompt, params, script, on_tokens, fails=word == "fail")
+        reservation.places -= 1
+        self.running.append(handle)
+        self.submitted.append(handle)
+        self.stats.prompt_tokens += len(prompt)
+        self.stats.queue_times.append(0.001)
+        return handle
+
+    def abort(self, handle: FakeHandle) -> None:
+        if not handle.finished:
+            self.aborted += 1
+            self._finish(handle, TokenEvent([], FinishReason.ABORT))
+
+    def _finish(self, handle: FakeHandle, event: TokenEvent) -> None:
+        handle.finished = True
+        self.running.remove(handle)
+        self.in_flight -= 1
+        handle.on_tokens(event)
+
+    async def _steps(self) -> None:
+        while True:
+            await asyncio.sleep(self.step_seconds)
+            self.stats.running = len(self.running)
+            for handle in list(self.running):
+                if not handle.finished:
+                    self._step(handle)
+
+    def _step(self, handle: FakeHandle) -> None:
+        if handle.fails and handle.sent == len(handle.script):
+            self._finish(handle, TokenEvent([], FinishReason.ERROR, error="The engine failed while running this."))
+            return
+        room = min(self.per_step, handle.params.max_tokens - handle.sent)
+        tokens = handle.script[handle.sent : handle.sent + room]
+        handle.sent += len(tokens)
+        self.stats.generation_tokens += len(tokens)
+        self.stats.iteration_tokens.append(len(tokens))
+        stops = handle.params.stop_token_ids | (frozenset() if handle.params.ignore_eos else {EOS})
+        stop = next((token for token in tokens if token in stops), None)
+        if stop is not None:
+            tokens = tokens[: tokens.index(stop) + 1]
+            self._finish(handle, TokenEvent(tokens, FinishReason.STOP, stop, cached_tokens=2))
+        elif handle.sent == handle.params.max_tokens or (handle.sent == len(handle.script) and not handle.fails):
+            self._finish(handle, TokenEvent(tokens, FinishReason.LENGTH, cached_tokens=2))
+        else:
+            handle.on_tokens(TokenEvent(tokens, cached_tokens=2))
+
+
+async def main() -> None:
+    """Serve until SIGTERM."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--shutdown-timeout", type=float, default=5.0)
+    parser.add_argument("--step-seconds", type=float, default=0.002)
+    arguments = parser.parse_args()
+    listener = socket.create_server(("127.0.0.1", 0))
+    print(listener.getsockname()[1], flush=True)
+    engine = FakeEngine(step_seconds=arguments.step_seconds)
+    await serve(engine, ServerSettings(shutdown_timeout=arguments.shutdown_timeout), sockets=[listener])
+
+
+if __name__ == "__main__":
+    import uvloop
+
+    uvloop.run(main())

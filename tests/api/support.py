@@ -1,0 +1,68 @@
+"""A real uvicorn on a socket, over the fake engine, in a thread."""
+
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import httpx
+import openai
+import uvloop
+
+from dspark_server.api import ServerSettings, create_app
+from dspark_server.api.server import Server, make_server
+
+from .fake_engine import FakeEngine
+
+
+@dataclass
+class Running:
+    """A server under test."""
+
+    url: str
+    engine: FakeEngine
+    server: Server
+    http: httpx.Client
+    openai: openai.OpenAI
+
+    def complete(self, prompt, **fields) -> httpx.Response:
+        return self.http.post("/v1/completions", json={"prompt": prompt, "max_tokens": 100, **fields})
+
+    def canary(self) -> None:
+        """The server still works."""
+        assert self.complete("say fine").json()["choices"][0]["text"] == "fine"
+
+    def wait(self, condition, seconds: float = 3.0) -> None:
+        end = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < end, "condition not reached"
+            time.sleep(0.005)
+
+
+def start(settings: ServerSettings, **engine_options) -> Iterator[Running]:
+    """Serve in a thread; a generator, for fixtures."""
+    engine = FakeEngine(**engine_options)
+    app = create_app(engine, settings)
+    server = make_server(app, engine, settings)
+
+    async def run() -> None:
+        await engine.start()
+        try:
+            await server.serve()
+        finally:
+            await engine.stop()
+
+    thread = threading.Thread(target=uvloop.run, args=(run(),))
+    thread.start()
+    while not server.started:
+        time.sleep(0.005)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    with (
+        httpx.Client(base_url=url, timeout=20) as http,
+        openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0) as client,
+    ):
+        yield Running(url, engine, server, http, client)
+    server.should_exit = True
+    thread.join(10)
+    assert not thread.is_alive()

@@ -1,0 +1,231 @@
+"""Bad input: each a 4xx error object with a bounded body that repeats nothing of the request; then a canary passes."""
+
+import json
+import socket
+from collections.abc import Iterator
+
+import httpx
+import openai
+import pytest
+
+from .support import Running
+
+SECRET = "s3cr3t-0123456789"
+NESTED = "[" * 100_000 + "]" * 100_000
+
+
+def body(**fields: object) -> dict[str, object]:
+    return {"prompt": "say x", "max_tokens": 5, "user": SECRET, **fields}
+
+
+REFUSED = {
+    **{f"{name}={value!r}": body(**{name: value}) for name, value in [
+        ("prompt", ""), ("prompt", []), ("prompt", [""]), ("prompt", [[]]), ("prompt", 3), ("prompt", True),
+        ("prompt", {}), ("prompt", ["a", 1]), ("prompt", [1, "a"]), ("prompt", [1, True]), ("prompt", [[1, 2.5]]),
+        ("prompt", [[1], "a"]), ("prompt", [None]), ("prompt", [-1]), ("prompt", [257]), ("prompt", [2**63]),
+        ("prompt", [2**64]), ("prompt", [[[1]]]),
+        ("max_tokens", 0), ("max_tokens", -1), ("max_tokens", 2**31), ("max_tokens", 2**63), ("max_tokens", 1.0),
+        ("max_tokens", "16"), ("max_tokens", True), ("max_tokens", 2048),
+        ("min_tokens", -1), ("min_tokens", 6), ("min_tokens", False),
+        ("n", 0), ("n", -1), ("n", 129), ("n", 2**63), ("n", True), ("best_of", 2), ("best_of", 0),
+        ("temperature", -0.1), ("temperature", 2.1), ("temperature", "1"), ("temperature", True), ("temperature", []),
+        ("top_p", 0), ("top_p", 1.1), ("top_p", -1), ("top_p", "0.5"), ("top_p", False),
+        ("top_k", -2), ("top_k", 2**31), ("top_k", 1.5), ("min_p", -0.1), ("min_p", 1.1), ("min_p", True),
+        ("seed", -1), ("seed", 2**64), ("seed", 1.5), ("seed", "1"), ("seed", True),
+        ("stop", ""), ("stop", [""]), ("stop", 5), ("stop", [5]), ("stop", ["a"] * 33), ("stop", "x" * 257),
+        ("stop_token_ids", [-1]), ("stop_token_ids", [1.0]), ("stop_token_ids", [True]), ("stop_token_ids", 3),
+        ("stop_token_ids", [2**63]), ("stop_token_ids", [257]), ("stop_token_ids", list(range(257))),
+        ("stream", "yes"), ("stream", 1), ("echo", 1), ("ignore_eos", "true"), ("skip_special_tokens", 0),
+        ("stream_options", {"include_usage": True}), ("stream_options", 5), ("model", 5), ("user", 5),
+        ("suffix", "end"), ("logprobs", 0), ("logprobs", 1), ("logprobs", True), ("prompt_logprobs", 1),
+        ("frequency_penalty", 0.5), ("presence_penalty", -1), ("repetition_penalty", 1.1), ("logit_bias", {"5": 1}),
+        ("frequency_penalty", False), ("response_format", {"type": "json_object"}), ("bad_words", ["a"]),
+        ("use_beam_search", True), ("structured_outputs", {"regex": "a"}), ("truncate_prompt_tokens", 5),
+        ("allowed_token_ids", [1]), ("prompt_embeds", "x"), ("cache_salt", "x" * 257),
+    ]},
+    "no prompt": {"max_tokens": 5},
+    "long prompt": body(prompt="say " + "x" * 3000),
+    "long prompt of ids": body(prompt=[1] * 3000),
+    "very long prompt of ids": body(prompt=[1] * 500_000),
+    "too many prompts": body(prompt=["x"] * 1025),
+    "stream options": body(stream=True, stream_options={"include_usage": 1}),
+    "500 k stop strings": body(stop=["a"] * 500_000),
+    "500 k numbers as stop strings": body(stop=[1] * 500_000),
+    "500 k stop tokens": body(stop_token_ids=[1] * 500_000),
+    "bias of 100 k entries": body(logit_bias={str(number): 1 for number in range(100_000)}),
+    "stop of 1 MB": body(stop="a" * 1_000_000),
+    "list": [body()],
+}  # fmt: skip
+
+RAW = {
+    "empty": b"",
+    "text": b"hello",
+    "null": b"null",
+    "number": b"5",
+    "truncated": json.dumps(body()).encode()[:-1],
+    "truncated string": b'{"prompt": "say',
+    "NaN": b'{"prompt": "say x", "temperature": NaN}',
+    "Infinity": b'{"prompt": "say x", "temperature": Infinity}',
+    "-Infinity": b'{"prompt": "say x", "top_p": -Infinity}',
+    "1e309": b'{"prompt": "say x", "temperature": 1e309}',
+    "-1e309": b'{"prompt": "say x", "seed": -1e309}',
+    "huge integer": b'{"prompt": "say x", "seed": ' + b"9" * 5000 + b"}",
+    "deep": NESTED.encode(),
+    "deep prompt": f'{{"prompt": {NESTED}}}'.encode(),
+    "deep objects": b'{"a":' * 100_000 + b"1" + b"}" * 100_000,
+    "lone surrogate": b'{"prompt": "say \\ud800"}',
+    "lone surrogate in a stop": b'{"prompt": "say x", "stop": "\\udc00"}',
+    "surrogate in UTF-8": b'{"prompt": "say \xed\xa0\x80"}',
+    "not UTF-8": b'{"prompt": "say \xff"}',
+    "byte order mark": b"\xef\xbb\xbf" + json.dumps(body()).encode(),
+    "gzip": b"\x1f\x8b\x08\x00" + b"\x00" * 100,
+    "NUL": b'{"prompt": "say x\x00"}',
+}
+
+
+def check(response: httpx.Response, status: int = 400) -> dict:
+    """An error object and nothing else."""
+    assert response.status_code == status, response.text[:300]
+    assert response.headers["content-type"] == "application/json"
+    assert len(response.content) < 1500
+    assert SECRET not in response.text
+    assert "Traceback" not in response.text
+    payload = response.json()
+    assert set(payload) == {"error"}
+    error = payload["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["message"]
+    return error
+
+
+@pytest.fixture(autouse=True)
+def canary(server: Running) -> Iterator[None]:
+    """Whatever a test sent, the next request works, and nothing reached the engine that should not."""
+    yield
+    server.canary()
+    assert server.engine.state == "ready"
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused(server: Running, case: str) -> None:
+    submitted = len(server.engine.submitted)
+    error = check(server.http.post("/v1/completions", json=REFUSED[case]))
+    assert error["type"] == "invalid_request_error"
+    if "=" in case and case != "max_tokens=2048":
+        assert error["param"] == case.partition("=")[0]
+    assert len(server.engine.submitted) == submitted
+
+
+@pytest.mark.parametrize("case", RAW)
+def test_refused_bytes(server: Running, case: str) -> None:
+    headers = {"content-type": "application/json"}
+    check(server.http.post("/v1/completions", content=RAW[case], headers=headers))
+
+
+def test_odd_but_fine(server: Running) -> None:
+    for raw in (
+        b'{"prompt": "no", "prompt": "say x"}',
+        b'{"prompt": "say x", "temperature": -0.0, "top_p": 1, "seed": 0}',
+        b'{"prompt": "say x", "temperature": 1e-10}',
+        b'{"prompt": "say x", "a\\u0000b": ' + b"[" * 500 + b"]" * 500 + b"}",
+        b'{"prompt": "say x", "' + b"k" * 100_000 + b'": 1}',
+    ):
+        assert server.http.post("/v1/completions", content=raw).json()["choices"][0]["text"] == "x"
+    for text in ("\x00", "\ufeff", "<|end|>"):
+        assert server.complete("say " + text, skip_special_tokens=False).status_code == 200
+
+
+def test_both_lengths_are_named(server: Running) -> None:
+    for prompt in ([1] * 3000, "say " + "x" * 2996):
+        error = check(server.complete(prompt))
+        assert "3000" in error["message"]
+        assert "2048" in error["message"]
+        assert error["code"] == "context_length_exceeded"
+
+
+def test_unknown_model(server: Running) -> None:
+    error = check(server.complete("say x", model="other"), 404)
+    assert error["code"] == "model_not_found"
+    assert error["param"] == "model"
+    with pytest.raises(openai.NotFoundError):
+        server.openai.completions.create(model="other", prompt="say x")
+    check(server.http.get("/v1/models/other"), 404)
+
+
+def test_openai_sees_a_bad_request(server: Running) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        server.openai.completions.create(model="fake", prompt="say x", temperature=7)
+    assert caught.value.param == "temperature"
+    assert caught.value.type == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    "path", ["/", "/v1", "/v1/completion", "/v1/completions/", "//v1/completions", "/v1%2fcompletions/x"]
+)
+def test_unknown_route(server: Running, path: str) -> None:
+    check(server.http.post(server.url + path, json={}), 404)
+
+
+def test_wrong_method(server: Running) -> None:
+    response = server.http.get("/v1/completions")
+    check(response, 405)
+    assert response.headers["allow"] == "POST"
+    check(server.http.delete("/health"), 405)
+
+
+def test_body_over_the_cap(server: Running) -> None:
+    huge = b'{"prompt": "' + b"x" * (5 << 20) + b'"}'
+    check(server.http.post("/v1/completions", content=huge), 413)
+
+    def chunks() -> Iterator[bytes]:
+        for start in range(0, len(huge), 65536):
+            yield huge[start : start + 65536]
+
+    encoded = server.engine.encoded
+    check(server.http.post("/v1/completions", content=chunks()), 413)
+    assert server.engine.encoded == encoded
+
+
+def raw_request(server: Running, data: bytes) -> bytes:
+    """Bytes as they are, and what comes back until the server closes or says nothing for a while."""
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=3) as connection:
+        connection.sendall(data)
+        answer = b""
+        while chunk := connection.recv(65536):
+            answer += chunk
+            if b"\r\n\r\n" in answer and (b"}" in answer or b"Invalid" in answer):
+                break
+        return answer
+
+
+def test_false_content_length(server: Running) -> None:
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %s\r\n\r\n"
+    assert raw_request(server, head % b"99999999999" + b"{}").startswith(b"HTTP/1.1 413")
+    assert raw_request(server, head % b"-5" + b"{}").startswith(b"HTTP/1.1 400")
+    assert raw_request(server, head % b"abc" + b"{}").startswith(b"HTTP/1.1 400")
+    answer = raw_request(server, head % b"50" + b'{"prompt": "say x"}')  # less than announced: times out
+    assert answer.startswith(b"HTTP/1.1 408")
+
+
+def test_huge_headers(server: Running) -> None:
+    check(server.http.get("/health", headers={"x-large": "x" * 1_000_000}), 431)
+    check(server.http.post("/v1/completions", json=body(), headers={"x-request-id": "x" * 1_000_000}), 431)
+
+
+def test_request_ids(server: Running) -> None:
+    given = server.http.get("/live", headers={"x-request-id": "mine-1"})
+    assert given.headers["x-request-id"] == "mine-1"
+    response = server.complete("say x", stream=True)
+    assert len(response.headers["x-request-id"]) == 32
+    for odd in (b"a b", b"x" * 129, b"\xff", b""):
+        response = server.http.get("/live", headers={"x-request-id": odd})
+        assert len(response.headers["x-request-id"]) == 32
+    twice = server.http.get("/live", headers=[("x-request-id", "one"), ("x-request-id", "two")])
+    assert twice.headers.get_list("x-request-id") == ["one"]
+    assert check_id(server.http.post("/v1/completions", content=b"{", headers={"x-request-id": "bad-1"})) == "bad-1"
+
+
+def check_id(response: httpx.Response) -> str:
+    check(response)
+    return response.headers["x-request-id"]

@@ -1,0 +1,267 @@
+"""Readiness, capacity, clients that leave or stall, metrics, and shutdown."""
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+from dspark_server.api import ServerSettings
+from dspark_server.errors import ConfigError
+
+from .support import Running
+
+
+def connect(server: Running, body: dict) -> socket.socket:
+    """Send a completion request over a plain socket and read nothing."""
+    host, port = server.url.removeprefix("http://").split(":")
+    content = json.dumps(body).encode()
+    connection = socket.create_connection((host, int(port)), timeout=5)
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n\r\n"
+    connection.sendall(head.encode() + content)
+    return connection
+
+
+def test_probes_and_models(server: Running) -> None:
+    assert server.http.get("/health").json() == {"status": "ready"}
+    assert server.http.get("/live").status_code == 200
+    assert server.http.get("/ping").status_code == 200
+    assert set(server.http.get("/version").json()) == {"version", "backend"}
+    models = server.openai.models.list().data
+    assert [model.id for model in models] == ["fake"]
+    assert server.openai.models.retrieve("fake").max_model_len == 2048
+    assert "/v1/completions" in server.http.get("/openapi.json").json()["paths"]
+
+
+@pytest.mark.parametrize("state", ["loading", "draining", "dead"])
+def test_not_ready_is_503(own_server: Running, state: str) -> None:
+    own_server.engine.state = state
+    assert own_server.http.get("/health").status_code == 503
+    assert own_server.http.get("/live").status_code == 200
+    response = own_server.complete("say x")
+    assert response.status_code == 503
+    assert response.json()["error"]["type"] == "service_unavailable_error"
+    own_server.engine.state = "ready"
+    own_server.canary()
+
+
+@pytest.mark.parametrize("own_server", [{"capacity": 2}], indirect=True)
+def test_full_queue(own_server: Running) -> None:
+    connections = [connect(own_server, {"prompt": "forever", "max_tokens": 1500, "stream": True}) for _ in range(2)]
+    own_server.wait(lambda: own_server.engine.in_flight == 2)
+    encoded = own_server.engine.encoded
+    response = own_server.complete("say x")
+    assert response.status_code == 503
+    assert int(response.headers["retry-after"]) >= 1
+    assert response.json()["error"]["code"] == "no_capacity"
+    assert own_server.engine.encoded == encoded  # refused before tokenizing
+    with pytest.raises(openai.InternalServerError):
+        own_server.openai.completions.create(model="fake", prompt="say x")
+    for connection in connections:
+        connection.close()
+    own_server.wait(lambda: own_server.engine.in_flight == 0)
+    own_server.canary()
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("reset", [False, True])
+def test_a_client_that_leaves_is_aborted(server: Running, streaming: bool, reset: bool) -> None:
+    aborted = server.engine.aborted
+    connection = connect(server, {"prompt": ["forever"] * 2, "max_tokens": 1500, "stream": streaming})
+    server.wait(lambda: server.engine.in_flight == 2)
+    if streaming:
+        assert connection.recv(4096).startswith(b"HTTP/1.1 200")
+    if reset:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")
+    connection.close()
+    server.wait(lambda: server.engine.in_flight == 0, seconds=0.5)
+    assert server.engine.aborted == aborted + 2
+    server.canary()
+
+
+def test_openai_client_leaves_in_mid_stream(server: Running) -> None:
+    aborted = server.engine.aborted
+    with server.openai.completions.create(model="fake", prompt="forever", max_tokens=1500, stream=True) as stream:
+        next(iter(stream))
+    server.wait(lambda: server.engine.aborted == aborted + 1, seconds=0.5)
+
+
+STALLING = {"step_seconds": 0.01, "settings": {"stall_timeout": 0.4}}
+
+
+@pytest.mark.parametrize("own_server", [STALLING], indirect=True)
+def test_a_reader_that_stalls_is_dropped(own_server: Running) -> None:
+    """Its tokens are merged while it does not read, and at the deadline everything it holds is freed."""
+    own_server.engine.max_model_len = 10**9
+    own_server.engine.per_step = 100_000
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    host, port = own_server.url.removeprefix("http://").split(":")
+    connection.connect((host, int(port)))
+    content = json.dumps({"prompt": "forever", "max_tokens": 5_000_000, "stream": True}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n\r\n"
+    connection.sendall(head.encode() + content)
+    own_server.wait(lambda: own_server.engine.in_flight == 1)
+    own_server.wait(lambda: own_server.engine.aborted == 1, seconds=10)
+    own_server.wait(lambda: not own_server.server.server_state.connections, seconds=2)
+    connection.close()
+    own_server.canary()
+
+
+def series(server: Running) -> dict[str, float]:
+    """Samples of /metrics by name and labels."""
+    text = server.http.get("/metrics").text
+    lines = [line for line in text.splitlines() if not line.startswith("#")]
+    return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
+
+
+def value(samples: dict[str, float], name: str, extra: str = "") -> float:
+    found = [
+        v for key, v in samples.items() if key.startswith(name + "{") and extra in key and 'model_name="fake"' in key
+    ]
+    assert len(found) == 1, (name, found)
+    return found[0]
+
+
+def test_metrics_have_vllms_names(own_server: Running) -> None:
+    samples = series(own_server)
+    for name in (
+        *("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"),
+        *("prompt_tokens_total", "generation_tokens_total", "num_preemptions_total"),
+        *("prefix_cache_queries_total", "prefix_cache_hits_total"),
+        *("spec_decode_num_drafts_total", "spec_decode_num_draft_tokens_total"),
+        "spec_decode_num_accepted_tokens_total",
+    ):
+        assert value(samples, "vllm:" + name) == 0
+    for position, count in enumerate([3, 1]):
+        label = f'position="{position}"'
+        assert value(samples, "vllm:spec_decode_num_accepted_tokens_per_pos_total", label) == count
+    assert value(samples, "vllm:request_success_total", 'finished_reason="stop"') == 0
+
+
+def test_metrics_count(own_server: Running) -> None:
+    own_server.complete("say hello")
+    own_server.complete("forever", max_tokens=10, stream=True)
+    own_server.complete("say a.b", stop=".")
+    own_server.complete("fail 2")
+    samples = series(own_server)
+    assert value(samples, "vllm:request_success_total", 'finished_reason="stop"') == 2
+    assert value(samples, "vllm:request_success_total", 'finished_reason="length"') == 1
+    assert value(samples, "vllm:request_success_total", 'finished_reason="error"') == 1
+    assert value(samples, "vllm:generation_tokens_total") == 6 + 10 + 2 + 2
+    assert value(samples, "vllm:time_to_first_token_seconds_count") == 4
+    assert value(samples, "vllm:inter_token_latency_seconds_count") == 5 + 9 + 1 + 1
+    assert value(samples, "vllm:e2e_request_latency_seconds_count") == 4
+    assert value(samples, "vllm:request_prompt_tokens_sum") == 9 + 7 + 7 + 6
+    assert value(samples, "vllm:request_generation_tokens_sum") == 20
+    assert value(samples, "vllm:request_queue_time_seconds_count") == 4
+    assert value(samples, "vllm:iteration_tokens_total_count") == 20
+    assert value(samples, "vllm:time_to_first_token_seconds_bucket", 'le="+Inf"') == 4
+    assert value(series(own_server), "vllm:iteration_tokens_total_count") == 20  # drained once
+
+
+def test_settings_are_checked() -> None:
+    for wrong in ({"port": 70000}, {"max_body_bytes": 0}, {"shutdown_timeout": -1.0}, {"stall_timeout": 0.0}):
+        with pytest.raises(ConfigError):
+            ServerSettings(**wrong)
+
+
+class Child:
+    """A server in a process of its own."""
+
+    def __init__(self, *arguments: str) -> None:
+        program = Path(__file__).parent / "fake_engine.py"
+        self.process = subprocess.Popen(
+            [sys.executable, str(program), *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        port = int(self.process.stdout.readline())
+        self.http = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20)
+        self.http.get("/health").raise_for_status()
+        self.answer: httpx.Response | None = None
+
+    def stream(self, prompt: str, **fields: object) -> threading.Thread:
+        """Read a stream to its end in the background; returns once it has begun."""
+        begun = threading.Event()
+
+        def read() -> None:
+            body = {"prompt": prompt, "stream": True, **fields}
+            with self.http.stream("POST", "/v1/completions", json=body) as response:
+                begun.set()
+                response.read()
+                self.answer = response
+
+        thread = threading.Thread(target=read)
+        thread.start()
+        assert begun.wait(10)
+        return thread
+
+    def end(self) -> str:
+        _, errors = self.process.communicate(timeout=10)
+        assert self.process.returncode == 0, errors
+        self.http.close()
+        return errors
+
+
+@pytest.fixture
+def children() -> Iterator[list[Child]]:
+    started: list[Child] = []
+    yield started
+    for child in started:
+        child.http.close()
+        if child.process.poll() is None:
+            child.process.kill()
+            child.process.communicate()
+
+
+def test_sigterm_lets_running_requests_finish(children: list[Child]) -> None:
+    child = Child("--shutdown-timeout", "10", "--step-seconds", "0.005")
+    children.append(child)
+    thread = child.stream("forever", max_tokens=200)
+    child.process.send_signal(signal.SIGTERM)
+    deadline = time.monotonic() + 2
+    while (health := child.http.get("/health")).status_code == 200:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert health.json() == {"status": "draining"}
+    refused = child.http.post("/v1/completions", json={"prompt": "say x"})
+    assert refused.status_code == 503
+    assert "retry-after" in refused.headers
+    assert child.http.get("/live").status_code == 200
+    thread.join(10)
+    assert child.answer.text.endswith("data: [DONE]\n\n")
+    assert child.answer.text.count('"text":') == 200
+    assert "error" not in child.answer.text
+    assert "Traceback" not in child.end()
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_sigterm_ends_the_rest_with_one_error(children: list[Child], twice: bool) -> None:
+    child = Child("--shutdown-timeout", "30" if twice else "0.3", "--step-seconds", "0.01")
+    children.append(child)
+    thread = child.stream("forever", max_tokens=2000)
+    child.process.send_signal(signal.SIGTERM)
+    if twice:
+        time.sleep(0.3)
+        child.process.send_signal(signal.SIGTERM)
+    thread.join(5)
+    events = child.answer.text.split("\n\n")
+    assert events[-2:] == ["data: [DONE]", ""]
+    error = json.loads(events[-3][6:])["error"]
+    assert "shutting down" in error["message"]
+    assert child.answer.text.count('"error"') == 1
+    assert "Traceback" not in child.end()
+
+
+def test_sigterm_when_idle(children: list[Child]) -> None:
+    child = Child()
+    children.append(child)
+    child.process.send_signal(signal.SIGTERM)
+    assert "Traceback" not in child.end()
