@@ -1,1 +1,133 @@
-"""The command line: serve, pull, conformance, generate."""
+"""The `dspark-server` command: serve, pull, conformance."""
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dspark_server import __version__
+from dspark_server.errors import DSparkServerError
+
+app = typer.Typer(
+    name="dspark-server",
+    help="Lossless speculative inference server (DSpark): drafts in blocks, verifies what is likely to survive.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+MODEL_HELP = "A model directory, a Hugging Face id, or SmolLM2-135M-Instruct (embedded default)."
+
+
+@contextmanager
+def _clear_errors() -> Iterator[None]:
+    """Errors raised on purpose end the command with their message and status 1, without a traceback."""
+    try:
+        yield
+    except DSparkServerError as error:
+        typer.echo(f"dspark-server: {error}", err=True)
+        raise typer.Exit(1) from None
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit()
+
+
+@app.command()
+def serve(
+    model: Annotated[str, typer.Argument(help=MODEL_HELP)] = "SmolLM2-135M-Instruct",
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 picks a free one.")] = 8000,
+    served_model_name: Annotated[str | None, typer.Option(help="Name clients use; default: MODEL.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto, bfloat16 or float32.")] = "auto",
+    max_model_len: Annotated[int | None, typer.Option(help="Longest sequence, in tokens.")] = None,
+    block_size: Annotated[int, typer.Option(help="Tokens per KV block.")] = 16,
+    kv_cache_memory_bytes: Annotated[int, typer.Option(help="Size of the KV pool, in bytes.")] = 2 << 30,
+    max_num_seqs: Annotated[int, typer.Option(help="Requests running together.")] = 64,
+    max_num_batched_tokens: Annotated[int, typer.Option(help="Tokens of one step.")] = 256,
+    max_num_queued_reqs: Annotated[int, typer.Option(help="Requests that may wait; beyond, clients get 503.")] = 1024,
+    enable_prefix_caching: Annotated[bool, typer.Option(help="Reuse KV blocks of common prefixes.")] = True,
+    seed: Annotated[int | None, typer.Option(help="Seed of private noise, for repeatable experiments.")] = None,
+    speculative_config: Annotated[
+        str, typer.Option(help='JSON: {"method": "dspark", "model": "DRAFTER_DIR", "selection": "fixed"}.')
+    ] = "{}",
+    shutdown_timeout: Annotated[float, typer.Option(help="Seconds running requests get after SIGTERM.")] = 30.0,
+) -> None:
+    """Serve MODEL over HTTP.
+
+    Example: dspark-server serve SmolLM2-135M-Instruct --port 8000
+    """
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    with _clear_errors():
+        # Imported here: torch takes seconds, and --help should not.
+        from dspark_server.api import ServerSettings
+        from dspark_server.api.server import run
+        from dspark_server.config import EngineConfig, SpeculativeConfig
+        from dspark_server.engine.core import EngineCore, load_tokenizer
+        from dspark_server.engine.engine import AsyncEngine
+        from dspark_server.models.hub import resolve_model
+
+        config = EngineConfig(
+            model=model,
+            served_model_name=served_model_name,
+            dtype=dtype,
+            max_model_len=max_model_len,
+            block_size=block_size,
+            kv_cache_memory_bytes=kv_cache_memory_bytes,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_num_queued_reqs=max_num_queued_reqs,
+            enable_prefix_caching=enable_prefix_caching,
+            seed=seed,
+            speculative=SpeculativeConfig.parse(speculative_config),
+        )
+        settings = ServerSettings(host=host, port=port, shutdown_timeout=shutdown_timeout)
+        core = EngineCore.load(config)
+        engine = AsyncEngine(core, load_tokenizer(resolve_model(model)))
+        logging.getLogger("dspark_server").info("%s ready: %s", core.model_name, core.backend)
+        run(engine, settings)
+
+
+@app.command()
+def pull(model: Annotated[str, typer.Argument(help=MODEL_HELP)] = "SmolLM2-135M-Instruct") -> None:
+    """Fetch or convert MODEL into the cache and print its directory.
+
+    Example: dspark-server pull
+    """
+    with _clear_errors():
+        from dspark_server.models.hub import resolve_model
+
+        typer.echo(resolve_model(model))
+
+
+@app.command()
+def conformance(
+    directory: Annotated[Path, typer.Argument(help="Folder with target/, draft/ and expected.safetensors.")],
+) -> None:
+    """Replay reference outputs of a target and drafter pair through the engine; exit 1 if any is out of bounds.
+
+    Example: dspark-server conformance fixtures/dspark_qwen3_vanilla
+    """
+    with _clear_errors():
+        from dspark_server.conformance import TOLERANCE, replay
+
+        report = replay(directory, progress=lambda line: typer.echo(line, err=True))
+        for kind, error in report.largest.items():
+            typer.echo(f"{kind:20} largest error {error:.2e}  {'ok' if error <= TOLERANCE else 'OUT OF BOUNDS'}")
+        for mismatch in report.mismatches:
+            typer.echo(f"differs: {mismatch}")
+        typer.echo(f"{report.rounds} rounds: {'passed' if report.passed else 'FAILED'}")
+        if not report.passed:
+            raise typer.Exit(1)
+
+
+def main() -> None:
+    """Entry point."""
+    sys.exit(app())

@@ -30,16 +30,16 @@ class TorchExecutor:
 
     def __init__(self, target: Decoder, drafter: Drafter, pool: KVPool) -> None:
         self.gamma = drafter.gamma
-        self._target = target
-        self._drafter = drafter
-        self._pool = pool
+        self.target = target
+        self.drafter = drafter
+        self.pool = pool
 
     def draft(self, requests: list[DraftRequest], sampling: SamplingBatch, streams: Streams) -> DraftBlock:
-        return self._drafter.propose(requests, sampling, streams, self._pool)
+        return self.drafter.propose(requests, sampling, streams, self.pool)
 
     def verify(self, runs: list[Run]) -> tuple[Tensor, list[int]]:
-        batch = Batch.of(runs, self._pool.block_size)
-        hidden, taps = self._target.forward(batch, self._pool.layers(0), self._drafter.taps)
+        batch = Batch.of(runs, self.pool.block_size)
+        hidden, taps = self.target.forward(batch, self.pool.layers(0), self.drafter.taps)
         # For every token of every request, speculating or not: a later prefix hit must find its draft rows.
-        self._drafter.observe(taps, batch, self._pool)
-        return self._target.logits(hidden), batch.row_start
+        self.drafter.observe(taps, batch, self.pool)
+        return self.target.logits(hidden), batch.row_start

@@ -1,0 +1,157 @@
+"""Replays a folder of DeepSpec outputs through the real engine, with forced acceptance counts.
+
+A folder holds `target/`, `draft/` and `expected.safetensors`: caseC.prompt [T], then per round R the anchor, its
+position, draft_hidden [gamma, D], base_logits, draft_logits and target_logits (the last with gamma + 1 rows) [., V],
+confidence_logits [gamma], draft_tokens [gamma], the forced `accepted` and what was `committed`; caseC.sequence.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dspark_server.config import EngineConfig, SpeculativeConfig
+from dspark_server.engine.core import EngineCore
+from dspark_server.engine.executor import TorchExecutor
+from dspark_server.engine.request import SamplingParams
+from dspark_server.engine.step import Drafted, StepTrace, Verification
+from dspark_server.errors import CheckpointError
+from dspark_server.speculation.acceptance import Accepted
+from dspark_server.speculation.dspark import DSparkDrafter
+from dspark_server.speculation.sampling import SamplingBatch
+
+TOLERANCE = 1e-4  # absolute, float32
+
+
+@dataclass
+class Report:
+    """Largest absolute error per kind of tensor, and every exact thing that differed."""
+
+    largest: dict[str, float] = field(default_factory=dict)
+    mismatches: list[str] = field(default_factory=list)
+    rounds: int = 0
+
+    @property
+    def passed(self) -> bool:
+        """All numbers within TOLERANCE, all tokens equal, something compared. A NaN is out of bounds."""
+        return self.rounds > 0 and not self.mismatches and all(e <= TOLERANCE for e in self.largest.values())
+
+    def close(self, kind: str, where: str, ours: Tensor | None, theirs: Tensor) -> None:
+        """Compare numbers."""
+        if ours is None or ours.shape != theirs.shape:
+            self.mismatches.append(f"{where}: shape {None if ours is None else list(ours.shape)}, "
+                                   f"expected {list(theirs.shape)}")  # fmt: skip
+            return
+        error = (ours.double() - theirs.double()).abs().max().item()
+        previous = self.largest.get(kind, 0.0)
+        self.largest[kind] = error if not error <= previous else previous
+
+    def equal(self, where: str, ours: list[int], theirs: Tensor) -> None:
+        """Compare tokens."""
+        if ours != theirs.tolist():
+            self.mismatches.append(f"{where}: {ours}, expected {theirs.tolist()}")
+
+
+class _Forced:
+    """Acceptance that keeps as many drafts as it is told, then takes the target's arg max."""
+
+    def __init__(self) -> None:
+        self.counts: Iterator[int] = iter(())
+        self.seen: list[StepTrace] = []
+
+    def accept(self, verified: Verification, drafted: Drafted | None, sampling: SamplingBatch) -> Accepted:
+        count = next(self.counts) if drafted else 0
+        token = verified.logits[verified.row_start[0] + count].argmax()
+        return Accepted(torch.tensor([count]), token.view(1), torch.tensor([False]))
+
+    def trace(self, trace: StepTrace) -> None:
+        if trace.drafted is not None:
+            self.seen.append(trace)
+
+
+def replay(directory: Path, progress: Callable[[str], None] = lambda line: None) -> Report:
+    """Replay every case of the folder; CheckpointError if it is not such a folder."""
+    path = directory / "expected.safetensors"
+    try:
+        expected = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); a conformance folder has target/, draft/ and it.") from error
+    report = Report()
+    names = {m[1] for key in expected if (m := re.fullmatch(r"(case\d+)\.prompt", key))}
+    if not names:
+        raise CheckpointError(f"{path} has no caseC.prompt tensor.")
+    for case in sorted(names, key=lambda name: int(name[4:])):
+        tensors = {key.removeprefix(case + "."): value for key, value in expected.items() if key.startswith(case + ".")}
+        _replay_case(directory, case, tensors, report)
+        progress(f"{case}: {report.rounds} rounds so far")
+    return report
+
+
+def _replay_case(directory: Path, case: str, expected: dict[str, Tensor], report: Report) -> None:
+    forced = _Forced()
+    core = EngineCore.load(
+        EngineConfig(
+            model=str(directory / "target"),
+            dtype="float32",
+            kv_cache_memory_bytes=256 << 20,
+            speculative=SpeculativeConfig(method="dspark", model=str(directory / "draft")),
+            check_invariants=True,
+        ),
+        acceptance=forced.accept,
+        trace=forced.trace,
+    )
+    executor = core.loop.executor
+    assert isinstance(executor, TorchExecutor)
+    assert isinstance(executor.drafter, DSparkDrafter)
+    executor.drafter.keep_logits = True
+    rounds = sum(1 for key in expected if key.endswith(".accepted"))
+    forced.counts = iter([int(expected[f"round{r}.accepted"]) for r in range(rounds)])
+    prompt = expected["prompt"].tolist()
+    # Room for a whole block after the last round, so that no block is cut short.
+    params = SamplingParams(max_tokens=(rounds + 2) * (executor.gamma + 1), temperature=0.0, ignore_eos=True)
+    request = core.new_request(prompt, params, nonce=0)
+    core.batcher.check_fits(len(prompt), params.max_tokens)
+    core.batcher.add(request)
+    for r in range(-1, rounds):  # the prompt's own step drafts nothing
+        before = len(request.tokens)
+        while len(request.tokens) == before:
+            core.loop.step()
+        if r >= 0:
+            want = {k.removeprefix(f"round{r}."): v for k, v in expected.items() if k.startswith(f"round{r}.")}
+            _compare_round(report, f"{case}.round{r}", want, forced.seen[r], before, request.tokens)
+    if "sequence" in expected:
+        _compare_sequence(report, case, expected["sequence"], request.tokens, request.output)
+    core.batcher.remove(request)
+
+
+def _compare_round(
+    report: Report, where: str, want: dict[str, Tensor], seen: StepTrace, before: int, tokens: list[int]
+) -> None:
+    assert seen.drafted is not None
+    block = seen.drafted.block
+    report.rounds += 1
+    report.equal(f"{where}.anchor", [tokens[before - 1]], want["anchor"])
+    report.equal(f"{where}.anchor_position", [before - 1], want["anchor_position"])
+    report.equal(f"{where}.draft_tokens", block.tokens[0].tolist(), want["draft_tokens"])
+    report.equal(f"{where}.committed", tokens[before:], want["committed"])
+    numbers = {
+        "draft_hidden": block.hidden,
+        "base_logits": block.base_logits,
+        "draft_logits": block.logits,
+        "confidence_logits": block.confidence,
+    }
+    for kind, ours in numbers.items():
+        if kind in want:
+            report.close(kind, f"{where}.{kind}", None if ours is None else ours[0], want[kind])
+    report.close("target_logits", f"{where}.target_logits", seen.verified.logits, want["target_logits"])
+
+
+def _compare_sequence(report: Report, case: str, want: Tensor, tokens: list[int], output: list[int]) -> None:
+    """`sequence` is everything committed; writers differ in whether the prompt counts."""
+    ours = tokens if len(want) >= len(tokens) else output
+    report.equal(f"{case}.sequence", ours[: len(want)], want)
