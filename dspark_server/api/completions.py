@@ -3,7 +3,6 @@
 import asyncio
 import uuid
 from time import monotonic, time
-from typing import Any
 
 from fastapi import Request, Response
 
@@ -54,11 +53,10 @@ class Completions:
             generation.close()
             raise
         head = {"id": identifier, "object": "text_completion", "created": int(time()), "model": self._engine.model_name}
-        common: dict[str, Any] = {"stall_timeout": self._settings.stall_timeout}
         if not body.stream:
-            return WholeResponse(self._engine, generation, head, **common)
+            return WholeResponse(self._engine, generation, head)
         usage = {"include_usage": body.include_usage, "continuous_usage": body.continuous_usage}
-        return StreamResponse(self._engine, generation, head, **usage, **common)
+        return StreamResponse(self._engine, generation, head, **usage)
 
     async def _read(self, request: Request) -> bytes:
         try:

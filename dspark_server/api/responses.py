@@ -5,14 +5,13 @@ JSON around a text is made once per choice, and all that is new goes out in one 
 """
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Sequence
 from contextlib import suppress
-from time import monotonic
 from typing import Any
 
 import orjson
 from fastapi import Response
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from dspark_server.api.errors import GenerationError, describe
 from dspark_server.api.generation import Choice, Generation
@@ -34,36 +33,24 @@ def json_text(text: str) -> bytes:
 
 
 class GenerationResponse(Response):
-    """An answer that waits for the engine: lets go of the request as soon as its client leaves or stops reading."""
+    """An answer that waits for the engine: lets go of the request as soon as its client leaves.
 
-    def __init__(
-        self, engine: AsyncEngine, generation: Generation, head: dict[str, Any], *, stall_timeout: float
-    ) -> None:
+    A reader that stalls is server.Protocol's business: it cuts the connection, which is a client that leaves.
+    """
+
+    def __init__(self, engine: AsyncEngine, generation: Generation, head: dict[str, Any]) -> None:
         super().__init__()
         self.engine = engine
         self.generation = generation
         self.head = head  # id, object, created, model
-        self._stall_timeout = stall_timeout
-        self._sending_since = 0.0  # monotonic seconds, 0 while nothing waits for the reader
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
-        drop = scope.get("extensions", {}).get("dspark.drop")  # closes the connection at once: server.Protocol
-
-        async def send_watched(message: Message) -> None:
-            self._sending_since = monotonic()
-            await send(message)
-            self._sending_since = 0.0
-
-        watchers = [
-            asyncio.create_task(self._watch_disconnect(receive)),
-            asyncio.create_task(self._watch_stall(drop)),
-        ]
+        watcher = asyncio.create_task(self._watch_disconnect(receive))
         try:
-            await self.respond(send_watched)
+            await self.respond(send)
         finally:
-            for watcher in watchers:
-                watcher.cancel()
+            watcher.cancel()
             self.generation.close()
 
     async def respond(self, send: Send) -> None:
@@ -88,16 +75,6 @@ class GenerationResponse(Response):
             pass
         self.generation.disconnect()
 
-    async def _watch_stall(self, drop: Any) -> None:
-        while True:
-            await asyncio.sleep(self._stall_timeout / 2)
-            since = self._sending_since
-            if since and monotonic() - since > self._stall_timeout:
-                self.generation.disconnect()
-                if drop is not None:
-                    drop()
-                return
-
 
 class WholeResponse(GenerationResponse):
     """One JSON object when all choices have ended."""
@@ -119,8 +96,16 @@ class WholeResponse(GenerationResponse):
 class StreamResponse(GenerationResponse):
     """Server-sent events: one chunk per choice and engine step that gave it text."""
 
-    def __init__(self, *args: Any, include_usage: bool, continuous_usage: bool, **options: Any) -> None:
-        super().__init__(*args, **options)
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        generation: Generation,
+        head: dict[str, Any],
+        *,
+        include_usage: bool,
+        continuous_usage: bool,
+    ) -> None:
+        super().__init__(engine, generation, head)
         self._include_usage = include_usage
         self._continuous_usage = continuous_usage
         self._head = b"data: " + orjson.dumps(self.head)[:-1] + b',"choices":['
@@ -190,9 +175,9 @@ _STREAM_HEADERS = [
 ]
 
 
-def usage_of(choices: Iterable[Choice]) -> dict[str, Any]:
+def usage_of(choices: Sequence[Choice]) -> dict[str, Any]:
     """Token counts; a prompt that several choices share counts once."""
-    prompts = {id(choice.prompt): choice for choice in reversed(list(choices))}.values()
+    prompts = {id(choice.prompt): choice for choice in reversed(choices)}.values()
     prompt_tokens = sum(len(choice.prompt) for choice in prompts)
     completion_tokens = sum(choice.completion_tokens for choice in choices)
     return {

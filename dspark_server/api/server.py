@@ -10,7 +10,6 @@ import logging
 import socket
 from time import monotonic
 from types import FrameType
-from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
@@ -27,40 +26,51 @@ LAST_WORDS_TIMEOUT = 5  # seconds for the last chunks to reach their readers
 
 
 class Protocol(HttpToolsProtocol):
-    """uvicorn's HTTP/1.1 with a deadline for headers, and a way to cut off a reader that stalls."""
+    """uvicorn's HTTP/1.1 with two deadlines it lacks: for a request's headers, and for a reader that takes nothing."""
 
-    _deadline: asyncio.TimerHandle | None = None
+    stall_timeout = 60.0
+    _deadlines: dict[str, asyncio.TimerHandle]
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A client connected; it must say something."""
+        self._deadlines = {}
         super().connection_made(transport)
-        self._expect_headers()
+        self._expect("headers", HEADER_TIMEOUT)
 
     def on_message_begin(self) -> None:
         """A request begins, the first of its connection or a later one."""
         super().on_message_begin()
-        self._expect_headers()
-        scope: Any = self.scope
-        scope["extensions"] = {"dspark.drop": self.transport.abort}
+        self._expect("headers", HEADER_TIMEOUT)
 
     def on_headers_complete(self) -> None:
-        """The headers are here: the body has its own deadline."""
-        self._cancel_deadline()
+        """The headers are here: the body has a deadline elsewhere."""
+        self._settle("headers")
         super().on_headers_complete()
 
+    def pause_writing(self) -> None:
+        """The send buffer is full; senders wait, and their tokens are merged."""
+        super().pause_writing()
+        self._expect("reader", self.stall_timeout)
+
+    def resume_writing(self) -> None:
+        """The reader took something."""
+        self._settle("reader")
+        super().resume_writing()
+
     def connection_lost(self, exc: Exception | None) -> None:
-        """The client left."""
-        self._cancel_deadline()
+        """The client left, or was cut off."""
+        for name in list(self._deadlines):
+            self._settle(name)
         super().connection_lost(exc)
 
-    def _expect_headers(self) -> None:
-        self._cancel_deadline()
-        self._deadline = asyncio.get_running_loop().call_later(HEADER_TIMEOUT, self.transport.abort)
+    def _expect(self, name: str, seconds: float) -> None:
+        self._settle(name)
+        self._deadlines[name] = asyncio.get_running_loop().call_later(seconds, self.transport.abort)
 
-    def _cancel_deadline(self) -> None:
-        if self._deadline is not None:
-            self._deadline.cancel()
-            self._deadline = None
+    def _settle(self, name: str) -> None:
+        deadline = self._deadlines.pop(name, None)
+        if deadline is not None:
+            deadline.cancel()
 
 
 class Server(uvicorn.Server):
@@ -99,12 +109,16 @@ class Server(uvicorn.Server):
 
 def make_server(app: FastAPI, engine: AsyncEngine, settings: ServerSettings) -> Server:
     """A uvicorn server for the app; `run` blocks, `serve` is a coroutine."""
+
+    class ConfiguredProtocol(Protocol):
+        stall_timeout = settings.stall_timeout
+
     config = uvicorn.Config(
         app,
         host=settings.host,
         port=settings.port,
         loop="uvloop",
-        http=Protocol,
+        http=ConfiguredProtocol,
         ws="none",
         lifespan="on",
         access_log=settings.access_log,

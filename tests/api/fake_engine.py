@@ -3,15 +3,17 @@
     say TEXT      TEXT, then end of sequence      forever     "x " until max_tokens
     fail N        N tokens, then an error         nothing     end of sequence at once
 
-It is also a program, `python fake_engine.py --shutdown-timeout S`: a server on a free port, printed on its first line.
+`run_child` serves it in a process of its own, for tests that send signals.
 """
 
-import argparse
 import asyncio
 import itertools
+import os
 import socket
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 
+import uvloop
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -173,19 +175,12 @@ class FakeEngine:
             handle.on_tokens(TokenEvent(tokens, cached_tokens=2))
 
 
-async def main() -> None:
-    """Serve until SIGTERM."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--shutdown-timeout", type=float, default=5.0)
-    parser.add_argument("--step-seconds", type=float, default=0.002)
-    arguments = parser.parse_args()
+def run_child(port: Connection, log: str, shutdown_timeout: float, step_seconds: float) -> None:
+    """Main of a server process: sends its port, logs to a file, serves until SIGTERM."""
+    output = os.open(log, os.O_WRONLY | os.O_CREAT)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
     listener = socket.create_server(("127.0.0.1", 0))
-    print(listener.getsockname()[1], flush=True)
-    engine = FakeEngine(step_seconds=arguments.step_seconds)
-    await serve(engine, ServerSettings(shutdown_timeout=arguments.shutdown_timeout), sockets=[listener])
-
-
-if __name__ == "__main__":
-    import uvloop
-
-    uvloop.run(main())
+    port.send(listener.getsockname()[1])
+    engine = FakeEngine(step_seconds=step_seconds)
+    uvloop.run(serve(engine, ServerSettings(shutdown_timeout=shutdown_timeout), sockets=[listener]))

@@ -1,13 +1,13 @@
 """Readiness, capacity, clients that leave or stall, metrics, and shutdown."""
 
 import json
+import multiprocessing
+import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
@@ -17,6 +17,7 @@ import pytest
 from dspark_server.api import ServerSettings
 from dspark_server.errors import ConfigError
 
+from .fake_engine import run_child
 from .support import Running
 
 
@@ -98,21 +99,19 @@ STALLING = {"step_seconds": 0.01, "settings": {"stall_timeout": 0.4}}
 
 
 @pytest.mark.parametrize("own_server", [STALLING], indirect=True)
-def test_a_reader_that_stalls_is_dropped(own_server: Running) -> None:
+@pytest.mark.parametrize(("choices", "per_step"), [(8, 5_000), (1, 5_000_000)], ids=["generating", "finished"])
+def test_a_reader_that_stalls_is_dropped(own_server: Running, choices: int, per_step: int) -> None:
     """Its tokens are merged while it does not read, and at the deadline everything it holds is freed."""
-    own_server.engine.max_model_len = 10**9
-    own_server.engine.per_step = 100_000
-    connection = socket.socket()
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    host, port = own_server.url.removeprefix("http://").split(":")
-    connection.connect((host, int(port)))
-    content = json.dumps({"prompt": "forever", "max_tokens": 5_000_000, "stream": True}).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n\r\n"
-    connection.sendall(head.encode() + content)
-    own_server.wait(lambda: own_server.engine.in_flight == 1)
-    own_server.wait(lambda: own_server.engine.aborted == 1, seconds=10)
-    own_server.wait(lambda: not own_server.server.server_state.connections, seconds=2)
-    connection.close()
+    engine = own_server.engine
+    engine.max_model_len, engine.per_step = 10**9, per_step
+    own_server.complete("say x")
+    tokens = 1_000_000 if choices > 1 else 5_000_000
+    body = {"prompt": "forever", "n": choices, "max_tokens": tokens, "stream": True, "return_token_ids": True}
+    with connect(own_server, body):
+        own_server.wait(lambda: len(engine.submitted) == 1 + choices)
+        own_server.wait(lambda: engine.in_flight == 0, seconds=10)
+        assert engine.aborted == (choices if choices > 1 else 0)
+        own_server.wait(lambda: len(own_server.server.server_state.connections) <= 1, seconds=2)  # our keep-alive one
     own_server.canary()
 
 
@@ -174,18 +173,28 @@ def test_settings_are_checked() -> None:
             ServerSettings(**wrong)
 
 
+processes = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload(["dspark_server.api"])  # torch and transformers: imported once for all children
+
+
 class Child:
     """A server in a process of its own."""
 
-    def __init__(self, *arguments: str) -> None:
-        program = Path(__file__).parent / "fake_engine.py"
-        self.process = subprocess.Popen(
-            [sys.executable, str(program), *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        port = int(self.process.stdout.readline())
-        self.http = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20)
-        self.http.get("/health").raise_for_status()
+    def __init__(self, log: Path, *, shutdown_timeout: float = 5.0, step_seconds: float = 0.002) -> None:
+        receiver, sender = processes.Pipe(duplex=False)
+        arguments = (sender, str(log), shutdown_timeout, step_seconds)
+        self.process = processes.Process(target=run_child, args=arguments)
+        self.process.start()
+        sender.close()
+        self.log = log
         self.answer: httpx.Response | None = None
+        with receiver:
+            self.http = httpx.Client(base_url=f"http://127.0.0.1:{receiver.recv()}", timeout=20)
+        self.http.get("/health").raise_for_status()
+
+    def terminate(self) -> None:
+        """SIGTERM."""
+        os.kill(self.process.pid, signal.SIGTERM)
 
     def stream(self, prompt: str, **fields: object) -> threading.Thread:
         """Read a stream to its end in the background; returns once it has begun."""
@@ -203,29 +212,36 @@ class Child:
         assert begun.wait(10)
         return thread
 
-    def end(self) -> str:
-        _, errors = self.process.communicate(timeout=10)
-        assert self.process.returncode == 0, errors
-        self.http.close()
-        return errors
+    def end(self) -> None:
+        """It ends by itself, with exit code 0 and nothing alarming in its log."""
+        self.process.join(10)
+        log = self.log.read_text()
+        assert self.process.exitcode == 0, log
+        assert "Traceback" not in log
+        assert "ERROR" not in log
 
 
 @pytest.fixture
-def children() -> Iterator[list[Child]]:
+def start_child(tmp_path: Path) -> Iterator[Callable[..., Child]]:
     started: list[Child] = []
-    yield started
+
+    def start(**options: float) -> Child:
+        started.append(Child(tmp_path / "log", **options))
+        return started[-1]
+
+    yield start
     for child in started:
         child.http.close()
-        if child.process.poll() is None:
+        if child.process.is_alive():
             child.process.kill()
-            child.process.communicate()
+        child.process.join()
+        child.process.close()
 
 
-def test_sigterm_lets_running_requests_finish(children: list[Child]) -> None:
-    child = Child("--shutdown-timeout", "10", "--step-seconds", "0.005")
-    children.append(child)
+def test_sigterm_lets_running_requests_finish(start_child: Callable[..., Child]) -> None:
+    child = start_child(shutdown_timeout=10, step_seconds=0.005)
     thread = child.stream("forever", max_tokens=200)
-    child.process.send_signal(signal.SIGTERM)
+    child.terminate()
     deadline = time.monotonic() + 2
     while (health := child.http.get("/health")).status_code == 200:
         assert time.monotonic() < deadline
@@ -239,29 +255,27 @@ def test_sigterm_lets_running_requests_finish(children: list[Child]) -> None:
     assert child.answer.text.endswith("data: [DONE]\n\n")
     assert child.answer.text.count('"text":') == 200
     assert "error" not in child.answer.text
-    assert "Traceback" not in child.end()
+    child.end()
 
 
 @pytest.mark.parametrize("twice", [False, True])
-def test_sigterm_ends_the_rest_with_one_error(children: list[Child], twice: bool) -> None:
-    child = Child("--shutdown-timeout", "30" if twice else "0.3", "--step-seconds", "0.01")
-    children.append(child)
+def test_sigterm_ends_the_rest_with_one_error(start_child: Callable[..., Child], twice: bool) -> None:
+    child = start_child(shutdown_timeout=30 if twice else 0.3, step_seconds=0.01)
     thread = child.stream("forever", max_tokens=2000)
-    child.process.send_signal(signal.SIGTERM)
+    child.terminate()
     if twice:
         time.sleep(0.3)
-        child.process.send_signal(signal.SIGTERM)
+        child.terminate()
     thread.join(5)
     events = child.answer.text.split("\n\n")
     assert events[-2:] == ["data: [DONE]", ""]
     error = json.loads(events[-3][6:])["error"]
     assert "shutting down" in error["message"]
     assert child.answer.text.count('"error"') == 1
-    assert "Traceback" not in child.end()
+    child.end()
 
 
-def test_sigterm_when_idle(children: list[Child]) -> None:
-    child = Child()
-    children.append(child)
-    child.process.send_signal(signal.SIGTERM)
-    assert "Traceback" not in child.end()
+def test_sigterm_when_idle(start_child: Callable[..., Child]) -> None:
+    child = start_child()
+    child.terminate()
+    child.end()

@@ -1,0 +1,39 @@
+"""Tiny engines over the conformance fixtures: float32, so that outputs are compared exactly."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+from dspark_server.config import EngineConfig, SpeculativeConfig
+from dspark_server.engine.core import EngineCore
+from dspark_server.engine.request import SamplingParams
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+HEADS = ("vanilla", "gated", "rnn")
+
+
+def tiny_core(head: str = "vanilla", *, drafter: bool = True, **settings: Any) -> EngineCore:
+    """An engine over a fixture pair, checking its invariants after every step."""
+    pair = FIXTURES / f"dspark_qwen3_{head}"
+    speculative = SpeculativeConfig(method="dspark", model=str(pair / "draft")) if drafter else SpeculativeConfig()
+    values: dict[str, Any] = {"num_blocks": 256, "block_size": 4, "check_invariants": True} | settings
+    return EngineCore.load(
+        EngineConfig(model=str(pair / "target"), dtype="float32", speculative=speculative, **values)
+    )
+
+
+def prompts(count: int, *, shortest: int = 3, longest: int = 40, seed: int = 0) -> list[list[int]]:
+    """Random prompts; every third begins like the first, so that prefixes are shared."""
+    source = random.Random(seed)
+    made = [[source.randrange(3, 500) for _ in range(source.randint(shortest, longest))] for _ in range(count)]
+    return [made[0][:12] + prompt if index % 3 == 2 else prompt for index, prompt in enumerate(made)]
+
+
+def greedy(max_tokens: int = 24) -> SamplingParams:
+    """Arg max, never ending early."""
+    return SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
+
+
+def seeded(seed: int, max_tokens: int = 24) -> SamplingParams:
+    """T = 1 under the coupled rule."""
+    return SamplingParams(max_tokens=max_tokens, temperature=1.0, seed=seed, ignore_eos=True)

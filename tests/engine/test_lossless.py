@@ -1,0 +1,79 @@
+"""Greedy and seeded tokens do not depend on the drafter, the batch, chunking, preemption or the prefix cache."""
+
+import pytest
+
+from dspark_server.engine.request import SamplingParams
+
+from .support import HEADS, greedy, prompts, seeded, tiny_core
+
+
+@pytest.fixture(scope="module")
+def plain() -> list[list[int]]:
+    """Each prompt alone, without a drafter: what every other way of running must give."""
+    core = tiny_core(drafter=False, enable_prefix_caching=False)
+    return [core.generate([prompt], own)[0] for prompt, own in zip(prompts(9), mixed(9), strict=True)]
+
+
+def mixed(count: int) -> list[SamplingParams]:
+    """Greedy and seeded in turn; two of the seeded ones share a seed."""
+    return [greedy(20 + i) if i % 2 == 0 else seeded(7 if i in (1, 3) else i, 20 + i) for i in range(count)]
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_drafter_changes_no_token(head: str) -> None:
+    own = mixed(6)
+    without = tiny_core(head, drafter=False).generate(prompts(6), own)
+    core = tiny_core(head)
+    assert core.generate(prompts(6), own) == without
+    assert core.loop.stats.drafts > 0
+    assert core.loop.stats.draft_tokens > core.loop.stats.accepted_tokens
+
+
+@pytest.mark.parametrize("drafter", [False, True])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"max_num_batched_tokens": 24, "max_num_seqs": 3},
+        {"num_blocks": 28},
+        {"enable_prefix_caching": False, "num_blocks": 24, "max_num_batched_tokens": 40, "max_num_seqs": 9},
+    ],
+    ids=["busy", "chunked", "preempted", "preempted-chunked-uncached"],
+)
+def test_a_busy_batch_gives_the_solo_tokens(
+    plain: list[list[int]], drafter: bool, settings: dict[str, int]
+) -> None:
+    core = tiny_core(drafter=drafter, **settings)
+    assert core.generate(prompts(9), mixed(9)) == plain
+    if "num_blocks" in settings:
+        assert core.loop.stats.preemptions > 0
+    assert core.batcher.pool.usage == 0.0
+
+
+def test_a_prefix_hit_carries_the_draft_rows() -> None:
+    """After a hit the drafter proposes exactly what it does without one: acceptance counts are equal."""
+    prompt = prompts(1, shortest=40, longest=40)[0]
+    cold = tiny_core()
+    first = cold.generate([prompt], greedy(40))
+    counts = list(cold.loop.stats.accepted_per_position), cold.loop.stats.drafts
+    second = cold.generate([prompt], greedy(40))
+    assert cold.loop.stats.prefix_hits > 0
+    assert second == first
+    assert [2 * n for n in counts[0]] == cold.loop.stats.accepted_per_position
+    assert 2 * counts[1] == cold.loop.stats.drafts
+
+
+def test_unseeded_requests_with_one_prompt_differ() -> None:
+    own = SamplingParams(max_tokens=16, temperature=1.0, ignore_eos=True)
+    outputs = tiny_core().generate([prompts(1)[0]] * 4, own)
+    assert len({tuple(output) for output in outputs}) == 4
+
+
+def test_min_tokens_holds_inside_a_draft_block() -> None:
+    """Every token is made an end token: nothing may end before min_tokens, everything right after."""
+    stop = frozenset(range(400))
+    own = SamplingParams(max_tokens=30, min_tokens=11, temperature=1.0, stop_token_ids=stop)
+    for output in tiny_core().generate(prompts(4), own):
+        assert not stop & set(output[:11])
+        assert len(output) >= 12
+        assert all(token not in stop for token in output[:-1])
