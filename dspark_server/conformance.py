@@ -5,6 +5,7 @@ position, draft_hidden [gamma, D], base_logits, draft_logits and target_logits (
 confidence_logits [gamma], draft_tokens [gamma], the forced `accepted` and what was `committed`; caseC.sequence.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -49,7 +50,8 @@ class Report:
             return
         error = (ours.double() - theirs.double()).abs().max().item()
         previous = self.largest.get(kind, 0.0)
-        self.largest[kind] = error if not error <= previous else previous
+        # Once a NaN, always a NaN: no comparison with one may let it be forgotten.
+        self.largest[kind] = previous if math.isnan(previous) or error <= previous else error
 
     def equal(self, where: str, ours: list[int], theirs: Tensor) -> None:
         """Compare tokens."""

@@ -1,0 +1,155 @@
+"""The front door: streaming, abort, capacity, failures of a step."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from dspark_server.engine.engine import AsyncEngine, Handle, TokenEvent
+from dspark_server.engine.request import FinishReason
+from dspark_server.errors import CapacityError, EngineDeadError, RequestError
+from tests.api.fake_engine import build_tokenizer
+
+from .support import greedy, prompts, tiny_core
+
+TOKENIZER: PreTrainedTokenizerFast = build_tokenizer()
+
+
+def with_engine(test: Callable[[AsyncEngine], Awaitable[None]], **settings: Any) -> None:
+    """Run a coroutine against a started engine on the vanilla fixture."""
+
+    async def main() -> None:
+        engine = AsyncEngine(tiny_core(**settings), TOKENIZER)
+        await engine.start()
+        try:
+            await asyncio.wait_for(test(engine), 60)
+        finally:
+            await engine.stop()
+
+    asyncio.run(main())
+
+
+class Listener:
+    """Collects the events of one choice."""
+
+    def __init__(self, engine: AsyncEngine, prompt: list[int], max_tokens: int) -> None:
+        self.events: list[TokenEvent] = []
+        self.changed = asyncio.Event()
+        with engine.reserve() as reservation:
+            self.handle: Handle = engine.submit(
+                prompt, greedy(max_tokens), reservation=reservation, request_id="r", on_tokens=self.on_tokens
+            )
+
+    def on_tokens(self, event: TokenEvent) -> None:
+        self.events.append(event)
+        self.changed.set()
+
+    @property
+    def tokens(self) -> list[int]:
+        return [token for event in self.events for token in event.tokens]
+
+    async def end(self) -> TokenEvent:
+        while not self.events or self.events[-1].finish_reason is None:
+            self.changed.clear()
+            await self.changed.wait()
+        assert sum(event.finish_reason is not None for event in self.events) == 1
+        return self.events[-1]
+
+
+def test_streams_what_the_offline_engine_gives() -> None:
+    expected = tiny_core().generate(prompts(5), greedy(20))
+
+    async def test(engine: AsyncEngine) -> None:
+        listeners = [Listener(engine, prompt, 20) for prompt in prompts(5)]
+        assert [(await each.end()).finish_reason for each in listeners] == [FinishReason.LENGTH] * 5
+        assert [each.tokens for each in listeners] == expected
+        assert await engine.wait_idle(1)
+
+    with_engine(test)
+
+
+def test_abort_frees_blocks_and_ends_once() -> None:
+    async def test(engine: AsyncEngine) -> None:
+        victim, survivor = Listener(engine, prompts(1)[0], 500), Listener(engine, prompts(2)[1], 30)
+        await victim.changed.wait()
+        engine.abort(victim.handle)
+        engine.abort(victim.handle)
+        assert (await victim.end()).finish_reason is FinishReason.ABORT
+        assert (await survivor.end()).finish_reason is FinishReason.LENGTH
+        for _ in range(100):
+            if engine.stats.kv_usage == 0.0 and not engine.core.batcher.running:
+                break
+            await asyncio.sleep(0.01)
+        assert engine.stats.kv_usage == 0.0
+
+    with_engine(test)
+
+
+def test_a_full_queue_refuses_and_a_place_comes_back() -> None:
+    async def test(engine: AsyncEngine) -> None:
+        running = [Listener(engine, prompt, 200) for prompt in prompts(3)]
+        with pytest.raises(CapacityError, match="queue is full"):
+            engine.reserve()
+        engine.abort(running[0].handle)
+        engine.reserve().__exit__()
+        engine.begin_drain()
+        with pytest.raises(CapacityError, match="shutting down"):
+            engine.reserve()
+
+    with_engine(test, max_num_seqs=2, max_num_queued_reqs=1)
+
+
+def test_requests_that_can_never_be_served_are_refused_at_once() -> None:
+    async def test(engine: AsyncEngine) -> None:
+        for prompt, tokens, match in (
+            ([], 1, "empty"),
+            ([512], 1, "outside the vocabulary"),
+            ([-1], 1, "outside the vocabulary"),
+            ([5] * 1000, 25, "1024 tokens, but the prompt has 1000"),
+            ([5] * 500, 60, "KV cache"),
+        ):
+            with pytest.raises(RequestError, match=match):
+                Listener(engine, prompt, tokens)
+        assert engine.health() == "ready"
+        assert (await Listener(engine, [5], 4).end()).finish_reason is FinishReason.LENGTH
+
+    with_engine(test, num_blocks=128)
+
+
+def test_a_failed_step_fails_its_requests_and_the_next_are_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(engine: AsyncEngine) -> None:
+        victim = Listener(engine, prompts(1)[0], 500)
+        await victim.changed.wait()
+        verify = engine.core.loop.executor.verify
+
+        def fail(runs: Any) -> Any:
+            monkeypatch.setattr(engine.core.loop.executor, "verify", verify)
+            raise MemoryError
+
+        monkeypatch.setattr(engine.core.loop.executor, "verify", fail)
+        last = await victim.end()
+        assert last.finish_reason is FinishReason.ERROR
+        assert "MemoryError" in (last.error or "")
+        assert (await Listener(engine, prompts(1)[0], 8).end()).finish_reason is FinishReason.LENGTH
+
+    with_engine(test)
+
+
+def test_an_engine_that_keeps_failing_is_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(engine: AsyncEngine) -> None:
+        def fail(runs: Any) -> Any:
+            raise RuntimeError("broken")
+
+        monkeypatch.setattr(engine.core.loop.executor, "verify", fail)
+        for _ in range(3):
+            assert (await Listener(engine, prompts(1)[0], 8).end()).finish_reason is FinishReason.ERROR
+        for _ in range(100):
+            if engine.health() == "dead":
+                break
+            await asyncio.sleep(0.01)
+        with pytest.raises(EngineDeadError):
+            engine.reserve()
+
+    with_engine(test)
