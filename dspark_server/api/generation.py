@@ -142,7 +142,7 @@ class Choice:
 
     def abandon(self) -> None:
         """The request is over before this choice is (its client left, or another choice failed)."""
-        if self.finish_reason is None:
+        if self.finish_reason is None and self.handle is not None:  # one that was never admitted is not counted
             self._end(FinishReason.ABORT)
             self._generation.abort(self)
 

@@ -1,0 +1,199 @@
+"""Every native kernel against the plain PyTorch one, on this machine's build, on one without AVX-512, and on Zig's."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import dspark_kernels
+from dspark_kernels.cpu.build import build, zig_compiler
+from dspark_kernels.cpu.native import NativeKernels
+from dspark_kernels.reference import ReferenceKernels
+
+REFERENCE = ReferenceKernels()
+# One rounding to the dtype of numbers of magnitude ~4, and float32 sums in another order.
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
+
+
+@pytest.fixture(scope="module", params=["machine", "no-avx512", "zig"])
+def native(request: pytest.FixtureRequest) -> NativeKernels:
+    """The library under test; never the reference in disguise."""
+    if request.param == "machine":
+        kernels = dspark_kernels.load("native")
+        assert isinstance(kernels, NativeKernels)
+        return kernels
+    if request.param == "no-avx512":
+        kernels = NativeKernels(build(extra_flags=["-mno-avx512f"]))
+        assert kernels.name == "native-generic"
+        return kernels
+    return NativeKernels(build(compilers=[zig_compiler()]))
+
+
+def test_what_the_server_loads_is_native() -> None:
+    """Every other test of this project runs on these kernels."""
+    kernels = dspark_kernels.load()
+    assert isinstance(kernels, NativeKernels)
+    assert kernels.name.startswith("native-")
+    assert "single-thread" not in kernels.name
+
+
+def close(ours: Tensor, theirs: Tensor) -> None:
+    assert ours.dtype == theirs.dtype
+    torch.testing.assert_close(ours, theirs, atol=TOLERANCE[ours.dtype], rtol=TOLERANCE[ours.dtype])
+
+
+@dataclass
+class Paged:
+    """Runs over scrambled blocks, their rows already in the cache."""
+
+    qkv: Tensor
+    heads: int
+    keys: Tensor
+    values: Tensor
+    query_start: Tensor
+    context_len: Tensor
+    tables: Tensor
+    block_size: int
+
+    def attend(self, kernels: dspark_kernels.Kernels, causal: bool, window: int | None) -> Tensor:
+        where = (self.query_start, self.context_len, self.tables, self.block_size)
+        return kernels.paged_attention(self.qkv, self.heads, self.keys, self.values, *where, 0.2, causal, window)
+
+
+def paged(
+    runs: list[tuple[int, int]], *, groups: int, kv_heads: int, size: int, block: int, dtype: torch.dtype
+) -> Paged:
+    """`runs` are (query tokens, context tokens)."""
+    torch.manual_seed(len(runs) + size)
+    need = [-(-(q + c) // block) for q, c in runs]
+    order = torch.randperm(sum(need) + 3)
+    tables = torch.zeros(len(runs), max(need), dtype=torch.int32)
+    start = 0
+    for row, count in enumerate(need):
+        tables[row, :count] = order[start : start + count]
+        start += count
+    slots = len(order) * block
+    tokens = sum(q for q, _ in runs)
+    heads = groups * kv_heads
+    return Paged(
+        qkv=torch.randn(tokens, (heads + 2 * kv_heads) * size).to(dtype),
+        heads=heads,
+        keys=torch.randn(slots, kv_heads, size).to(dtype),
+        values=torch.randn(slots, kv_heads, size).to(dtype),
+        query_start=torch.tensor([0, *torch.tensor([q for q, _ in runs]).cumsum(0).tolist()], dtype=torch.int32),
+        context_len=torch.tensor([c for _, c in runs], dtype=torch.int32),
+        tables=tables,
+        block_size=block,
+    )
+
+
+RUNS = [[(1, 0)], [(7, 0), (1, 15)], [(1, 16), (8, 33), (3, 0), (1, 1)], [(40, 5), (1, 300), (2, 31)]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("groups", "kv_heads", "size"), [(3, 3, 64), (1, 2, 16), (4, 1, 32), (2, 2, 40), (2, 1, 128)])
+@pytest.mark.parametrize("runs", RUNS, ids=range(len(RUNS)))
+def test_attention(
+    native: NativeKernels, runs: list[tuple[int, int]], groups: int, kv_heads: int, size: int, dtype: torch.dtype
+) -> None:
+    case = paged(runs, groups=groups, kv_heads=kv_heads, size=size, block=8, dtype=dtype)
+    for causal, window in ((True, None), (False, None), (True, 6)):
+        close(case.attend(native, causal, window), case.attend(REFERENCE, causal, window))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    runs=st.lists(st.tuples(st.integers(1, 20), st.integers(0, 70)), min_size=1, max_size=9),
+    block=st.sampled_from([1, 4, 16]),
+    causal=st.booleans(),
+)
+def test_ragged_attention(runs: list[tuple[int, int]], block: int, causal: bool) -> None:
+    case = paged(runs, groups=3, kv_heads=1, size=32, block=block, dtype=torch.bfloat16)
+    close(case.attend(dspark_kernels.load("native"), causal, None), case.attend(REFERENCE, causal, None))
+
+
+def test_a_row_of_attention_does_not_depend_on_its_batch() -> None:
+    native = dspark_kernels.load("native")
+    case = paged([(8, 33), (1, 200), (5, 12)], groups=3, kv_heads=3, size=64, block=16, dtype=torch.bfloat16)
+    together = case.attend(native, True, None)
+    for run in range(3):
+        first, last = case.query_start[run].item(), case.query_start[run + 1].item()
+        for row in range(first, last):  # one query at a time, the ones before it as context
+            single = Paged(
+                case.qkv[row : row + 1],
+                case.heads,
+                case.keys,
+                case.values,
+                torch.tensor([0, 1], dtype=torch.int32),
+                case.context_len[run : run + 1] + (row - first),
+                case.tables[run : run + 1],
+                case.block_size,
+            )
+            assert torch.equal(single.attend(native, True, None)[0], together[row])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "features"), [(1, 576), (5, 64), (64, 1536), (3, 37)])
+def test_norms_and_silu(native: NativeKernels, rows: int, features: int, dtype: torch.dtype) -> None:
+    x, residual, weight = (torch.randn(shape).to(dtype) for shape in ((rows, features), (rows, features), (features,)))
+    close(native.rms_norm(x, weight, 1e-5), REFERENCE.rms_norm(x, weight, 1e-5))
+    ours, theirs = residual.clone(), residual.clone()
+    close(native.add_rms_norm(x, ours, weight, 1e-5), REFERENCE.add_rms_norm(x, theirs, weight, 1e-5))
+    close(ours, theirs)
+    gate_up = torch.randn(rows, 2 * features).to(dtype) * 4
+    close(native.silu_mul(gate_up), REFERENCE.silu_mul(gate_up))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads", [0, 1, 6])
+@pytest.mark.parametrize("normed", [False, True])
+def test_rotary_and_kv_write(native: NativeKernels, heads: int, normed: bool, dtype: torch.dtype) -> None:
+    kv_heads, size, rows = 2, 32, 9
+    wide = torch.randn(rows, (heads + 2 * kv_heads) * size + 24).to(dtype)
+    positions = torch.randint(0, 50, (rows,), dtype=torch.int32)
+    slots = torch.randperm(40)[:rows].int()
+    cos_sin = torch.randn(50, size)
+    norm = torch.randn(size).to(dtype) if normed else None
+    results = []
+    for kernels in (native, REFERENCE):
+        qkv = wide.clone()[:, : (heads + 2 * kv_heads) * size]  # strided rows
+        keys, values = torch.zeros(40, kv_heads, size, dtype=dtype), torch.zeros(40, kv_heads, size, dtype=dtype)
+        kernels.rotary_kv_write(qkv, positions, cos_sin, slots, keys, values, heads, norm, norm, 1e-6)
+        results.append((qkv[:, : heads * size].contiguous(), keys, values))
+    for ours, theirs in zip(*results, strict=True):
+        close(ours, theirs)
+
+
+@pytest.mark.parametrize(("out_features", "in_features"), [(96, 64), (960, 576), (37, 51), (1, 2)])
+def test_linear_and_its_batch_invariance(native: NativeKernels, out_features: int, in_features: int) -> None:
+    weight, bias = torch.randn(out_features, in_features).bfloat16(), torch.randn(out_features).bfloat16()
+    packed = native.pack_linear(weight, bias)
+    x = torch.randn(200, in_features).bfloat16()
+    exact = x.double() @ weight.double().T + bias.double()
+    ours = native.linear(x, packed, torch.float32)
+    torch.testing.assert_close(ours.double(), exact, atol=1e-3, rtol=1e-4)
+    torch.testing.assert_close(native.linear(x, packed).double(), exact, atol=1e-3, rtol=1e-2)
+    for rows in (1, 2, 3, 8, 12, 13, 31, 64):
+        assert torch.equal(native.linear(x[:rows], packed, torch.float32), ours[:rows])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_argmax_takes_the_lowest_of_equals_and_a_nan_wins(native: NativeKernels, dtype: torch.dtype) -> None:
+    logits = torch.randint(0, 9, (7, 1003)).to(dtype)
+    logits[3, 500] = torch.nan
+    assert torch.equal(native.argmax(logits), REFERENCE.argmax(logits))
+    assert native.argmax(logits)[3] == 500
+
+
+def test_a_nan_reaches_the_output(native: NativeKernels) -> None:
+    x = torch.ones(2, 64)
+    x[1, 5] = torch.nan
+    assert native.rms_norm(x, torch.ones(64), 1e-6)[1].isnan().all()
+    case = paged([(1, 20), (1, 20)], groups=1, kv_heads=1, size=32, block=4, dtype=torch.float32)
+    case.qkv[1] = torch.nan
+    attended = case.attend(native, True, None)
+    assert attended[1].isnan().all()
+    assert not attended[0].isnan().any()
