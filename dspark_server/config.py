@@ -41,7 +41,9 @@ class SpeculativeConfig:
         except json.JSONDecodeError as error:
             raise ConfigError(f"--speculative-config is not valid JSON: {error}") from None
         if not isinstance(values, dict):
-            raise ConfigError('--speculative-config must be a JSON object such as {"method": "dspark", "model": "DIR"}.')
+            raise ConfigError(
+                '--speculative-config must be a JSON object such as {"method": "dspark", "model": "DIR"}.'
+            )
         known = {field.name for field in fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:

@@ -82,7 +82,9 @@ def replay(directory: Path, progress: Callable[[str], None] = lambda line: None)
     try:
         expected = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); a conformance folder has target/, draft/ and it.") from error
+        raise CheckpointError(
+            f"{path} cannot be read ({error}); a conformance folder has target/, draft/ and it."
+        ) from error
     report = Report()
     names = {m[1] for key in expected if (m := re.fullmatch(r"(case\d+)\.prompt", key))}
     if not names:

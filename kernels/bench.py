@@ -9,11 +9,10 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 
-import torch
-from torch import Tensor
-
 import dspark_kernels
+import torch
 from dspark_kernels.interface import Kernels, PackedLinear
+from torch import Tensor
 
 HIDDEN, FF, LAYERS, VOCABULARY = 576, 1536, 30, 49152
 Q_HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE = 9, 3, 64, 16
@@ -95,9 +94,7 @@ def attention(kernels: Kernels, repeats: int) -> None:
             tables: Tensor = tables,
         ) -> None:
             for keys, values in caches:
-                kernels.paged_attention(
-                    qkv, Q_HEADS, keys, values, starts, lengths, tables, BLOCK_SIZE, HEAD_DIM**-0.5
-                )
+                kernels.paged_attention(qkv, Q_HEADS, keys, values, starts, lengths, tables, BLOCK_SIZE, HEAD_DIM**-0.5)
 
         (seconds,) = seconds_of([call], repeats)
         read = LAYERS * 4 * runs * (context + queries) * KV_HEADS * HEAD_DIM

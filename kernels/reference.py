@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-
 from dspark_kernels.interface import PackedLinear
+from torch import Tensor
 
 
 @dataclass(frozen=True)

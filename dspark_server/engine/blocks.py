@@ -148,4 +148,5 @@ class BlockPool:
         assert all(self._key_of[block] is None for block in self._free), "a free block has an identity"
         for digest, block in self._block_of.items():
             key = self._key_of[block]
-            assert key is not None and key.digest == digest, "the index names a block that is something else"
+            assert key is not None, "the index names a block without identity"
+            assert key.digest == digest, "the index names a block that is something else"

@@ -128,7 +128,7 @@ class EngineCore:
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     """The checkpoint's tokenizer. Raises CheckpointError if there is none."""
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory)  # type: ignore[no-untyped-call]
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{directory} has no usable tokenizer: {error}") from error
     # Prompts longer than the training length are refused by us, with a message of ours.

@@ -28,9 +28,9 @@ class DraftBlock:
     """gamma drafted tokens of each of R requests.
 
     tokens [R, gamma] int64; q [R, gamma, V] the law each token was really drawn from (read for ratio rows only), None
-    where no row follows the ratio rule; confidence [R, gamma] float32 logits of c_k, None without a confidence head; usable [R]
-    int64, how many leading slots came from finite numbers. hidden [R, gamma, D], base_logits and logits [R, gamma, V]
-    are kept only for conformance.
+    where no row follows the ratio rule; confidence [R, gamma] float32 logits of c_k, None without a confidence head;
+    usable [R] int64, how many leading slots came from finite numbers. hidden [R, gamma, D], base_logits and logits
+    [R, gamma, V] are kept only for conformance.
     """
 
     tokens: Tensor
@@ -54,8 +54,11 @@ class Drafter(Protocol):
 
     gamma: int  # draft tokens per block; 0 for none
     taps: tuple[int, ...]  # target layers whose outputs `observe` wants
-    kv_group: LayerGroup | None  # its layers in the KV pool, group 1
     identity: str  # part of the prefix hash: rows of one drafter are garbage to another
+
+    @property
+    def kv_group(self) -> LayerGroup | None:
+        """Its layers in the KV pool, group 1."""
 
     def propose(
         self, requests: list[DraftRequest], sampling: SamplingBatch, streams: Streams, pool: KVPool
@@ -71,8 +74,12 @@ class NoDrafter:
 
     gamma = 0
     taps: tuple[int, ...] = ()
-    kv_group: LayerGroup | None = None
     identity = "none"
+
+    @property
+    def kv_group(self) -> LayerGroup | None:
+        """No layers."""
+        return None
 
     def propose(
         self, requests: list[DraftRequest], sampling: SamplingBatch, streams: Streams, pool: KVPool

@@ -91,7 +91,8 @@ def _taps(fields: Mapping[str, Any], target_layers: int) -> tuple[int, ...]:
         raise CheckpointError(f"The drafter's config.json needs target_layer_ids as a list of layers, not {ids!r}.")
     if fields.get("num_target_layers", target_layers) != target_layers:
         raise CheckpointError(
-            f"The drafter was trained for a target of {fields['num_target_layers']} layers, this one has {target_layers}."
+            f"The drafter was trained for a target of {fields['num_target_layers']} layers; "
+            f"this one has {target_layers}."
         )
     # HF's hidden state after the last layer is already normed, so that id would not mean the layer's output.
     if any(i < -1 or i >= target_layers - 1 for i in ids) or sorted(set(ids)) != ids:
@@ -285,7 +286,7 @@ class ContextProjection:
         self._key_values = Linear(stacked, torch.cat(biases) if biases else None, kernels)
         digest = hashlib.sha256()
         for tensor in (features, norm, stacked, *biases):
-            digest.update(tensor.contiguous().view(torch.uint8).numpy())
+            digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
         self.digest = digest.hexdigest()
 
     def write(self, taps: list[Tensor], batch: Batch, layers: list[tuple[Tensor, Tensor]]) -> None:

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, empty, get_num_threads
-
 from dspark_kernels.interface import PackedLinear
+from torch import Tensor, empty, get_num_threads
 
 FLOAT32, BFLOAT16 = 0, 1  # as in common.h
 _CODES = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}

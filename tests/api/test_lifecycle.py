@@ -151,10 +151,12 @@ def test_metrics_count(own_server: Running) -> None:
     own_server.complete("forever", max_tokens=10, stream=True)
     own_server.complete("say a.b", stop=".")
     own_server.complete("fail 2")
+    assert own_server.complete("say x", max_tokens=9999).status_code == 400  # refused: counted nowhere
     samples = series(own_server)
     assert value(samples, "vllm:request_success_total", 'finished_reason="stop"') == 2
     assert value(samples, "vllm:request_success_total", 'finished_reason="length"') == 1
     assert value(samples, "vllm:request_success_total", 'finished_reason="error"') == 1
+    assert value(samples, "vllm:request_success_total", 'finished_reason="abort"') == 0
     assert value(samples, "vllm:generation_tokens_total") == 6 + 10 + 2 + 2
     assert value(samples, "vllm:time_to_first_token_seconds_count") == 4
     assert value(samples, "vllm:inter_token_latency_seconds_count") == 5 + 9 + 1 + 1

@@ -17,9 +17,7 @@ def tiny_core(head: str = "vanilla", *, drafter: bool = True, **settings: Any) -
     pair = FIXTURES / f"dspark_qwen3_{head}"
     speculative = SpeculativeConfig(method="dspark", model=str(pair / "draft")) if drafter else SpeculativeConfig()
     values: dict[str, Any] = {"num_blocks": 256, "block_size": 4, "check_invariants": True} | settings
-    return EngineCore.load(
-        EngineConfig(model=str(pair / "target"), dtype="float32", speculative=speculative, **values)
-    )
+    return EngineCore.load(EngineConfig(model=str(pair / "target"), dtype="float32", speculative=speculative, **values))
 
 
 def prompts(count: int, *, shortest: int = 3, longest: int = 40, seed: int = 0) -> list[list[int]]:

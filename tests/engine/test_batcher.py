@@ -10,9 +10,7 @@ from dspark_server.errors import RequestError
 
 
 def batcher(blocks: int = 16, *, seqs: int = 4, tokens: int = 32, gamma: int = 3) -> Batcher:
-    return Batcher(
-        BlockPool(blocks, 4), EngineStats(), max_num_seqs=seqs, max_num_batched_tokens=tokens, gamma=gamma
-    )
+    return Batcher(BlockPool(blocks, 4), EngineStats(), max_num_seqs=seqs, max_num_batched_tokens=tokens, gamma=gamma)
 
 
 def request(length: int, *, first: int = 0, max_tokens: int = 8) -> Request:

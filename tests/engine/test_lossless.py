@@ -40,9 +40,7 @@ def test_a_drafter_changes_no_token(head: str) -> None:
     ],
     ids=["busy", "chunked", "preempted", "preempted-chunked-uncached"],
 )
-def test_a_busy_batch_gives_the_solo_tokens(
-    plain: list[list[int]], drafter: bool, settings: dict[str, int]
-) -> None:
+def test_a_busy_batch_gives_the_solo_tokens(plain: list[list[int]], drafter: bool, settings: dict[str, int]) -> None:
     core = tiny_core(drafter=drafter, **settings)
     assert core.generate(prompts(9), mixed(9)) == plain
     if "num_blocks" in settings:

@@ -2,16 +2,15 @@
 
 from dataclasses import dataclass
 
+import dspark_kernels
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch import Tensor
-
-import dspark_kernels
 from dspark_kernels.cpu.build import build, zig_compiler
 from dspark_kernels.cpu.native import NativeKernels
 from dspark_kernels.reference import ReferenceKernels
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
 
 REFERENCE = ReferenceKernels()
 # One rounding to the dtype of numbers of magnitude ~4, and float32 sums in another order.
