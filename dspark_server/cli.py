@@ -3,6 +3,7 @@
 import logging
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
@@ -89,7 +90,11 @@ def serve(
             speculative=SpeculativeConfig.parse(speculative_config),
         )
         settings = ServerSettings(host=host, port=port, shutdown_timeout=shutdown_timeout)
-        core = EngineCore.load(config)
+        # libgomp keeps a pool of workers per calling thread, and stops spinning between parallel regions once all
+        # pools together have more threads than there are cores. The loading thread's pool ends with it, so that the
+        # step thread's is the only one.
+        with ThreadPoolExecutor(1) as loader:
+            core = loader.submit(EngineCore.load, config).result()
         engine = AsyncEngine(core, load_tokenizer(resolve_model(model)))
         logging.getLogger("dspark_server").info("%s ready: %s", core.model_name, core.backend)
         run(engine, settings)

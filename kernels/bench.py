@@ -1,11 +1,10 @@
 """Micro-benchmark of the native kernels: `python -m dspark_kernels.bench`.
 
 Matrix products of SmolLM2-135M (30 layers' four products, and lm_head) beside oneDNN's packed ones, paged attention,
-and the small operations. Every figure is the median of interleaved repetitions.
+and the small operations. Every figure is the least of interleaved repetitions.
 """
 
 import argparse
-import statistics
 import time
 from collections.abc import Callable, Sequence
 
@@ -21,7 +20,7 @@ Product = Callable[[Tensor, object], Tensor]
 
 
 def seconds_of(functions: Sequence[Callable[[], object]], repeats: int) -> list[float]:
-    """Median seconds of each function, called in turn."""
+    """Least seconds of each function, called in turn: what it takes when nothing else runs on the cores."""
     times: list[list[float]] = [[] for _ in functions]
     for repeat in range(repeats + 2):
         for function, measured in zip(functions, times, strict=True):
@@ -29,7 +28,7 @@ def seconds_of(functions: Sequence[Callable[[], object]], repeats: int) -> list[
             function()
             if repeat >= 2:
                 measured.append(time.perf_counter() - started)
-    return [statistics.median(measured) for measured in times]
+    return [min(measured) for measured in times]
 
 
 def products(kernels: Kernels, rows: Sequence[int], repeats: int) -> None:

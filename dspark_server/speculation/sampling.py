@@ -68,7 +68,7 @@ class Traits:
 
 @dataclass(frozen=True, eq=False)
 class SamplingBatch:
-    """How to sample, a struct of arrays, one row per request (or per row of logits, after `select` or `rows`).
+    """How to sample, a struct of arrays, one row per request (or per row of logits, after `select`).
 
     temperature [R] f32 (0 = greedy), top_k [R] i64 (0 = off), top_p [R] f32 (1 = off), min_p [R] f32 (0 = off),
     coupled [R] bool, key [R] i64 (the user's seed if coupled, else a private random nonce of this choice),
@@ -124,7 +124,8 @@ class SamplingBatch:
             return torch.tensor(values, dtype=dtype, device=device)
 
         return cls(
-            temperature=column(temperature, torch.float32),
+            # Exactly 0, so that the tensor and the traits cannot disagree about a row at the edge.
+            temperature=column([0.0 if t < GREEDY_BELOW else t for t in temperature], torch.float32),
             top_k=column(top_k, torch.int64),
             top_p=column(top_p, torch.float32),
             min_p=column(min_p, torch.float32),
@@ -147,7 +148,7 @@ class SamplingBatch:
     @cached_property
     def greedy(self) -> Tensor:
         """[R] bool."""
-        return self.temperature < GREEDY_BELOW
+        return self.temperature == 0
 
     def select(self, indices: Tensor, offset: int | Tensor = 0) -> "SamplingBatch":
         """Rows `indices` [N] i64, `offset` (scalar or [N]) positions further on."""
@@ -169,13 +170,6 @@ class SamplingBatch:
     def ahead(self, offset: int) -> "SamplingBatch":
         """The same requests, `offset` positions further on: what slot `offset` of a draft is sampled with."""
         return self if offset == 0 else replace(self, position=self.position + offset)
-
-    def rows(self, row_start: Sequence[int]) -> "SamplingBatch":
-        """One row per row of logits: row row_start[r] + k samples for position[r] + k."""
-        counts = torch.tensor(row_start, device=self.position.device).diff()
-        request = torch.repeat_interleave(torch.arange(len(self), device=counts.device), counts)
-        start = torch.tensor(row_start[:-1], device=counts.device)[request]
-        return self.select(request, torch.arange(len(request), device=counts.device) - start)
 
     @cached_property
     def by_rule(self) -> "dict[Rule, tuple[Tensor | None, SamplingBatch]]":

@@ -32,7 +32,7 @@ class Running:
         """The server still works."""
         assert self.complete("say fine").json()["choices"][0]["text"] == "fine"
 
-    def wait(self, condition, seconds: float = 3.0) -> None:
+    def wait(self, condition, seconds: float = 20.0) -> None:
         end = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < end, "condition not reached"

@@ -83,7 +83,7 @@ def test_a_client_that_leaves_is_aborted(server: Running, streaming: bool, reset
     if reset:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")
     connection.close()
-    server.wait(lambda: server.engine.in_flight == 0, seconds=0.5)
+    server.wait(lambda: server.engine.in_flight == 0)
     assert server.engine.aborted == aborted + 2
     server.canary()
 
@@ -92,7 +92,7 @@ def test_openai_client_leaves_in_mid_stream(server: Running) -> None:
     aborted = server.engine.aborted
     with server.openai.completions.create(model="fake", prompt="forever", max_tokens=1500, stream=True) as stream:
         next(iter(stream))
-    server.wait(lambda: server.engine.aborted == aborted + 1, seconds=0.5)
+    server.wait(lambda: server.engine.aborted == aborted + 1)
 
 
 STALLING = {"step_seconds": 0.01, "settings": {"stall_timeout": 0.4}}
@@ -109,9 +109,9 @@ def test_a_reader_that_stalls_is_dropped(own_server: Running, choices: int, per_
     body = {"prompt": "forever", "n": choices, "max_tokens": tokens, "stream": True, "return_token_ids": True}
     with connect(own_server, body):
         own_server.wait(lambda: len(engine.submitted) == 1 + choices)
-        own_server.wait(lambda: engine.in_flight == 0, seconds=10)
+        own_server.wait(lambda: engine.in_flight == 0)
         assert engine.aborted == (choices if choices > 1 else 0)
-        own_server.wait(lambda: len(own_server.server.server_state.connections) <= 1, seconds=2)  # our keep-alive one
+        own_server.wait(lambda: len(own_server.server.server_state.connections) <= 1)  # our keep-alive one
     own_server.canary()
 
 
