@@ -11,7 +11,7 @@ from .support import Running, start
 
 @pytest.fixture(scope="session")
 def shared_server() -> Iterator[Running]:
-    yield from start(ServerSettings(port=0, max_body_bytes=4 << 20, body_timeout=1.0))
+    yield from start(ServerSettings(port=0, max_body_bytes=4 << 20))
 
 
 @pytest.fixture

@@ -204,8 +204,13 @@ def test_false_content_length(server: Running) -> None:
     assert raw_request(server, head % b"99999999999" + b"{}").startswith(b"HTTP/1.1 413")
     assert raw_request(server, head % b"-5" + b"{}").startswith(b"HTTP/1.1 400")
     assert raw_request(server, head % b"abc" + b"{}").startswith(b"HTTP/1.1 400")
-    answer = raw_request(server, head % b"50" + b'{"prompt": "say x"}')  # less than announced: times out
-    assert answer.startswith(b"HTTP/1.1 408")
+
+
+@pytest.mark.parametrize("own_server", [{"settings": {"body_timeout": 0.5}}], indirect=True)
+def test_a_body_shorter_than_announced_times_out(own_server: Running) -> None:
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 50\r\n\r\n"
+    assert raw_request(own_server, head + b'{"prompt": "say x"}').startswith(b"HTTP/1.1 408")
+    own_server.canary()
 
 
 def test_huge_headers(server: Running) -> None:
