@@ -1,0 +1,248 @@
+"""Exact laws of one decoding cycle, computed by driving the production functions over all noise there is.
+
+Ratio rule: production uses each uniform through thresholds. They are found by bisection on production itself, to the
+last bit, so nothing of the rule is assumed here except that outcomes are monotone in each uniform (checked on random
+ones). Coupled rule: a cell of noise is a pair (target's token, draft's token); its weight has a closed form, and one
+representative of the cell is fed to production.
+"""
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dspark_server.speculation.acceptance import DraftTokens, accept
+from dspark_server.speculation.sampling import Purpose, distribution, sample
+from tests.speculation.support import Law, State, TableStreams, World, after
+
+NEGLIGIBLE = 1e-15  # bisection leaves cells of measure zero this wide
+TINY = 2.0**-60  # a coin that accepts whatever can be accepted
+Lengths = Callable[[tuple[int, ...]], int]
+Admits = Callable[[tuple[int, ...]], bool]
+
+
+def edges(outcome: Callable[[Tensor], Tensor], thresholds: Tensor) -> Tensor:
+    """sup{u : outcome(u) <= threshold}, elementwise, for an `outcome` that never falls in u."""
+    low, high = torch.zeros(thresholds.shape, dtype=torch.float64), torch.ones(thresholds.shape, dtype=torch.float64)
+    for _ in range(54):
+        middle = (low + high) / 2
+        above = outcome(middle) > thresholds
+        low, high = torch.where(above, low, middle), torch.where(above, middle, high)
+    return high
+
+
+def cells(outcome: Callable[[Tensor, Tensor], Tensor], problems: int, outcomes: int) -> Tensor:
+    """The law [problems, outcomes] of `outcome(u [m], problem [m])`, u uniform."""
+    problem = torch.arange(problems).repeat_interleave(outcomes - 1)
+    thresholds = torch.arange(outcomes - 1).repeat(problems)
+    upper = edges(lambda u: outcome(u, problem), thresholds).view(problems, -1)
+    ends = torch.cat([torch.zeros(problems, 1), upper, torch.ones(problems, 1)], dim=1)
+    probe = torch.rand(problems, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    assert torch.equal(outcome(probe, torch.arange(problems)), (upper < probe[:, None]).sum(1)), "not monotone"
+    return ends.diff(dim=1)
+
+
+def drafted_law(world: World) -> Tensor:
+    """[V, V]: the law of a drafted token after each previous one, as production draws it."""
+    v = world.vocabulary
+
+    def outcome(u: Tensor, previous: Tensor) -> Tensor:
+        return sample(world.draft[previous], world.sampling(len(u), drafting=True), u, TableStreams())[0]
+
+    return cells(outcome, v, v)
+
+
+def claimed_law(world: World, previous: Tensor) -> Tensor:
+    """What production reports as q."""
+    return distribution(world.draft[previous], world.sampling(len(previous), drafting=True))
+
+
+@dataclass
+class RatioProblems:
+    """Every (context, draft block, prefix length) that can occur, one row each, ready for `accept`."""
+
+    world: World
+    states: Tensor  # [n, 2]
+    tokens: Tensor  # [n, gamma]
+    lengths: Tensor  # [n]
+    weight: Tensor  # [n]: of the block, given the context
+    q: Tensor | None  # [n, gamma, V]
+
+    @classmethod
+    def of(cls, world: World, lengths: Lengths, claimed: Callable[[World, Tensor], Tensor]) -> "RatioProblems":
+        law, v = drafted_law(world), world.vocabulary
+        blocks = torch.tensor(list(itertools.product(range(v), repeat=world.gamma)))
+        states = torch.tensor(world.states)
+        n = len(blocks)
+        tokens, states = blocks.repeat(len(states), 1), states.repeat_interleave(n, 0)
+        previous = torch.cat([states[:, 1:], tokens[:, :-1]], dim=1)
+        weight = law[previous, tokens].prod(1)
+        can = weight > NEGLIGIBLE
+        tokens, states, previous, weight = tokens[can], states[can], previous[can], weight[can]
+        size = torch.tensor([lengths(tuple(block)) for block in tokens.tolist()])
+        q = (
+            None
+            if world.draft_greedy and claimed is claimed_law
+            else claimed(world, previous.reshape(-1)).view(*tokens.shape, v)
+        )
+        return cls(world, states, tokens, size, weight, q)
+
+    def run(self, rows: Tensor, coins: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+        """(count, token) of production for problems `rows` [m] under coins [m, gamma] and residual uniforms [m]."""
+        states, tokens, lengths = self.states[rows], self.tokens[rows], self.lengths[rows]
+        logits, row_start = self.world.verify_logits(states, tokens, lengths)
+        gamma = self.world.gamma
+        streams = TableStreams({Purpose.COIN: coins, Purpose.RESIDUAL: last[:, None].expand(-1, gamma + 1)})
+        draft = DraftTokens(self.tokens, self.q, rows)
+        done = accept(logits, row_start, draft, lengths, self.world.sampling(len(rows)), streams)
+        assert not done.failed.any()
+        return done.count, done.token
+
+    def acceptance(self) -> Tensor:
+        """[n, gamma]: the chance that token k + 1 stands, given that those before it do."""
+        n, gamma = self.tokens.shape
+        slot = torch.arange(gamma).repeat(n)
+        rows = torch.arange(n).repeat_interleave(gamma)
+
+        def rejected(u: Tensor) -> Tensor:
+            coins = torch.full((len(rows), gamma), TINY, dtype=torch.float64)
+            coins[torch.arange(len(rows)), slot] = u
+            return (self.run(rows, coins, torch.full_like(u, 0.5))[0] <= slot).long()
+
+        return edges(rejected, torch.zeros_like(slot)).view(n, gamma)
+
+
+def ratio_cycles(
+    world: World, lengths: Lengths | None = None, claimed: Callable[[World, Tensor], Tensor] = claimed_law
+) -> dict[State, Law]:
+    """The law of what one cycle of the ratio rule commits, in every context."""
+    problems = RatioProblems.of(world, lengths or (lambda block: world.gamma), claimed)
+    chance = problems.acceptance()
+    rows, counts, weights, coins = [], [], [], []
+    for count in range(world.gamma + 1):
+        weight = problems.weight * chance[:, :count].prod(1)
+        ends_here = problems.lengths == count
+        if count < world.gamma:
+            weight = torch.where(ends_here, weight, weight * (1 - chance[:, count]))
+        which = ((weight > NEGLIGIBLE) & (count <= problems.lengths)).nonzero().squeeze(1)
+        coin = torch.cat([chance[which, :count] / 2, (1 + chance[which, count:]) / 2], dim=1)
+        rows.append(which), counts.append(torch.full_like(which, count))
+        weights.append(weight[which]), coins.append(coin)
+    row, count, coin = torch.cat(rows), torch.cat(counts), torch.cat(coins)
+
+    def outcome(u: Tensor, end: Tensor) -> Tensor:
+        got, token = problems.run(row[end], coin[end], u)
+        assert torch.equal(got, count[end]), "a coin inside its cell gave another count"
+        return token
+
+    law = cells(outcome, len(row), world.vocabulary) * torch.cat(weights)[:, None]
+    cycles: dict[State, Law] = {state: {} for state in world.states}
+    for end, (problem, kept) in enumerate(zip(row.tolist(), count.tolist(), strict=True)):
+        first, second = problems.states[problem].tolist()
+        for token in range(world.vocabulary):
+            committed = (*problems.tokens[problem, :kept].tolist(), token)
+            here = cycles[first, second]
+            here[committed] = here.get(committed, 0.0) + float(law[end, token])
+    return cycles
+
+
+# ---- coupled ----------------------------------------------------------------------------------------------------
+
+
+def pair_cells(p: list[float], q: list[float]) -> list[tuple[float, int, int, list[float]]]:
+    """Every cell of exponential noise: (weight, y = argmin E/p, x = argmin E/q, an E inside it).
+
+    For i != j, with r = E_i / E_j: P(y=j, x=i) = integral over r in [p_i/p_j, q_i/q_j] of dr / S(r)^2, where
+    S(r) = 1 + r + sum over the others of max(p_v/p_j, r q_v/q_i); P(i, i) = 1 / sum of max(p_v/p_i, q_v/q_i).
+    """
+    found = []
+    for j, i in itertools.product(range(len(p)), repeat=2):
+        if p[j] <= 0 or q[i] <= 0:
+            continue
+        if i == j:
+            bound = [max(a / p[i], b / q[i]) for a, b in zip(p, q, strict=True)]
+            noise = [b + 1 for b in bound]
+            noise[i] = 1.0
+            found.append((1 / sum(bound), i, i, noise))
+            continue
+        low, high = p[i] / p[j], q[i] / q[j] if q[j] > 0 else float("inf")
+        if low >= high:
+            continue
+        others = [v for v in range(len(p)) if v not in (i, j)]
+        ratio = (low + high) / 2 if high < float("inf") else low + 1
+        noise = [1 + max(p[v] / p[j], ratio * q[v] / q[i]) for v in range(len(p))]
+        noise[j], noise[i] = 1.0, ratio
+        turns = [p[v] / p[j] * q[i] / q[v] for v in others if q[v] > 0]
+        marks = [low, *sorted(t for t in turns if low < t < high), high]
+        weight = 0.0
+        for start, end in itertools.pairwise(marks):
+            # On this stretch S = constant + slope r.
+            rising = [v for v in others if q[v] > 0 and p[v] / p[j] * q[i] / q[v] <= start]
+            constant = 1 + sum(p[v] / p[j] for v in others if v not in rising)
+            slope = 1 + sum(q[v] / q[i] for v in rising)
+            at_end = 0.0 if end == float("inf") else 1 / (constant + slope * end)
+            weight += (1 / (constant + slope * start) - at_end) / slope
+        found.append((weight, j, i, noise))
+    return found
+
+
+@dataclass
+class CoupledPath:
+    weight: float
+    state: State
+    noise: list[list[float]]
+    drafted: tuple[int, ...]  # what production must draft under this noise, as far as the path goes
+    length: int
+
+
+def coupled_paths(world: World, state: State, admits: Admits, prefix: tuple[int, ...] = ()) -> list[CoupledPath]:
+    """All ways a cycle can go from here: slot by slot, a cell of noise each, until draft and target part."""
+    p = world.p(after(state, prefix))
+    slot, blank = len(prefix), [1.0] * world.vocabulary
+    if slot == world.gamma or not admits(prefix):
+        paths = []
+        for token, weight in enumerate(p):
+            if weight > 0:
+                noise = [1 + share / weight for share in p]
+                noise[token] = 1.0
+                rest = [blank] * (world.gamma - slot)
+                paths.append(CoupledPath(weight, state, [noise, *rest], (), slot))
+        return paths
+    paths = []
+    for weight, y, x, noise in pair_cells(p, world.q(after(state, prefix)[1])):
+        if x == y:
+            tails = coupled_paths(world, state, admits, (*prefix, x))
+        else:
+            # Whether later slots are in the pass no longer matters; let them be.
+            tails = [CoupledPath(1.0, state, [blank] * (world.gamma - slot), (), world.gamma)]
+        for tail in tails:
+            drafted = (x, *tail.drafted)
+            paths.append(CoupledPath(weight * tail.weight, state, [noise, *tail.noise], drafted, tail.length))
+    return paths
+
+
+def coupled_cycles(world: World, admits: Admits | None = None) -> dict[State, Law]:
+    """The law of what one cycle of the coupled rule commits, in every context."""
+    paths = [path for s in world.states for path in coupled_paths(world, s, admits or (lambda prefix: True))]
+    n = len(paths)
+    streams = TableStreams(exponentials=torch.tensor([path.noise for path in paths], dtype=torch.float64))
+    sampling = world.sampling(n, coupled=True)
+    states = torch.tensor([path.state for path in paths])
+    previous, drafted = states[:, 1], []
+    for slot in range(world.gamma):
+        previous, _ = sample(world.draft[previous], sampling.ahead(slot), torch.zeros(n), streams)
+        drafted.append(previous)
+    tokens = torch.stack(drafted, dim=1)
+    for path, block in zip(paths, tokens.tolist(), strict=True):
+        assert tuple(block[: len(path.drafted)]) == path.drafted, "production drafted another token in this cell"
+    lengths = torch.tensor([path.length for path in paths])
+    logits, row_start = world.verify_logits(states, tokens, lengths)
+    done = accept(logits, row_start, DraftTokens(tokens, None, torch.arange(n)), lengths, sampling, streams)
+    cycles: dict[State, Law] = {state: {} for state in world.states}
+    for path, block, count, token in zip(paths, tokens.tolist(), done.count.tolist(), done.token.tolist(), strict=True):
+        committed = (*block[:count], token)
+        here = cycles[path.state]
+        here[committed] = here.get(committed, 0.0) + path.weight
+    return cycles
