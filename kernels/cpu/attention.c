@@ -5,17 +5,15 @@
 // with an online softmax, and every row adds its products in order of position: a row's result depends neither on the
 // tile it is in nor on what else is in the step. Context is not split between threads, so a single long run keeps at
 // most Hkv of them busy.
-#include "common.h"
+#include "product.h"
 
 #include <math.h>
 #include <stdlib.h>
 
 enum {
-  KEYS = 64,                        // keys of a tile
-  PANEL = 2 * LANES,                // columns of a register tile
-  MAX_ROWS = LANES == 16 ? 12 : 6,  // rows of a register tile
-  TASK_ROWS = 96,                   // queries * group of a task, unless one query has more
-  DEPTH = 32,                       // head sizes are padded to a multiple of this in scratch
+  KEYS = AHEAD_ROWS,  // keys of a tile
+  TASK_ROWS = 96,     // queries * group of a task, unless one query has more
+  DEPTH = 32,         // head sizes are padded to a multiple of this in scratch
 };
 
 typedef struct {
@@ -44,53 +42,6 @@ typedef struct {
   long *begin, *end;  // [rows] visible key positions
 } Scratch;
 
-// out [rows, PANEL] (+)= x [rows, depth] * w [depth, PANEL].
-ALWAYS_INLINE void multiply(int rows, const float *x, long x_stride, const float *w, long w_stride, long depth,
-                            float *out, long out_stride, int accumulate) {
-  floats sum[MAX_ROWS][2];
-#pragma GCC unroll 16
-  for (int i = 0; i < rows; i++) {
-    sum[i][0] = accumulate ? load(out + i * out_stride) : (floats){0};
-    sum[i][1] = accumulate ? load(out + i * out_stride + LANES) : (floats){0};
-  }
-  for (long k = 0; k < depth; k++) {
-    floats first = load(w + k * w_stride), second = load(w + k * w_stride + LANES);
-#pragma GCC unroll 16
-    for (int i = 0; i < rows; i++) {
-      float value = x[i * x_stride + k];
-      sum[i][0] += value * first;
-      sum[i][1] += value * second;
-    }
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < rows; i++) {
-    store(out + i * out_stride, sum[i][0]);
-    store(out + i * out_stride + LANES, sum[i][1]);
-  }
-}
-
-// out [rows, columns] (+)= x [rows, depth] * w [depth, columns]; columns is a multiple of PANEL.
-static void multiply_tiles(long rows, long columns, const float *x, long x_stride, const float *w, long w_stride,
-                           long depth, float *out, long out_stride, int accumulate) {
-#define TILE(n) \
-  case n: multiply(n, x, x_stride, w + column, w_stride, depth, out + column, out_stride, accumulate); break;
-  long count = (rows + MAX_ROWS - 1) / MAX_ROWS;
-  for (long t = 0; t < count; t++) {
-    long height = rows * (t + 1) / count - rows * t / count;
-    for (long column = 0; column < columns; column += PANEL) {
-      switch (height) {
-        TILE(1) TILE(2) TILE(3) TILE(4) TILE(5) TILE(6)
-#if LANES == 16
-        TILE(7) TILE(8) TILE(9) TILE(10) TILE(11) TILE(12)
-#endif
-      }
-    }
-    x += height * x_stride;
-    out += height * out_stride;
-  }
-#undef TILE
-}
-
 #ifdef __AVX512F__
 // One step of a transposition by perfect shuffles; log2(LANES) of them transpose [LANES][LANES] words.
 ALWAYS_INLINE void interleave(words *to, const words *from) {
@@ -103,11 +54,14 @@ ALWAYS_INLINE void interleave(words *to, const words *from) {
   }
 }
 
-// 32 consecutive bfloat16 of each of 16 rows -> column [32][KEYS] float32.
-static void transpose_bfloat16(const void *const *rows, long offset, float *column) {
+// 32 consecutive bfloat16 of each of 16 rows at base + offsets -> column [32][KEYS] float32; base + next is fetched.
+static void transpose_bfloat16(const char *base, const long *offsets, const long *next, float *column) {
   words a[LANES], b[LANES];
 #pragma GCC unroll 16
-  for (int i = 0; i < LANES; i++) a[i] = load_words((const uint16_t *)rows[i] + offset);
+  for (int i = 0; i < LANES; i++) {
+    a[i] = load_words(base + offsets[i]);
+    __builtin_prefetch(base + next[i]);
+  }
   interleave(b, a);
   interleave(a, b);
   interleave(b, a);
@@ -120,26 +74,24 @@ static void transpose_bfloat16(const void *const *rows, long offset, float *colu
 }
 #endif
 
-// Keys at `rows` [count] -> key [head_dim, KEYS] float32. Columns past `count` are left as they are: they are masked.
-static void pack_keys(const void *const *rows, long count, long head_dim, int dtype, float *key) {
-  long packed = 0;
+// Keys at base + offsets [count] -> key [head_dim, KEYS] float32, while those at base + next are fetched. What columns
+// past `count` hold does not matter: they are masked.
+static void pack_keys(const char *base, const long *offsets, const long *next, long count, long head_dim, int dtype,
+                      float *key) {
 #ifdef __AVX512F__
   if (dtype == BFLOAT16 && head_dim % 32 == 0) {
-    for (; packed < count; packed += LANES) {
-      const void *sixteen[LANES];
-      for (long i = 0; i < LANES; i++) sixteen[i] = rows[smaller(packed + i, count - 1)];
-      for (long j = 0; j < head_dim; j += 32) transpose_bfloat16(sixteen, j, key + j * KEYS + packed);
+    for (long first = 0; first < count; first += LANES) {
+      for (long j = 0; j < head_dim; j += 32)
+        transpose_bfloat16(base + 2 * j, offsets + first, next + first, key + j * KEYS + first);
     }
     return;
   }
 #endif
-  for (; packed < count; packed++) {
-    if (dtype == BFLOAT16) {
-      const uint16_t *row = rows[packed];
-      for (long j = 0; j < head_dim; j++) key[j * KEYS + packed] = from_bfloat16(row[j]);
-    } else {
-      const float *row = rows[packed];
-      for (long j = 0; j < head_dim; j++) key[j * KEYS + packed] = row[j];
+  for (long i = 0; i < count; i++) {
+    float row[8];
+    for (long j = 0; j < head_dim; j += 8) {  // head sizes are multiples of 8
+      read_floats(row, base + offsets[i] + j * element_size(dtype), dtype, 8);
+      for (long c = 0; c < 8; c++) key[(j + c) * KEYS + i] = row[c];
     }
   }
 }
@@ -176,6 +128,20 @@ ALWAYS_INLINE void soften_row(const Scratch *scratch, long i, long position, lon
   store(scratch->weight + i * LANES, weight);
 }
 
+// Bytes from the start of the cache to each of a run's keys [position, position + KEYS); 0 for those not before `end`.
+static void locate_keys(const Attention *attention, long run, long head, long position, long end, long *offsets) {
+  const int32_t *table = attention->block_tables + run * attention->table_width;
+  long row = attention->head_dim * element_size(attention->dtype), token = attention->kv_heads * row;
+  long block = position / attention->block_size, within = position % attention->block_size, i = 0;
+  long count = smaller(KEYS, end - position);
+  while (i < count) {
+    long offset = (table[block++] * attention->block_size + within) * token + head * row;
+    for (; within < attention->block_size && i < count; within++, offset += token) offsets[i++] = offset;
+    within = 0;
+  }
+  for (; i < KEYS; i++) offsets[i] = 0;
+}
+
 static void attend_tile(const Attention *attention, const Scratch *scratch, long run, long head, long query,
                         long queries) {
   long group = attention->q_heads / attention->kv_heads, head_dim = attention->head_dim;
@@ -199,20 +165,23 @@ static void attend_tile(const Attention *attention, const Scratch *scratch, long
   memset(scratch->sum, 0, rows * dim * sizeof(float));
   memset(scratch->weight, 0, rows * LANES * sizeof(float));
 
-  const int32_t *table = attention->block_tables + run * attention->table_width;
-  for (long position = begin / KEYS * KEYS; position < end; position += KEYS) {
-    const void *key_rows[KEYS];
-    long count = smaller(KEYS, end - position), columns = round_up(count, PANEL);
-    for (long i = 0; i < count; i++) {
-      long at = position + i, slot = table[at / attention->block_size] * attention->block_size + at % attention->block_size;
-      long offset = (slot * attention->kv_heads + head) * head_dim;
-      key_rows[i] = element(attention->keys, dtype, offset);
-      read_floats(scratch->value + i * dim, element(attention->values, dtype, offset), dtype, head_dim);
-    }
-    pack_keys(key_rows, count, head_dim, dtype, scratch->key);
-    multiply_tiles(rows, columns, scratch->query, dim, scratch->key, KEYS, head_dim, scratch->score, KEYS, 0);
+  long offsets[2][KEYS] = {{0}}, first = begin / KEYS * KEYS;
+  locate_keys(attention, run, head, first, end, offsets[0]);
+  for (long position = first, tile = 0; position < end; position += KEYS, tile++) {
+    const long *here = offsets[tile % 2], *next = offsets[(tile + 1) % 2];
+    if (position + KEYS < end)
+      locate_keys(attention, run, head, position + KEYS, end, offsets[(tile + 1) % 2]);
+    else if (head + 1 < attention->kv_heads)  // most likely the next task
+      locate_keys(attention, run, head + 1, first, end, offsets[(tile + 1) % 2]);
+    long count = smaller(KEYS, end - position), columns = round_up(count, 32);
+    const char *keys = attention->keys, *values = attention->values;
+    for (long i = 0; i < count; i++) read_floats(scratch->value + i * dim, values + here[i], dtype, head_dim);
+    pack_keys(keys, here, next, count, head_dim, dtype, scratch->key);
+    multiply_tiles(rows, columns, scratch->query, dim, scratch->key, KEYS, head_dim, scratch->score, KEYS, 0,
+                   (Ahead){values, next, 0});
     for (long i = 0; i < rows; i++) soften_row(scratch, i, position, columns, dim);
-    multiply_tiles(rows, dim, scratch->score, KEYS, scratch->value, dim, count, scratch->sum, dim, 1);
+    multiply_tiles(rows, dim, scratch->score, KEYS, scratch->value, dim, count, scratch->sum, dim, 1,
+                   (Ahead){values, next, element_size(dtype)});
   }
 
   for (long i = 0; i < rows; i++) {
@@ -247,18 +216,20 @@ static void attend(void *context) {
   long group = attention->q_heads / attention->kv_heads, tile_queries = attention->tile_queries, first, last;
   Scratch scratch = make_scratch(tile_queries * group, round_up(attention->head_dim, DEPTH));
   while (take_tasks(&attention->tasks, &first, &last)) {
-    long tile = first / attention->kv_heads, low = 0, high = attention->runs;
-    while (high - low > 1) {  // the run whose tiles include this one
-      long middle = (low + high) / 2;
-      if (attention->tile_start[middle] <= tile)
-        low = middle;
-      else
-        high = middle;
+    for (long task = first; task < last; task++) {
+      long tile = task / attention->kv_heads, low = 0, high = attention->runs;
+      while (high - low > 1) {  // the run whose tiles include this one
+        long middle = (low + high) / 2;
+        if (attention->tile_start[middle] <= tile)
+          low = middle;
+        else
+          high = middle;
+      }
+      long query = (tile - attention->tile_start[low]) * tile_queries;
+      long run_queries = attention->query_start[low + 1] - attention->query_start[low];
+      attend_tile(attention, &scratch, low, task % attention->kv_heads, query,
+                  smaller(tile_queries, run_queries - query));
     }
-    long query = (tile - attention->tile_start[low]) * tile_queries;
-    long run_queries = attention->query_start[low + 1] - attention->query_start[low];
-    attend_tile(attention, &scratch, low, first % attention->kv_heads, query,
-                smaller(tile_queries, run_queries - query));
   }
 }
 
@@ -277,7 +248,8 @@ EXPORT void dspark_paged_attention(const void *queries, long stride, const void 
     tile_start[run + 1] = tile_start[run] + (run_queries + tile_queries - 1) / tile_queries;
     work += run_queries * (context_len[run] + run_queries) * q_heads * head_dim;
   }
-  Tasks tasks = {0, tile_start[runs] * kv_heads, 1};
+  // The heads of a token lie side by side in the cache: one thread reads them all, if there are runs for every thread.
+  Tasks tasks = {0, tile_start[runs] * kv_heads, tile_start[runs] >= 4 * threads ? kv_heads : 1};
   Attention attention = {tasks,       queries,    stride, keys,        values,     out,     query_start,
                          context_len, block_tables, tile_start, runs,  table_width, block_size, q_heads,
                          kv_heads,    head_dim,   tile_queries, window, scale,      causal,  dtype};

@@ -1,7 +1,7 @@
 // What every kernel shares: vectors, element conversion, threads, scratch memory.
 //
-// Kernels are written with the vector extension of GCC and Clang, so that one source serves every instruction set: LANES
-// floats are one AVX-512 register, or one AVX register, or a few smaller ones elsewhere.
+// Kernels are written with the vector extension of GCC and Clang, so that one source serves every instruction set:
+// LANES floats are one AVX-512 register, or one AVX register, or a few smaller ones elsewhere.
 #ifndef DSPARK_COMMON_H
 #define DSPARK_COMMON_H
 
@@ -15,6 +15,15 @@
 #define LANES 16
 #else
 #define LANES 8
+#endif
+
+// Rows of a register tile of two vectors: accumulators take 24 of 32 registers, or 12 of 16. Clang spills beyond 18.
+#if LANES == 16 && !defined(__clang__)
+#define TILE_ROWS 12
+#elif LANES == 16
+#define TILE_ROWS 9
+#else
+#define TILE_ROWS 6
 #endif
 
 #define EXPORT __attribute__((visibility("default")))

@@ -7,19 +7,23 @@
 #include "common.h"
 
 enum {
-  BLOCK = 32,               // output features of a packed block
-  PANEL = 2 * LANES,        // output features of a register tile
-  MAX_ROWS = LANES == 16 ? 12 : 6,  // rows of a register tile: 24 of 32, or 12 of 16, registers accumulate
+  BLOCK = 32,         // output features of a packed block
+  PANEL = 2 * LANES,  // output features of a register tile
+  LINE = 32,          // bfloat16 in a cache line
+  AHEAD = 64,         // cache lines of the weight fetched ahead of its use
 };
 
-// out [rows, PANEL] = x [rows, 2 * pairs] times one panel of a packed block.
-ALWAYS_INLINE void multiply(int rows, const float *x, long x_stride, const uint16_t *weight, long pairs, float *out) {
-  floats sum[MAX_ROWS][2];
+// out [rows, PANEL] = x [rows, 2 * pairs] times one panel of a packed block, while `ahead` [pairs, LINE] is fetched.
+ALWAYS_INLINE void multiply(int rows, const float *x, long x_stride, const uint16_t *weight, long pairs,
+                            const uint16_t *ahead, float *out) {
+  floats sum[TILE_ROWS][2];
 #pragma GCC unroll 16
   for (int i = 0; i < rows; i++) sum[i][0] = sum[i][1] = (floats){0};
   for (long k = 0; k < pairs; k++) {
     words first = load_words(weight), second = load_words(weight + 2 * LANES);
-    for (int line = 0; line < 2 * PANEL; line += 32) __builtin_prefetch(weight + 1024 + line);
+    __builtin_prefetch(weight + AHEAD * LINE);
+    __builtin_prefetch(weight + (AHEAD + 1) * LINE);
+    __builtin_prefetch(ahead + k * LINE, 0, 2);
     weight += 2 * BLOCK;
     floats even[2] = {(floats)(first << 16), (floats)(second << 16)};
 #pragma GCC unroll 16
@@ -43,20 +47,29 @@ ALWAYS_INLINE void multiply(int rows, const float *x, long x_stride, const uint1
   }
 }
 
-#define TILE(rows)                                                                                             \
-  static void multiply_##rows(const float *x, long x_stride, const uint16_t *weight, long pairs, float *out) { \
-    multiply(rows, x, x_stride, weight, pairs, out);                                                           \
+// multiply() for each number of rows, as a function of its own: the rows' sums live in registers.
+#define TILE(rows)                                                                                           \
+  static void multiply_##rows(const float *x, long x_stride, const uint16_t *weight, long pairs,             \
+                              const uint16_t *ahead, float *out) {                                           \
+    multiply(rows, x, x_stride, weight, pairs, ahead, out);                                                  \
   }
 TILE(1) TILE(2) TILE(3) TILE(4) TILE(5) TILE(6)
-#if LANES == 16
-TILE(7) TILE(8) TILE(9) TILE(10) TILE(11) TILE(12)
+#if TILE_ROWS >= 9
+TILE(7) TILE(8) TILE(9)
+#endif
+#if TILE_ROWS >= 12
+TILE(10) TILE(11) TILE(12)
 #endif
 
-typedef void (*tile)(const float *x, long x_stride, const uint16_t *weight, long pairs, float *out);
-static const tile tiles[MAX_ROWS + 1] = {
-    0, multiply_1, multiply_2, multiply_3, multiply_4, multiply_5, multiply_6,
-#if LANES == 16
-    multiply_7, multiply_8, multiply_9, multiply_10, multiply_11, multiply_12,
+typedef void (*tile)(const float *x, long x_stride, const uint16_t *weight, long pairs, const uint16_t *ahead,
+                     float *out);
+static const tile tiles[TILE_ROWS + 1] = {
+    0,          multiply_1,  multiply_2,  multiply_3, multiply_4, multiply_5, multiply_6,
+#if TILE_ROWS >= 9
+    multiply_7, multiply_8,  multiply_9,
+#endif
+#if TILE_ROWS >= 12
+    multiply_10, multiply_11, multiply_12,
 #endif
 };
 
@@ -70,19 +83,21 @@ typedef struct {
 } Linear;
 
 // Rows of x that a thread converts to float32 at a time: 1 MB of them stays in the L2 cache beside a block of W.
-static long rows_of_chunk(long padded) { return larger(4 * MAX_ROWS, (1 << 18) / padded / MAX_ROWS * MAX_ROWS); }
+static long rows_of_chunk(long padded) { return larger(4 * TILE_ROWS, (1 << 18) / padded / TILE_ROWS * TILE_ROWS); }
 
 // Rows [0, rows) of x against one packed block; `out` points at the block's first column.
 static void multiply_block(const Linear *linear, const float *x, long rows, long block, void *out) {
   long pairs = (linear->in_features + 1) / 2;
   const uint16_t *weight = linear->weight + block * BLOCK * 2 * pairs;
   long columns = smaller(BLOCK, linear->out_features - block * BLOCK);
-  float result[MAX_ROWS * BLOCK] __attribute__((aligned(64)));
-  long count = (rows + MAX_ROWS - 1) / MAX_ROWS;
+  float result[TILE_ROWS * BLOCK] __attribute__((aligned(64)));
+  long count = (rows + TILE_ROWS - 1) / TILE_ROWS;
   for (long t = 0, first = 0; t < count; t++) {
     long last = rows * (t + 1) / count, height = last - first;
+    // A single tile waits for memory whatever it does. Of several, the first two fetch a half each of the next block.
+    const uint16_t *ahead = count == 1 ? weight : weight + (2 + t % 2) * pairs * BLOCK;
     for (int panel = 0; panel < BLOCK; panel += PANEL)
-      tiles[height](x + first * 2 * pairs, 2 * pairs, weight + 2 * panel, pairs, result + panel);
+      tiles[height](x + first * 2 * pairs, 2 * pairs, weight + 2 * panel, pairs, ahead, result + panel);
     for (long i = 0; i < height; i++) {
       float *row = result + i * BLOCK;
       if (linear->bias)

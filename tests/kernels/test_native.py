@@ -93,13 +93,16 @@ RUNS = [[(1, 0)], [(7, 0), (1, 15)], [(1, 16), (8, 33), (3, 0), (1, 1)], [(40, 5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("groups", "kv_heads", "size"), [(3, 3, 64), (1, 2, 16), (4, 1, 32), (2, 2, 40), (2, 1, 128)])
+@pytest.mark.parametrize(
+    ("groups", "kv_heads", "size"),
+    [(3, 3, 64), (1, 2, 16), (4, 1, 32), (2, 2, 40), (2, 1, 128), (7, 1, 96), (1, 1, 256)],
+)
 @pytest.mark.parametrize("runs", RUNS, ids=range(len(RUNS)))
 def test_attention(
     native: NativeKernels, runs: list[tuple[int, int]], groups: int, kv_heads: int, size: int, dtype: torch.dtype
 ) -> None:
     case = paged(runs, groups=groups, kv_heads=kv_heads, size=size, block=8, dtype=dtype)
-    for causal, window in ((True, None), (False, None), (True, 6)):
+    for causal, window in ((True, None), (False, None), (True, 6), (False, 70)):
         close(case.attend(native, causal, window), case.attend(REFERENCE, causal, window))
 
 
@@ -179,6 +182,14 @@ def test_linear_and_its_batch_invariance(native: NativeKernels, out_features: in
         assert torch.equal(native.linear(x[:rows], packed, torch.float32), ours[:rows])
 
 
+def test_linear_of_more_rows_than_fit_the_cache(native: NativeKernels) -> None:
+    weight, x = torch.randn(40, 4097).bfloat16(), torch.randn(150, 4097 + 3).bfloat16()[:, :4097]  # strided rows
+    packed = native.pack_linear(weight)
+    ours = native.linear(x, packed, torch.float32)
+    torch.testing.assert_close(ours.double(), x.double() @ weight.double().T, atol=5e-3, rtol=1e-4)
+    assert torch.equal(native.linear(x[149:], packed, torch.float32), ours[149:])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_argmax_takes_the_lowest_of_equals_and_a_nan_wins(native: NativeKernels, dtype: torch.dtype) -> None:
     logits = torch.randint(0, 9, (7, 1003)).to(dtype)
@@ -187,12 +198,42 @@ def test_argmax_takes_the_lowest_of_equals_and_a_nan_wins(native: NativeKernels,
     assert native.argmax(logits)[3] == 500
 
 
+def test_argmax_over_a_vocabulary_cut_into_segments(native: NativeKernels) -> None:
+    logits = torch.zeros(5, 49152 + 5)
+    logits[0] = -torch.inf
+    logits[1, [8191, 8192, 40000]] = 3.0
+    logits[2, -1] = 1e-30
+    logits[3, [9000, 20000]] = torch.nan
+    logits[4, 100] = torch.inf
+    assert native.argmax(logits).tolist() == [0, 8191, 49156, 9000, 100]
+    assert native.argmax(logits[1:2]).tolist() == [8191]
+
+
 def test_a_nan_reaches_the_output(native: NativeKernels) -> None:
     x = torch.ones(2, 64)
     x[1, 5] = torch.nan
     assert native.rms_norm(x, torch.ones(64), 1e-6)[1].isnan().all()
+    assert native.silu_mul(x)[1].isnan().tolist() == [i == 5 for i in range(32)]
+    product = native.linear(x.bfloat16(), native.pack_linear(torch.ones(40, 64).bfloat16()))
+    assert product[1].isnan().all()
+    assert (product[0] == 64).all()
     case = paged([(1, 20), (1, 20)], groups=1, kv_heads=1, size=32, block=4, dtype=torch.float32)
     case.qkv[1] = torch.nan
     attended = case.attend(native, True, None)
     assert attended[1].isnan().all()
     assert not attended[0].isnan().any()
+
+
+def test_what_an_earlier_request_left_in_the_cache_is_not_seen(native: NativeKernels) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        case = paged([(3, 10), (1, 70)], groups=3, kv_heads=2, size=32, block=16, dtype=dtype)
+        expected = case.attend(native, False, None)
+        used = {
+            int(case.tables[run, at // 16]) * 16 + at % 16
+            for run, length in enumerate((13, 71))
+            for at in range(length)
+        }
+        stale = [slot for slot in range(len(case.keys)) if slot not in used]
+        case.keys[stale] = torch.nan
+        case.values[stale] = torch.inf
+        assert torch.equal(case.attend(native, False, None), expected)
