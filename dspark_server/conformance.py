@@ -2,7 +2,8 @@
 
 A folder holds `target/`, `draft/` and `expected.safetensors`: caseC.prompt [T], then per round R the anchor, its
 position, draft_hidden [gamma, D], base_logits, draft_logits and target_logits (the last with gamma + 1 rows) [., V],
-confidence_logits [gamma], draft_tokens [gamma], the forced `accepted` and what was `committed`; caseC.sequence.
+confidence_logits [gamma], draft_tokens [gamma], the forced `accepted` and what was `committed`; caseC.sequence, the
+prompt and all that followed it.
 """
 
 import math
@@ -129,7 +130,7 @@ def _replay_case(directory: Path, case: str, expected: dict[str, Tensor], report
             want = {k.removeprefix(f"round{r}."): v for k, v in expected.items() if k.startswith(f"round{r}.")}
             _compare_round(report, f"{case}.round{r}", want, forced.seen[r], before, request.tokens)
     if "sequence" in expected:
-        _compare_sequence(report, case, expected["sequence"], request.tokens, request.output)
+        report.equal(f"{case}.sequence", request.tokens, expected["sequence"])
     core.batcher.remove(request)
 
 
@@ -153,9 +154,3 @@ def _compare_round(
         if kind in want:
             report.close(kind, f"{where}.{kind}", None if ours is None else ours[0], want[kind])
     report.close("target_logits", f"{where}.target_logits", seen.verified.logits, want["target_logits"])
-
-
-def _compare_sequence(report: Report, case: str, want: Tensor, tokens: list[int], output: list[int]) -> None:
-    """`sequence` is everything committed; writers differ in whether the prompt counts."""
-    ours = tokens if len(want) >= len(tokens) else output
-    report.equal(f"{case}.sequence", ours[: len(want)], want)

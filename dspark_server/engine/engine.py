@@ -231,6 +231,8 @@ class AsyncEngine:
                 self._finish(handle, event)
 
     def _finish(self, handle: Handle, event: TokenEvent) -> None:
+        if handle.finished:  # ended by another choice's callback
+            return
         handle.finished = True
         del self._handles[handle.request]
         self.release(1)

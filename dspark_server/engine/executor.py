@@ -8,7 +8,8 @@ from dspark_server.models.decoder import Decoder
 from dspark_server.runtime.batch import Batch, Run
 from dspark_server.runtime.kv import KVPool
 from dspark_server.speculation.drafter import DraftBlock, Drafter, DraftRequest
-from dspark_server.speculation.sampling import SamplingBatch, Streams
+from dspark_server.speculation.noise import Streams
+from dspark_server.speculation.sampling import SamplingBatch
 
 __all__ = ["DraftRequest", "Executor", "TorchExecutor"]
 

@@ -12,7 +12,8 @@ from dspark_server.engine.request import FinishReason, Request
 from dspark_server.runtime.batch import Run
 from dspark_server.speculation.acceptance import Accepted, DraftTokens, accept
 from dspark_server.speculation.drafter import DraftBlock
-from dspark_server.speculation.sampling import CounterStreams, Forbidden, SamplingBatch
+from dspark_server.speculation.noise import CounterStreams
+from dspark_server.speculation.sampling import Forbidden, SamplingBatch
 from dspark_server.speculation.selection import Selection
 
 

@@ -16,17 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dspark_server.speculation.sampling import (
-    Purpose,
-    Rule,
-    SamplingBatch,
-    Streams,
-    distribution,
-    draw,
-    draw_coupled,
-    permitted,
-    top,
-)
+from dspark_server.speculation.law import distribution, draw, draw_coupled, permitted, top
+from dspark_server.speculation.noise import Purpose, Streams
+from dspark_server.speculation.sampling import Rule, SamplingBatch
 
 
 @dataclass(frozen=True)

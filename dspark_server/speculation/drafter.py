@@ -11,7 +11,8 @@ from torch import Tensor
 
 from dspark_server.runtime.batch import Batch
 from dspark_server.runtime.kv import KVPool, LayerGroup
-from dspark_server.speculation.sampling import SamplingBatch, Streams
+from dspark_server.speculation.noise import Streams
+from dspark_server.speculation.sampling import SamplingBatch
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,9 @@ from dspark_server.runtime.kv import KVPool, LayerGroup
 from dspark_server.runtime.linear import Linear
 from dspark_server.speculation.drafter import DraftBlock, DraftRequest
 from dspark_server.speculation.heads import ConfidenceHead, SequentialHead, build_head
-from dspark_server.speculation.sampling import Purpose, SamplingBatch, Streams, sample
+from dspark_server.speculation.law import sample
+from dspark_server.speculation.noise import Purpose, Streams
+from dspark_server.speculation.sampling import SamplingBatch
 
 ARCHITECTURE = "Qwen3DSparkModel"
 

@@ -92,7 +92,7 @@ def test_openai_client_leaves_in_mid_stream(server: Running) -> None:
     aborted = server.engine.aborted
     with server.openai.completions.create(model="fake", prompt="forever", max_tokens=1500, stream=True) as stream:
         next(iter(stream))
-    server.wait(lambda: server.engine.aborted == aborted + 1)
+    server.wait(lambda: server.engine.aborted == aborted + 1, seconds=0.5)
 
 
 STALLING = {"step_seconds": 0.01, "settings": {"stall_timeout": 0.4}}

@@ -153,3 +153,38 @@ def test_an_engine_that_keeps_failing_is_dead(monkeypatch: pytest.MonkeyPatch) -
             engine.reserve()
 
     with_engine(test)
+
+
+def test_blocks_of_an_aborted_request_are_free_before_the_next_step() -> None:
+    async def test(engine: AsyncEngine) -> None:
+        victim, survivor = Listener(engine, prompts(1)[0], 500), Listener(engine, prompts(2)[1], 60)
+        await victim.changed.wait()
+        steps = engine.stats.steps
+        engine.abort(victim.handle)
+        request = victim.handle.request
+        while request.blocks:
+            await asyncio.sleep(0)
+        # The step under way when the message was sent may end first.
+        assert engine.stats.steps <= steps + 2
+        await survivor.end()
+
+    with_engine(test)
+
+
+def test_a_callback_may_abort_another_choice_while_all_are_failed() -> None:
+    async def test(engine: AsyncEngine) -> None:
+        first, second = Listener(engine, prompts(1)[0], 500), Listener(engine, prompts(2)[1], 500)
+        take = first.on_tokens
+
+        def take_and_abort(event: TokenEvent) -> None:
+            take(event)
+            engine.abort(second.handle)
+
+        first.handle.on_tokens = take_and_abort
+        await first.changed.wait()
+        engine.fail_all("over")
+        assert (await first.end()).finish_reason is not None
+        assert (await second.end()).finish_reason is FinishReason.ABORT
+        assert await engine.wait_idle(1)
+
+    with_engine(test)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from dspark_server.speculation.acceptance import DraftTokens, accept
-from dspark_server.speculation.sampling import Purpose, distribution, sample
+from dspark_server.speculation.law import distribution, sample
+from dspark_server.speculation.noise import Purpose
 from tests.speculation.support import Law, State, TableStreams, World, after
 
 NEGLIGIBLE = 1e-15  # bisection leaves cells of measure zero this wide

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dspark_server.speculation.sampling import Purpose, SamplingBatch
+from dspark_server.speculation.noise import Purpose
+from dspark_server.speculation.sampling import SamplingBatch
 
 State = tuple[int, int]  # the last two tokens
 Law = dict[tuple[int, ...], float]

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from dspark_server.speculation.acceptance import Accepted, DraftTokens, accept, residual
-from dspark_server.speculation.sampling import CounterStreams, Forbidden, Purpose, SamplingBatch, sample
+from dspark_server.speculation.law import sample
+from dspark_server.speculation.noise import CounterStreams, Purpose
+from dspark_server.speculation.sampling import Forbidden, SamplingBatch
 from tests.speculation.support import TableStreams
 
 GAMMA, VOCABULARY = 3, 96

@@ -16,7 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dspark_server.speculation.acceptance import DraftTokens, accept
-from dspark_server.speculation.sampling import Purpose, SamplingBatch, distribution, sample
+from dspark_server.speculation.law import distribution, sample
+from dspark_server.speculation.noise import Purpose
+from dspark_server.speculation.sampling import SamplingBatch
 
 Law = NDArray[np.float64]
 Context = tuple[int, ...]
@@ -248,7 +250,7 @@ def test_a_retrospective_prefix_breaks_the_ratio_rule() -> None:
 @pytest.mark.parametrize("options", [{"temperature": 0.6}, {"top_k": 2}, {"top_p": 0.7}, {"min_p": 0.4}])
 def test_filters_give_the_obvious_law(options: dict[str, float]) -> None:
     p = np.array([0.1, 0.35, 0.3, 0.25])
-    one = SamplingBatch.of(position=[0], key=[0], **{name: [value] for name, value in options.items()})  # type: ignore[arg-type]
+    one = SamplingBatch.of(position=[0], key=[0], **{name: [value] for name, value in options.items()})
     ours = distribution(logits([p]), one)[0].numpy()
     wanted = {
         "temperature": p ** (1 / np.float64(np.float32(0.6))),

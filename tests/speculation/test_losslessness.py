@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from dspark_server.speculation.acceptance import DraftTokens, accept
-from dspark_server.speculation.sampling import CounterStreams, SamplingBatch, sample
+from dspark_server.speculation.law import sample
+from dspark_server.speculation.noise import CounterStreams
+from dspark_server.speculation.sampling import SamplingBatch
 from tests.speculation.enumeration import coupled_cycles, pair_cells, ratio_cycles
 from tests.speculation.support import World, joint, worlds, worst_distance
 

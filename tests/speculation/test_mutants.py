@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from dspark_server.speculation import acceptance
-from dspark_server.speculation.sampling import Purpose, SamplingBatch, distribution, sample
+from dspark_server.speculation.law import distribution, sample
+from dspark_server.speculation.noise import Purpose
+from dspark_server.speculation.sampling import SamplingBatch
 from tests.speculation.enumeration import coupled_cycles, ratio_cycles
 from tests.speculation.support import Law, State, TableStreams, World, distance, worlds, worst_distance
 

@@ -8,26 +8,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dspark_server.speculation.sampling import (
-    NUCLEUS_WIDTHS,
-    CounterStreams,
-    Forbidden,
-    Purpose,
-    SamplingBatch,
-    distribution,
-    draw,
-    draw_coupled,
-    philox4x32,
-    sample,
-    top,
-)
+from dspark_server.speculation.law import NUCLEUS_WIDTHS, distribution, draw, draw_coupled, sample, top
+from dspark_server.speculation.noise import CounterStreams, Purpose, philox4x32
+from dspark_server.speculation.sampling import Forbidden, SamplingBatch
 from tests.speculation.support import TableStreams, reference_law
 
 INF = math.inf
 
 
 def one(**options: object) -> SamplingBatch:
-    return SamplingBatch.of(position=[0], key=[0], **{name: [value] for name, value in options.items()})  # type: ignore[arg-type]
+    return SamplingBatch.of(position=[0], key=[0], **{name: [value] for name, value in options.items()})
 
 
 filters = st.fixed_dictionaries(
@@ -49,8 +39,8 @@ def test_filters_agree_with_the_slow_reference(rows: list[tuple[dict[str, float]
     )
     options = [option for option, _ in rows]
     columns = {name: [option[name] for option in options] for name in options[0]}
-    batch = SamplingBatch.of(position=[0] * len(rows), key=[0] * len(rows), **columns)  # type: ignore[arg-type]
-    expected = [reference_law(row.tolist(), **option) for row, option in zip(logits, options, strict=True)]  # type: ignore[arg-type]
+    batch = SamplingBatch.of(position=[0] * len(rows), key=[0] * len(rows), **columns)
+    expected = [reference_law(row.tolist(), **option) for row, option in zip(logits, options, strict=True)]
     torch.testing.assert_close(
         distribution(logits, batch), torch.tensor(expected, dtype=torch.float64), atol=1e-12, rtol=0
     )
@@ -81,7 +71,7 @@ def flat_nucleus(logits: torch.Tensor, top_p: float) -> list[float]:
             break
         kept[token] = probs[token]
         mass += float(probs[token])
-    return (kept / kept.sum()).tolist()  # type: ignore[no-any-return]
+    return (kept / kept.sum()).tolist()
 
 
 @pytest.mark.parametrize("vocabulary", [5, 4096, 9000])
@@ -123,7 +113,7 @@ def test_laws_are_float32_unless_the_logits_are_float64(given_dtype: torch.dtype
     before = logits.clone()
     columns = {"temperature": [temperature] * 2, "top_p": [0.9] * 2, "top_k": [9] * 2, "min_p": [0.01] * 2}
     forbidden = [Forbidden((1,), 5), None]
-    batch = SamplingBatch.of(position=[0, 0], key=[0, 0], forbidden=forbidden, **columns)  # type: ignore[arg-type]
+    batch = SamplingBatch.of(position=[0, 0], key=[0, 0], forbidden=forbidden, **columns)
     probs = distribution(logits, batch)
     assert probs.dtype is (torch.float64 if given_dtype is torch.float64 else torch.float32)
     assert torch.equal(logits, before), "the caller's logits were written"
@@ -151,7 +141,7 @@ def test_a_broken_row_is_nan_throughout_and_alone(temperature: float, bad: float
     if bad == -INF:
         logits[1] = bad  # one token may be impossible, but not all
     for extra in ({}, {"top_k": [3] * 3}, {"top_p": [0.5] * 3}, {"min_p": [0.1] * 3}):
-        batch = SamplingBatch.of(position=[0] * 3, key=[0] * 3, temperature=[temperature] * 3, **extra)  # type: ignore[arg-type]
+        batch = SamplingBatch.of(position=[0] * 3, key=[0] * 3, temperature=[temperature] * 3, **extra)
         probs = distribution(logits, batch)
         assert probs[1].isnan().all()
         assert probs[[0, 2]].isfinite().all()
@@ -202,14 +192,14 @@ def test_mixed_draft_slots_equal_lone_ones() -> None:
         "top_p": [1.0, 0.8, 0.9, 1.0, 1.0, 1.0],
         "top_k": [0, 0, 20, 0, 0, 5],
     }
-    batch = SamplingBatch.of(position=[3] * 6, key=range(6), **columns)  # type: ignore[arg-type]
+    batch = SamplingBatch.of(position=[3] * 6, key=range(6), **columns)
     streams = CounterStreams()
     uniform = streams.uniform(Purpose.DRAFT, batch, torch.arange(1))[:, 0]
     tokens, law = sample(logits, batch, uniform, streams)
     assert law is not None
     for row in range(6):
         lone = {name: [values[row]] for name, values in columns.items()}
-        alone = SamplingBatch.of(position=[3], key=[row], **lone)  # type: ignore[arg-type]
+        alone = SamplingBatch.of(position=[3], key=[row], **lone)
         token, own = sample(logits[row : row + 1], alone, uniform[row : row + 1], CounterStreams())
         assert token.tolist() == [tokens[row].item()]
         assert (own is not None) == (columns["temperature"][row] > 0 and not columns["coupled"][row])

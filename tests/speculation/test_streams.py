@@ -5,7 +5,9 @@ import pytest
 import torch
 
 from dspark_server.speculation.acceptance import accept
-from dspark_server.speculation.sampling import CounterStreams, Purpose, SamplingBatch, draw, draw_coupled, philox4x32
+from dspark_server.speculation.law import draw, draw_coupled
+from dspark_server.speculation.noise import CounterStreams, Purpose, philox4x32
+from dspark_server.speculation.sampling import SamplingBatch
 
 # Random123's kat_vectors for philox4x32-10: counter, key, answer.
 KNOWN = [
@@ -25,7 +27,7 @@ def test_philox_known_answers(counter: str, key: str, answer: str) -> None:
 
 def one(**changes: int) -> SamplingBatch:
     fields = {"position": 5, "key": 9, "choice": 0, "draft_number": 1} | changes
-    return SamplingBatch.of(**{name: [value] for name, value in fields.items()})  # type: ignore[arg-type]
+    return SamplingBatch.of(**{name: [value] for name, value in fields.items()})
 
 
 def test_everything_in_the_key_gives_another_number() -> None:

@@ -1,0 +1,185 @@
+"""From logits to the law a request asked for, and from that law to a token.
+
+Shapes: N rows of logits (one row predicts one token), V vocabulary.
+
+Filters follow vLLM (v1/sample): forbidden tokens out, temperature, min-p, top-k, top-p, each on what the ones before
+it left. Where vLLM breaks a tie at the edge of top-p by sort order, we keep both tokens, as it and we do for top-k:
+the law of a row then depends on nothing but the row.
+"""
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from dspark_server.speculation.noise import Streams
+from dspark_server.speculation.sampling import Rule, SamplingBatch
+
+NUCLEUS_WIDTHS = (256, 4096)  # top-p first looks among this many best tokens; only then at the whole vocabulary
+
+
+def distribution(logits: Tensor, sampling: SamplingBatch) -> Tensor:
+    """The law each row of `logits` [N, V] is sampled from, after its request's own filters (DSpark §3.2.2).
+
+    `sampling` has N rows. Returns probabilities [N, V], float32 (float64 for float64 logits). Greedy rows are one-hot
+    at the lowest index of the maximum. A row with NaN, +inf, or nothing but -inf is NaN throughout.
+    """
+    logits = permitted(logits, sampling)
+    if sampling.all_greedy:
+        return _one_hot(logits)
+    traits, scaled = sampling.traits, logits
+    if traits.tempered:
+        scaled = logits / sampling.temperature.masked_fill(sampling.greedy, 1.0).to(logits.dtype).unsqueeze(1)
+    if traits.min_p or traits.top_k:
+        floor = torch.full((len(scaled), 1), -torch.inf, dtype=scaled.dtype, device=scaled.device)
+        if traits.min_p:
+            # p >= min_p * max(p), said in logits: no softmax is needed for it.
+            floor = scaled.amax(-1, keepdim=True) + sampling.min_p.to(scaled.dtype).log().unsqueeze(1)
+        if traits.top_k:
+            floor = torch.maximum(floor, _top_k_floor(scaled, sampling.top_k))
+        scaled = scaled.masked_fill(scaled < floor, -torch.inf)
+    probs = torch.softmax(scaled, dim=-1)
+    if traits.top_p:
+        probs = probs.masked_fill_(probs < _nucleus_floor(probs, sampling.top_p), 0.0)
+        probs /= probs.sum(-1, keepdim=True)
+    if Rule.GREEDY in traits.rules:
+        probs[sampling.greedy] = _one_hot(logits[sampling.greedy])
+    return probs
+
+
+def permitted(logits: Tensor, sampling: SamplingBatch) -> Tensor:
+    """`logits` [N, V] as float32 (float64 stays), forbidden tokens at -inf. The argument itself is never written."""
+    result = logits if logits.dtype == torch.float64 else logits.float()
+    if sampling.forbidden:
+        rows = [
+            (row, rule.tokens)
+            for row, (rule, position) in enumerate(zip(sampling.forbidden, sampling.position.tolist(), strict=True))
+            if rule is not None and position < rule.until
+        ]
+        if rows and result is logits:
+            result = logits.clone()
+        for row, tokens in rows:
+            result[row, list(tokens)] = -torch.inf
+    return result
+
+
+def _one_hot(logits: Tensor) -> Tensor:
+    """[N, V] -> [N, V], 1 at the first maximum; NaN where there is no finite maximum."""
+    best, token = top(logits)
+    probs = torch.zeros_like(logits).scatter_(1, token.unsqueeze(1), 1.0)
+    return probs.masked_fill_(~best.isfinite().unsqueeze(1), torch.nan)
+
+
+def _top_k_floor(scaled: Tensor, top_k: Tensor) -> Tensor:
+    """The k-th largest value of each row of `scaled` [N, V], as [N, 1]; -inf where top-k is off."""
+    vocabulary = scaled.shape[1]
+    floor = torch.full((len(scaled), 1), -torch.inf, dtype=scaled.dtype, device=scaled.device)
+    rows = ((top_k > 0) & (top_k < vocabulary)).nonzero().squeeze(1)
+    if len(rows):
+        k = top_k[rows]
+        best = scaled[rows].topk(int(k.max())).values
+        floor[rows] = best.gather(1, (k - 1).unsqueeze(1))
+    return floor
+
+
+def _nucleus_floor(probs: Tensor, top_p: Tensor) -> Tensor:
+    """The smallest probability inside each row's nucleus, [N, 1]; 0 where top-p is off.
+
+    The nucleus: tokens in falling order, as long as those before them hold less than top_p; never empty.
+    """
+    vocabulary = probs.shape[1]
+    floor = torch.zeros((len(probs), 1), dtype=probs.dtype, device=probs.device)
+    rows = (top_p < 1).nonzero().squeeze(1)
+    for width in (*NUCLEUS_WIDTHS, vocabulary):
+        if not len(rows):
+            break
+        best = probs[rows].topk(min(width, vocabulary)).values
+        mass = best.cumsum(-1, dtype=torch.float64)
+        wanted = top_p[rows].double().unsqueeze(1)
+        last = (mass[:, :-1] < wanted).sum(1, keepdim=True)
+        floor[rows] = best.gather(1, last)
+        rows = rows[mass[:, -1] < wanted.squeeze(1)]
+    return floor
+
+
+# ---- from the law to a token ------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=64)
+def _block(vocabulary: int) -> int:
+    """The width rows are scanned in: the largest divisor of V up to 512, or V where none is worth it."""
+    width = max(d for d in range(1, 513) if vocabulary % d == 0)
+    return width if width >= 32 else vocabulary
+
+
+def top(values: Tensor) -> tuple[Tensor, Tensor]:
+    """(maximum [N], its first index [N] i64) of each row of [N, V]; a NaN counts as the maximum.
+
+    In two stages, blocks and then inside the best block: torch's amax is vectorised, its argmax is not.
+    """
+    rows, vocabulary = values.shape
+    width = _block(vocabulary)
+    blocks = values.reshape(rows, vocabulary // width, width)
+    block = blocks.amax(-1).argmax(-1)
+    best, inside = blocks[torch.arange(rows, device=values.device), block].max(-1)
+    return best, block * width + inside
+
+
+def draw(probs: Tensor, uniform: Tensor) -> Tensor:
+    """Inverse CDF: the token [N] whose cell of `probs` [N, V] contains `uniform` [N] f64 in [0, 1).
+
+    Rows need not be normalised, only have some mass. A token of probability 0 is never returned. Cells lie in index
+    order; sums across blocks are float64, so that 1e5 small terms do not eat each other's cells.
+    """
+    rows, vocabulary = probs.shape
+    width = _block(vocabulary)
+    blocks = probs.reshape(rows, vocabulary // width, width)
+    block, rest = _cell(blocks.sum(-1), uniform.double(), scale=True)
+    inside, _ = _cell(blocks[torch.arange(rows, device=probs.device), block], rest, scale=False)
+    return block * width + inside
+
+
+def _cell(weights: Tensor, at: Tensor, *, scale: bool) -> tuple[Tensor, Tensor]:
+    """(index [N] of the cell of `weights` [N, n] that contains `at` [N], what is left of `at` inside it)."""
+    edges = weights.cumsum(-1, dtype=torch.float64)
+    total = edges[:, -1]
+    # Just below the total at most: rounding can then never step past the last cell that has mass.
+    point = torch.minimum(at * total if scale else at, torch.nextafter(total, torch.zeros_like(total))).unsqueeze(1)
+    # The first edge strictly above the point: an empty cell shares its edge with the one before and is passed over.
+    index = torch.searchsorted(edges, point, right=True).clamp_(max=weights.shape[1] - 1)
+    before = edges.gather(1, (index - 1).clamp_(min=0)).masked_fill_(index == 0, 0.0)
+    return index.squeeze(1), (point - before).squeeze(1)
+
+
+def draw_coupled(probs: Tensor, exponential: Tensor) -> Tensor:
+    """argmin_v E_v / p_v, which is argmax_v(log p_v + g_v) with Gumbel noise g = -log E. [N, V], [N, V] -> [N].
+
+    Computed as argmax p/E: E > 0 always, so nothing is infinite and a token of probability 0 cannot win.
+    """
+    return top(probs / exponential)[1]
+
+
+def sample(logits: Tensor, sampling: SamplingBatch, uniform: Tensor, streams: Streams) -> tuple[Tensor, Tensor | None]:
+    """Draw one token per row of `logits` [N, V], each by its own rule: what a draft slot does.
+
+    `uniform` [N] f64 serves the ratio rows (take a whole block's at once from `Streams.uniform`), `streams` the coupled
+    ones. Returns tokens [N] and the law they were drawn from, [N, V], where acceptance will need it: zero in the rows
+    of other rules, None without ratio rows.
+    """
+    tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
+    law: Tensor | None = None
+    for rule, (indices, part) in sampling.by_rule.items():
+        rows = logits if indices is None else logits[indices]
+        if rule is Rule.GREEDY:
+            drawn = top(permitted(rows, part))[1]
+        else:
+            probs = distribution(rows, part)
+            if rule is Rule.COUPLED:
+                drawn = draw_coupled(probs, streams.exponential(part, probs.shape[1], probs.dtype))
+            else:
+                drawn = draw(probs, uniform if indices is None else uniform[indices])
+                law = probs if indices is None else probs.new_zeros(logits.shape).index_copy_(0, indices, probs)
+        if indices is None:
+            return drawn, law
+        tokens[indices] = drawn
+    return tokens, law
