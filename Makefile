@@ -50,4 +50,5 @@ format: $(DEV)
 	@$(BIN)/ruff check --fix -q . ; $(BIN)/ruff format .
 
 bench: $(STAMP)
-	@$(BIN)/python -m dspark_kernels.bench $(ARGS)
+	@$(BIN)/dspark-server pull >/dev/null
+	@$(BIN)/python loadtest/engine.py $(ARGS)

@@ -109,6 +109,11 @@ class DecoderLayer:
         self._gate_up = Linear(weights.gate_up, weights.gate_up_bias, kernels)
         self._down = Linear(weights.down, weights.down_bias, kernels)
 
+    @property
+    def products(self) -> list[Linear]:
+        """The layer's matrix products in order: the floor of a pass is theirs (PERFORMANCE)."""
+        return [self._qkv, self._output, self._gate_up, self._down]
+
     def forward(
         self,
         delta: Tensor | None,

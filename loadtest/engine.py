@@ -1,0 +1,178 @@
+#!/usr/bin/env python3
+"""How close the engine is to this machine: `make bench`.
+
+Two questions, each answered as a ratio of figures taken in turn, without a drafter:
+
+1. A target pass of B decoding requests against its packed matrix products alone (the floor).
+2. The same requests through HTTP streaming and through the engine driven offline.
+"""
+
+import argparse
+import asyncio
+import json
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import dspark_kernels
+import torch
+
+from dspark_server.config import EngineConfig
+from dspark_server.engine.core import EngineCore
+from dspark_server.engine.request import SamplingParams
+from dspark_server.models.decoder import Decoder
+from dspark_server.models.hub import resolve_model
+from dspark_server.runtime.batch import Batch, Run
+from dspark_server.runtime.kv import KVPool
+
+MODEL = "SmolLM2-135M-Instruct"
+BLOCK = 16
+
+
+def prompt(index: int, length: int = 48) -> list[int]:
+    """Token ids that no other index shares, so that no prefix is cached."""
+    return [100 + (index * 7919 + 31 * place) % 40000 for place in range(length)]
+
+
+@torch.inference_mode()
+def passes(sizes: list[int], context: int, repeats: int) -> None:
+    """Median milliseconds of a whole target pass, greedy choice included, and of its matrix products alone."""
+    decoder = Decoder.load(resolve_model(MODEL), torch.bfloat16, kernels := dspark_kernels.load("native"), 4096)
+    width = -(-(context + 1) // BLOCK)
+    pool = KVPool(max(sizes) * width, BLOCK, [decoder.kv_group], torch.bfloat16)
+    print(f"| B, context {context} | pass, ms | products alone, ms | ratio |\n| --- | --- | --- | --- |")
+    for size in sizes:
+        runs = [Run([index], context, list(range(index * width, (index + 1) * width)), 1) for index in range(size)]
+        wide = {
+            linear.in_features: torch.randn(size, linear.in_features).bfloat16()
+            for layer in decoder.layers
+            for linear in layer.products
+        }
+        rows = wide[decoder.config.hidden_size]
+        whole: list[float] = []
+        floor: list[float] = []
+        for _ in range(repeats):
+            started = time.perf_counter()
+            batch = Batch.of(runs, BLOCK)
+            hidden, _ = decoder.forward(batch, pool.layers(0))
+            kernels.argmax(decoder.logits(hidden)).tolist()
+            middle = time.perf_counter()
+            for layer in decoder.layers:
+                for linear in layer.products:
+                    linear(wide[linear.in_features])
+            decoder.lm_head(rows, out_float32=True)
+            whole.append(middle - started)
+            floor.append(time.perf_counter() - middle)
+        a, b = statistics.median(whole[3:]), statistics.median(floor[3:])
+        print(f"| {size} | {1e3 * a:.2f} | {1e3 * b:.2f} | {a / b:.2f} |", flush=True)
+
+
+def offline(core: EngineCore, streams: int, tokens: int, first: int) -> float:
+    """Tokens a second of the engine called directly."""
+    params = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
+    started = time.perf_counter()
+    core.generate([prompt(first + index) for index in range(streams)], params)
+    return streams * tokens / (time.perf_counter() - started)
+
+
+async def over_http(port: int, streams: int, tokens: int, first: int) -> float:
+    """Tokens a second of as many streams, read by a client that counts events and parses none."""
+    fields = {"model": MODEL, "max_tokens": tokens, "temperature": 0, "ignore_eos": True, "stream": True}
+
+    async def one(index: int) -> None:
+        body = json.dumps(fields | {"prompt": prompt(first + index)}).encode()
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: bench\r\nContent-Length: {len(body)}\r\n"
+        writer.write(f"{head}Content-Type: application/json\r\nConnection: close\r\n\r\n".encode() + body)
+        answer = await reader.read()
+        writer.close()
+        if not answer.startswith(b"HTTP/1.1 200") or b"data: [DONE]" not in answer:
+            raise SystemExit(f"the server answered {answer[:300]!r}")
+
+    started = time.perf_counter()
+    await asyncio.gather(*[one(index) for index in range(streams)])
+    return streams * tokens / (time.perf_counter() - started)
+
+
+def free_port() -> int:
+    """A port nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_ready(port: int, process: subprocess.Popen[bytes]) -> None:
+    """Until the server accepts connections."""
+    while process.poll() is None:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.02)
+    raise SystemExit("the server ended while starting")
+
+
+def cpu_seconds(process: subprocess.Popen[bytes]) -> float:
+    """User and system time the process has used."""
+    fields = Path(f"/proc/{process.pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / 100
+
+
+def streaming(streams: int, tokens: int, rounds: int) -> None:
+    """HTTP against offline in turn; the server's start and its idle CPU on the way."""
+    port = free_port()
+    command = [sys.executable, "-c", "from dspark_server.cli import main; main()", "serve", "--port", str(port)]
+    started = time.perf_counter()
+    with open("/dev/null", "wb") as silent:
+        process = subprocess.Popen(command, stderr=silent)
+    try:
+        wait_ready(port, process)
+        print(f"\nStart to ready {time.perf_counter() - started:.1f} s;", end=" ", flush=True)
+        time.sleep(2)
+        before = cpu_seconds(process)
+        time.sleep(10)
+        print(f"idle CPU {10 * (cpu_seconds(process) - before):.1f} %.\n")
+
+        # One thread loads and ends, another one steps: the reason is in cli.serve.
+        with ThreadPoolExecutor(1) as loader:
+            core = loader.submit(EngineCore.load, EngineConfig(model=MODEL)).result()
+        figures: list[tuple[float, float]] = []
+        with ThreadPoolExecutor(1) as engine:
+            for turn in range(rounds + 1):
+                first = 1 + turn * streams
+                direct = engine.submit(offline, core, streams, tokens, first).result()
+                served = asyncio.run(over_http(port, streams, tokens, first))
+                if turn:  # the first warms up
+                    figures.append((served, direct))
+        http, direct = (statistics.median(column) for column in zip(*figures, strict=True))
+        ratio = statistics.median(a / b for a, b in figures)
+        print(f"{streams} streams x {tokens} tokens, {rounds} rounds in turn, medians:")
+        print(f"HTTP {http:.1f} tok/s, offline {direct:.1f} tok/s, ratio {ratio:.3f}")
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[1, 16, 64], help="requests in a pass")
+    parser.add_argument("--context", type=int, default=128, help="tokens each request has behind it")
+    parser.add_argument("--streams", type=int, default=32)
+    parser.add_argument("--tokens", type=int, default=128, help="output tokens a stream")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--only", choices=["passes", "streaming"])
+    arguments = parser.parse_args()
+    if arguments.only in (None, "passes"):
+        # In a thread that ends, so that its OpenMP pool is gone before the engine's is made.
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(passes, arguments.sizes, arguments.context, arguments.repeats).result()
+    if arguments.only in (None, "streaming"):
+        streaming(arguments.streams, arguments.tokens, arguments.rounds)
+
+
+if __name__ == "__main__":
+    main()
