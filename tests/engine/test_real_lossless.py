@@ -2,8 +2,9 @@
 
 A pass rounds its sums by how many rows it holds, so two correct runs may part where two tokens nearly tie, and after
 that they tell different stories. So each output is read back, teacher-forced past every divergence: one pass of
-transformers' own model gives the target's logits at every place, and wherever the token is not the one the target's own rule picks there
-(greedy: the arg max; seeded: the arg max of log p plus the request's own noise), it must lose by no more than TIE.
+transformers' own model gives the target's logits at every place, and wherever the token is not the one the target's
+own rule picks there (greedy: the arg max; seeded: the arg max of log p plus the request's own noise), it must lose by
+no more than TIE.
 """
 
 import json
