@@ -103,3 +103,14 @@ class Kernels(Protocol):
         A row's result does not depend on M, nor on the other rows.
         """
         ...
+
+    def draft_loss(
+        self, draft: Tensor, target: Tensor, labels: Tensor, ce_weight: Tensor, tv_weight: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """What a drafter's logits cost, and their gradient (DSpark §3.3); training only.
+
+        draft and target [M, V] contiguous logits, each float32 or bfloat16; labels [M] int64; weights [M] float32.
+        With p and t the two softmaxes, returns the cross-entropy of p on the label and the L1 distance |p - t|, both
+        [M] float32, and overwrites `draft` with the gradient of sum(ce_weight * cross_entropy + tv_weight * distance).
+        """
+        ...

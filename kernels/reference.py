@@ -109,6 +109,18 @@ class ReferenceKernels:
         bias = None if packed.bias is None else packed.bias.float()
         return F.linear(x.float(), packed.weight.float(), bias).to(out_dtype)
 
+    def draft_loss(
+        self, draft: Tensor, target: Tensor, labels: Tensor, ce_weight: Tensor, tv_weight: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            logits = draft.float().detach().requires_grad_()
+            cross_entropy = F.cross_entropy(logits, labels, reduction="none")
+            distance = (logits.softmax(-1) - target.float().softmax(-1)).abs().sum(-1)
+            (ce_weight * cross_entropy + tv_weight * distance).sum().backward()
+        assert logits.grad is not None
+        draft.copy_(logits.grad)
+        return cross_entropy.detach(), distance.detach()
+
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.float()

@@ -1,0 +1,42 @@
+"""The native training loss against autograd over the plain formula, and the formula against its known values."""
+
+import pytest
+import torch
+from dspark_kernels import Kernels, load
+from torch import Tensor
+
+NATIVE, REFERENCE = load("native"), load("reference")
+# Gradients are stored in the logits' dtype; the losses themselves are float32 whatever that is.
+ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 2**-8}
+
+
+def case(rows: int, vocabulary: int, dtype: torch.dtype, scale: float) -> tuple[Tensor, ...]:
+    noise = torch.Generator().manual_seed(rows * vocabulary)
+    draft, target = (torch.randn(rows, vocabulary, generator=noise) * scale for _ in range(2))
+    labels = torch.randint(vocabulary, (rows,), generator=noise)
+    ce_weight, tv_weight = (torch.rand(rows, generator=noise) for _ in range(2))
+    return draft.to(dtype), target.to(dtype), labels, ce_weight, tv_weight
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [0.1, 3.0, 30.0])
+@pytest.mark.parametrize(("rows", "vocabulary"), [(1, 2), (3, 15), (2, 16), (5, 17), (7, 1000), (64, 4099)])
+def test_losses_and_gradient_are_autograds(rows: int, vocabulary: int, dtype: torch.dtype, scale: float) -> None:
+    draft, *others = case(rows, vocabulary, dtype, scale)
+    expected, gradient = draft.clone(), draft.clone()
+    wanted = REFERENCE.draft_loss(expected, *others)
+    got = NATIVE.draft_loss(gradient, *others)
+    for theirs, ours in zip(wanted, got, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(gradient, expected, atol=2e-6, rtol=ROUNDING[dtype])
+
+
+@pytest.mark.parametrize("kernels", [NATIVE, REFERENCE], ids=["native", "reference"])
+def test_equal_laws_are_at_distance_zero_and_disjoint_ones_at_two(kernels: Kernels) -> None:
+    target = torch.tensor([[2.0, 1.0, 0.0, -1.0], [100.0, 0.0, 0.0, 0.0]])
+    draft = torch.tensor([[2.0, 1.0, 0.0, -1.0], [0.0, 100.0, 0.0, 0.0]])
+    labels, ones = torch.tensor([0, 1]), torch.ones(2)
+    cross_entropy, distance = kernels.draft_loss(draft, target, labels, ones * 0, ones)
+    assert distance.tolist() == pytest.approx([0.0, 2.0], abs=1e-6)
+    assert cross_entropy.tolist() == pytest.approx([0.4401897, 0.0], abs=1e-6)
+    assert draft[1].abs().max() == pytest.approx(0.0, abs=1e-6)  # saturated: no logit of it matters
