@@ -1,4 +1,4 @@
-"""The `dspark-server` command: serve, pull, conformance."""
+"""The `dspark-server` command: serve, pull, conformance, train."""
 
 import logging
 import sys
@@ -131,6 +131,21 @@ def conformance(
         typer.echo(f"{report.rounds} rounds: {'passed' if report.passed else 'FAILED'}")
         if not report.passed:
             raise typer.Exit(1)
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="YAML file of the run; configs/train/ has examples.")],
+) -> None:
+    """Train a drafter for a frozen target, or go on with a run that was stopped.
+
+    Example: dspark-server train configs/train/smollm2.yaml
+    """
+    with _clear_errors():
+        from dspark_server.training.config import TrainConfig
+        from dspark_server.training.train import train as run
+
+        typer.echo(run(TrainConfig.load(config)))
 
 
 def main() -> None:

@@ -43,15 +43,19 @@ class DSparkConfig:
     markov_head_type: str
     confidence: bool
     confidence_with_markov: bool
+    share_target_embeddings: bool  # ours: the checkpoint leaves embedding and head out
 
     @classmethod
     def load(cls, directory: Path, target: ModelConfig) -> "DSparkConfig":
         """Read and check config.json against the target it was trained for; CheckpointError if they do not fit."""
-        fields = read_json(directory / "config.json")
+        return cls.parse(read_json(directory / "config.json"), target)
+
+    @classmethod
+    def parse(cls, fields: Mapping[str, Any], target: ModelConfig) -> "DSparkConfig":
+        """The same from the file's fields."""
         if fields.get("architectures") != [ARCHITECTURE]:
             raise CheckpointError(
-                f"{directory}: architectures {fields.get('architectures')} is not a drafter this server runs; "
-                f"[{ARCHITECTURE!r}] is."
+                f"architectures {fields.get('architectures')} is not a drafter this server runs; [{ARCHITECTURE!r}] is."
             )
         decoder = parse_decoder(fields, "qwen3")
         rank = _whole(fields, "markov_rank", minimum=0)
@@ -64,6 +68,7 @@ class DSparkConfig:
             markov_head_type=str(fields.get("markov_head_type", "vanilla")).lower() if rank else "none",
             confidence=bool(fields.get("enable_confidence_head", False)),
             confidence_with_markov=bool(fields.get("confidence_head_with_markov", False)),
+            share_target_embeddings=bool(fields.get("share_target_embeddings", False)),
         )
         config._check(target)
         return config
@@ -154,7 +159,9 @@ class DSparkDrafter:
         decoder = config.decoder
         reader = WeightReader(open_checkpoint(directory), dtype)
         hidden = decoder.hidden_size
-        embedding, lm_head = _embeddings(reader, target, target_directory, dtype, kernels)
+        embedding, lm_head = target.embedding, target.lm_head
+        if not config.share_target_embeddings:
+            embedding, lm_head = _embeddings(reader, target, target_directory, dtype, kernels)
         weights = [LayerWeights.read(reader, decoder, f"layers.{i}.") for i in range(decoder.num_layers)]
         cos_sin = rotary_table(decoder, target.max_model_len, positions=target.max_model_len + config.block_size)
         context = ContextProjection(

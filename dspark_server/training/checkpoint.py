@@ -1,0 +1,101 @@
+"""From a trained module to a format-A directory and back; where a fresh drafter's weights come from."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dspark_server.models.config import load_config, read_json
+from dspark_server.models.loading import WeightReader, open_checkpoint
+from dspark_server.speculation.dspark import ARCHITECTURE, DSparkConfig
+from dspark_server.training.config import TrainConfig
+from dspark_server.training.model import DraftModel
+
+# Rope settings travel with the drafter: it rotates at the target's own positions.
+_FROM_TARGET = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "hidden_act", "max_position_embeddings", "rms_norm_eps", "rope_theta", "rope_parameters", "rope_scaling",
+    "bos_token_id", "eos_token_id",
+)  # fmt: skip
+
+
+def draft_fields(run: TrainConfig, target_directory: Path) -> dict[str, object]:
+    """config.json of the drafter that `run` describes: Qwen3-style layers of the target's width (DSPARK.md, format A).
+
+    Embedding and head are left out of its weights and shared with the target's (`share_target_embeddings`).
+    """
+    theirs = read_json(target_directory / "config.json")
+    shape = load_config(target_directory)
+    return {name: theirs[name] for name in _FROM_TARGET if name in theirs} | {
+        "architectures": [ARCHITECTURE],
+        "model_type": "qwen3",
+        "head_dim": shape.head_dim,
+        "attention_bias": False,
+        "tie_word_embeddings": False,
+        "dtype": "bfloat16",
+        "num_target_layers": shape.num_layers,
+        "num_hidden_layers": run.num_layers,
+        "block_size": run.block_size,
+        "mask_token_id": run.mask_token_id,
+        "target_layer_ids": list(run.target_layer_ids),
+        "num_anchors": run.anchors_per_sequence,
+        "enable_confidence_head": run.confidence,
+        "confidence_head_with_markov": run.confidence and run.markov_rank > 0,
+        "markov_rank": run.markov_rank,
+        "markov_head_type": run.markov_head_type,
+        "share_target_embeddings": True,
+    }
+
+
+def draft_config(run: TrainConfig, target_directory: Path) -> DSparkConfig:
+    """The same, parsed and checked against the target."""
+    return DSparkConfig.parse(draft_fields(run, target_directory), load_config(target_directory))
+
+
+def export(model: DraftModel, run: TrainConfig, target_directory: Path, directory: Path) -> None:
+    """Write config.json, model.safetensors (bfloat16) and the run's settings."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(draft_fields(run, target_directory), indent=2) + "\n")
+    (directory / "training.json").write_text(json.dumps(asdict(run), indent=2) + "\n")
+    tensors = {name: tensor.detach().bfloat16().contiguous() for name, tensor in model.state_dict().items()}
+    save_file(tensors, directory / "model.safetensors")
+
+
+def load_weights(model: DraftModel, directory: Path) -> None:
+    """Fill the module from a format-A directory; its copies of embedding and head are not needed here.
+
+    Raises CheckpointError if a tensor is missing, unexpected or misshapen.
+    """
+    reader = WeightReader(open_checkpoint(directory), torch.float32)
+    state = {name: reader.take(name, tensor.shape) for name, tensor in model.state_dict().items()}
+    reader.finish(harmless=["embed_tokens.weight", "lm_head.weight"])
+    model.load_state_dict(state)
+
+
+@torch.no_grad()
+def initialise_from_target(model: DraftModel, target_directory: Path) -> None:
+    """Layers and final norm start as the target's last ones, and `fc` hands on the last tap (TRAINING.md, run B)."""
+    config = load_config(target_directory)
+    checkpoint = open_checkpoint(target_directory)
+    own = model.state_dict()
+
+    def copy(name: str, source: str) -> None:
+        own[name].copy_(checkpoint.read(source).float())
+
+    first = config.num_layers - len(model.layers)
+    for index in range(len(model.layers)):
+        for name in own:
+            prefix = f"layers.{index}."
+            source = f"model.layers.{first + index}.{name.removeprefix(prefix)}"
+            if name.startswith(prefix) and source in checkpoint.tensors:
+                copy(name, source)
+    copy("norm.weight", "model.norm.weight")
+    # Keys and values of the context were made of rows scaled by the layer's input norm; here hidden_norm is that.
+    copy("hidden_norm.weight", f"model.layers.{first}.input_layernorm.weight")
+    hidden = config.hidden_size
+    fc: Tensor = own["fc.weight"]
+    fc.normal_(std=0.002, generator=torch.Generator().manual_seed(1))
+    fc[:, -hidden:] += torch.eye(hidden)

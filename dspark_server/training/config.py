@@ -1,0 +1,69 @@
+"""What `dspark-server train` is told: one YAML file, one dataclass."""
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dspark_server.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training run. Paths are relative to the working directory; sizes are in tokens unless they say otherwise.
+
+    `vocabulary` restricts the loss to the most frequent tokens of the corpus (None: all). `init` is "target" (the last
+    target layers, its final norm, features passed through from the last tap) or "fresh". `weights` is a checkpoint to
+    go on from. The optimizer warms up over `warmup` of the steps and then follows a cosine to zero.
+    """
+
+    corpus: str
+    output: str
+    model: str = "SmolLM2-135M-Instruct"
+    weights: str | None = None
+    cache_gib: float = 20.0
+    mask_token_id: int = 16
+    target_layer_ids: tuple[int, ...] = (2, 9, 16, 23, 28)
+    num_layers: int = 2
+    block_size: int = 7
+    markov_rank: int = 64
+    markov_head_type: str = "vanilla"
+    confidence: bool = True
+    init: str = "target"
+    ce_weight: float = 0.1
+    tv_weight: float = 0.9
+    confidence_weight: float = 1.0
+    decay: float = 4.0
+    vocabulary: int | None = None
+    sequences_per_step: int = 4
+    anchors_per_sequence: int = 32
+    steps: int = 2000
+    learning_rate: float = 1.5e-3
+    warmup: float = 0.04
+    clip: float = 1.0
+    held_out: int = 100
+    eval_every: int = 200
+    save_every: int = 100
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("num_layers", "block_size", "sequences_per_step", "anchors_per_sequence", "steps", "held_out"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1.")
+        if self.init not in ("target", "fresh"):
+            raise ConfigError(f"init must be target or fresh, not {self.init!r}.")
+
+    @classmethod
+    def load(cls, path: Path) -> "TrainConfig":
+        """Read a YAML file. Raises ConfigError if it is no mapping of known keys."""
+        try:
+            values: Any = yaml.safe_load(path.read_text())
+        except (OSError, yaml.YAMLError) as error:
+            raise ConfigError(f"cannot read {path}: {error}") from None
+        known = {field.name for field in fields(cls)}
+        if not isinstance(values, dict) or set(values) - known or not {"corpus", "output"} <= set(values):
+            raise ConfigError(f"{path} must give corpus and output, and may give {', '.join(sorted(known))}.")
+        if "target_layer_ids" in values:
+            values["target_layer_ids"] = tuple(values["target_layer_ids"])
+        return cls(**values)

@@ -1,0 +1,64 @@
+"""What the frozen target says about a sequence: its tapped layers and its last hidden state.
+
+Computed by our own decoder the first time a sequence is asked for, and kept in a bounded file afterwards.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dspark_server.models.decoder import Decoder
+from dspark_server.runtime.batch import Batch, Run
+from dspark_server.runtime.kv import KVPool
+from dspark_server.training.corpus import Corpus
+
+BLOCK = 16
+
+
+class TargetFeatures:
+    """Features of a corpus's sequences, bfloat16; sequences that fit in `cache_gib` are computed once."""
+
+    def __init__(
+        self, target: Decoder, taps: tuple[int, ...], corpus: Corpus, directory: Path | None, cache_gib: float
+    ) -> None:
+        self._target = target
+        self._taps = taps
+        self._corpus = corpus
+        self._width = (len(taps) + 1) * target.config.hidden_size
+        blocks = -(-int(np.diff(corpus.start).max()) // BLOCK)
+        self._pool = KVPool(blocks, BLOCK, [target.kv_group], torch.bfloat16)
+        self._tables = list(range(blocks))
+        kept = int(np.searchsorted(corpus.start, cache_gib * 2**30 / (2 * self._width), side="right")) - 1
+        self._cached = max(0, min(kept, corpus.size)) if directory else 0
+        if directory and self._cached:
+            directory.mkdir(parents=True, exist_ok=True)
+            shape = (int(corpus.start[self._cached]), self._width)
+            self._rows = _open(directory / "features.bin", np.uint16, shape)
+            self._done = _open(directory / "done.bin", np.uint8, (self._cached,))
+
+    @torch.inference_mode()
+    def of(self, index: int, length: int) -> tuple[Tensor, Tensor]:
+        """The first `length` tokens' taps [length, m * D] and final-normed hidden state [length, D], bfloat16."""
+        if index < self._cached:
+            start, end = self._corpus.start[index], self._corpus.start[index + 1]
+            if not self._done[index]:
+                self._rows[start:end] = self._compute(self._corpus.sequence(index).tolist()).view(torch.uint16).numpy()
+                self._done[index] = 1  # after its rows: a kill in between leaves it undone
+            rows = torch.from_numpy(np.array(self._rows[start : start + length])).view(torch.bfloat16)
+        else:
+            rows = self._compute(self._corpus.sequence(index)[:length].tolist())
+        hidden = self._target.config.hidden_size
+        return rows[:, :-hidden], rows[:, -hidden:]
+
+    def _compute(self, tokens: list[int]) -> Tensor:
+        batch = Batch.of([Run(tokens, 0, self._tables, len(tokens))], BLOCK)
+        hidden, taps = self._target.forward(batch, self._pool.layers(0), self._taps)
+        return torch.cat([*taps, hidden], dim=1)
+
+
+def _open(path: Path, dtype: type, shape: tuple[int, ...]) -> "np.memmap[tuple[int, ...], np.dtype[np.generic]]":
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    mode = "r+" if path.exists() and path.stat().st_size == size else "w+"
+    return np.memmap(path, dtype=dtype, mode=mode, shape=shape)  # type: ignore[call-overload,no-any-return]

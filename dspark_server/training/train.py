@@ -1,0 +1,325 @@
+"""The training loop (DSpark §3.3): frozen target, random anchors, one optimizer step per batch of blocks.
+
+What a step does depends on (seed, step) alone, and the whole state is saved every `save_every` steps, so that a run
+killed at any moment goes on to the same result.
+"""
+
+import csv
+import math
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import dspark_kernels
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from dspark_server.models.decoder import Decoder
+from dspark_server.models.hub import cache_dir, resolve_model
+from dspark_server.models.loading import open_checkpoint
+from dspark_server.training.checkpoint import draft_config, export, initialise_from_target, load_weights
+from dspark_server.training.config import TrainConfig
+from dspark_server.training.corpus import Corpus, Integers, Split
+from dspark_server.training.features import TargetFeatures
+from dspark_server.training.loss import VocabularyLoss
+from dspark_server.training.model import Blocks, DraftModel
+
+LOG_FIELDS = (
+    "step",
+    "positions",
+    "loss",
+    "cross_entropy",
+    "survival",
+    "held_out_tau",
+    "held_out_greedy_tau",
+    "seconds",
+)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Blocks, and what their slots are measured against.
+
+    rows [M] picks the slots [B * gamma] that lie within their sequence; labels, weight [M], target hidden [M, D].
+    """
+
+    blocks: Blocks
+    rows: Tensor
+    labels: Tensor
+    weight: Tensor
+    target: Tensor
+
+
+@dataclass(frozen=True)
+class Losses:
+    """A step's loss; cross-entropy and survival c*_k = 1 - L1/2 of every row [M] (slots outside: see Batch.rows)."""
+
+    total: Tensor
+    cross_entropy: Tensor
+    survival: Tensor
+
+
+class Trainer:
+    """Owns the frozen target, the model and the optimizer of one run."""
+
+    def __init__(self, run: TrainConfig) -> None:
+        self.run = run
+        self.kernels = dspark_kernels.load()
+        self.target_directory = resolve_model(run.model)
+        corpus = Corpus.load(Path(run.corpus))
+        longest = int(np.diff(corpus.start).max())
+        self.split = Split.of(corpus, run.held_out, run.seed)
+        target = Decoder.load(self.target_directory, torch.bfloat16, self.kernels)
+        self.config = draft_config(run, self.target_directory)
+        self.features = TargetFeatures(
+            target, self.config.taps, corpus, cache_dir() / "features" / self._features_key(), run.cache_gib
+        )
+        self._embedding = target.embedding.float()
+        self._head = self._embedding
+        if not target.config.tie_word_embeddings:
+            self._head = open_checkpoint(self.target_directory).read("lm_head.weight").float()
+        # Rows of the head that the loss sees, and where each token is among them (-1: not).
+        self._place: Tensor | None = None
+        self._tokens: Tensor | None = None
+        if run.vocabulary is not None and run.vocabulary < len(self._head):
+            self._tokens = torch.from_numpy(corpus.frequent(run.vocabulary, len(self._head)))
+            self._place = torch.full((len(self._head),), -1).scatter_(0, self._tokens, torch.arange(run.vocabulary))
+        torch.manual_seed(run.seed)
+        self.model = DraftModel(self.config, longest)
+        if run.weights:
+            load_weights(self.model, Path(run.weights))
+        elif run.init == "target":
+            initialise_from_target(self.model, self.target_directory)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=run.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True
+        )
+        self.step = 0
+        self.positions = 0
+
+    def _features_key(self) -> str:
+        """Features depend on the target, the taps and the corpus."""
+        corpus = sha256(Path(self.run.corpus).read_bytes()).hexdigest()
+        return sha256(f"{self.target_directory}|{self.config.taps}|{corpus}".encode()).hexdigest()[:16]
+
+    def batch(self, chosen: list[tuple[int, Integers]]) -> Batch:
+        """Gather the blocks of `chosen` sequences: context only as far as the last anchor needs it."""
+        gamma, corpus = self.config.block_size, self.split.corpus
+        taps, positions, inputs, anchors, previous, labels, inside, target = [], [], [], [], [], [], [], []
+        spans: list[tuple[int, int, int, int]] = []
+        mask = self._embedding[self.config.mask_token_id]
+        t0 = b0 = 0
+        for index, starts in chosen:
+            tokens = torch.from_numpy(corpus.sequence(index))
+            at = torch.from_numpy(starts)
+            features, hidden = self.features.of(index, min(len(tokens), int(at[-1]) + gamma))
+            context = int(at[-1])
+            taps.append(features[:context])
+            positions.append(torch.arange(context))
+            anchors.append(at)
+            block = mask.repeat(len(at), gamma, 1)
+            block[:, 0] = self._embedding[tokens[at]]
+            inputs.append(block)
+            places = at.unsqueeze(1) + torch.arange(gamma)  # of x_{k-1}; the target's row there predicts x_k
+            within = places + 1 < len(tokens)
+            inside.append(within)
+            previous.append(tokens[places.clamp(max=len(tokens) - 1)])
+            labels.append(tokens[(places + 1).clamp(max=len(tokens) - 1)])
+            target.append(hidden[places[within]])
+            spans.append((t0, t0 + context, b0, b0 + len(at)))
+            t0, b0 = t0 + context, b0 + len(at)
+        rows = torch.cat(inside).flatten().nonzero().squeeze(1)
+        return Batch(
+            Blocks(
+                torch.cat(taps).float(),
+                torch.cat(positions),
+                torch.cat(inputs),
+                torch.cat(anchors),
+                torch.cat(previous),
+                spans,
+            ),
+            rows,
+            torch.cat(labels).flatten()[rows],
+            torch.exp(-(rows % gamma) / self.run.decay),
+            torch.cat(target).float(),
+        )
+
+    def losses(self, batch: Batch, *, whole_vocabulary: bool = False) -> Losses:
+        """L = ce CE + tv L1 + confidence BCE, each a weighted mean over slots (DSPARK.md, "Training")."""
+        hidden, latent, confidence = self.model(batch.blocks)
+        weight = batch.weight / batch.weight.sum()
+        head, w2, labels, ce_weight = self._head, self.model.w2, batch.labels, self.run.ce_weight * weight
+        if self._tokens is not None and self._place is not None and not whole_vocabulary:
+            head, w2, labels = self._kept_head, w2[self._tokens], self._place[labels]
+            ce_weight = ce_weight * (labels >= 0)
+            labels = labels.clamp(min=0)
+        total, cross_entropy, distance = VocabularyLoss.apply(
+            hidden.flatten(0, 1)[batch.rows],
+            latent.flatten(0, 1)[batch.rows],
+            w2,
+            head,
+            batch.target,
+            labels,
+            ce_weight,
+            self.run.tv_weight * weight,
+            self.kernels,
+        )  # type: ignore[no-untyped-call]
+        survival = (1 - distance / 2).clamp(0, 1)
+        if confidence is not None:
+            logits = confidence.flatten()[batch.rows]
+            errors = F.binary_cross_entropy_with_logits(logits, survival, reduction="none")
+            total = total + self.run.confidence_weight * (weight * errors).sum()
+        return Losses(total, cross_entropy, survival)
+
+    @property
+    def _kept_head(self) -> Tensor:
+        if not hasattr(self, "_kept"):
+            self._kept = self._head[self._tokens]
+        return self._kept
+
+    def train_step(self) -> Losses:
+        """One optimizer step; the next call does the next one."""
+        run = self.run
+        for group in self.optimizer.param_groups:
+            group["lr"] = run.learning_rate * schedule(self.step, run.steps, run.warmup)
+        batch = self.batch(self.split.step(self.step, run.sequences_per_step, run.anchors_per_sequence))
+        losses = self.losses(batch)
+        self.optimizer.zero_grad(set_to_none=True)
+        losses.total.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), run.clip)
+        self.optimizer.step()
+        self.step += 1
+        self.positions += len(batch.rows)
+        return losses
+
+    @torch.no_grad()
+    def evaluate(self, anchors: int = 16) -> tuple[list[float], list[float]]:
+        """Held-out mean of 1 - TV and of arg max agreement, by position, over blocks that lie within their sequence.
+
+        Along the target's own text, over the whole vocabulary. Each list is tau, then the positions.
+        """
+        survivals, matches = [], []
+        for index in self.split.held_out:
+            batch = self.batch(self.split.blocks([index], anchors, [index]))
+            hidden, latent, _ = self.model(batch.blocks)
+            logits = hidden.flatten(0, 1)[batch.rows] @ self._head.T
+            if self.config.markov_rank:
+                logits += latent.flatten(0, 1)[batch.rows] @ self.model.w2.T
+            target = batch.target @ self._head.T
+            match = self.kernels.argmax(logits) == self.kernels.argmax(target)
+            zeros = torch.zeros(len(logits))
+            _, distance = self.kernels.draft_loss(logits, target, batch.labels, zeros, zeros)
+            survivals.append(self._whole_blocks(batch, 1 - distance / 2))
+            matches.append(self._whole_blocks(batch, match.float()))
+        return tau_and_positions(torch.cat(survivals)), tau_and_positions(torch.cat(matches))
+
+    def _whole_blocks(self, batch: Batch, values: Tensor) -> Tensor:
+        slots = torch.full((batch.blocks.inputs.shape[0] * self.config.block_size,), -1.0)
+        slots[batch.rows] = values
+        slots = slots.view(-1, self.config.block_size)
+        return slots[(slots >= 0).all(1)]
+
+    def save(self, path: Path) -> None:
+        """The whole state, so that the file is either the old or the new one whatever happens."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        state = {
+            "step": self.step,
+            "positions": self.positions,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+        partial = path.with_suffix(".partial")
+        torch.save(state, partial)
+        os.replace(partial, path)
+
+    def restore(self, path: Path) -> None:
+        """Go on from a saved state."""
+        state: dict[str, Any] = torch.load(path, weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.positions = state["step"], state["positions"]
+
+
+def schedule(step: int, steps: int, warmup: float) -> float:
+    """Linear warm-up, then a cosine to zero at the last step; a factor of the learning rate."""
+    rising = max(1, round(warmup * steps))
+    if step < rising:
+        return (step + 1) / rising
+    return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
+
+
+def tau_and_positions(survival: Tensor) -> list[float]:
+    """[tau, then the mean by position] of conditional survivals [blocks, gamma]; tau counts the bonus token."""
+    tau = 1 + survival.cumprod(dim=1).sum(dim=1).mean()
+    return [float(tau), *survival.mean(dim=0).tolist()]
+
+
+def train(run: TrainConfig) -> Path:
+    """Run, or go on with, a training to its end; returns the checkpoint's directory.
+
+    The state lives in the user's cache, the log and the checkpoint in `run.output`.
+    """
+    output = Path(run.output)
+    output.mkdir(parents=True, exist_ok=True)
+    trainer = Trainer(run)
+    state = cache_dir() / "training" / sha256(repr(run).encode()).hexdigest()[:16] / "state.pt"
+    if state.exists():
+        trainer.restore(state)
+    log = output / "log.csv"
+    earlier = list(_rows_before(log, trainer.step))
+    began = time.monotonic()
+    with log.open("w", newline="") as file, tqdm(total=run.steps, initial=trainer.step, unit="step") as bar:
+        writer = csv.DictWriter(file, LOG_FIELDS)
+        writer.writeheader()
+        writer.writerows(earlier)
+        seconds = float(earlier[-1]["seconds"]) if earlier else 0.0
+        recent: list[tuple[float, float, float]] = []
+        since = trainer.positions
+        while trainer.step < run.steps:
+            losses = trainer.train_step()
+            recent.append(
+                (float(losses.total.detach()), float(losses.cross_entropy.mean()), float(losses.survival.mean()))
+            )
+            rate = (trainer.positions - since) / (time.monotonic() - began)
+            bar.update()
+            bar.set_postfix(loss=f"{recent[-1][0]:.3f}", survival=f"{recent[-1][2]:.2f}", pos_s=f"{rate:.0f}")
+            done = trainer.step == run.steps
+            if trainer.step % run.eval_every == 0 or done:
+                loss, cross_entropy, survival = np.mean(recent, axis=0).tolist()
+                held_out, greedy = trainer.evaluate()
+                row = {
+                    "step": trainer.step,
+                    "positions": trainer.positions,
+                    "loss": loss,
+                    "cross_entropy": cross_entropy,
+                    "survival": survival,
+                    "held_out_tau": held_out[0],
+                    "held_out_greedy_tau": greedy[0],
+                    "seconds": seconds + time.monotonic() - began,
+                }
+                by_position = " ".join(f"{value:.2f}" for value in held_out[1:])
+                writer.writerow({k: round(v, 4) for k, v in row.items()})
+                file.flush()
+                recent = []
+                bar.write(
+                    f"step {trainer.step}: {trainer.positions / 1e6:.2f} M positions, held-out tau {held_out[0]:.3f} "
+                    f"(greedy {greedy[0]:.3f}), by position {by_position}"
+                )
+            if trainer.step % run.save_every == 0 or done:
+                trainer.save(state)
+                export(trainer.model, run, trainer.target_directory, output)
+    return output
+
+
+def _rows_before(log: Path, step: int) -> Iterator[dict[str, str]]:
+    """The rows of an earlier part of the run that the restored state has seen."""
+    if not log.exists():
+        return
+    with log.open(newline="") as file:
+        yield from (row for row in csv.DictReader(file) if int(row["step"]) <= step)

@@ -1,0 +1,168 @@
+"""Training: the loss is §3.3's, its gradient autograd's, a killed run ends like one that was not, and a run learns."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dspark_server.config import EngineConfig, SpeculativeConfig
+from dspark_server.engine.core import EngineCore
+from dspark_server.engine.request import SamplingParams
+from dspark_server.errors import ConfigError
+from dspark_server.models.hub import cache_dir
+from dspark_server.training.config import TrainConfig
+from dspark_server.training.train import Batch, Trainer, schedule, train
+
+TARGET = Path(__file__).parent.parent / "fixtures" / "dspark_qwen3_vanilla" / "target"
+
+
+def fresh_cache(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty cache but for the kernels built already."""
+    kernels = cache_dir() / "kernels"
+    directory.mkdir()
+    (directory / "kernels").symlink_to(kernels.resolve())
+    monkeypatch.setenv("DSPARK_CACHE_DIR", str(directory))
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrainConfig:
+    """Small runs on the fixtures' target, on 12 random sequences."""
+    fresh_cache(tmp_path / "cache", monkeypatch)
+    noise = np.random.default_rng(3)
+    length = noise.integers(24, 60, 12)
+    np.savez(
+        tmp_path / "corpus.npz",
+        tokens=noise.integers(0, 500, length.sum()).astype(np.uint16),
+        length=length.astype(np.int32),
+        prompt_length=np.full(12, 9, np.int32),
+    )
+    return TrainConfig(
+        corpus=str(tmp_path / "corpus.npz"),
+        output=str(tmp_path / "out"),
+        model=str(TARGET),
+        mask_token_id=511,
+        target_layer_ids=(1, 3, 4),
+        markov_rank=8,
+        sequences_per_step=2,
+        anchors_per_sequence=5,
+        held_out=2,
+        steps=12,
+        eval_every=4,
+        save_every=4,
+    )
+
+
+def plain_loss(trainer: Trainer, batch: Batch) -> Tensor:
+    """§3.3 as it is written, over whole rows, by autograd."""
+    run = trainer.run
+    hidden, latent, confidence = trainer.model(batch.blocks)
+    logits = (hidden @ trainer._head.T + latent @ trainer.model.w2.T).flatten(0, 1)[batch.rows]
+    p, t = logits.softmax(-1), (batch.target @ trainer._head.T).softmax(-1)
+    position = batch.rows % run.block_size
+    weight = torch.exp(-position / run.decay)
+    distance = (p - t).abs().sum(-1)
+    terms = 0.1 * F.cross_entropy(logits, batch.labels, reduction="none") + 0.9 * distance
+    if confidence is not None:
+        c = torch.sigmoid(confidence.flatten()[batch.rows])
+        survival = (1 - distance / 2).detach()
+        terms = terms - survival * c.log() - (1 - survival) * (1 - c).log()
+    return (weight * terms).sum() / weight.sum()
+
+
+@pytest.mark.parametrize(("kind", "rank"), [("vanilla", 8), ("gated", 8), ("rnn", 8), ("vanilla", 0)])
+def test_loss_and_gradient_are_the_plain_ones(run: TrainConfig, kind: str, rank: int) -> None:
+    trainer = Trainer(replace(run, markov_head_type=kind, markov_rank=rank))
+    with torch.no_grad():  # away from the zeros of the start, where half of the gradients vanish
+        for parameter in trainer.model.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    batch = trainer.batch(trainer.split.step(0, 4, 6))
+    ours = trainer.losses(batch).total
+    ours.backward()
+    gradients = {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
+    trainer.model.zero_grad()
+    plain = plain_loss(trainer, batch)
+    plain.backward()
+    assert ours.item() == pytest.approx(plain.item(), rel=1e-5)
+    assert gradients.keys() == dict(trainer.model.named_parameters()).keys()
+    for name, parameter in trainer.model.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad, atol=2e-6, rtol=1e-3, msg=name)
+
+
+def test_slots_are_labelled_with_the_tokens_that_follow(run: TrainConfig) -> None:
+    trainer = Trainer(run)
+    chosen = trainer.split.step(3, 2, 5)
+    batch = trainer.batch(chosen)
+    rows = iter(zip(batch.rows.tolist(), batch.labels.tolist(), strict=True))
+    block = 0
+    for index, anchors in chosen:
+        tokens = trainer.split.corpus.sequence(index)
+        assert min(anchors) >= trainer.split.corpus.prompt_length[index]
+        for anchor in anchors:
+            for k in range(min(7, len(tokens) - 1 - anchor)):
+                assert next(rows) == (block * 7 + k, tokens[anchor + k + 1])
+                assert batch.blocks.previous[block, k] == tokens[anchor + k]
+            block += 1
+    assert next(rows, None) is None
+
+
+def test_a_killed_run_ends_like_one_that_was_not(
+    run: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = load_file(train(run) / "model.safetensors")
+    whole_log = (tmp_path / "out" / "log.csv").read_text()
+
+    fresh_cache(tmp_path / "other-cache", monkeypatch)
+    step = Trainer.train_step
+
+    def killed(self: Trainer) -> Any:
+        if self.step == 7:
+            raise KeyboardInterrupt
+        return step(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(run)
+    again = load_file(train(run) / "model.safetensors")
+    assert whole.keys() == again.keys()
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+    def figures(log: str) -> list[list[str]]:
+        return [line.split(",")[:-1] for line in log.splitlines()]  # the last column is time
+
+    assert figures((tmp_path / "out" / "log.csv").read_text()) == figures(whole_log)
+
+
+def test_a_run_learns_and_the_engine_serves_what_it_made(run: TrainConfig) -> None:
+    run = replace(run, steps=150, eval_every=150, save_every=150, learning_rate=3e-3, vocabulary=None)
+    trainer = Trainer(run)
+    batch = trainer.batch(trainer.split.step(0, 4, 6))
+    before = float(trainer.losses(batch).survival.mean())
+    directory = train(run)
+    after = float(Trainer(replace(run, weights=str(directory))).losses(batch).survival.mean())
+    assert after > before + 0.1
+    speculative = SpeculativeConfig(method="dspark", model=str(directory))
+    core = EngineCore.load(EngineConfig(model=str(TARGET), kv_cache_memory_bytes=8 << 20, speculative=speculative))
+    core.generate([[5, 6, 7, 8, 9, 10]], SamplingParams(max_tokens=40, temperature=1.0, ignore_eos=True))
+    assert core.loop.stats.draft_tokens > 0
+
+
+def test_schedule_rises_then_falls_to_zero() -> None:
+    factors = [schedule(step, 100, 0.04) for step in range(100)]
+    assert factors[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert factors[4:] == sorted(factors[4:], reverse=True)
+    assert 0 < factors[-1] < 0.001
+
+
+@pytest.mark.parametrize("text", ["- 1", "corpus: a", "corpus: a\noutput: b\nspeed: 3", "corpus: ["])
+def test_a_bad_config_says_so(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"run\.yaml"):
+        TrainConfig.load(path)
