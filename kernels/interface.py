@@ -105,12 +105,19 @@ class Kernels(Protocol):
         ...
 
     def draft_loss(
-        self, draft: Tensor, target: Tensor, labels: Tensor, ce_weight: Tensor, tv_weight: Tensor
+        self,
+        draft: Tensor,
+        target: Tensor,
+        target_rows: Tensor,
+        labels: Tensor,
+        ce_weight: Tensor,
+        tv_weight: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """What a drafter's logits cost, and their gradient (DSpark §3.3); training only.
 
-        draft and target [M, V] contiguous logits, each float32 or bfloat16; labels [M] int64; weights [M] float32.
-        With p and t the two softmaxes, returns the cross-entropy of p on the label and the L1 distance |p - t|, both
-        [M] float32, and overwrites `draft` with the gradient of sum(ce_weight * cross_entropy + tv_weight * distance).
+        draft [M, V] and target [U, V] contiguous logits, each float32 or bfloat16; row i of draft is measured against
+        row target_rows[i] of target; target_rows, labels [M] int64; weights [M] float32. With p and t the two
+        softmaxes, returns the cross-entropy of p on the label and the L1 distance |p - t|, both [M] float32, and
+        overwrites `draft` with the gradient of sum(ce_weight * cross_entropy + tv_weight * distance).
         """
         ...

@@ -110,12 +110,18 @@ class ReferenceKernels:
         return F.linear(x.float(), packed.weight.float(), bias).to(out_dtype)
 
     def draft_loss(
-        self, draft: Tensor, target: Tensor, labels: Tensor, ce_weight: Tensor, tv_weight: Tensor
+        self,
+        draft: Tensor,
+        target: Tensor,
+        target_rows: Tensor,
+        labels: Tensor,
+        ce_weight: Tensor,
+        tv_weight: Tensor,
     ) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
             logits = draft.float().detach().requires_grad_()
             cross_entropy = F.cross_entropy(logits, labels, reduction="none")
-            distance = (logits.softmax(-1) - target.float().softmax(-1)).abs().sum(-1)
+            distance = (logits.softmax(-1) - target.float().softmax(-1)[target_rows]).abs().sum(-1)
             (ce_weight * cross_entropy + tv_weight * distance).sum().backward()
         assert logits.grad is not None
         draft.copy_(logits.grad)

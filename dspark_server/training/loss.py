@@ -16,7 +16,8 @@ class VocabularyLoss(torch.autograd.Function):
     """sum(ce_weight * CE + tv_weight * L1) over rows, differentiable in hidden, latent and w2.
 
     hidden [M, D] and latent [M, r] float32 give the draft's logits hidden head^T + latent w2^T, with head [V, D]
-    frozen and w2 [V, r]; target [M, D] float32 gives the target's, target head^T; labels [M] int64 and weights [M].
+    frozen and w2 [V, r]; target [U, D] float32 gives the target's, target head^T, row target_rows[i] being row i's
+    (blocks overlap: U < M); target_rows, labels [M] int64 and weights [M].
     latent and w2 may be empty (r = 0). Returns the sum, and CE and L1 by row [M], the latter two without gradient.
     """
 
@@ -28,6 +29,7 @@ class VocabularyLoss(torch.autograd.Function):
         w2: Tensor,
         head: Tensor,
         target: Tensor,
+        target_rows: Tensor,
         labels: Tensor,
         ce_weight: Tensor,
         tv_weight: Tensor,
@@ -35,13 +37,16 @@ class VocabularyLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         markov = latent.shape[1] > 0
         hidden_grad, latent_grad, w2_grad = torch.empty_like(hidden), torch.empty_like(latent), torch.zeros_like(w2)
+        target_logits = target @ head.T
         ce_rows, tv_rows = [], []
         for start in range(0, len(hidden), SLICE):
             rows = slice(start, start + SLICE)
             logits = hidden[rows] @ head.T
             if markov:
                 logits.addmm_(latent[rows], w2.T)
-            ce, tv = kernels.draft_loss(logits, target[rows] @ head.T, labels[rows], ce_weight[rows], tv_weight[rows])
+            ce, tv = kernels.draft_loss(
+                logits, target_logits, target_rows[rows], labels[rows], ce_weight[rows], tv_weight[rows]
+            )
             torch.mm(logits, head, out=hidden_grad[rows])
             if markov:
                 torch.mm(logits, w2, out=latent_grad[rows])
@@ -57,4 +62,4 @@ class VocabularyLoss(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         hidden_grad, latent_grad, w2_grad = ctx.saved_tensors
         scale = upstream[0]
-        return (scale * hidden_grad, scale * latent_grad, scale * w2_grad, *[None] * 6)
+        return (scale * hidden_grad, scale * latent_grad, scale * w2_grad, *[None] * 7)

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from dspark_server.models.decoder import Decoder
 from dspark_server.models.hub import cache_dir, resolve_model
 from dspark_server.models.loading import open_checkpoint
+from dspark_server.runtime.memory import keep_freed_memory
 from dspark_server.training.checkpoint import draft_config, export, initialise_from_target, load_weights
 from dspark_server.training.config import TrainConfig
 from dspark_server.training.corpus import Corpus, Integers, Split
@@ -47,7 +48,8 @@ LOG_FIELDS = (
 class Batch:
     """Blocks, and what their slots are measured against.
 
-    rows [M] picks the slots [B * gamma] that lie within their sequence; labels, weight [M], target hidden [M, D].
+    rows [M] picks the slots [B * gamma] that lie within their sequence; labels, weight [M]; target [U, D] holds the
+    target's hidden rows, once each, target_rows [M] says which is whose.
     """
 
     blocks: Blocks
@@ -55,6 +57,7 @@ class Batch:
     labels: Tensor
     weight: Tensor
     target: Tensor
+    target_rows: Tensor
 
 
 @dataclass(frozen=True)
@@ -111,10 +114,12 @@ class Trainer:
     def batch(self, chosen: list[tuple[int, Integers]]) -> Batch:
         """Gather the blocks of `chosen` sequences: context only as far as the last anchor needs it."""
         gamma, corpus = self.config.block_size, self.split.corpus
-        taps, positions, inputs, anchors, previous, labels, inside, target = [], [], [], [], [], [], [], []
+        taps, positions, inputs, anchors, previous, labels, inside = [], [], [], [], [], [], []
+        target: list[Tensor] = []
+        target_rows: list[Tensor] = []
         spans: list[tuple[int, int, int, int]] = []
         mask = self._embedding[self.config.mask_token_id]
-        t0 = b0 = 0
+        t0 = b0 = u0 = 0
         for index, starts in chosen:
             tokens = torch.from_numpy(corpus.sequence(index))
             at = torch.from_numpy(starts)
@@ -131,9 +136,11 @@ class Trainer:
             inside.append(within)
             previous.append(tokens[places.clamp(max=len(tokens) - 1)])
             labels.append(tokens[(places + 1).clamp(max=len(tokens) - 1)])
-            target.append(hidden[places[within]])
+            distinct, which = places[within].unique(return_inverse=True)
+            target.append(hidden[distinct])
+            target_rows.append(which + u0)
             spans.append((t0, t0 + context, b0, b0 + len(at)))
-            t0, b0 = t0 + context, b0 + len(at)
+            t0, b0, u0 = t0 + context, b0 + len(at), u0 + len(distinct)
         rows = torch.cat(inside).flatten().nonzero().squeeze(1)
         return Batch(
             Blocks(
@@ -148,6 +155,7 @@ class Trainer:
             torch.cat(labels).flatten()[rows],
             torch.exp(-(rows % gamma) / self.run.decay),
             torch.cat(target).float(),
+            torch.cat(target_rows),
         )
 
     def losses(self, batch: Batch, *, whole_vocabulary: bool = False) -> Losses:
@@ -165,6 +173,7 @@ class Trainer:
             w2,
             head,
             batch.target,
+            batch.target_rows,
             labels,
             ce_weight,
             self.run.tv_weight * weight,
@@ -212,9 +221,9 @@ class Trainer:
             if self.config.markov_rank:
                 logits += latent.flatten(0, 1)[batch.rows] @ self.model.w2.T
             target = batch.target @ self._head.T
-            match = self.kernels.argmax(logits) == self.kernels.argmax(target)
+            match = self.kernels.argmax(logits) == self.kernels.argmax(target)[batch.target_rows]
             zeros = torch.zeros(len(logits))
-            _, distance = self.kernels.draft_loss(logits, target, batch.labels, zeros, zeros)
+            _, distance = self.kernels.draft_loss(logits, target, batch.target_rows, batch.labels, zeros, zeros)
             survivals.append(self._whole_blocks(batch, 1 - distance / 2))
             matches.append(self._whole_blocks(batch, match.float()))
         return tau_and_positions(torch.cat(survivals)), tau_and_positions(torch.cat(matches))
@@ -265,6 +274,7 @@ def train(run: TrainConfig) -> Path:
 
     The state lives in the user's cache, the log and the checkpoint in `run.output`.
     """
+    keep_freed_memory()
     output = Path(run.output)
     output.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(run)

@@ -7,7 +7,7 @@ typedef struct {
   Tasks tasks;
   void *draft;  // logits in, gradient out
   const void *target;
-  const int64_t *labels;
+  const int64_t *target_rows, *labels;
   const float *ce_weight, *tv_weight;
   float *cross_entropy, *distance;
   long vocabulary;
@@ -38,6 +38,8 @@ static void read_row(float *row, const void *logits, int dtype, long index, long
 }
 
 static void loss_rows(void *context) {
+  // Below this a probability is nothing, and the subnormal numbers it would leave slow matrix products down.
+  const floats negligible = splat(1e-20f);
   Loss *loss = context;
   long vocabulary = loss->vocabulary, padded = round_up(vocabulary, LANES), first, last;
   float *p = thread_scratch(2 * padded), *t = p + padded;
@@ -49,7 +51,7 @@ static void loss_rows(void *context) {
       float sum = exponentials(p, padded, &max), scale = 1.0f / sum;
       loss->cross_entropy[i] = logf(sum) + max - label_logit;
 
-      read_row(t, loss->target, loss->target_dtype, i, vocabulary, padded);
+      read_row(t, loss->target, loss->target_dtype, loss->target_rows[i], vocabulary, padded);
       float target_scale = 1.0f / exponentials(t, padded, &max);
       floats distance = {0}, pull = {0};  // sum of |p - t|, and of p * sign(p - t)
       for (long j = 0; j < padded; j += LANES) {
@@ -58,7 +60,7 @@ static void loss_rows(void *context) {
         distance += magnitude;
         floats sign = choose(d > splat(0.0f), splat(1.0f), choose(d < splat(0.0f), splat(-1.0f), splat(0.0f)));
         pull += q * sign;
-        store(p + j, q);
+        store(p + j, choose(q < negligible, splat(0.0f), q));
         store(t + j, sign);
       }
       loss->distance[i] = sum_lanes(distance);
@@ -70,12 +72,12 @@ static void loss_rows(void *context) {
   }
 }
 
-// draft, target [rows, V] contiguous; labels [rows]; weights and results [rows] float32.
-EXPORT void dspark_draft_loss(void *draft, const void *target, const int64_t *labels, const float *ce_weight,
-                              const float *tv_weight, float *cross_entropy, float *distance, long rows,
-                              long vocabulary, int draft_dtype, int target_dtype, int threads) {
+// draft [rows, V], target [U, V] contiguous; target_rows, labels [rows]; weights and results [rows] float32.
+EXPORT void dspark_draft_loss(void *draft, const void *target, const int64_t *target_rows, const int64_t *labels,
+                              const float *ce_weight, const float *tv_weight, float *cross_entropy,
+                              float *distance, long rows, long vocabulary, int draft_dtype, int target_dtype, int threads) {
   Tasks tasks = tasks_of_rows(rows, 8 * vocabulary, &threads);
-  Loss loss = {tasks, draft, target, labels, ce_weight, tv_weight, cross_entropy, distance, vocabulary,
+  Loss loss = {tasks, draft, target, target_rows, labels, ce_weight, tv_weight, cross_entropy, distance, vocabulary,
                draft_dtype, target_dtype};
   run_parallel(loss_rows, &loss, threads);
 }

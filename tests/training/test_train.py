@@ -63,7 +63,7 @@ def plain_loss(trainer: Trainer, batch: Batch) -> Tensor:
     run = trainer.run
     hidden, latent, confidence = trainer.model(batch.blocks)
     logits = (hidden @ trainer._head.T + latent @ trainer.model.w2.T).flatten(0, 1)[batch.rows]
-    p, t = logits.softmax(-1), (batch.target @ trainer._head.T).softmax(-1)
+    p, t = logits.softmax(-1), (batch.target @ trainer._head.T).softmax(-1)[batch.target_rows]
     position = batch.rows % run.block_size
     weight = torch.exp(-position / run.decay)
     distance = (p - t).abs().sum(-1)
