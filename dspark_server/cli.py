@@ -1,4 +1,4 @@
-"""The `dspark-server` command: serve, pull, conformance, train."""
+"""The `dspark-server` command: serve, pull, conformance, train, calibrate, eval."""
 
 import logging
 import sys
@@ -146,6 +146,72 @@ def train(
         from dspark_server.training.train import train as run
 
         typer.echo(run(TrainConfig.load(config)))
+
+
+CORPUS_HELP = "The corpus (.npz) the drafter was trained on."
+
+
+@app.command()
+def calibrate(
+    drafter: Annotated[str, typer.Argument(help="Directory of the drafter; calibration.json is written into it.")],
+    corpus: Annotated[Path, typer.Option(help=CORPUS_HELP)],
+    model: Annotated[str, typer.Option(help=MODEL_HELP)] = "SmolLM2-135M-Instruct",
+    held_out: Annotated[int, typer.Option(help="Sequences the training run held out; their prompts are used.")] = 300,
+    samples: Annotated[int, typer.Option(help="Answers per prompt at temperature 1.")] = 1,
+    max_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 256,
+    plots: Annotated[Path | None, typer.Option(help="Directory for reliability diagrams.")] = None,
+) -> None:
+    """Make the drafter's confidence mean what it says (sequential temperature scaling), at temperatures 0 and 1.
+
+    Example: dspark-server calibrate build/drafter --corpus answers.npz
+    """
+    with _clear_errors():
+        import orjson
+
+        from dspark_server.evaluation.calibrate import CalibrateConfig
+        from dspark_server.evaluation.calibrate import calibrate as run
+
+        report = run(
+            CalibrateConfig(drafter, corpus, model, held_out, samples=samples, max_tokens=max_tokens, plots=plots)
+        )
+        typer.echo(orjson.dumps(report, option=orjson.OPT_INDENT_2).decode())
+
+
+@app.command(name="eval")
+def evaluate(
+    prompts: Annotated[list[Path], typer.Option(help='JSON lines with "prompt" and "domain"; may be repeated.')],
+    drafter: Annotated[str, typer.Option(help="Directory of the drafter.")],
+    model: Annotated[str, typer.Option(help=MODEL_HELP)] = "SmolLM2-135M-Instruct",
+    temperature: Annotated[float, typer.Option(help="Sampling temperature of all requests.")] = 0.0,
+    max_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 256,
+    concurrency: Annotated[int, typer.Option(help="Requests at once.")] = 16,
+    limit: Annotated[int | None, typer.Option(help="Prompts of each file.")] = None,
+    shortlist: Annotated[int | None, typer.Option(help="Candidates of a draft position; default: all.")] = None,
+    baseline: Annotated[bool, typer.Option(help="Run without the drafter too, for the speed-up.")] = True,
+    raw: Annotated[bool, typer.Option(help="Prompts as they stand, without the chat template.")] = False,
+    plots: Annotated[Path | None, typer.Option(help="Directory for the plots.")] = None,
+    json: Annotated[bool, typer.Option(help="One JSON object instead of the table.")] = False,
+) -> None:
+    """Measure a drafter through the real engine: accepted length, acceptance by position, calibration, speed.
+
+    Example: dspark-server eval --prompts math.jsonl --prompts code.jsonl --drafter build/drafter --temperature 1
+    """
+    with _clear_errors():
+        import orjson
+        from rich.console import Console
+
+        from dspark_server.config import SpeculativeConfig
+        from dspark_server.evaluation.evaluate import EvalConfig, show
+        from dspark_server.evaluation.evaluate import evaluate as run
+
+        speculative = SpeculativeConfig(method="dspark", model=drafter, shortlist=shortlist)
+        result = run(
+            EvalConfig(prompts, model, speculative, temperature, max_tokens, concurrency, limit, baseline, raw, plots)
+        )
+        if json:
+            typer.echo(orjson.dumps(result).decode())
+        else:
+            show(result, Console())
 
 
 def main() -> None:

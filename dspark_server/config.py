@@ -19,6 +19,7 @@ class SpeculativeConfig:
     model: str | None = None
     num_speculative_tokens: int | None = None
     selection: str = "fixed"
+    shortlist: int | None = None  # candidates a draft position is chosen from; None: the whole vocabulary
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -29,6 +30,8 @@ class SpeculativeConfig:
             raise ConfigError(f'method {self.method!r} needs a drafter: {{"method": "{self.method}", "model": "DIR"}}.')
         if self.num_speculative_tokens is not None and self.num_speculative_tokens < 1:
             raise ConfigError("num_speculative_tokens must be at least 1; use method none to switch drafting off.")
+        if self.shortlist is not None and self.shortlist < 1:
+            raise ConfigError("shortlist must be at least 1; leave it out to draft from the whole vocabulary.")
 
     @classmethod
     def parse(cls, text: str) -> "SpeculativeConfig":

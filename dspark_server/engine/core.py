@@ -149,7 +149,7 @@ def _drafter(
     if config.method == "none":
         return NoDrafter()
     assert config.model is not None
-    drafter = DSparkDrafter.load(resolve_model(config.model), target, directory, dtype, kernels)
+    drafter = DSparkDrafter.load(resolve_model(config.model), target, directory, dtype, kernels, config.shortlist)
     asked = config.num_speculative_tokens
     if asked is not None and asked > drafter.gamma:
         raise ConfigError(

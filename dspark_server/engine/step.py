@@ -157,7 +157,7 @@ class StepLoop:
         row_of = {request: row for row, request in enumerate(drafted.requests)}
         rows = [row_of.get(request, -1) for request in verified.requests]
         lengths = [drafted.lengths[row] if row >= 0 else 0 for row in rows]
-        draft = DraftTokens(drafted.block.tokens, drafted.block.q, torch.tensor(rows))
+        draft = DraftTokens(drafted.block.tokens, drafted.block.q, torch.tensor(rows), drafted.block.columns)
         return accept(verified.logits, verified.row_start, draft, lengths, sampling, self._streams)
 
     def _commit(self, plan: Plan, prefixes: dict[Request, list[int]], accepted: Accepted | None) -> list[StepOutput]:

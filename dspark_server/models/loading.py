@@ -20,6 +20,7 @@ from dspark_server.models.config import read_json
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
+_INTEGERS = ("I64", "I32", "I16", "U16", "U8")
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 # Buffers that old exporters saved; we compute rotary frequencies from the config.
 _HARMLESS = r".*\.rotary_emb\.inv_freq"
@@ -135,6 +136,25 @@ class WeightReader:
 
         Raises CheckpointError if it is absent, of another shape or an unsupported dtype, or holds NaN or infinity.
         """
+        info = self._find(name, shape)
+        if info.dtype not in _DTYPES:
+            raise CheckpointError(
+                f"{info.file}: tensor {name} has dtype {info.dtype}; {', '.join(_DTYPES.values())} are supported, "
+                "quantized weights are not"
+            )
+        tensor = self._checkpoint.read(name).to(self.dtype)
+        if not all(bound.isfinite() for bound in tensor.aminmax()):  # either bound is NaN if any element is
+            raise CheckpointError(f"{info.file}: tensor {name} holds NaN or infinity; download or export it again")
+        return tensor
+
+    def integers(self, name: str, shape: Sequence[int]) -> Tensor:
+        """A tensor of indices, as int64. Raises CheckpointError if it is absent, of another shape, or no integers."""
+        info = self._find(name, shape)
+        if info.dtype not in _INTEGERS:
+            raise CheckpointError(f"{info.file}: tensor {name} has dtype {info.dtype}, where integers are expected")
+        return self._checkpoint.read(name).long()
+
+    def _find(self, name: str, shape: Sequence[int]) -> TensorInfo:
         info = self._checkpoint.tensors.get(name)
         if info is None:
             raise CheckpointError(
@@ -146,16 +166,8 @@ class WeightReader:
                 f"{info.file}: tensor {name} has shape {list(info.shape)}, but config.json asks for {list(shape)}; "
                 "weights and config.json must come from the same model"
             )
-        if info.dtype not in _DTYPES:
-            raise CheckpointError(
-                f"{info.file}: tensor {name} has dtype {info.dtype}; {', '.join(_DTYPES.values())} are supported, "
-                "quantized weights are not"
-            )
-        tensor = self._checkpoint.read(name).to(self.dtype)
-        if not all(bound.isfinite() for bound in tensor.aminmax()):  # either bound is NaN if any element is
-            raise CheckpointError(f"{info.file}: tensor {name} holds NaN or infinity; download or export it again")
         self._taken.add(name)
-        return tensor
+        return info
 
     def finish(self, harmless: Sequence[str] = ()) -> None:
         """Raise CheckpointError if a tensor was never asked for, unless its name is in `harmless`."""

@@ -25,14 +25,25 @@ from dspark_server.speculation.sampling import Rule, SamplingBatch
 class DraftTokens:
     """What was drafted, and the law it was really drawn from.
 
-    tokens [Rd, γ] i64; q [Rd, γ, V] probabilities after temperature, filters and any shortlist, read only for ratio
+    tokens [Rd, γ] i64; q [Rd, γ, C] probabilities after temperature, filters and any shortlist, read only for ratio
     requests; None says that every draft was greedy: q is one-hot at the token. row [R] i64: the request's index into
-    Rd, or -1 if it did not draft.
+    Rd, or -1 if it did not draft. columns [Rd, γ, C] i64: which token each column of q is (a token that stands twice
+    has its mass once); None: column v is token v.
     """
 
     tokens: Tensor
     q: Tensor | None
     row: Tensor
+    columns: Tensor | None = None
+
+    def q_of(self, row: Tensor, slot: int, token: Tensor) -> Tensor | float:
+        """q of `token` [n] at a slot of draft rows `row` [n], as [n] f64."""
+        if self.q is None:
+            return 1.0
+        q = self.q[row, slot]
+        if self.columns is None:
+            return q.gather(1, token.unsqueeze(1)).squeeze(1).double()
+        return (q * (self.columns[row, slot] == token.unsqueeze(1))).sum(1).double()
 
 
 @dataclass(frozen=True)
@@ -99,7 +110,7 @@ def accept(
         elif rule is Rule.COUPLED:
             done = _accept_coupled(mine, streams)
         else:
-            done = _accept_by_ratio(mine, draft.q, streams)
+            done = _accept_by_ratio(mine, draft, streams)
         if indices is None:
             return done
         result.count[indices], result.token[indices], result.failed[indices] = done.count, done.token, done.failed
@@ -140,7 +151,7 @@ def _accept_coupled(mine: _Pass, streams: Streams) -> Accepted:
     return _walk(mine, judge)
 
 
-def _accept_by_ratio(mine: _Pass, q: Tensor | None, streams: Streams) -> Accepted:
+def _accept_by_ratio(mine: _Pass, draft: DraftTokens, streams: Streams) -> Accepted:
     """Keep x with probability min(1, p(x)/q(x)), else draw from what p has left over; past the draft, from p."""
     width = mine.tokens.shape[1]
     offsets = torch.arange(width + 1, device=mine.start.device)
@@ -151,31 +162,38 @@ def _accept_by_ratio(mine: _Pass, q: Tensor | None, streams: Streams) -> Accepte
         accepted = torch.zeros_like(active, dtype=torch.bool)
         drafted = slot < mine.lengths[active]
         if coins is not None and slot < width:
-            x = mine.tokens[active, slot].unsqueeze(1)
-            q_x = 1.0 if q is None else q[mine.row[active], slot].gather(1, x).squeeze(1).double()
+            x = mine.tokens[active, slot]
+            q_x = draft.q_of(mine.row[active], slot, x)
             # u q < p, not u < p / q: right at q = 0, and u = 0 does not let a token of probability 0 through.
-            accepted = drafted & (coins[active, slot] * q_x < p.gather(1, x).squeeze(1))
+            accepted = drafted & (coins[active, slot] * q_x < p.gather(1, x.unsqueeze(1)).squeeze(1))
         ends = (~accepted).nonzero().squeeze(1)
         token = torch.zeros_like(active)
         if len(ends):
             rejected = drafted[ends].nonzero().squeeze(1)
             weights = p[ends]
             if len(rejected):
-                which = active[ends[rejected]]
-                of_draft = None if q is None else q[mine.row[which], slot]
-                weights[rejected] = residual(weights[rejected], of_draft, mine.tokens[which, slot])
+                which = mine.row[active[ends[rejected]]]
+                q = None if draft.q is None else draft.q[which, slot]
+                columns = None if draft.columns is None else draft.columns[which, slot]
+                weights[rejected] = residual(weights[rejected], q, draft.tokens[which, slot], columns)
             token[ends] = draw(weights, last[active[ends], slot])
         return accepted, token
 
     return _walk(mine, judge)
 
 
-def residual(p: Tensor, q: Tensor | None, drafted: Tensor) -> Tensor:
+def residual(p: Tensor, q: Tensor | None, drafted: Tensor, columns: Tensor | None = None) -> Tensor:
     """max(p - q, 0) [n, V], not normalised (`draw` needs no norm); q None: one-hot at `drafted` [n].
 
-    Where nothing is left, p itself: p and q are then equal up to rounding.
+    q [n, C] belongs to tokens `columns` [n, C], or to all where that is None. Where nothing is left, p itself: p and q
+    are then equal up to rounding.
     """
-    left = p.scatter(1, drafted.unsqueeze(1), 0.0) if q is None else (p - q).clamp_(min=0)
+    if q is None:
+        left = p.scatter(1, drafted.unsqueeze(1), 0.0)
+    elif columns is None:
+        left = (p - q).clamp_(min=0)
+    else:
+        left = p.scatter_add(1, columns, -q.to(p.dtype)).clamp_(min=0)
     return torch.where(left.sum(-1, keepdim=True) > 0, left, p)
 
 

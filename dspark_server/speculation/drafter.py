@@ -6,7 +6,6 @@ Shapes: R drafting requests, gamma draft tokens each, V vocabulary, D hidden siz
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from dspark_server.runtime.batch import Batch
@@ -28,26 +27,23 @@ class DraftRequest:
 class DraftBlock:
     """gamma drafted tokens of each of R requests.
 
-    tokens [R, gamma] int64; q [R, gamma, V] the law each token was really drawn from (read for ratio rows only), None
-    where no row follows the ratio rule; confidence [R, gamma] float32 logits of c_k, None without a confidence head;
-    usable [R] int64, how many leading slots came from finite numbers. hidden [R, gamma, D], base_logits and logits
-    [R, gamma, V] are kept only for conformance.
+    tokens [R, gamma] int64; q [R, gamma, C] the law each token was really drawn from (read for ratio rows only), None
+    where no row follows the ratio rule; columns [R, gamma, C] int64 which token each column of q is, None where column
+    v is token v and C = V; confidence [R, gamma] float32 logits of c_k, None without a confidence head; survival
+    [R, gamma] float32 the calibrated chance a_k that the prefix up to k survives, 1 where nothing is known; usable [R]
+    int64, how many leading slots came from finite numbers. hidden [R, gamma, D], base_logits and logits [R, gamma, V]
+    are kept only for conformance.
     """
 
     tokens: Tensor
     q: Tensor | None
+    columns: Tensor | None
     confidence: Tensor | None
+    survival: Tensor
     usable: Tensor
     hidden: Tensor | None = None
     base_logits: Tensor | None = None
     logits: Tensor | None = None
-
-    @property
-    def survival(self) -> Tensor:
-        """a_k [R, gamma] float32: the chance that the prefix up to k survives; 1 where nothing is known."""
-        if self.confidence is None:
-            return torch.ones(self.tokens.shape, dtype=torch.float32)
-        return torch.sigmoid(self.confidence).cumprod(dim=1)
 
 
 class Drafter(Protocol):

@@ -22,11 +22,13 @@ from dspark_server.models.rope import rotary_table
 from dspark_server.runtime.batch import Batch, Run
 from dspark_server.runtime.kv import KVPool, LayerGroup
 from dspark_server.runtime.linear import Linear
+from dspark_server.speculation.calibration import Calibration
 from dspark_server.speculation.drafter import DraftBlock, DraftRequest
 from dspark_server.speculation.heads import ConfidenceHead, SequentialHead, build_head
 from dspark_server.speculation.law import sample
 from dspark_server.speculation.noise import Purpose, Streams
 from dspark_server.speculation.sampling import SamplingBatch
+from dspark_server.speculation.shortlist import Shortlist
 
 ARCHITECTURE = "Qwen3DSparkModel"
 
@@ -44,6 +46,7 @@ class DSparkConfig:
     confidence: bool
     confidence_with_markov: bool
     share_target_embeddings: bool  # ours: the checkpoint leaves embedding and head out
+    draft_vocab_size: int | None  # tokens that may be drafted, named by the tensor d2t; None: all
 
     @classmethod
     def load(cls, directory: Path, target: ModelConfig) -> "DSparkConfig":
@@ -69,6 +72,7 @@ class DSparkConfig:
             confidence=bool(fields.get("enable_confidence_head", False)),
             confidence_with_markov=bool(fields.get("confidence_head_with_markov", False)),
             share_target_embeddings=bool(fields.get("share_target_embeddings", False)),
+            draft_vocab_size=_whole(fields, "draft_vocab_size", minimum=1) if "draft_vocab_size" in fields else None,
         )
         config._check(target)
         return config
@@ -76,6 +80,8 @@ class DSparkConfig:
     def _check(self, target: ModelConfig) -> None:
         if self.confidence_with_markov and self.confidence and self.markov_rank == 0:
             raise CheckpointError("confidence_head_with_markov needs a Markov head, but markov_rank is 0.")
+        if self.draft_vocab_size is not None and self.draft_vocab_size > self.decoder.vocab_size:
+            raise CheckpointError(f"draft_vocab_size {self.draft_vocab_size} exceeds vocab_size.")
         if self.mask_token_id >= self.decoder.vocab_size:
             raise CheckpointError(f"mask_token_id {self.mask_token_id} is outside the embedding.")
         for name in ("vocab_size", "hidden_size"):
@@ -122,9 +128,12 @@ class DSparkDrafter:
         final_norm: Tensor,
         embedding: Tensor,
         lm_head: Linear,
+        draft_tokens: Tensor | None,
+        calibration: Calibration,
         cos_sin: Tensor,
         kernels: Kernels,
         identity: str,
+        shortlist: int | None = None,
     ) -> None:
         self.config = config
         self.gamma = config.block_size
@@ -138,8 +147,11 @@ class DSparkDrafter:
         self._final_norm = final_norm
         self._embedding = embedding
         self._lm_head = lm_head
+        self._draft_tokens = draft_tokens
+        self._calibration = calibration
         self._cos_sin = cos_sin
         self._kernels = kernels
+        self._shortlist = Shortlist(head, shortlist) if shortlist and shortlist < lm_head.out_features else None
 
     @property
     def kv_group(self) -> LayerGroup:
@@ -149,9 +161,17 @@ class DSparkDrafter:
 
     @classmethod
     def load(
-        cls, directory: Path, target: Decoder, target_directory: Path, dtype: torch.dtype, kernels: Kernels
+        cls,
+        directory: Path,
+        target: Decoder,
+        target_directory: Path,
+        dtype: torch.dtype,
+        kernels: Kernels,
+        shortlist: int | None = None,
     ) -> "DSparkDrafter":
         """Load a format-A checkpoint for `target`; embeddings equal to the target's are shared with it.
+
+        `shortlist` is K, how many tokens of each position's base logits the sequential head looks at; None: all.
 
         Raises CheckpointError if a tensor is missing, unexpected or misshapen, or the pair does not fit.
         """
@@ -159,9 +179,8 @@ class DSparkDrafter:
         decoder = config.decoder
         reader = WeightReader(open_checkpoint(directory), dtype)
         hidden = decoder.hidden_size
-        embedding, lm_head = target.embedding, target.lm_head
-        if not config.share_target_embeddings:
-            embedding, lm_head = _embeddings(reader, target, target_directory, dtype, kernels)
+        draft_tokens = _draft_tokens(reader, config)
+        embedding, lm_head = _embeddings(reader, config, draft_tokens, target, target_directory, dtype, kernels)
         weights = [LayerWeights.read(reader, decoder, f"layers.{i}.") for i in range(decoder.num_layers)]
         cos_sin = rotary_table(decoder, target.max_model_len, positions=target.max_model_len + config.block_size)
         context = ContextProjection(
@@ -178,6 +197,7 @@ class DSparkDrafter:
             rank=config.markov_rank,
             hidden_size=hidden,
             vocab_size=decoder.vocab_size,
+            draft_tokens=draft_tokens,
             kernels=kernels,
         )
         confidence = None
@@ -199,9 +219,12 @@ class DSparkDrafter:
             final_norm,
             embedding,
             lm_head,
+            draft_tokens,
+            Calibration.load(directory, config.block_size),
             cos_sin,
             kernels,
             identity=context.digest,
+            shortlist=shortlist,
         )
 
     def observe(self, taps: list[Tensor], batch: Batch, pool: KVPool) -> None:
@@ -236,30 +259,46 @@ class DSparkDrafter:
         requests = len(anchors)
         uniforms = streams.uniform(Purpose.DRAFT, sampling, torch.arange(self.gamma))
         state = self._head.start(requests) if self._head else None
-        previous, embedding = anchors, None
+        best = self._shortlist.best(base) if self._shortlist else None
+        everything = None if self._draft_tokens is None else self._draft_tokens.expand(requests, -1)
+        previous, embedding, latent = anchors, None, None
         usable = torch.full((requests,), self.gamma)
-        tokens, laws, confidences, kept_logits = [], [], [], []
+        tokens, laws, names, confidences, kept_logits = [], [], [], [], []
         for k in range(self.gamma):
-            logits = base[:, k]
             if self._head is not None:
                 embedding = self._head.embedding(previous)
-                bias, state = self._head.bias(embedding, hidden[:, k], state)
-                logits = logits + bias
+                latent, state = self._head.latent(embedding, hidden[:, k], state)
+            if self._shortlist is not None and best is not None:
+                columns, logits = self._shortlist.logits(base[:, k], best[:, k], previous, latent)
+                columns = columns if self._draft_tokens is None else self._draft_tokens[columns]
+            else:
+                columns, logits = everything, base[:, k]
+                if self._head is not None and latent is not None:
+                    logits = logits + self._head.bias(latent)
             finite = torch.isfinite(logits.amax(dim=-1))
             if self._confidence is not None:
                 confidences.append(self._confidence.logit(hidden[:, k], embedding))
                 finite &= ~torch.isnan(confidences[-1])
             usable = torch.where(finite, usable, usable.clamp(max=k))
-            previous, law = sample(torch.nan_to_num(logits), sampling.ahead(k), uniforms[:, k], streams)
+            here = torch.nan_to_num(logits, neginf=-torch.inf)
+            vocabulary = self.config.decoder.vocab_size
+            previous, law = sample(here, sampling.ahead(k), uniforms[:, k], streams, columns, vocabulary)
             tokens.append(previous)
             if law is not None:
                 laws.append(law)
+                names.append(columns)
             if self.keep_logits:
                 kept_logits.append(logits)
+        confidence = torch.stack(confidences, dim=1) if confidences else None
+        survival = torch.ones(requests, self.gamma)
+        if confidence is not None:
+            survival = self._calibration.survival(confidence, sampling.temperature)
         return DraftBlock(
             tokens=torch.stack(tokens, dim=1),
             q=torch.stack(laws, dim=1) if laws else None,
-            confidence=torch.stack(confidences, dim=1) if confidences else None,
+            columns=torch.stack([c for c in names if c is not None], dim=1) if names and names[0] is not None else None,
+            confidence=confidence,
+            survival=survival,
             usable=usable,
             hidden=hidden if self.keep_logits else None,
             base_logits=base if self.keep_logits else None,
@@ -318,16 +357,36 @@ class ContextProjection:
             )
 
 
+def _draft_tokens(reader: WeightReader, config: DSparkConfig) -> Tensor | None:
+    """Ids [Vd] of the tokens that may be drafted: d2t holds each one's distance from its own index; None: all."""
+    if config.draft_vocab_size is None:
+        return None
+    tokens = reader.integers("d2t", (config.draft_vocab_size,)) + torch.arange(config.draft_vocab_size)
+    if bool((tokens.diff() <= 0).any()) or int(tokens[0]) < 0 or int(tokens[-1]) >= config.decoder.vocab_size:
+        raise CheckpointError("The drafter's d2t must name distinct tokens of the vocabulary in rising order.")
+    return tokens
+
+
 def _embeddings(
-    reader: WeightReader, target: Decoder, target_directory: Path, dtype: torch.dtype, kernels: Kernels
+    reader: WeightReader,
+    config: DSparkConfig,
+    draft_tokens: Tensor | None,
+    target: Decoder,
+    target_directory: Path,
+    dtype: torch.dtype,
+    kernels: Kernels,
 ) -> tuple[Tensor, Linear]:
-    """The drafter's embedding and head: the target's own where the checkpoint's copies are equal to them."""
+    """The drafter's embedding and head: the target's own where the checkpoint has none or its copies are equal."""
     shape = (target.config.vocab_size, target.config.hidden_size)
-    theirs = open_checkpoint(target_directory)
-    head_name = "model.embed_tokens.weight" if target.config.tie_word_embeddings else "lm_head.weight"
-    embedding = reader.take("embed_tokens.weight", shape)
-    head = reader.take("lm_head.weight", shape)
-    if torch.equal(embedding, target.embedding):
-        embedding = target.embedding
-    same_head = torch.equal(head, theirs.read(head_name).to(dtype))
-    return embedding, target.lm_head if same_head else Linear(head, None, kernels)
+    name = "model.embed_tokens.weight" if target.config.tie_word_embeddings else "lm_head.weight"
+    embedding, head = target.embedding, open_checkpoint(target_directory).read(name).to(dtype)
+    own = False
+    if not config.share_target_embeddings:
+        theirs, their_head = reader.take("embed_tokens.weight", shape), reader.take("lm_head.weight", shape)
+        if not torch.equal(theirs, embedding):
+            embedding = theirs
+        own = not torch.equal(their_head, head)
+        head = their_head if own else head
+    if draft_tokens is not None:
+        return embedding, Linear(head[draft_tokens], None, kernels)
+    return embedding, Linear(head, None, kernels) if own else target.lm_head

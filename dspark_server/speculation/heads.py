@@ -1,6 +1,7 @@
 """The sequential heads that correct each draft position for the token before it, and the confidence head.
 
-Shapes: R requests, D hidden size, r Markov rank, V vocabulary. W1 is [V, r], W2 is [V, r] (applied as r -> V).
+Shapes: R requests, D hidden size, r Markov rank, V vocabulary, Vd draft vocabulary (the tokens that may be drafted: all
+of V, or a part). W1 is [V, r], W2 is [Vd, r] (applied as r -> Vd).
 Source: DSpark §3.1-3.2 and the DeepSpec checkpoint format.
 """
 
@@ -16,16 +17,22 @@ from dspark_server.runtime.linear import Linear
 
 
 class SequentialHead(ABC):
-    """Gives the logit correction B_k from the token before position k. State is whatever a head carries along."""
+    """Gives the logit correction B_k = W2 z_k from the token before position k. State is what a head carries along."""
 
-    def __init__(self, w1: Tensor, w2: Linear) -> None:
+    def __init__(self, w1: Tensor, w2: Tensor, kernels: Kernels) -> None:
         self._w1 = w1
         self._w2 = w2
+        self._product = Linear(w2, None, kernels)
 
     @property
     def rank(self) -> int:
         """r, the width of a token's Markov embedding."""
         return self._w1.shape[1]
+
+    @property
+    def vocab_size(self) -> int:
+        """V, how many tokens may come before."""
+        return self._w1.shape[0]
 
     def embedding(self, previous: Tensor) -> Tensor:
         """W1[x_{k-1}]: tokens [R] -> [R, r]."""
@@ -36,47 +43,52 @@ class SequentialHead(ABC):
         return None
 
     @abstractmethod
-    def bias(self, embedding: Tensor, hidden: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """B_k [R, V] in float32 and the next state, from W1[x_{k-1}] [R, r] and h_k [R, D]."""
+    def latent(self, embedding: Tensor, hidden: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """z_k [R, r] and the next state, from W1[x_{k-1}] [R, r] and h_k [R, D]."""
 
-    def _project(self, latent: Tensor) -> Tensor:
-        return self._w2(latent, out_float32=True)
+    def bias(self, latent: Tensor) -> Tensor:
+        """B_k [R, Vd] in float32 from z_k [R, r]."""
+        return self._product(latent, out_float32=True)
+
+    def bias_of(self, latent: Tensor, columns: Tensor) -> Tensor:
+        """B_k at some columns: z_k [R, r], columns [R, C] -> [R, C] in float32."""
+        return torch.einsum("rcd,rd->rc", self._w2[columns].float(), latent.float())
 
 
 class VanillaHead(SequentialHead):
     """B_k = W1[x_{k-1}] W2."""
 
-    def bias(self, embedding: Tensor, hidden: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return self._project(embedding), None
+    def latent(self, embedding: Tensor, hidden: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return embedding, None
 
 
 class GatedHead(SequentialHead):
     """B_k = (sigmoid(W_gate [h_k; W1[x_{k-1}]] + b) * W1[x_{k-1}]) W2."""
 
-    def __init__(self, w1: Tensor, w2: Linear, gate: Linear) -> None:
-        super().__init__(w1, w2)
+    def __init__(self, w1: Tensor, w2: Tensor, gate: Linear, kernels: Kernels) -> None:
+        super().__init__(w1, w2, kernels)
         self._gate = gate
 
-    def bias(self, embedding: Tensor, hidden: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def latent(self, embedding: Tensor, hidden: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
         gate = torch.sigmoid(self._gate(torch.cat([hidden, embedding], dim=-1)))
-        return self._project(gate * embedding), None
+        return gate * embedding, None
 
 
 class RNNHead(SequentialHead):
     """A gated recurrence over the block: s_k = sig(g) s_{k-1} + (1 - sig(g)) tanh(c), B_k = W2 tanh(o), s_0 = 0."""
 
-    def __init__(self, w1: Tensor, w2: Linear, joint: Linear) -> None:
-        super().__init__(w1, w2)
+    def __init__(self, w1: Tensor, w2: Tensor, joint: Linear, kernels: Kernels) -> None:
+        super().__init__(w1, w2, kernels)
         self._joint = joint
 
     def start(self, requests: int) -> Tensor | None:
         return torch.zeros(requests, self.rank, dtype=self._w1.dtype)
 
-    def bias(self, embedding: Tensor, hidden: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def latent(self, embedding: Tensor, hidden: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
         assert state is not None
         gate, candidate, output = self._joint(torch.cat([state, embedding, hidden], dim=-1)).chunk(3, dim=-1)
         kept = torch.sigmoid(gate)
-        return self._project(torch.tanh(output)), kept * state + (1 - kept) * torch.tanh(candidate)
+        return torch.tanh(output), kept * state + (1 - kept) * torch.tanh(candidate)
 
 
 class ConfidenceHead:
@@ -97,22 +109,34 @@ class ConfidenceHead:
 
 
 def build_head(
-    kind: str, reader: WeightReader, *, rank: int, hidden_size: int, vocab_size: int, kernels: Kernels
+    kind: str,
+    reader: WeightReader,
+    *,
+    rank: int,
+    hidden_size: int,
+    vocab_size: int,
+    draft_tokens: Tensor | None,
+    kernels: Kernels,
 ) -> SequentialHead | None:
     """The head that a checkpoint's `markov_head_type` and `markov_rank` name; rank 0 is none (DFlash).
+
+    `draft_tokens` [Vd] int64 are the rows of W2 that may be drafted, None for all.
 
     Raises CheckpointError for a kind that does not exist, or a tensor that is missing or misshapen.
     """
     if rank == 0:
         return None
     w1 = reader.take("markov_head.markov_w1.weight", (vocab_size, rank))
-    w2 = Linear(reader.take("markov_head.markov_w2.weight", (vocab_size, rank)), None, kernels)
+    w2 = reader.take("markov_head.markov_w2.weight", (vocab_size, rank))
+    if draft_tokens is not None:
+        w2 = w2[draft_tokens]
     if kind == "vanilla":
-        return VanillaHead(w1, w2)
+        return VanillaHead(w1, w2, kernels)
     if kind == "gated":
         gate = reader.take("markov_head.gate_proj.weight", (rank, hidden_size + rank))
-        return GatedHead(w1, w2, Linear(gate, reader.take("markov_head.gate_proj.bias", (rank,)), kernels))
+        return GatedHead(w1, w2, Linear(gate, reader.take("markov_head.gate_proj.bias", (rank,)), kernels), kernels)
     if kind == "rnn":
         joint = reader.take("markov_head.joint_proj.weight", (3 * rank, 2 * rank + hidden_size))
-        return RNNHead(w1, w2, Linear(joint, reader.take("markov_head.joint_proj.bias", (3 * rank,)), kernels))
+        bias = reader.take("markov_head.joint_proj.bias", (3 * rank,))
+        return RNNHead(w1, w2, Linear(joint, bias, kernels), kernels)
     raise CheckpointError(f"markov_head_type {kind!r} is not known; vanilla, gated and rnn are.")

@@ -18,13 +18,14 @@ from dspark_server.speculation.sampling import Rule, SamplingBatch
 NUCLEUS_WIDTHS = (256, 4096)  # top-p first looks among this many best tokens; only then at the whole vocabulary
 
 
-def distribution(logits: Tensor, sampling: SamplingBatch) -> Tensor:
+def distribution(logits: Tensor, sampling: SamplingBatch, columns: Tensor | None = None) -> Tensor:
     """The law each row of `logits` [N, V] is sampled from, after its request's own filters (DSpark §3.2.2).
 
     `sampling` has N rows. Returns probabilities [N, V], float32 (float64 for float64 logits). Greedy rows are one-hot
-    at the lowest index of the maximum. A row with NaN, +inf, or nothing but -inf is NaN throughout.
+    at the lowest index of the maximum. A row with NaN, +inf, or nothing but -inf is NaN throughout. `columns` [N, V]
+    i64: which token each column is; None: column v is token v.
     """
-    logits = permitted(logits, sampling)
+    logits = permitted(logits, sampling, columns)
     if sampling.all_greedy:
         return _one_hot(logits)
     traits, scaled = sampling.traits, logits
@@ -47,8 +48,11 @@ def distribution(logits: Tensor, sampling: SamplingBatch) -> Tensor:
     return probs
 
 
-def permitted(logits: Tensor, sampling: SamplingBatch) -> Tensor:
-    """`logits` [N, V] as float32 (float64 stays), forbidden tokens at -inf. The argument itself is never written."""
+def permitted(logits: Tensor, sampling: SamplingBatch, columns: Tensor | None = None) -> Tensor:
+    """`logits` [N, V] as float32 (float64 stays), forbidden tokens at -inf. The argument itself is never written.
+
+    `columns` as in `distribution`.
+    """
     result = logits if logits.dtype == torch.float64 else logits.float()
     if sampling.forbidden:
         rows = [
@@ -59,7 +63,10 @@ def permitted(logits: Tensor, sampling: SamplingBatch) -> Tensor:
         if rows and result is logits:
             result = logits.clone()
         for row, tokens in rows:
-            result[row, list(tokens)] = -torch.inf
+            if columns is None:
+                result[row, list(tokens)] = -torch.inf
+            else:
+                result[row, torch.isin(columns[row], columns.new_tensor(tokens))] = -torch.inf
     return result
 
 
@@ -159,26 +166,40 @@ def draw_coupled(probs: Tensor, exponential: Tensor) -> Tensor:
     return top(probs / exponential)[1]
 
 
-def sample(logits: Tensor, sampling: SamplingBatch, uniform: Tensor, streams: Streams) -> tuple[Tensor, Tensor | None]:
-    """Draw one token per row of `logits` [N, V], each by its own rule: what a draft slot does.
+def sample(
+    logits: Tensor,
+    sampling: SamplingBatch,
+    uniform: Tensor,
+    streams: Streams,
+    columns: Tensor | None = None,
+    vocabulary: int | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Draw one token per row of `logits` [N, C], each by its own rule: what a draft slot does.
 
     `uniform` [N] f64 serves the ratio rows (take a whole block's at once from `Streams.uniform`), `streams` the coupled
-    ones. Returns tokens [N] and the law they were drawn from, [N, V], where acceptance will need it: zero in the rows
-    of other rules, None without ratio rows.
+    ones. `columns` [N, C] i64 says which of the target's `vocabulary` tokens each column is; None: column v is token v.
+    Returns tokens [N] and the law they were drawn from, [N, C], where acceptance will need it: zero in the rows of
+    other rules, None without ratio rows.
     """
     tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
     law: Tensor | None = None
     for rule, (indices, part) in sampling.by_rule.items():
-        rows = logits if indices is None else logits[indices]
+        rows, names = (logits, columns) if indices is None else (logits[indices], None)
+        if indices is not None and columns is not None:
+            names = columns[indices]
         if rule is Rule.GREEDY:
-            drawn = top(permitted(rows, part))[1]
+            drawn = top(permitted(rows, part, names))[1]
         else:
-            probs = distribution(rows, part)
+            probs = distribution(rows, part, names)
             if rule is Rule.COUPLED:
-                drawn = draw_coupled(probs, streams.exponential(part, probs.shape[1], probs.dtype))
+                # The target will race with these very numbers, whatever the draft could choose from.
+                noise = streams.exponential(part, vocabulary or probs.shape[1], probs.dtype)
+                drawn = draw_coupled(probs, noise if names is None else noise.gather(1, names))
             else:
                 drawn = draw(probs, uniform if indices is None else uniform[indices])
                 law = probs if indices is None else probs.new_zeros(logits.shape).index_copy_(0, indices, probs)
+        if names is not None:
+            drawn = names.gather(1, drawn.unsqueeze(1)).squeeze(1)
         if indices is None:
             return drawn, law
         tokens[indices] = drawn

@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -22,32 +23,39 @@ _FROM_TARGET = (
 )  # fmt: skip
 
 
-def draft_fields(run: TrainConfig, target_directory: Path) -> dict[str, object]:
+def draft_fields(run: TrainConfig, target_directory: Path) -> dict[str, Any]:
     """config.json of the drafter that `run` describes: Qwen3-style layers of the target's width (DSPARK.md, format A).
 
-    Embedding and head are left out of its weights and shared with the target's (`share_target_embeddings`).
+    Embedding and head are left out of its weights and shared with the target's (`share_target_embeddings`). Where the
+    loss saw a part of the vocabulary only, nothing else is ever drafted (`draft_vocab_size`).
     """
     theirs = read_json(target_directory / "config.json")
     shape = load_config(target_directory)
-    return {name: theirs[name] for name in _FROM_TARGET if name in theirs} | {
-        "architectures": [ARCHITECTURE],
-        "model_type": "qwen3",
-        "head_dim": shape.head_dim,
-        "attention_bias": False,
-        "tie_word_embeddings": False,
-        "dtype": "bfloat16",
-        "num_target_layers": shape.num_layers,
-        "num_hidden_layers": run.num_layers,
-        "block_size": run.block_size,
-        "mask_token_id": run.mask_token_id,
-        "target_layer_ids": list(run.target_layer_ids),
-        "num_anchors": run.anchors_per_sequence,
-        "enable_confidence_head": run.confidence,
-        "confidence_head_with_markov": run.confidence and run.markov_rank > 0,
-        "markov_rank": run.markov_rank,
-        "markov_head_type": run.markov_head_type,
-        "share_target_embeddings": True,
-    }
+    part = run.vocabulary is not None and run.vocabulary < shape.vocab_size
+    drafted = {"draft_vocab_size": run.vocabulary} if part else {}
+    return (
+        {name: theirs[name] for name in _FROM_TARGET if name in theirs}
+        | drafted
+        | {
+            "architectures": [ARCHITECTURE],
+            "model_type": "qwen3",
+            "head_dim": shape.head_dim,
+            "attention_bias": False,
+            "tie_word_embeddings": False,
+            "dtype": "bfloat16",
+            "num_target_layers": shape.num_layers,
+            "num_hidden_layers": run.num_layers,
+            "block_size": run.block_size,
+            "mask_token_id": run.mask_token_id,
+            "target_layer_ids": list(run.target_layer_ids),
+            "num_anchors": run.anchors_per_sequence,
+            "enable_confidence_head": run.confidence,
+            "confidence_head_with_markov": run.confidence and run.markov_rank > 0,
+            "markov_rank": run.markov_rank,
+            "markov_head_type": run.markov_head_type,
+            "share_target_embeddings": True,
+        }
+    )
 
 
 def draft_config(run: TrainConfig, target_directory: Path) -> DSparkConfig:
@@ -55,12 +63,19 @@ def draft_config(run: TrainConfig, target_directory: Path) -> DSparkConfig:
     return DSparkConfig.parse(draft_fields(run, target_directory), load_config(target_directory))
 
 
-def export(model: DraftModel, run: TrainConfig, target_directory: Path, directory: Path) -> None:
-    """Write config.json, model.safetensors (bfloat16) and the run's settings."""
+def export(
+    model: DraftModel, run: TrainConfig, target_directory: Path, draft_tokens: Tensor | None, directory: Path
+) -> None:
+    """Write config.json, model.safetensors (bfloat16) and the run's settings.
+
+    `draft_tokens` [Vd] int64, ascending, are those that may be drafted (None: all), kept as offsets in `d2t`.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(draft_fields(run, target_directory), indent=2) + "\n")
     (directory / "training.json").write_text(json.dumps(asdict(run), indent=2) + "\n")
     tensors = {name: tensor.detach().bfloat16().contiguous() for name, tensor in model.state_dict().items()}
+    if draft_tokens is not None:
+        tensors["d2t"] = (draft_tokens - torch.arange(len(draft_tokens))).int()
     save_file(tensors, directory / "model.safetensors")
 
 
@@ -71,7 +86,7 @@ def load_weights(model: DraftModel, directory: Path) -> None:
     """
     reader = WeightReader(open_checkpoint(directory), torch.float32)
     state = {name: reader.take(name, tensor.shape) for name, tensor in model.state_dict().items()}
-    reader.finish(harmless=["embed_tokens.weight", "lm_head.weight"])
+    reader.finish(harmless=["embed_tokens.weight", "lm_head.weight", "d2t"])
     model.load_state_dict(state)
 
 

@@ -15,7 +15,9 @@ class TrainConfig:
 
     `vocabulary` restricts the loss to the most frequent tokens of the corpus (None: all). `init` is "target" (the last
     target layers, its final norm, features passed through from the last tap) or "fresh". `weights` is a checkpoint to
-    go on from. The optimizer warms up over `warmup` of the steps and then follows a cosine to zero.
+    go on from. The optimizer warms up over `warmup` of the steps and then follows `schedule`: a "cosine" to zero, or
+    "constant", which can be ended at any step. `markov_rate` multiplies the learning rate of the Markov head.
+    `averaging` is the decay of a running mean of the weights, which is then what is evaluated and exported (0: off).
     """
 
     corpus: str
@@ -41,6 +43,9 @@ class TrainConfig:
     steps: int = 2000
     learning_rate: float = 1.5e-3
     warmup: float = 0.04
+    schedule: str = "cosine"
+    markov_rate: float = 1.0
+    averaging: float = 0.0
     clip: float = 1.0
     held_out: int = 100
     eval_every: int = 200
@@ -53,6 +58,16 @@ class TrainConfig:
                 raise ConfigError(f"{name} must be at least 1.")
         if self.init not in ("target", "fresh"):
             raise ConfigError(f"init must be target or fresh, not {self.init!r}.")
+        if self.schedule not in ("cosine", "constant"):
+            raise ConfigError(f"schedule must be cosine or constant, not {self.schedule!r}.")
+        if not 0 <= self.averaging < 1:
+            raise ConfigError(f"averaging must lie in [0, 1), not {self.averaging}.")
+
+    @property
+    def identity(self) -> str:
+        """Names what the run computes: settings that only say where, how often or how fast are left out."""
+        silent = {"output", "cache_gib", "eval_every", "save_every"}
+        return repr([(field.name, getattr(self, field.name)) for field in fields(self) if field.name not in silent])
 
     @classmethod
     def load(cls, path: Path) -> "TrainConfig":

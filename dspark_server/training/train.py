@@ -9,6 +9,7 @@ import math
 import os
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -28,10 +29,12 @@ from dspark_server.runtime.memory import keep_freed_memory
 from dspark_server.training.checkpoint import draft_config, export, initialise_from_target, load_weights
 from dspark_server.training.config import TrainConfig
 from dspark_server.training.corpus import Corpus, Integers, Split
+from dspark_server.training.curve import plot_training
 from dspark_server.training.features import TargetFeatures
 from dspark_server.training.loss import VocabularyLoss
 from dspark_server.training.model import Blocks, DraftModel
 
+EVALUATED = 60  # held-out sequences a run looks at on the way; calibration uses the rest too
 LOG_FIELDS = (
     "step",
     "positions",
@@ -90,19 +93,24 @@ class Trainer:
             self._head = open_checkpoint(self.target_directory).read("lm_head.weight").float()
         # Rows of the head that the loss sees, and where each token is among them (-1: not).
         self._place: Tensor | None = None
-        self._tokens: Tensor | None = None
+        self.draft_tokens: Tensor | None = None
         if run.vocabulary is not None and run.vocabulary < len(self._head):
-            self._tokens = torch.from_numpy(corpus.frequent(run.vocabulary, len(self._head)))
-            self._place = torch.full((len(self._head),), -1).scatter_(0, self._tokens, torch.arange(run.vocabulary))
+            kept = torch.from_numpy(corpus.frequent(run.vocabulary, len(self._head)))
+            self._place = torch.full((len(self._head),), -1).scatter_(0, kept, torch.arange(len(kept)))
+            self.draft_tokens = kept
         torch.manual_seed(run.seed)
         self.model = DraftModel(self.config, longest)
         if run.weights:
             load_weights(self.model, Path(run.weights))
         elif run.init == "target":
             initialise_from_target(self.model, self.target_directory)
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=run.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True
-        )
+        named = list(self.model.named_parameters())
+        markov = [parameter for name, parameter in named if name.startswith("markov_head.")]
+        others = [parameter for name, parameter in named if not name.startswith("markov_head.")]
+        self._rates = [run.learning_rate, run.learning_rate * run.markov_rate]
+        groups = [{"params": others}, {"params": markov}]
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+        self._mean = [parameter.detach().clone() for _, parameter in named] if run.averaging else []
         self.step = 0
         self.positions = 0
 
@@ -163,8 +171,8 @@ class Trainer:
         hidden, latent, confidence = self.model(batch.blocks)
         weight = batch.weight / batch.weight.sum()
         head, w2, labels, ce_weight = self._head, self.model.w2, batch.labels, self.run.ce_weight * weight
-        if self._tokens is not None and self._place is not None and not whole_vocabulary:
-            head, w2, labels = self._kept_head, w2[self._tokens], self._place[labels]
+        if self.draft_tokens is not None and self._place is not None and not whole_vocabulary:
+            head, w2, labels = self._kept_head, w2[self.draft_tokens], self._place[labels]
             ce_weight = ce_weight * (labels >= 0)
             labels = labels.clamp(min=0)
         total, cross_entropy, distance = VocabularyLoss.apply(
@@ -189,14 +197,15 @@ class Trainer:
     @property
     def _kept_head(self) -> Tensor:
         if not hasattr(self, "_kept"):
-            self._kept = self._head[self._tokens]
+            self._kept = self._head[self.draft_tokens]
         return self._kept
 
     def train_step(self) -> Losses:
         """One optimizer step; the next call does the next one."""
         run = self.run
-        for group in self.optimizer.param_groups:
-            group["lr"] = run.learning_rate * schedule(self.step, run.steps, run.warmup)
+        factor = schedule(self.step, run.steps, run.warmup, constant=run.schedule == "constant")
+        for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate * factor
         batch = self.batch(self.split.step(self.step, run.sequences_per_step, run.anchors_per_sequence))
         losses = self.losses(batch)
         self.optimizer.zero_grad(set_to_none=True)
@@ -205,21 +214,43 @@ class Trainer:
         self.optimizer.step()
         self.step += 1
         self.positions += len(batch.rows)
+        if self._mean:
+            # A short memory at first, so that the start is soon forgotten.
+            kept = min(run.averaging, self.step / (self.step + 10))
+            current = [parameter.detach() for parameter in self.model.parameters()]
+            torch._foreach_lerp_(self._mean, current, 1 - kept)
         return losses
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, the model holds the running mean of its weights, if the run keeps one."""
+        current = [parameter.detach().clone() for parameter in self.model.parameters()] if self._mean else []
+        self._fill(self._mean)
+        try:
+            yield
+        finally:
+            self._fill(current)
+
+    @torch.no_grad()
+    def _fill(self, values: list[Tensor]) -> None:
+        for parameter, value in zip(self.model.parameters(), values, strict=False):
+            parameter.copy_(value)
 
     @torch.no_grad()
     def evaluate(self, anchors: int = 16) -> tuple[list[float], list[float]]:
         """Held-out mean of 1 - TV and of arg max agreement, by position, over blocks that lie within their sequence.
 
-        Along the target's own text, over the whole vocabulary. Each list is tau, then the positions.
+        Along the target's own text, the target over the whole vocabulary. Each list is tau, then the positions.
         """
         survivals, matches = [], []
-        for index in self.split.held_out:
+        for index in self.split.held_out[:EVALUATED]:
             batch = self.batch(self.split.blocks([index], anchors, [index]))
             hidden, latent, _ = self.model(batch.blocks)
             logits = hidden.flatten(0, 1)[batch.rows] @ self._head.T
             if self.config.markov_rank:
                 logits += latent.flatten(0, 1)[batch.rows] @ self.model.w2.T
+            if self._place is not None:
+                logits[:, self._place < 0] = -1e30  # the engine never drafts what the loss never saw
             target = batch.target @ self._head.T
             match = self.kernels.argmax(logits) == self.kernels.argmax(target)[batch.target_rows]
             zeros = torch.zeros(len(logits))
@@ -242,6 +273,7 @@ class Trainer:
             "positions": self.positions,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "mean": self._mean,
         }
         partial = path.with_suffix(".partial")
         torch.save(state, partial)
@@ -252,14 +284,16 @@ class Trainer:
         state: dict[str, Any] = torch.load(path, weights_only=True)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.positions = state["step"], state["positions"]
+        self.step, self.positions, self._mean = state["step"], state["positions"], state["mean"]
 
 
-def schedule(step: int, steps: int, warmup: float) -> float:
-    """Linear warm-up, then a cosine to zero at the last step; a factor of the learning rate."""
+def schedule(step: int, steps: int, warmup: float, *, constant: bool = False) -> float:
+    """Linear warm-up, then a cosine to zero at the last step, or no change; a factor of the learning rate."""
     rising = max(1, round(warmup * steps))
     if step < rising:
         return (step + 1) / rising
+    if constant:
+        return 1.0
     return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
 
 
@@ -278,7 +312,7 @@ def train(run: TrainConfig) -> Path:
     output = Path(run.output)
     output.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(run)
-    state = cache_dir() / "training" / sha256(repr(run).encode()).hexdigest()[:16] / "state.pt"
+    state = cache_dir() / "training" / sha256(run.identity.encode()).hexdigest()[:16] / "state.pt"
     if state.exists():
         trainer.restore(state)
     log = output / "log.csv"
@@ -302,7 +336,8 @@ def train(run: TrainConfig) -> Path:
             done = trainer.step == run.steps
             if trainer.step % run.eval_every == 0 or done:
                 loss, cross_entropy, survival = np.mean(recent, axis=0).tolist()
-                held_out, greedy = trainer.evaluate()
+                with trainer.averaged():
+                    held_out, greedy = trainer.evaluate()
                 row = {
                     "step": trainer.step,
                     "positions": trainer.positions,
@@ -316,6 +351,7 @@ def train(run: TrainConfig) -> Path:
                 by_position = " ".join(f"{value:.2f}" for value in held_out[1:])
                 writer.writerow({k: round(v, 4) for k, v in row.items()})
                 file.flush()
+                plot_training(log, output / "curve.png")
                 recent = []
                 bar.write(
                     f"step {trainer.step}: {trainer.positions / 1e6:.2f} M positions, held-out tau {held_out[0]:.3f} "
@@ -323,7 +359,8 @@ def train(run: TrainConfig) -> Path:
                 )
             if trainer.step % run.save_every == 0 or done:
                 trainer.save(state)
-                export(trainer.model, run, trainer.target_directory, output)
+                with trainer.averaged():
+                    export(trainer.model, run, trainer.target_directory, trainer.draft_tokens, output)
     return output
 
 

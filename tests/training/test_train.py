@@ -14,6 +14,7 @@ from torch import Tensor
 from dspark_server.config import EngineConfig, SpeculativeConfig
 from dspark_server.engine.core import EngineCore
 from dspark_server.engine.request import SamplingParams
+from dspark_server.engine.step import StepTrace
 from dspark_server.errors import ConfigError
 from dspark_server.models.hub import cache_dir
 from dspark_server.training.config import TrainConfig
@@ -153,7 +154,59 @@ def test_a_run_learns_and_the_engine_serves_what_it_made(run: TrainConfig) -> No
     assert core.loop.stats.draft_tokens > 0
 
 
+def test_averaged_weights_are_the_running_mean_and_the_others_come_back(run: TrainConfig) -> None:
+    trainer = Trainer(replace(run, averaging=0.9))
+    mean = [p.detach().clone() for p in trainer.model.parameters()]
+    for step in range(1, 31):
+        trainer.train_step()
+        kept = min(0.9, step / (step + 10))
+        mean = [kept * m + (1 - kept) * p.detach() for m, p in zip(mean, trainer.model.parameters(), strict=True)]
+    before = [p.detach().clone() for p in trainer.model.parameters()]
+    with trainer.averaged():
+        for expected, parameter in zip(mean, trainer.model.parameters(), strict=True):
+            torch.testing.assert_close(parameter, expected)
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))
+
+
+def test_training_goes_on_from_exported_weights(run: TrainConfig, tmp_path: Path) -> None:
+    """A new optimizer, a short warm-up: what was learnt stays, and more is learnt."""
+    first = replace(run, steps=100, eval_every=100, save_every=100, learning_rate=3e-3, averaging=0.9)
+    directory = train(first)
+    batches = [(trainer := Trainer(first)).batch(trainer.split.step(step, 4, 6)) for step in range(3)]
+
+    def loss(weights: Path | None) -> float:
+        trainer = Trainer(replace(first, weights=str(weights) if weights else None))
+        return sum(float(trainer.losses(batch).total.detach()) for batch in batches)
+
+    second = replace(first, weights=str(directory), steps=60, warmup=0.1, output=str(tmp_path / "second"))
+    fresh, earlier = loss(None), loss(directory)
+    later = loss(train(second))
+    assert later < earlier < fresh
+
+
+def test_only_the_trained_vocabulary_is_drafted(run: TrainConfig) -> None:
+    directory = train(replace(run, vocabulary=64))
+    allowed = Trainer(replace(run, vocabulary=64)).draft_tokens
+    assert allowed is not None
+    seen: list[int] = []
+
+    def look(step: StepTrace) -> None:
+        if step.drafted:
+            seen.extend(step.drafted.block.tokens.flatten().tolist())
+
+    for shortlist in (None, 12):
+        speculative = SpeculativeConfig(method="dspark", model=str(directory), shortlist=shortlist)
+        config = EngineConfig(model=str(TARGET), kv_cache_memory_bytes=8 << 20, speculative=speculative)
+        core = EngineCore.load(config, trace=look)
+        seen.clear()
+        for own in (SamplingParams(max_tokens=30, ignore_eos=True), SamplingParams(max_tokens=30, temperature=0.0)):
+            core.generate([[5, 6, 7, 8]], own)
+        assert len(seen) > 50
+        assert set(seen) <= set(allowed.tolist())
+
+
 def test_schedule_rises_then_falls_to_zero() -> None:
+    assert [schedule(step, 100, 0.02, constant=True) for step in (0, 1, 50, 99)] == [0.5, 1.0, 1.0, 1.0]
     factors = [schedule(step, 100, 0.04) for step in range(100)]
     assert factors[:4] == [0.25, 0.5, 0.75, 1.0]
     assert factors[4:] == sorted(factors[4:], reverse=True)

@@ -1,0 +1,132 @@
+"""`dspark-server eval`: a drafter's worth on prompts, as one object and as a table."""
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from dspark_server.config import SpeculativeConfig
+from dspark_server.engine.request import SamplingParams
+from dspark_server.evaluation import measures
+from dspark_server.evaluation.collect import Blocks, Floats, chat_tokens, collect, read_prompts
+from dspark_server.evaluation.plots import plot_evaluation
+
+THRESHOLDS = np.round(np.arange(0, 1, 0.1), 2)
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """What to run. `concurrency` requests at once, up to `max_tokens` each, all at one sampling temperature."""
+
+    prompts: list[Path]
+    model: str
+    speculative: SpeculativeConfig
+    temperature: float = 0.0
+    max_tokens: int = 256
+    concurrency: int = 16
+    limit: int | None = None
+    baseline: bool = True
+    raw: bool = False
+    plots: Path | None = None
+
+
+def evaluate(run: EvalConfig) -> dict[str, Any]:
+    """Run the prompts with the drafter (every block verified whole) and, if asked, without it."""
+    prompts = read_prompts(run.prompts, run.limit)
+    domains = sorted({prompt.domain for prompt in prompts})
+    groups = [domains.index(prompt.domain) for prompt in prompts]
+    tokens = chat_tokens(prompts, run.model, raw=run.raw)
+    params = [SamplingParams(max_tokens=run.max_tokens, temperature=run.temperature)] * len(prompts)
+
+    def go(speculative: SpeculativeConfig, label: str) -> tuple[Blocks, float]:
+        done = collect(
+            tokens,
+            params,
+            model=run.model,
+            speculative=speculative,
+            concurrency=run.concurrency,
+            groups=groups,
+            label=label,
+        )
+        return done.blocks, done.tokens / done.seconds
+
+    blocks, with_drafter = go(replace(run.speculative, selection="fixed"), "with the drafter")
+    without = go(SpeculativeConfig(), "without")[1] if run.baseline else float("nan")
+    result = summary(blocks, domains) | {
+        "temperature": run.temperature,
+        "requests": len(prompts),
+        "tokens_per_second": {"with": round(with_drafter, 1), "without": round(without, 1)},
+    }
+    if run.plots is not None:
+        plot_evaluation(blocks, domains, result, run.plots)
+    return _without_nan(result)
+
+
+def summary(blocks: Blocks, domains: list[str]) -> dict[str, Any]:
+    """Every measure of the blocks, in all and by domain (group g belongs to domains[g])."""
+    parts = {name: blocks.of(blocks.group == index) for index, name in enumerate(domains)}
+    by_domain = {
+        name: {
+            "tau": measures.tau(part),
+            "acceptance_rate": measures.acceptance_rate(part),
+            "per_position": measures.conditional_acceptance(part),
+            "blocks": len(part.accepted),
+            "threshold_sweep": measures.threshold_sweep(part, THRESHOLDS),
+        }
+        for name, part in parts.items()
+    }
+    return {
+        "macro_tau": float(np.mean([measures.tau(part) for part in parts.values()])),
+        "domains": by_domain,
+        "per_position": measures.conditional_acceptance(blocks),
+        "ece": measures.ece_by_position(blocks.survival, blocks),
+        "ece_uncalibrated": measures.ece_by_position(uncalibrated(blocks), blocks),
+        "auc": measures.auc_by_position(blocks.survival, blocks),
+        "acceptance_rate": measures.acceptance_rate(blocks),
+        "blocks": len(blocks.accepted),
+        "threshold_sweep": measures.threshold_sweep(blocks, THRESHOLDS),
+    }
+
+
+def uncalibrated(blocks: Blocks) -> Floats:
+    """a_k [N, gamma] as the head says it."""
+    return np.asarray((1 / (1 + np.exp(-blocks.confidence))).cumprod(axis=1))
+
+
+def show(result: dict[str, Any], console: Console) -> None:
+    """The table that people read."""
+    gamma = len(result["per_position"])
+    table = Table(title=f"temperature {result['temperature']:g}, {result['blocks']} blocks of {gamma}")
+    for column in ("domain", "tau", "accepted", *[f"slot {k}" for k in range(1, gamma + 1)]):
+        table.add_column(column, justify="left" if column == "domain" else "right")
+    for name, part in result["domains"].items():
+        cells = [_two(value) for value in part["per_position"]]
+        table.add_row(name, _two(part["tau"]), _two(part["acceptance_rate"]), *cells)
+    cells = [_two(value) for value in result["per_position"]]
+    table.add_row("all (macro tau)", _two(result["macro_tau"]), _two(result["acceptance_rate"]), *cells)
+    for name, title in (("ece_uncalibrated", "ECE before, %"), ("ece", "ECE, %"), ("auc", "AUC")):
+        scale = 1 if name == "auc" else 100
+        cells = [_two(value and scale * value) for value in result[name]]
+        table.add_row(title, "", "", *cells)
+    console.print(table)
+    speed = result["tokens_per_second"]
+    if speed["without"]:
+        ratio = speed["with"] / speed["without"]
+        console.print(f"{speed['with']} tok/s with the drafter, {speed['without']} without: {ratio:.2f} x")
+
+
+def _two(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no NaN: what could not be measured is null."""
+    if isinstance(value, dict):
+        return {name: _without_nan(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(each) for each in value]
+    return None if isinstance(value, float) and math.isnan(value) else value

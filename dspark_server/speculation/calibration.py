@@ -1,0 +1,70 @@
+"""Sequential temperature scaling: from what the confidence head says to what really survives (DSpark §3.2.1).
+
+One temperature per draft position divides the logit of c_k; they are fitted left to right on the cumulative product.
+Survival depends on the sampling temperature, so there are two sets, and requests in between get what lies between.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dspark_server.errors import CheckpointError
+
+CALIBRATION_FILE = "calibration.json"
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Temperatures by draft position [gamma]: `greedy` at sampling temperature 0, `sampled` at 1."""
+
+    greedy: tuple[float, ...]
+    sampled: tuple[float, ...]
+
+    @classmethod
+    def identity(cls, gamma: int) -> "Calibration":
+        """What the head says is what is meant."""
+        return cls((1.0,) * gamma, (1.0,) * gamma)
+
+    @classmethod
+    def load(cls, directory: Path, gamma: int) -> "Calibration":
+        """Read the temperatures stored beside a checkpoint; the identity where there are none.
+
+        Raises CheckpointError if the file is not gamma positive numbers for each of the two.
+        """
+        path = directory / CALIBRATION_FILE
+        if not path.exists():
+            return cls.identity(gamma)
+        try:
+            fields: Any = json.loads(path.read_text())
+            greedy, sampled = (tuple(float(t) for t in fields["temperatures"][name]) for name in ("0", "1"))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{path} holds no calibration: {error!r}. Run dspark-server calibrate.") from None
+        if {len(greedy), len(sampled)} != {gamma} or not all(0 < t < float("inf") for t in greedy + sampled):
+            raise CheckpointError(f"{path} must hold {gamma} positive temperatures each for 0 and 1.")
+        return cls(greedy, sampled)
+
+    def save(self, directory: Path, about: dict[str, object]) -> None:
+        """Store beside a checkpoint; `about` says how it was fitted."""
+        fields = {"temperatures": {"0": list(self.greedy), "1": list(self.sampled)}, **about}
+        (directory / CALIBRATION_FILE).write_text(json.dumps(fields, indent=2) + "\n")
+
+    def survival(self, confidence: Tensor, temperature: Tensor) -> Tensor:
+        """a_k [R, gamma] from the logits of c_k [R, gamma] and each request's sampling temperature [R]."""
+        greedy, sampled = self._logarithms
+        share = temperature.clamp(0, 1).unsqueeze(1)
+        scale = torch.exp(torch.lerp(greedy, sampled, share.to(greedy.dtype)))
+        return torch.sigmoid(confidence / scale).cumprod(dim=1)
+
+    @cached_property
+    def _logarithms(self) -> tuple[Tensor, Tensor]:
+        return _log(self.greedy), _log(self.sampled)
+
+
+def _log(temperatures: Sequence[float]) -> Tensor:
+    return torch.tensor(temperatures, dtype=torch.float32).log()

@@ -1,0 +1,107 @@
+"""eval and calibrate through the real engine on the fixture pair: what they count is what the engine did."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dspark_server.config import SpeculativeConfig
+from dspark_server.engine.request import SamplingParams
+from dspark_server.errors import ConfigError
+from dspark_server.evaluation.calibrate import CalibrateConfig, calibrate
+from dspark_server.evaluation.collect import Collected, collect, read_prompts
+from dspark_server.evaluation.evaluate import THRESHOLDS, summary
+from dspark_server.evaluation.plots import plot_evaluation
+from dspark_server.speculation.calibration import Calibration
+from dspark_server.training.curve import plot_training
+
+PAIR = Path(__file__).parent.parent / "fixtures" / "dspark_qwen3_vanilla"
+TARGET, DRAFT = PAIR / "target", PAIR / "draft"
+
+
+def run(temperature: float, count: int = 6, tokens: int = 40, drafter: Path = DRAFT) -> Collected:
+    return collect(
+        [[5 + i, 6, 7, 8] for i in range(count)],
+        [SamplingParams(max_tokens=tokens, temperature=temperature, ignore_eos=True)] * count,
+        model=str(TARGET),
+        speculative=SpeculativeConfig(method="dspark", model=str(drafter)),
+        concurrency=4,
+        groups=[i % 2 for i in range(count)],
+        kv_cache_memory_bytes=8 << 20,
+    )
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_blocks_account_for_the_tokens_that_were_made(temperature: float) -> None:
+    done = run(temperature)
+    assert done.tokens == 6 * 40
+    blocks = done.blocks
+    # All tokens but the first of each request and those of the blocks cut short near the end.
+    assert 6 * (40 - 1 - 8) <= blocks.committed.sum() <= 6 * 39
+    assert (blocks.judged == blocks.gamma).all()
+    assert (blocks.committed == blocks.accepted + 1).all()
+    assert set(blocks.group.tolist()) == {0, 1}
+    result = summary(blocks, ["even", "odd"])
+    assert result["macro_tau"] == pytest.approx(np.mean([result["domains"][d]["tau"] for d in ("even", "odd")]))
+    assert len(result["ece"]) == len(result["per_position"]) == blocks.gamma
+    assert len(result["threshold_sweep"]) == len(THRESHOLDS)
+
+
+def test_without_a_drafter_there_are_tokens_and_no_blocks() -> None:
+    params = [SamplingParams(max_tokens=10, ignore_eos=True)]
+    done = collect(
+        [[5, 6, 7]], params, model=str(TARGET), speculative=SpeculativeConfig(), kv_cache_memory_bytes=8 << 20
+    )
+    assert (done.tokens, len(done.blocks.accepted)) == (10, 0)
+
+
+def test_plots_are_written(tmp_path: Path) -> None:
+    blocks = run(1.0).blocks
+    plot_evaluation(blocks, ["even", "odd"], summary(blocks, ["even", "odd"]), tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"positions.png", "thresholds.png", "reliability.png"}
+    log = tmp_path / "log.csv"
+    log.write_text("positions,loss,held_out_tau,held_out_greedy_tau\n1000,2.5,1.2,1.1\n2000,2.2,1.3,1.2\n")
+    plot_training(log, tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").stat().st_size > 1000
+
+
+def test_calibrate_stores_what_the_engine_then_uses(tmp_path: Path) -> None:
+    drafter = tmp_path / "draft"
+    drafter.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (drafter / name).symlink_to(DRAFT / name)
+    noise = np.random.default_rng(3)
+    np.savez(
+        tmp_path / "corpus.npz",
+        tokens=noise.integers(0, 500, 400).astype(np.uint16),
+        length=np.full(20, 20, np.int32),
+        prompt_length=np.full(20, 6, np.int32),
+    )
+    report = calibrate(
+        CalibrateConfig(
+            str(drafter), tmp_path / "corpus.npz", str(TARGET), held_out=8, max_tokens=60, plots=tmp_path / "plots"
+        )
+    )
+    gamma = len(report["0"]["temperatures"])
+    stored = Calibration.load(drafter, gamma)
+    assert (list(stored.greedy), list(stored.sampled)) == (report["0"]["temperatures"], report["1"]["temperatures"])
+    assert stored != Calibration.identity(gamma)
+    assert (tmp_path / "plots" / "calibration-T0.png").exists()
+    blocks = run(1.0, drafter=drafter).blocks
+    scaled = 1 / (1 + np.exp(-blocks.confidence / np.array(stored.sampled)))
+    np.testing.assert_allclose(blocks.survival, scaled.cumprod(axis=1), rtol=1e-4)
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"text": "x"}', "{"])
+def test_bad_prompt_files_are_named(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match="prompt"):
+        read_prompts([path])
+
+
+def test_prompts_fall_into_domains(tmp_path: Path) -> None:
+    path = tmp_path / "mine.jsonl"
+    path.write_text("\n".join(json.dumps(p) for p in ({"prompt": "a", "domain": "math"}, {"prompt": "b"})))
+    assert [(p.text, p.domain) for p in read_prompts([path])] == [("a", "math"), ("b", "mine")]
