@@ -57,12 +57,8 @@ def chat_tokens(prompts: Sequence[Prompt], model: str, *, raw: bool = False) -> 
     tokenizer = load_tokenizer(resolve_model(model))
     if raw or tokenizer.chat_template is None:
         return [list(tokenizer(prompt.text).input_ids) for prompt in prompts]
-    texts: list[str] = [
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt.text}], tokenize=False, add_generation_prompt=True
-        )
-        for prompt in prompts
-    ]
+    turns = [[{"role": "user", "content": prompt.text}] for prompt in prompts]
+    texts = [str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)) for turn in turns]
     return [list(tokenizer(text, add_special_tokens=False).input_ids) for text in texts]
 
 
@@ -90,7 +86,7 @@ class Blocks:
     @property
     def gamma(self) -> int:
         """Draft tokens per block."""
-        return self.confidence.shape[1]
+        return int(self.confidence.shape[1])
 
 
 class Recorder:

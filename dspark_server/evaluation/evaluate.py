@@ -63,7 +63,8 @@ def evaluate(run: EvalConfig) -> dict[str, Any]:
     }
     if run.plots is not None:
         plot_evaluation(blocks, domains, result, run.plots)
-    return _without_nan(result)
+    clean: dict[str, Any] = _without_nan(result)
+    return clean
 
 
 def summary(blocks: Blocks, domains: list[str]) -> dict[str, Any]:
@@ -100,8 +101,10 @@ def uncalibrated(blocks: Blocks) -> Floats:
 def show(result: dict[str, Any], console: Console) -> None:
     """The table that people read."""
     gamma = len(result["per_position"])
-    table = Table(title=f"temperature {result['temperature']:g}, {result['blocks']} blocks of {gamma}")
-    for column in ("domain", "tau", "accepted", *[f"slot {k}" for k in range(1, gamma + 1)]):
+    table = Table(
+        title=f"temperature {result['temperature']:g}, {result['blocks']} blocks of {gamma}; 1-{gamma}: by slot"
+    )
+    for column in ("domain", "tau", "rate", *[str(k) for k in range(1, gamma + 1)]):
         table.add_column(column, justify="left" if column == "domain" else "right")
     for name, part in result["domains"].items():
         cells = [_two(value) for value in part["per_position"]]

@@ -262,6 +262,7 @@ class DSparkDrafter:
         best = self._shortlist.best(base) if self._shortlist else None
         everything = None if self._draft_tokens is None else self._draft_tokens.expand(requests, -1)
         previous, embedding, latent = anchors, None, None
+        columns: Tensor | None
         usable = torch.full((requests,), self.gamma)
         tokens, laws, names, confidences, kept_logits = [], [], [], [], []
         for k in range(self.gamma):
