@@ -1,4 +1,4 @@
-"""The `dspark-server` command: serve, pull, conformance, train, calibrate, eval."""
+"""The `dspark-server` command: serve, pull, conformance, data, train, calibrate, eval."""
 
 import logging
 import sys
@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from dspark_server import __version__
-from dspark_server.errors import DSparkServerError
+from dspark_server.errors import ConfigError, DSparkServerError
 
 app = typer.Typer(
     name="dspark-server",
@@ -131,6 +131,63 @@ def conformance(
         typer.echo(f"{report.rounds} rounds: {'passed' if report.passed else 'FAILED'}")
         if not report.passed:
             raise typer.Exit(1)
+
+
+@app.command()
+def data(
+    output: Annotated[Path, typer.Argument(help="The corpus to write (.npz).")],
+    model: Annotated[str, typer.Option(help=MODEL_HELP)] = "SmolLM2-135M-Instruct",
+    prompts: Annotated[list[Path] | None, typer.Option(help='JSON lines with "prompt" and "domain".')] = None,
+    samples: Annotated[int, typer.Option(help="Answers per prompt.")] = 1,
+    starters: Annotated[
+        list[Path] | None, typer.Option(help='JSON lines with "starter" (a turn\'s first words) and "domain".')
+    ] = None,
+    starters_count: Annotated[int, typer.Option(help="Turns the target completes per starter.")] = 1,
+    self_count: Annotated[int, typer.Option("--self", help="Turns the target writes from the bare template.")] = 0,
+    exclude: Annotated[list[Path] | None, typer.Option(help="Prompt files whose prompts must not occur.")] = None,
+    temperatures: Annotated[str, typer.Option(help="Of the answers, drawn per answer.")] = "1,0.7,0",
+    temperature_weights: Annotated[
+        str | None, typer.Option(help="How often each, such as 3,1,1; default: evenly.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 384,
+    max_turn_tokens: Annotated[int, typer.Option(help="Longest completion of a user turn, in tokens.")] = 128,
+    concurrency: Annotated[int, typer.Option(help="Requests at once.")] = 64,
+    seed: Annotated[int, typer.Option(help="Another seed samples another corpus.")] = 0,
+) -> None:
+    """Let MODEL sample the answers its drafter will be trained on; a stopped run goes on where it was.
+
+    Example: dspark-server data answers.npz --prompts gsm8k-train.jsonl --starters starters.jsonl --self 1000
+    """
+    with _clear_errors():
+        from dspark_server.training.data import DataConfig, make_data
+
+        weights = None if temperature_weights is None else _numbers(temperature_weights)
+        made = make_data(
+            DataConfig(
+                output=output,
+                model=model,
+                prompts=tuple(prompts or ()),
+                samples=samples,
+                starters=tuple(starters or ()),
+                starters_count=starters_count,
+                self_count=self_count,
+                exclude=tuple(exclude or ()),
+                temperatures=_numbers(temperatures),
+                temperature_weights=weights,
+                max_tokens=max_tokens,
+                max_turn_tokens=max_turn_tokens,
+                concurrency=concurrency,
+                seed=seed,
+            )
+        )
+        typer.echo(made)
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(f"{text!r} is not a list of numbers such as 1,0.7,0.") from None
 
 
 @app.command()
