@@ -36,7 +36,8 @@ def choose_backend(dtype: torch.dtype, kernels: Kernels) -> str:
     """Which matrix product weights of `dtype` get on this machine; DSPARK_LINEAR overrides the choice for bfloat16.
 
     With AMX, oneDNN's tiles are about ten times faster than vector instructions. Without, float32 FMA on AVX-512 does
-    twice the multiplications of the VDPBF16PS that oneDNN would use. Raises ConfigError if the override cannot work.
+    twice the multiplications of the VDPBF16PS that oneDNN would use, and on older processors oneDNN has no bfloat16
+    product at all. Raises ConfigError if the override cannot work.
     """
     wanted = os.environ.get("DSPARK_LINEAR") or "auto"
     if wanted not in ("auto", *BACKENDS):
@@ -46,14 +47,22 @@ def choose_backend(dtype: torch.dtype, kernels: Kernels) -> str:
     native = kernels.name.startswith("native")
     if wanted == "native" and not native:
         raise ConfigError(f"DSPARK_LINEAR=native needs the native kernels, but these are {kernels.name!r}")
+    if wanted == "onednn" and not onednn_has_bfloat16():
+        raise ConfigError("DSPARK_LINEAR=onednn needs a processor that oneDNN multiplies bfloat16 on; this one is not.")
     if wanted != "auto":
         return wanted
-    if not torch.backends.mkldnn.is_available():
+    if not onednn_has_bfloat16():
         return "native" if native else "plain"
-    return "native" if kernels.name.startswith("native-avx512") and not _has_amx() else "onednn"
+    return "native" if kernels.name.startswith("native-avx512") and not has_amx() else "onednn"
 
 
-def _has_amx() -> bool:
+def onednn_has_bfloat16() -> bool:
+    """Whether oneDNN multiplies bfloat16 on this processor (x86: AVX-512 or newer)."""
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def has_amx() -> bool:
+    """Whether the processor has AMX tiles for bfloat16."""
     try:
         return " amx_bf16" in Path("/proc/cpuinfo").read_text()
     except OSError:

@@ -10,9 +10,10 @@ from dspark_kernels.reference import ReferenceKernels
 
 from dspark_server.errors import ConfigError
 from dspark_server.runtime import linear as linear_module
-from dspark_server.runtime.linear import Linear, choose_backend
+from dspark_server.runtime.linear import Linear, choose_backend, onednn_has_bfloat16
 
 NATIVE = dspark_kernels.load("native")
+PACKING = ["native", *(["onednn"] if onednn_has_bfloat16() else [])]
 
 
 @pytest.fixture(autouse=True)
@@ -20,7 +21,7 @@ def no_override(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DSPARK_LINEAR", raising=False)
 
 
-@pytest.mark.parametrize("backend", ["native", "onednn", "plain"])
+@pytest.mark.parametrize("backend", [*PACKING, "plain"])
 @pytest.mark.parametrize("biased", [False, True])
 def test_every_backend_computes_the_product(backend: str, biased: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DSPARK_LINEAR", backend)
@@ -44,7 +45,7 @@ def test_float32_weights_are_multiplied_in_float32(monkeypatch: pytest.MonkeyPat
     torch.testing.assert_close(layer(x), x @ weight.T)
 
 
-@pytest.mark.parametrize("backend", ["native", "onednn"])
+@pytest.mark.parametrize("backend", PACKING)
 def test_only_the_packed_weight_stays_in_memory(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DSPARK_LINEAR", backend)
     weight = torch.randn(64, 64).bfloat16()
@@ -63,8 +64,13 @@ def test_the_choice_follows_the_processor_and_the_kernels(monkeypatch: pytest.Mo
     class Narrow(ReferenceKernels):
         name = "native-generic"
 
-    for amx, expected in ((False, ["native", "onednn", "onednn"]), (True, ["onednn", "onednn", "onednn"])):
-        monkeypatch.setattr(linear_module, "_has_amx", lambda amx=amx: amx)
+    for amx, bfloat16, expected in (
+        (False, False, ["native", "native", "plain"]),
+        (False, True, ["native", "onednn", "onednn"]),
+        (True, True, ["onednn", "onednn", "onednn"]),
+    ):
+        monkeypatch.setattr(linear_module, "has_amx", lambda amx=amx: amx)
+        monkeypatch.setattr(linear_module, "onednn_has_bfloat16", lambda bfloat16=bfloat16: bfloat16)
         kernels = [Wide(), Narrow(), ReferenceKernels()]
         assert [choose_backend(torch.bfloat16, k) for k in kernels] == expected
 
@@ -73,6 +79,10 @@ def test_an_impossible_override_says_so(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("DSPARK_LINEAR", "native")
     with pytest.raises(ConfigError, match="native kernels"):
         choose_backend(torch.bfloat16, ReferenceKernels())
+    monkeypatch.setattr(linear_module, "onednn_has_bfloat16", lambda: False)
+    monkeypatch.setenv("DSPARK_LINEAR", "onednn")
+    with pytest.raises(ConfigError, match="oneDNN"):
+        choose_backend(torch.bfloat16, NATIVE)
     monkeypatch.setenv("DSPARK_LINEAR", "cuda")
     with pytest.raises(ConfigError, match="cuda"):
         choose_backend(torch.bfloat16, NATIVE)
