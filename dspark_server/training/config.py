@@ -18,6 +18,9 @@ class TrainConfig:
     go on from. The optimizer warms up over `warmup` of the steps and then follows `schedule`: a "cosine" to zero, or
     "constant", which can be ended at any step. `markov_rate` multiplies the learning rate of the Markov head.
     `averaging` is the decay of a running mean of the weights, which is then what is evaluated and exported (0: off).
+    `reuse` spreads the cost of new sequences' features: each brings reuse - 1 visits to earlier ones (Split.drawn).
+    `precision` is what matrix products multiply in; weights, sums, softmaxes and losses are float32 always. "auto" is
+    bfloat16 where the processor has AMX, else float32, which is as fast without it.
     """
 
     corpus: str
@@ -46,6 +49,8 @@ class TrainConfig:
     schedule: str = "cosine"
     markov_rate: float = 1.0
     averaging: float = 0.0
+    reuse: int = 1
+    precision: str = "auto"
     clip: float = 1.0
     held_out: int = 100
     eval_every: int = 200
@@ -53,21 +58,36 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("num_layers", "block_size", "sequences_per_step", "anchors_per_sequence", "steps", "held_out"):
+        counts = (
+            "num_layers",
+            "block_size",
+            "sequences_per_step",
+            "anchors_per_sequence",
+            "steps",
+            "held_out",
+            "reuse",
+        )
+        for name in counts:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1.")
         if self.init not in ("target", "fresh"):
             raise ConfigError(f"init must be target or fresh, not {self.init!r}.")
         if self.schedule not in ("cosine", "constant"):
             raise ConfigError(f"schedule must be cosine or constant, not {self.schedule!r}.")
+        if self.precision not in ("auto", "float32", "bfloat16"):
+            raise ConfigError(f"precision must be auto, float32 or bfloat16, not {self.precision!r}.")
         if not 0 <= self.averaging < 1:
             raise ConfigError(f"averaging must lie in [0, 1), not {self.averaging}.")
 
     @property
     def identity(self) -> str:
-        """Names what the run computes: settings that only say where, how often or how fast are left out."""
+        """Names what the run computes: settings that only say where, how often or how fast are left out.
+
+        So are those at their default: a run goes on with a version of this program that has more of them.
+        """
         silent = {"output", "cache_gib", "eval_every", "save_every"}
-        return repr([(field.name, getattr(self, field.name)) for field in fields(self) if field.name not in silent])
+        values = [(field.name, getattr(self, field.name), field.default) for field in fields(self)]
+        return repr([(name, value) for name, value, default in values if name not in silent and value != default])
 
     @classmethod
     def load(cls, path: Path) -> "TrainConfig":

@@ -62,24 +62,36 @@ class Split:
     held_out: list[int]
     training: Integers
     seed: int
+    reuse: int = 1
 
     @classmethod
-    def of(cls, corpus: Corpus, held_out: int, seed: int) -> "Split":
+    def of(cls, corpus: Corpus, held_out: int, seed: int, reuse: int = 1) -> "Split":
         """The held-out sequences are the same for every seed, so that runs can be compared."""
         usable = np.array([i for i in range(corpus.size) if len(corpus.anchors(i))])
         if held_out >= len(usable):
             raise ConfigError(f"{held_out} sequences held out of {len(usable)} leaves none to train on.")
         order = np.random.default_rng(20260601).permutation(usable)
-        return cls(corpus, order[:held_out].tolist(), order[held_out:], seed)
+        return cls(corpus, order[:held_out].tolist(), order[held_out:], seed, reuse)
 
     def step(self, step: int, sequences: int, anchors: int) -> list[tuple[int, Integers]]:
         """Sequences of a training step with the anchors drawn for each, ascending."""
-        chosen = []
-        for place in range(step * sequences, (step + 1) * sequences):
-            epoch, offset = divmod(place, len(self.training))
-            order = np.random.default_rng([self.seed, 1, epoch]).permutation(self.training)
-            chosen.append(int(order[offset]))
+        chosen = [self.drawn(place) for place in range(step * sequences, (step + 1) * sequences)]
         return self.blocks(chosen, anchors, [self.seed, 2, step])
+
+    def drawn(self, place: int) -> int:
+        """The sequence at a place of the order: all of them first, then epochs of shuffles.
+
+        A sequence's features cost more than a visit does. With `reuse` > 1, only every reuse-th place brings a new one
+        and those between return to one seen before, so that the first epoch's cost is spread over reuse epochs' places.
+        """
+        count = len(self.training)
+        if place < count * self.reuse:
+            new, again = divmod(place, self.reuse)
+            if again:
+                new = int(np.random.default_rng([self.seed, 3, place]).integers(new + 1))
+            return int(self.training[new])
+        epoch, offset = divmod(place - count * self.reuse, count)
+        return int(np.random.default_rng([self.seed, 1, epoch]).permutation(self.training)[offset])
 
     def blocks(self, chosen: list[int], anchors: int, key: list[int]) -> list[tuple[int, Integers]]:
         """Up to `anchors` anchors of each chosen sequence, without replacement, by the noise of `key`."""

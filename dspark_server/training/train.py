@@ -25,6 +25,7 @@ from tqdm import tqdm
 from dspark_server.models.decoder import Decoder
 from dspark_server.models.hub import cache_dir, resolve_model
 from dspark_server.models.loading import open_checkpoint
+from dspark_server.runtime.linear import has_amx
 from dspark_server.runtime.memory import keep_freed_memory
 from dspark_server.training.checkpoint import draft_config, export, initialise_from_target, load_weights
 from dspark_server.training.config import TrainConfig
@@ -65,11 +66,15 @@ class Batch:
 
 @dataclass(frozen=True)
 class Losses:
-    """A step's loss; cross-entropy and survival c*_k = 1 - L1/2 of every row [M] (slots outside: see Batch.rows)."""
+    """A step's loss; cross-entropy and survival c*_k = 1 - L1/2 of every row [M] (slots outside: see Batch.rows).
+
+    tau is what blocks within their sequence would give at T = 1, the bonus token included.
+    """
 
     total: Tensor
     cross_entropy: Tensor
     survival: Tensor
+    tau: float
 
 
 class Trainer:
@@ -81,7 +86,7 @@ class Trainer:
         self.target_directory = resolve_model(run.model)
         corpus = Corpus.load(Path(run.corpus))
         longest = int(np.diff(corpus.start).max())
-        self.split = Split.of(corpus, run.held_out, run.seed)
+        self.split = Split.of(corpus, run.held_out, run.seed, run.reuse)
         target = Decoder.load(self.target_directory, torch.bfloat16, self.kernels)
         self.config = draft_config(run, self.target_directory)
         self.features = TargetFeatures(
@@ -192,7 +197,7 @@ class Trainer:
             logits = confidence.flatten()[batch.rows]
             errors = F.binary_cross_entropy_with_logits(logits, survival, reduction="none")
             total = total + self.run.confidence_weight * (weight * errors).sum()
-        return Losses(total, cross_entropy, survival)
+        return Losses(total, cross_entropy, survival, tau_and_positions(self._whole_blocks(batch, survival))[0])
 
     @property
     def _kept_head(self) -> Tensor:
@@ -309,6 +314,26 @@ def train(run: TrainConfig) -> Path:
     The state lives in the user's cache, the log and the checkpoint in `run.output`.
     """
     keep_freed_memory()
+    with products_in(run.precision):
+        return _train(run)
+
+
+@contextmanager
+def products_in(precision: str) -> Iterator[None]:
+    """Inside, float32 matrix products are multiplied in bfloat16, and summed and returned in float32, if so asked.
+
+    oneDNN rounds the factors itself, on AMX tiles; a processor without bfloat16 products ignores it.
+    """
+    before = torch.get_float32_matmul_precision()
+    if precision == "bfloat16" or (precision == "auto" and has_amx()):
+        torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _train(run: TrainConfig) -> Path:
     output = Path(run.output)
     output.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(run)
@@ -324,15 +349,16 @@ def train(run: TrainConfig) -> Path:
         writer.writerows(earlier)
         seconds = float(earlier[-1]["seconds"]) if earlier else 0.0
         recent: list[tuple[float, float, float]] = []
-        since = trainer.positions
+        since, tau = trainer.positions, 0.0
         while trainer.step < run.steps:
             losses = trainer.train_step()
             recent.append(
                 (float(losses.total.detach()), float(losses.cross_entropy.mean()), float(losses.survival.mean()))
             )
+            tau += (losses.tau - tau) / min(len(recent), 50)
             rate = (trainer.positions - since) / (time.monotonic() - began)
             bar.update()
-            bar.set_postfix(loss=f"{recent[-1][0]:.3f}", survival=f"{recent[-1][2]:.2f}", pos_s=f"{rate:.0f}")
+            bar.set_postfix(loss=f"{recent[-1][0]:.3f}", tau=f"{tau:.2f}", pos_s=f"{rate:.0f}")
             done = trainer.step == run.steps
             if trainer.step % run.eval_every == 0 or done:
                 loss, cross_entropy, survival = np.mean(recent, axis=0).tolist()

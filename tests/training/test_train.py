@@ -18,7 +18,8 @@ from dspark_server.engine.step import StepTrace
 from dspark_server.errors import ConfigError
 from dspark_server.models.hub import cache_dir
 from dspark_server.training.config import TrainConfig
-from dspark_server.training.train import Batch, Trainer, schedule, train
+from dspark_server.training.corpus import Corpus, Split
+from dspark_server.training.train import Batch, Trainer, products_in, schedule, train
 
 TARGET = Path(__file__).parent.parent / "fixtures" / "dspark_qwen3_vanilla" / "target"
 
@@ -203,6 +204,29 @@ def test_only_the_trained_vocabulary_is_drafted(run: TrainConfig) -> None:
             core.generate([[5, 6, 7, 8]], own)
         assert len(seen) > 50
         assert set(seen) <= set(allowed.tolist())
+
+
+def test_new_sequences_come_every_reuse_places_and_epochs_follow(run: TrainConfig) -> None:
+    split = Split.of(Corpus.load(Path(run.corpus)), held_out=2, seed=0, reuse=3)
+    drawn = [split.drawn(place) for place in range(50)]
+    for place in range(30):
+        seen = set(split.training[: place // 3 + 1].tolist())
+        assert drawn[place] in seen
+        if place % 3 == 0:
+            assert drawn[place] == split.training[place // 3]
+    assert any(drawn[place] != split.training[place // 3] for place in range(30))
+    for epoch in (drawn[30:40], drawn[40:50]):
+        assert sorted(epoch) == sorted(split.training.tolist())
+    assert not set(drawn) & set(split.held_out)
+
+
+def test_precision_is_set_for_the_run_alone() -> None:
+    before = torch.get_float32_matmul_precision()
+    with products_in("bfloat16"):
+        assert torch.get_float32_matmul_precision() == "medium"
+    with products_in("float32"):
+        assert torch.get_float32_matmul_precision() == before
+    assert torch.get_float32_matmul_precision() == before
 
 
 def test_schedule_rises_then_falls_to_zero() -> None:
