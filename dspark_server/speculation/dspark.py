@@ -46,7 +46,8 @@ class DSparkConfig:
     confidence: bool
     confidence_with_markov: bool
     share_target_embeddings: bool  # ours: the checkpoint leaves embedding and head out
-    draft_vocab_size: int | None  # tokens that may be drafted, named by the tensor d2t; None: all
+    # Ours, as in speculators' format: how many tokens may be drafted, named by d2t, one row of W2 each; None: all.
+    draft_vocab_size: int | None
 
     @classmethod
     def load(cls, directory: Path, target: ModelConfig) -> "DSparkConfig":
@@ -179,7 +180,7 @@ class DSparkDrafter:
         decoder = config.decoder
         reader = WeightReader(open_checkpoint(directory), dtype)
         hidden = decoder.hidden_size
-        draft_tokens = _draft_tokens(reader, config)
+        draft_tokens = read_draft_tokens(reader, config)
         embedding, lm_head = _embeddings(reader, config, draft_tokens, target, target_directory, dtype, kernels)
         weights = [LayerWeights.read(reader, decoder, f"layers.{i}.") for i in range(decoder.num_layers)]
         cos_sin = rotary_table(decoder, target.max_model_len, positions=target.max_model_len + config.block_size)
@@ -197,7 +198,7 @@ class DSparkDrafter:
             rank=config.markov_rank,
             hidden_size=hidden,
             vocab_size=decoder.vocab_size,
-            draft_tokens=draft_tokens,
+            draft_vocab_size=config.draft_vocab_size or decoder.vocab_size,
             kernels=kernels,
         )
         confidence = None
@@ -358,7 +359,7 @@ class ContextProjection:
             )
 
 
-def _draft_tokens(reader: WeightReader, config: DSparkConfig) -> Tensor | None:
+def read_draft_tokens(reader: WeightReader, config: DSparkConfig) -> Tensor | None:
     """Ids [Vd] of the tokens that may be drafted: d2t holds each one's distance from its own index; None: all."""
     if config.draft_vocab_size is None:
         return None

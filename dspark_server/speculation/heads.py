@@ -115,21 +115,19 @@ def build_head(
     rank: int,
     hidden_size: int,
     vocab_size: int,
-    draft_tokens: Tensor | None,
+    draft_vocab_size: int,
     kernels: Kernels,
 ) -> SequentialHead | None:
     """The head that a checkpoint's `markov_head_type` and `markov_rank` name; rank 0 is none (DFlash).
 
-    `draft_tokens` [Vd] int64 are the rows of W2 that may be drafted, None for all.
+    W1 is [vocab_size, rank], W2 [draft_vocab_size, rank].
 
     Raises CheckpointError for a kind that does not exist, or a tensor that is missing or misshapen.
     """
     if rank == 0:
         return None
     w1 = reader.take("markov_head.markov_w1.weight", (vocab_size, rank))
-    w2 = reader.take("markov_head.markov_w2.weight", (vocab_size, rank))
-    if draft_tokens is not None:
-        w2 = w2[draft_tokens]
+    w2 = reader.take("markov_head.markov_w2.weight", (draft_vocab_size, rank))
     if kind == "vanilla":
         return VanillaHead(w1, w2, kernels)
     if kind == "gated":

@@ -11,9 +11,11 @@ from torch import Tensor
 
 from dspark_server.models.config import load_config, read_json
 from dspark_server.models.loading import WeightReader, open_checkpoint
-from dspark_server.speculation.dspark import ARCHITECTURE, DSparkConfig
+from dspark_server.speculation.dspark import ARCHITECTURE, DSparkConfig, read_draft_tokens
 from dspark_server.training.config import TrainConfig
 from dspark_server.training.model import DraftModel
+
+_W2 = "markov_head.markov_w2.weight"
 
 # Rope settings travel with the drafter: it rotates at the target's own positions.
 _FROM_TARGET = (
@@ -79,14 +81,27 @@ def export(
     save_file(tensors, directory / "model.safetensors")
 
 
-def load_weights(model: DraftModel, directory: Path) -> None:
+def load_weights(model: DraftModel, draft_tokens: Tensor | None, target_directory: Path, directory: Path) -> None:
     """Fill the module from a format-A directory; its copies of embedding and head are not needed here.
 
+    It may draft other tokens, or blocks of another size, than the checkpoint: rows of W2 go to the tokens they are for,
+    and those of tokens the checkpoint did not draft start at zero. `draft_tokens` [Vd] are the module's, None: all.
     Raises CheckpointError if a tensor is missing, unexpected or misshapen.
     """
+    config = DSparkConfig.load(directory, load_config(target_directory))
     reader = WeightReader(open_checkpoint(directory), torch.float32)
-    state = {name: reader.take(name, tensor.shape) for name, tensor in model.state_dict().items()}
-    reader.finish(harmless=["embed_tokens.weight", "lm_head.weight", "d2t"])
+    own = model.state_dict()
+    state = {name: reader.take(name, tensor.shape) for name, tensor in own.items() if name != _W2}
+    theirs = read_draft_tokens(reader, config)
+    if _W2 in own:
+        vocabulary = config.decoder.vocab_size
+        rows = torch.zeros(vocabulary, config.markov_rank)
+        every = torch.arange(vocabulary)
+        rows[every if theirs is None else theirs] = reader.take(
+            _W2, (config.draft_vocab_size or vocabulary, own[_W2].shape[1])
+        )
+        state[_W2] = rows[every if draft_tokens is None else draft_tokens]
+    reader.finish(harmless=["embed_tokens.weight", "lm_head.weight"])
     model.load_state_dict(state)
 
 

@@ -118,7 +118,7 @@ class DraftModel(nn.Module):
             self.markov_head = nn.ModuleDict(
                 {
                     "markov_w1": nn.Embedding(decoder.vocab_size, rank),
-                    "markov_w2": nn.Linear(rank, decoder.vocab_size, bias=False),
+                    "markov_w2": nn.Linear(rank, config.draft_vocab_size or decoder.vocab_size, bias=False),
                 }
             )
             nn.init.normal_(_weight(self.markov_head["markov_w1"]), std=0.05)
@@ -150,9 +150,9 @@ class DraftModel(nn.Module):
 
     @property
     def w2(self) -> Tensor:
-        """The Markov head's output matrix [V, r]; [V, 0] without one."""
+        """The Markov head's output matrix [Vd, r], a row for each token that may be drafted; [Vd, 0] without one."""
         if not self.config.markov_rank:
-            return torch.empty(self.config.decoder.vocab_size, 0)
+            return torch.empty(self.config.draft_vocab_size or self.config.decoder.vocab_size, 0)
         return _weight(self.markov_head["markov_w2"])
 
     def _embedding(self, previous: Tensor) -> Tensor:

@@ -97,16 +97,18 @@ class Trainer:
         if not target.config.tie_word_embeddings:
             self._head = open_checkpoint(self.target_directory).read("lm_head.weight").float()
         # Rows of the head that the loss sees, and where each token is among them (-1: not).
+        self._drafted_head = self._head
         self._place: Tensor | None = None
         self.draft_tokens: Tensor | None = None
         if run.vocabulary is not None and run.vocabulary < len(self._head):
             kept = torch.from_numpy(corpus.frequent(run.vocabulary, len(self._head)))
             self._place = torch.full((len(self._head),), -1).scatter_(0, kept, torch.arange(len(kept)))
             self.draft_tokens = kept
+            self._drafted_head = self._head[kept]
         torch.manual_seed(run.seed)
         self.model = DraftModel(self.config, longest)
         if run.weights:
-            load_weights(self.model, Path(run.weights))
+            load_weights(self.model, self.draft_tokens, self.target_directory, Path(run.weights))
         elif run.init == "target":
             initialise_from_target(self.model, self.target_directory)
         named = list(self.model.named_parameters())
@@ -171,20 +173,20 @@ class Trainer:
             torch.cat(target_rows),
         )
 
-    def losses(self, batch: Batch, *, whole_vocabulary: bool = False) -> Losses:
+    def losses(self, batch: Batch) -> Losses:
         """L = ce CE + tv L1 + confidence BCE, each a weighted mean over slots (DSPARK.md, "Training")."""
         hidden, latent, confidence = self.model(batch.blocks)
         weight = batch.weight / batch.weight.sum()
-        head, w2, labels, ce_weight = self._head, self.model.w2, batch.labels, self.run.ce_weight * weight
-        if self.draft_tokens is not None and self._place is not None and not whole_vocabulary:
-            head, w2, labels = self._kept_head, w2[self.draft_tokens], self._place[labels]
+        labels, ce_weight = batch.labels, self.run.ce_weight * weight
+        if self._place is not None:
+            labels = self._place[labels]
             ce_weight = ce_weight * (labels >= 0)
             labels = labels.clamp(min=0)
         total, cross_entropy, distance = VocabularyLoss.apply(
             hidden.flatten(0, 1)[batch.rows],
             latent.flatten(0, 1)[batch.rows],
-            w2,
-            head,
+            self.model.w2,
+            self._drafted_head,
             batch.target,
             batch.target_rows,
             labels,
@@ -198,12 +200,6 @@ class Trainer:
             errors = F.binary_cross_entropy_with_logits(logits, survival, reduction="none")
             total = total + self.run.confidence_weight * (weight * errors).sum()
         return Losses(total, cross_entropy, survival, tau_and_positions(self._whole_blocks(batch, survival))[0])
-
-    @property
-    def _kept_head(self) -> Tensor:
-        if not hasattr(self, "_kept"):
-            self._kept = self._head[self.draft_tokens]
-        return self._kept
 
     def train_step(self) -> Losses:
         """One optimizer step; the next call does the next one."""
@@ -251,11 +247,12 @@ class Trainer:
         for index in self.split.held_out[:EVALUATED]:
             batch = self.batch(self.split.blocks([index], anchors, [index]))
             hidden, latent, _ = self.model(batch.blocks)
-            logits = hidden.flatten(0, 1)[batch.rows] @ self._head.T
+            logits = hidden.flatten(0, 1)[batch.rows] @ self._drafted_head.T
             if self.config.markov_rank:
                 logits += latent.flatten(0, 1)[batch.rows] @ self.model.w2.T
-            if self._place is not None:
-                logits[:, self._place < 0] = -1e30  # the engine never drafts what the loss never saw
+            if self.draft_tokens is not None:  # the engine never drafts what the loss never saw
+                drafted, logits = logits, torch.full((len(logits), len(self._head)), -1e30)
+                logits[:, self.draft_tokens] = drafted
             target = batch.target @ self._head.T
             match = self.kernels.argmax(logits) == self.kernels.argmax(target)[batch.target_rows]
             zeros = torch.zeros(len(logits))

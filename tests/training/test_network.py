@@ -44,7 +44,7 @@ def test_trained_network_is_the_engines(kind: str) -> None:
     assert len(seen) >= 3
 
     model = DraftModel(drafter.config, 256)
-    load_weights(model, directory / "draft")
+    load_weights(model, None, directory / "target", directory / "draft")
     pool = KVPool(8, 16, [target.kv_group], torch.float32)
     for tokens, block in seen:
         context, anchor = tokens[:-1], tokens[-1]

@@ -185,6 +185,25 @@ def test_training_goes_on_from_exported_weights(run: TrainConfig, tmp_path: Path
     assert later < earlier < fresh
 
 
+def test_weights_move_to_another_draft_vocabulary_and_block_size(run: TrainConfig, tmp_path: Path) -> None:
+    """Each token keeps its row of W2; one that was not drafted before starts at zero."""
+    small = replace(run, vocabulary=64, block_size=4)
+    directory = train(small)
+    before = Trainer(replace(small, weights=str(directory)))
+    after = Trainer(replace(run, vocabulary=96, weights=str(directory)))
+    assert before.draft_tokens is not None
+    assert after.draft_tokens is not None
+    assert before.model.w2.shape == (64, 8)
+    assert before.model.w2.abs().sum() > 0
+    rows = dict(zip(before.draft_tokens.tolist(), before.model.w2, strict=True))
+    for token, row in zip(after.draft_tokens.tolist(), after.model.w2, strict=True):
+        torch.testing.assert_close(row, rows.get(token, torch.zeros(8)))
+    assert sum(token in rows for token in after.draft_tokens.tolist()) == 64
+    others = [name for name in before.model.state_dict() if "markov_w2" not in name]
+    assert all(torch.equal(before.model.state_dict()[name], after.model.state_dict()[name]) for name in others)
+    assert len(Trainer(after.run).losses(after.batch(after.split.step(0, 2, 5))).survival) > 0
+
+
 def test_only_the_trained_vocabulary_is_drafted(run: TrainConfig) -> None:
     directory = train(replace(run, vocabulary=64))
     allowed = Trainer(replace(run, vocabulary=64)).draft_tokens
