@@ -6,19 +6,25 @@ from typing import Any
 
 from dspark_server.errors import ConfigError
 
-METHODS = ("dspark", "dflash", "none")
-SELECTIONS = ("fixed", "none")
+METHODS = ("auto", "dspark", "dflash", "none")
+SELECTIONS = ("causal", "lagged", "fixed", "threshold", "none")
 DTYPES = ("auto", "bfloat16", "float32")
 
 
 @dataclass(frozen=True)
 class SpeculativeConfig:
-    """`--speculative-config`: which drafter, and which policy chooses what the target verifies."""
+    """`--speculative-config`: which drafter, and which policy chooses what the target verifies.
 
-    method: str = "none"
+    Method "auto" takes the drafter that ships for the model, if there is one. `threshold` is the survival that policy
+    threshold asks for; `min_user_tokens_per_second` bounds the steps of causal and lagged: every user gets that.
+    """
+
+    method: str = "auto"
     model: str | None = None
     num_speculative_tokens: int | None = None
-    selection: str = "fixed"
+    selection: str = "causal"
+    threshold: float = 0.5
+    min_user_tokens_per_second: float | None = None
     shortlist: int | None = None  # candidates a draft position is chosen from; None: the whole vocabulary
 
     def __post_init__(self) -> None:
@@ -26,8 +32,12 @@ class SpeculativeConfig:
             raise ConfigError(f"speculative method {self.method!r} is not known; choose from {', '.join(METHODS)}.")
         if self.selection not in SELECTIONS:
             raise ConfigError(f"selection {self.selection!r} is not known; choose from {', '.join(SELECTIONS)}.")
-        if self.method != "none" and not self.model:
-            raise ConfigError(f'method {self.method!r} needs a drafter: {{"method": "{self.method}", "model": "DIR"}}.')
+        if self.method in ("auto", "none") and self.model:
+            raise ConfigError(f'method {self.method!r} takes no drafter: say {{"method": "dspark", "model": "DIR"}}.')
+        if not 0 <= self.threshold <= 1:
+            raise ConfigError("threshold must lie between 0 and 1.")
+        if self.min_user_tokens_per_second is not None and self.min_user_tokens_per_second <= 0:
+            raise ConfigError("min_user_tokens_per_second must be positive; leave it out for no floor.")
         if self.num_speculative_tokens is not None and self.num_speculative_tokens < 1:
             raise ConfigError("num_speculative_tokens must be at least 1; use method none to switch drafting off.")
         if self.shortlist is not None and self.shortlist < 1:
@@ -70,6 +80,7 @@ class EngineConfig:
     max_num_queued_reqs: int = 1024
     enable_prefix_caching: bool = True
     seed: int | None = None
+    measure_costs_again: bool = False
     speculative: SpeculativeConfig = SpeculativeConfig()
     check_invariants: bool = False
 

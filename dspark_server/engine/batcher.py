@@ -13,6 +13,7 @@ from dspark_server.engine.blocks import BlockPool
 from dspark_server.engine.request import Request, Status
 from dspark_server.engine.stats import EngineStats
 from dspark_server.errors import RequestError
+from dspark_server.speculation.selection import Load
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,19 @@ class Plan:
     def decoding(self) -> list[Request]:
         """Requests that could draft, oldest first."""
         return [entry.request for entry in self.scheduled if entry.request.is_decoding]
+
+    @property
+    def load(self) -> Load:
+        """What the pass holds before any draft."""
+        contexts = [request.computed for request in self.decoding]
+        return Load(
+            sampling=sum(entry.samples for entry in self.scheduled),
+            tokens=sum(entry.count for entry in self.scheduled),
+            room=self.draft_room,
+            # A chunk's tokens see the rows before the chunk, and half of the chunk on average.
+            pairs=sum(entry.count * (entry.request.computed + entry.count / 2) for entry in self.scheduled),
+            context=sum(contexts) / len(contexts) if contexts else 0.0,
+        )
 
 
 class Batcher:

@@ -12,14 +12,16 @@ from dspark_server.config import EngineConfig, SpeculativeConfig
 from dspark_server.engine.batcher import Batcher
 from dspark_server.engine.blocks import BlockPool, chain_root
 from dspark_server.engine.executor import TorchExecutor
+from dspark_server.engine.profile import profile
 from dspark_server.engine.request import FinishReason, Request, SamplingParams
 from dspark_server.engine.stats import EngineStats
 from dspark_server.engine.step import StepLoop, StepOutput
 from dspark_server.errors import CheckpointError, ConfigError
 from dspark_server.models.config import read_json
 from dspark_server.models.decoder import Decoder
-from dspark_server.models.hub import resolve_model
+from dspark_server.models.hub import cache_dir, resolve_model, shipped_drafter
 from dspark_server.runtime.kv import KVPool
+from dspark_server.speculation.capacity import Capacity, Profile
 from dspark_server.speculation.drafter import Drafter, NoDrafter
 from dspark_server.speculation.dspark import DSparkDrafter
 from dspark_server.speculation.selection import build_selection
@@ -44,8 +46,10 @@ class EngineCore:
         return self.loop.batcher
 
     @classmethod
-    def load(cls, config: EngineConfig, **loop_options: Any) -> "EngineCore":
-        """Load weights and allocate the KV pool. `loop_options` go to StepLoop.
+    def load(cls, config: EngineConfig, costs: Profile | None = None, **loop_options: Any) -> "EngineCore":
+        """Load weights, allocate the KV pool, measure what steps cost (or believe `costs`).
+
+        `loop_options` go to StepLoop.
 
         Raises CheckpointError for a model that cannot be read, ConfigError for settings that do not fit it.
         """
@@ -66,10 +70,34 @@ class EngineCore:
             max_num_batched_tokens=config.max_num_batched_tokens,
             gamma=drafter.gamma,
         )
+        executor = TorchExecutor(target, drafter, pool)
+        policy = config.speculative.selection if drafter.gamma else "none"
+        cache_identity = f"{directory}|{dtype}|{drafter.identity}"
+        backend = f"{kernels.name}, {target.lm_head.backend} linear, {str(dtype).removeprefix('torch.')}"
+        capacity = None
+        if policy in ("causal", "lagged"):
+            measured = costs or profile(
+                executor,
+                num_blocks=num_blocks,
+                block_size=config.block_size,
+                max_model_len=target.max_model_len,
+                max_tokens=config.max_num_batched_tokens,
+                max_requests=config.max_num_seqs,
+                directory=cache_dir() / "profiles",
+                identity=f"{cache_identity}|{backend}|{config.speculative.shortlist}",
+                again=config.measure_costs_again,
+            )
+            capacity = Capacity(measured, config.max_num_batched_tokens, config.max_num_seqs)
         loop = StepLoop(
             batcher,
-            TorchExecutor(target, drafter, pool),
-            build_selection("none" if drafter.gamma == 0 else config.speculative.selection),
+            executor,
+            build_selection(
+                policy,
+                capacity,
+                threshold=config.speculative.threshold,
+                floor=config.speculative.min_user_tokens_per_second,
+            ),
+            capacity=capacity,
             max_draft_tokens=config.speculative.num_speculative_tokens,
             check_invariants=config.check_invariants,
             **loop_options,
@@ -81,8 +109,8 @@ class EngineCore:
             max_model_len=target.max_model_len,
             vocab_size=target.config.vocab_size,
             eos_token_ids=frozenset(target.config.eos_token_ids),
-            cache_identity=f"{directory}|{dtype}|{drafter.identity}",
-            backend=f"{kernels.name}, {target.lm_head.backend} linear, {str(dtype).removeprefix('torch.')}",
+            cache_identity=cache_identity,
+            backend=backend,
         )
 
     def new_request(
@@ -148,8 +176,18 @@ def _drafter(
 ) -> Drafter:
     if config.method == "none":
         return NoDrafter()
-    assert config.model is not None
-    drafter = DSparkDrafter.load(resolve_model(config.model), target, directory, dtype, kernels, config.shortlist)
+    if config.model:
+        where = resolve_model(config.model)
+    else:
+        shipped = shipped_drafter(directory)
+        if shipped is None and config.method == "auto":
+            return NoDrafter()
+        if shipped is None:
+            raise ConfigError(
+                f'no drafter ships for this model: name one, {{"method": "{config.method}", "model": "DIR"}}.'
+            )
+        where = shipped
+    drafter = DSparkDrafter.load(where, target, directory, dtype, kernels, config.shortlist)
     asked = config.num_speculative_tokens
     if asked is not None and asked > drafter.gamma:
         raise ConfigError(

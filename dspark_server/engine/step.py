@@ -1,5 +1,6 @@
 """The step loop: plan, draft, select, verify, accept, commit (DSpark §3; DSPARK.md "One decoding cycle")."""
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,18 +12,25 @@ from dspark_server.engine.executor import DraftRequest, Executor
 from dspark_server.engine.request import FinishReason, Request
 from dspark_server.runtime.batch import Run
 from dspark_server.speculation.acceptance import Accepted, DraftTokens, accept
+from dspark_server.speculation.capacity import Capacity
 from dspark_server.speculation.drafter import DraftBlock
 from dspark_server.speculation.noise import CounterStreams
 from dspark_server.speculation.sampling import Forbidden, SamplingBatch
-from dspark_server.speculation.selection import Selection
+from dspark_server.speculation.selection import Candidate, Load, Selection
+
+FIRST_GUESS = 0.6  # survival of a draft token before any was judged
 
 
 @dataclass(frozen=True)
 class Drafted:
-    """A step's draft block: `requests[i]` owns row i and has the first `lengths[i]` of its tokens verified."""
+    """A step's draft block: `requests[i]` owns row i and has the first `lengths[i]` of its tokens verified.
+
+    survival [R, gamma] float32 is what selection went by: the block's own, or each request's record.
+    """
 
     requests: list[Request]
     block: DraftBlock
+    survival: Tensor
     lengths: list[int]
 
     def prefix_of(self) -> dict[Request, list[int]]:
@@ -72,21 +80,26 @@ class StepLoop:
         executor: Executor,
         selection: Selection,
         *,
+        capacity: Capacity | None = None,
         max_draft_tokens: int | None = None,
         acceptance: Acceptance | None = None,
         trace: Callable[[StepTrace], None] | None = None,
         check_invariants: bool = False,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.batcher = batcher
         self.executor = executor
         self.stats = batcher.stats
         self.stats.accepted_per_position = [0] * executor.gamma
+        self.capacity = capacity
         self._selection = selection
+        self._survival = FIRST_GUESS  # of all requests together
         self._max_draft_tokens = min(executor.gamma, max_draft_tokens or executor.gamma)
         self._streams = CounterStreams()
         self._acceptance = acceptance or self._lossless
         self._trace = trace
         self._check_invariants = check_invariants
+        self._clock = clock
 
     @property
     def has_work(self) -> bool:
@@ -96,45 +109,77 @@ class StepLoop:
     @torch.inference_mode()
     def step(self) -> list[StepOutput]:
         """One cycle for every scheduled request. Nothing of a request changes before commit but its draft number."""
+        began = self._clock()
         plan = self.batcher.plan()
-        drafted = self._draft(plan)
+        load = plan.load
+        planned = self._clock()
+        drafted = self._draft(plan, load)
         prefixes = drafted.prefix_of() if drafted else {}
+        selected = self._clock()
         verified = self._verify(plan, prefixes)
+        judged = self._clock()
         accepted = None
         if verified.requests:
             accepted = self._acceptance(verified, drafted, sampling_batch(verified.requests))
             if self._trace:
                 self._trace(StepTrace(drafted, verified, accepted))
+        if drafted and accepted:
+            self._learn(drafted, verified, accepted)
         outputs = self._commit(plan, prefixes, accepted)
+        tokens = load.tokens + sum(map(len, prefixes.values()))
         self.stats.steps += 1
-        self.stats.iteration_tokens.append(
-            sum(entry.count + len(prefixes.get(entry.request, [])) for entry in plan.scheduled)
-        )
+        self.stats.iteration_tokens.append(tokens)
         self.batcher.update_gauges()
         if self._check_invariants:
             self.batcher.check()
+        if self.capacity and tokens:
+            self.capacity.observe(
+                tokens=tokens,
+                pairs=load.pairs + (tokens - load.tokens) * load.context,
+                verify=judged - selected,
+                requests=len(drafted.requests) if drafted else 0,
+                draft=selected - planned,
+                overhead=self._clock() - judged + planned - began,
+            )
         return outputs
 
-    def _draft(self, plan: Plan) -> Drafted | None:
+    def _draft(self, plan: Plan, load: Load) -> Drafted | None:
         """Draft a block for those the policy lets draft, and choose how much of each is verified."""
         candidates = plan.decoding
         # The last token a request may commit is never a draft: one token always comes from the target.
         limits = [min(self._max_draft_tokens, request.remaining - 1) for request in candidates]
-        chosen = self._selection.drafting(limits, plan.draft_room)
-        if not chosen:
+        choice = self._selection.drafting(
+            [
+                Candidate(limit, request.history.rate(self._survival), request.history.probe_due)
+                for limit, request in zip(limits, candidates, strict=True)
+            ],
+            load,
+        )
+        drafting = set(choice.drafting)
+        for index, request in enumerate(candidates):
+            if index in drafting:
+                request.draft_number += 1
+                request.history.drafted(probing=index in choice.probing)
+            else:
+                request.history.left_out()
+        if not drafting:
             return None
-        requests = [candidates[index] for index in chosen]
-        limits = [limits[index] for index in chosen]
-        for request in requests:
-            request.draft_number += 1
+        requests = [candidates[index] for index in choice.drafting]
+        limits = [limits[index] for index in choice.drafting]
         block = self.executor.draft(
             [DraftRequest(r.tokens[-1], len(r.tokens) - 1, r.blocks) for r in requests],
             sampling_batch(requests),
             self._streams,
         )
+        survival = self._recorded(requests) if block.survival is None else block.survival
         # A NaN at slot k cuts the prefix to k - 1, never shorter: earlier tokens were sampled without knowing of it.
         limits = [min(limit, usable) for limit, usable in zip(limits, block.usable.tolist(), strict=True)]
-        return Drafted(requests, block, self._selection.lengths(block.survival, limits, plan.draft_room))
+        return Drafted(requests, block, survival, self._selection.lengths(survival, limits, load))
+
+    def _recorded(self, requests: list[Request]) -> Tensor:
+        """a_k [R, gamma] where no confidence head says it: what each request's own drafts have come to."""
+        rates = torch.tensor([request.history.rate(self._survival) for request in requests])
+        return rates.unsqueeze(1) ** torch.arange(1, self.executor.gamma + 1)
 
     def _verify(self, plan: Plan, prefixes: dict[Request, list[int]]) -> Verification:
         """The one target pass: every run's committed tokens, then its draft prefix."""
@@ -159,6 +204,16 @@ class StepLoop:
         lengths = [drafted.lengths[row] if row >= 0 else 0 for row in rows]
         draft = DraftTokens(drafted.block.tokens, drafted.block.q, torch.tensor(rows), drafted.block.columns)
         return accept(verified.logits, verified.row_start, draft, lengths, sampling, self._streams)
+
+    def _learn(self, drafted: Drafted, verified: Verification, accepted: Accepted) -> None:
+        """Keep each request's record of what its drafts came to."""
+        stood = dict(zip(verified.requests, accepted.count.tolist(), strict=True))
+        first = drafted.survival[:, 0].nan_to_num().tolist()
+        for request, length, chance in zip(drafted.requests, drafted.lengths, first, strict=True):
+            request.history.record(length, stood[request], chance)
+            if length:
+                share = stood[request] / min(length, stood[request] + 1)
+                self._survival += 0.01 * (share - self._survival)
 
     def _commit(self, plan: Plan, prefixes: dict[Request, list[int]], accepted: Accepted | None) -> list[StepOutput]:
         """Append what survived, account for its KV rows, let finished requests go."""

@@ -49,7 +49,7 @@ def calibrate(run: CalibrateConfig) -> dict[str, Any]:
             prompts * samples,
             [SamplingParams(max_tokens=run.max_tokens, temperature=temperature)] * (samples * len(prompts)),
             model=run.model,
-            speculative=SpeculativeConfig(method="dspark", model=str(directory)),
+            speculative=SpeculativeConfig(method="dspark", model=str(directory), selection="fixed"),
             concurrency=run.concurrency,
             groups=list(range(len(prompts))) * samples,
             label=f"temperature {temperature:g}",

@@ -103,7 +103,7 @@ class Recorder:
             return
         block = step.drafted.block
         counts = dict(zip(step.verified.requests, step.accepted.count.tolist(), strict=True))
-        survival = block.survival.tolist()
+        survival = step.drafted.survival.tolist()
         confidence = survival if block.confidence is None else block.confidence.tolist()
         for row, request in enumerate(step.drafted.requests):
             if step.drafted.lengths[row] < self._gamma:

@@ -55,7 +55,7 @@ def evaluate(run: EvalConfig) -> dict[str, Any]:
         return done.blocks, done.tokens / done.seconds
 
     blocks, with_drafter = go(replace(run.speculative, selection="fixed"), "with the drafter")
-    without = go(SpeculativeConfig(), "without")[1] if run.baseline else float("nan")
+    without = go(SpeculativeConfig(method="none"), "without")[1] if run.baseline else float("nan")
     result = summary(blocks, domains) | {
         "temperature": run.temperature,
         "requests": len(prompts),

@@ -102,6 +102,12 @@ def pull_default(progress: bool = True) -> Path:
     return directory
 
 
+def shipped_drafter(target: Path) -> Path | None:
+    """The trained drafter inside this package for the target in that directory, if there is one."""
+    drafter = Path(__file__).parents[1] / "drafters" / DEFAULT_MODEL
+    return drafter if _is_current(target) and (drafter / "config.json").is_file() else None
+
+
 def _is_current(directory: Path) -> bool:
     try:
         return bool(json.loads((directory / _STAMP_FILE).read_text()) == _STAMP)

@@ -30,7 +30,7 @@ class DraftBlock:
     tokens [R, gamma] int64; q [R, gamma, C] the law each token was really drawn from (read for ratio rows only), None
     where no row follows the ratio rule; columns [R, gamma, C] int64 which token each column of q is, None where column
     v is token v and C = V; confidence [R, gamma] float32 logits of c_k, None without a confidence head; survival
-    [R, gamma] float32 the calibrated chance a_k that the prefix up to k survives, 1 where nothing is known; usable [R]
+    [R, gamma] float32 the calibrated chance a_k that the prefix up to k survives, None without a head; usable [R]
     int64, how many leading slots came from finite numbers. hidden [R, gamma, D], base_logits and logits [R, gamma, V]
     are kept only for conformance.
     """
@@ -39,7 +39,7 @@ class DraftBlock:
     q: Tensor | None
     columns: Tensor | None
     confidence: Tensor | None
-    survival: Tensor
+    survival: Tensor | None
     usable: Tensor
     hidden: Tensor | None = None
     base_logits: Tensor | None = None

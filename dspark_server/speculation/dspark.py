@@ -292,7 +292,7 @@ class DSparkDrafter:
             if self.keep_logits:
                 kept_logits.append(logits)
         confidence = torch.stack(confidences, dim=1) if confidences else None
-        survival = torch.ones(requests, self.gamma)
+        survival = None
         if confidence is not None:
             survival = self._calibration.survival(confidence, sampling.temperature)
         return DraftBlock(

@@ -1,15 +1,62 @@
-"""Prefix selection: how many draft tokens of each request the target verifies this step.
+"""Prefix selection: who drafts, and how many draft tokens of each request the target verifies (DSpark §3.2.2, §5.2).
 
-A policy is a pure function and sees no token. Whether position k of a request is kept may depend on other requests
-and on confidences up to k (which depend on tokens before k), never on x_k or later (DSPARK, "Non-anticipating").
+A policy is a pure function of survivals, costs and load, and sees no token. Whether position k of a request is kept
+may depend on other requests and on confidences up to k (which depend on tokens before k), never on x_k or later
+(DSPARK.md, "Non-anticipating").
+
+Shapes: R requests, gamma draft tokens each, a_{r,k} the chance that request r's prefix up to k survives. A step is
+worth Theta = tau / seconds, tau the tokens it is expected to commit.
 """
 
+from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
 from dspark_server.errors import ConfigError
+from dspark_server.speculation.capacity import Capacity
+
+Floats = npt.NDArray[np.float64]
+Integers = npt.NDArray[np.int64]
+
+POLICIES = ("causal", "lagged", "fixed", "threshold", "none")
+OPTIMISM = 0.95  # survival that a probe may hope for: where even that does not pay, load is the reason, not the request
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A request that could draft: its longest useful prefix (0: none), the survival expected of each next token."""
+
+    limit: int
+    rate: float = 1.0
+    probe_due: bool = False
+
+
+@dataclass(frozen=True)
+class Load:
+    """What the pass holds before any draft: `tokens` to run, of which `sampling` give a token each.
+
+    `pairs` is the sum of query tokens times their context, `context` the mean context of those that could draft, `room`
+    how many draft tokens may join.
+    """
+
+    sampling: int
+    tokens: int
+    room: int
+    pairs: float = 0.0
+    context: float = 0.0
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Indices of the candidates that draft, and of those among them that only probe."""
+
+    drafting: list[int]
+    probing: frozenset[int] = frozenset()
 
 
 class Selection(Protocol):
@@ -17,14 +64,11 @@ class Selection(Protocol):
 
     name: str
 
-    def drafting(self, limits: Sequence[int], room: int) -> list[int]:
-        """Before the draft: indices of the requests that draft at all.
+    def drafting(self, candidates: Sequence[Candidate], load: Load) -> Choice:
+        """Before the draft: who drafts at all."""
 
-        `limits[i]` is the longest prefix request i could use (0: none), `room` the draft tokens the pass has place for.
-        """
-
-    def lengths(self, survival: Tensor, limits: Sequence[int], room: int) -> list[int]:
-        """After the draft: the prefix length of each drafting request, at most its limit and `room` in all.
+    def lengths(self, survival: Tensor, limits: Sequence[int], load: Load) -> list[int]:
+        """After the draft: the prefix length of each drafting request, at most its limit and `load.room` in all.
 
         `survival` [R, gamma] float32 is the calibrated chance that the prefix up to each position survives.
         """
@@ -35,16 +79,33 @@ class Fixed:
 
     name = "fixed"
 
-    def drafting(self, limits: Sequence[int], room: int) -> list[int]:
+    def drafting(self, candidates: Sequence[Candidate], load: Load) -> Choice:
         chosen: list[int] = []
-        for index, limit in enumerate(limits):
-            if 0 < limit <= room:
+        room = load.room
+        for index, candidate in enumerate(candidates):
+            if 0 < candidate.limit <= room:
                 chosen.append(index)
-                room -= limit
-        return chosen
+                room -= candidate.limit
+        return Choice(chosen)
 
-    def lengths(self, survival: Tensor, limits: Sequence[int], room: int) -> list[int]:
+    def lengths(self, survival: Tensor, limits: Sequence[int], load: Load) -> list[int]:
         return list(limits)
+
+
+class Threshold:
+    """Each request verifies its prefix as long as its survival is at least `threshold` (figure 5 of the paper)."""
+
+    name = "threshold"
+
+    def __init__(self, threshold: float) -> None:
+        self._threshold = threshold
+
+    def drafting(self, candidates: Sequence[Candidate], load: Load) -> Choice:
+        return Choice([index for index, candidate in enumerate(candidates) if candidate.limit > 0 and load.room > 0])
+
+    def lengths(self, survival: Tensor, limits: Sequence[int], load: Load) -> list[int]:
+        ranked = Ranked.of(survival, limits)
+        return ranked.first(min(load.room, int((ranked.values >= self._threshold).sum())))
 
 
 class Off:
@@ -52,16 +113,186 @@ class Off:
 
     name = "none"
 
-    def drafting(self, limits: Sequence[int], room: int) -> list[int]:
-        return []
+    def drafting(self, candidates: Sequence[Candidate], load: Load) -> Choice:
+        return Choice([])
 
-    def lengths(self, survival: Tensor, limits: Sequence[int], room: int) -> list[int]:
+    def lengths(self, survival: Tensor, limits: Sequence[int], load: Load) -> list[int]:
         return [0] * len(limits)
 
 
-def build_selection(name: str) -> Selection:
-    """The policy called `name`. Raises ConfigError for one that does not exist."""
-    policies: dict[str, type[Selection]] = {"fixed": Fixed, "none": Off}
-    if name not in policies:
-        raise ConfigError(f"Selection policy {name!r} is not known; choose from {', '.join(policies)}.")
-    return policies[name]()
+class Causal:
+    """Algorithm 1: admit by falling survival, stop at the first token that does not raise Theta.
+
+    The cost curve is the convex minorant of the measured one, on which this greedy walk ends at the global best.
+    `floor` bounds the step so that every user gets at least that many steps, and so tokens, a second.
+    """
+
+    name = "causal"
+
+    def __init__(self, capacity: Capacity, floor: float | None = None) -> None:
+        self._capacity = capacity
+        self._floor = floor
+
+    def drafting(self, candidates: Sequence[Candidate], load: Load) -> Choice:
+        return choose_drafting(candidates, load, self._capacity, self._floor)
+
+    def lengths(self, survival: Tensor, limits: Sequence[int], load: Load) -> list[int]:
+        ranked = Ranked.of(survival, limits)
+        seconds = step_seconds(self._capacity, load, len(ranked.values), len(limits), convex=True)
+        return ranked.first(admitted(ranked.values, seconds, load, self._floor))
+
+
+class Lagged:
+    """§5.2: how many tokens are verified is decided by the survivals of two steps ago, which ones by today's.
+
+    The number K is then fixed before this step's blocks exist, so that a search over all of them, on the measured curve
+    as it is, stays lossless; the next pass's shape is known before its draft is.
+    """
+
+    name = "lagged"
+    LAG = 2
+
+    def __init__(self, capacity: Capacity, floor: float | None = None) -> None:
+        self._capacity = capacity
+        self._floor = floor
+        self._shares: deque[float] = deque(maxlen=self.LAG)
+
+    def drafting(self, candidates: Sequence[Candidate], load: Load) -> Choice:
+        return choose_drafting(candidates, load, self._capacity, self._floor)
+
+    def lengths(self, survival: Tensor, limits: Sequence[int], load: Load) -> list[int]:
+        ranked = Ranked.of(survival, limits)
+        seconds = step_seconds(self._capacity, load, len(ranked.values), len(limits), convex=False)
+        best = best_count(ranked.values, seconds, load, self._floor)
+        # Counted in whole blocks, not in usable slots: whether a slot is usable is known from this block's own tokens.
+        slots = survival.numel()
+        share = self._shares[0] if len(self._shares) == self.LAG else 1.0
+        self._shares.append(best / max(1, slots))
+        return ranked.first(min(load.room, round(share * slots)))
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """All (request, position) within their limits by falling survival, ties to the earlier position of a request.
+
+    values [n] survivals; request [n]: whose each is. Any first count of them is a prefix of every block.
+    """
+
+    values: Floats
+    request: Integers
+    requests: int
+
+    @classmethod
+    def of(cls, survival: Tensor, limits: Sequence[int]) -> "Ranked":
+        """Rank survivals [R, gamma], of which each row never rises."""
+        return cls.rank(survival.double().numpy(), limits)
+
+    @classmethod
+    def rank(cls, survival: Floats, limits: Sequence[int]) -> "Ranked":
+        """The same from an array."""
+        inside = np.arange(survival.shape[1]) < np.asarray(limits, dtype=np.int64).reshape(-1, 1)
+        # A NaN says nothing of any token: it is last, and so is all that follows it.
+        falling = np.minimum.accumulate(np.nan_to_num(survival, nan=0.0), axis=1)
+        values, request = falling[inside], np.nonzero(inside)[0]
+        order = np.argsort(-values, kind="stable")
+        return cls(values[order], request[order], len(limits))
+
+    def first(self, count: int) -> list[int]:
+        """Each request's prefix length when the first `count` are kept."""
+        lengths: list[int] = np.bincount(self.request[:count], minlength=self.requests).tolist()
+        return lengths
+
+
+def step_seconds(capacity: Capacity, load: Load, drafts: int, requests: int, *, convex: bool) -> Floats:
+    """[drafts + 1] seconds of the whole step when 0 .. drafts draft tokens of `requests` requests are verified."""
+    table = capacity.convex if convex else capacity.raw
+    count = np.arange(drafts + 1)
+    tokens = np.minimum(load.tokens + count, len(table) - 1)
+    fixed = capacity.draft(requests) + capacity.overhead + capacity.attention(load.pairs, load.tokens)
+    more = capacity.context_seconds * (load.context - capacity.profile.context)
+    return np.maximum(table[tokens] + fixed + count * more, 1e-9)
+
+
+def within_floor(seconds: Floats, floor: float | None) -> int:
+    """How many draft tokens a step may verify that must not take longer than 1 / floor seconds."""
+    if not floor:
+        return len(seconds) - 1
+    return int(np.searchsorted(seconds[1:], 1 / floor, side="right"))
+
+
+def admitted(survivals: Floats, seconds: Floats, load: Load, floor: float | None = None) -> int:
+    """Algorithm 1 over ranked survivals [n] and seconds [n + 1]: how many, stopping where Theta first fails to rise."""
+    most = min(load.room, within_floor(seconds, floor), len(survivals))
+    theta = theta_by_count(survivals, seconds, load)[: most + 1]
+    stops = np.nonzero(theta[1:] <= theta[:-1])[0]
+    return int(stops[0]) if len(stops) else most
+
+
+def best_count(survivals: Floats, seconds: Floats, load: Load, floor: float | None = None) -> int:
+    """The count whose Theta is greatest of all. Looks at every survival: not for the block that is being judged."""
+    most = min(load.room, within_floor(seconds, floor), len(survivals))
+    return int(np.argmax(theta_by_count(survivals, seconds, load)[: most + 1]))
+
+
+def theta_by_count(survivals: Floats, seconds: Floats, load: Load) -> Floats:
+    """Tokens a second [n + 1] when the first 0 .. n ranked draft tokens are verified."""
+    return np.asarray((load.sampling + np.concatenate([[0.0], survivals.cumsum()])) / seconds)
+
+
+def choose_drafting(
+    candidates: Sequence[Candidate], load: Load, capacity: Capacity, floor: float | None = None
+) -> Choice:
+    """Before any noise is drawn: the requests whose drafts are expected to pay for themselves, best histories first.
+
+    Theta is predicted for growing subsets, with survivals rate^k, the draft's own cost, and the count that selection
+    would keep. Requests left out for long enough draft too, if a good draft could pay at this load at all.
+    """
+    able = [index for index, candidate in enumerate(candidates) if candidate.limit > 0]
+    if not able or load.room <= 0:
+        return Choice([])
+    able.sort(key=lambda index: -candidates[index].rate)
+    gamma = max(candidate.limit for candidate in candidates)
+    powers = np.arange(1, gamma + 1)
+
+    def predicted(chosen: Sequence[int], rates: Floats) -> float:
+        limits = [candidates[index].limit for index in chosen]
+        values = Ranked.rank(rates[:, None] ** powers, limits).values
+        seconds = step_seconds(capacity, load, len(values), len(chosen), convex=True)
+        count = admitted(values, seconds, load, floor)
+        return float(theta_by_count(values, seconds, load)[count])
+
+    idle = load.sampling / float(step_seconds(capacity, load, 0, 0, convex=True)[0])
+    best, drafting = idle, 0
+    for size in _sizes(len(able)):
+        theta = predicted(able[:size], np.array([candidates[index].rate for index in able[:size]]))
+        if theta > best:
+            best, drafting = theta, size
+    chosen = able[:drafting]
+    probes = [index for index in able[drafting:] if candidates[index].probe_due]
+    if probes:
+        together = [*chosen, *probes]
+        rates = np.array([candidates[index].rate for index in chosen] + [OPTIMISM] * len(probes))
+        if predicted(together, rates) <= best:
+            probes = []
+    return Choice(sorted([*chosen, *probes]), frozenset(probes))
+
+
+def _sizes(count: int) -> list[int]:
+    """1, 2, 4, ... and `count` itself: enough to see where drafting stops paying."""
+    return sorted({*(1 << power for power in range(count.bit_length())), count})
+
+
+def build_selection(
+    name: str, capacity: Capacity | None = None, *, threshold: float = 0.5, floor: float | None = None
+) -> Selection:
+    """The policy called `name`; the load-aware ones need the cost model. Raises ConfigError for an unknown name."""
+    if name == "fixed":
+        return Fixed()
+    if name == "threshold":
+        return Threshold(threshold)
+    if name == "none":
+        return Off()
+    if name not in POLICIES:
+        raise ConfigError(f"Selection policy {name!r} is not known; choose from {', '.join(POLICIES)}.")
+    assert capacity is not None, f"selection {name} reads a cost model"
+    return Causal(capacity, floor) if name == "causal" else Lagged(capacity, floor)

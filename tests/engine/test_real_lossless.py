@@ -160,7 +160,9 @@ def test_every_token_is_the_targets_own_up_to_ties(
     settings: dict[str, int],
     speculating: bool,
 ) -> None:
-    speculative = SpeculativeConfig(method="dspark", model=str(drafter)) if speculating else SpeculativeConfig()
+    speculative = SpeculativeConfig(method="dspark", model=str(drafter), selection="fixed")
+    if not speculating:
+        speculative = SpeculativeConfig(method="none")
     values = {"kv_cache_memory_bytes": 256 << 20, "max_model_len": 512} | settings
     core = EngineCore.load(EngineConfig(model=MODEL, speculative=speculative, check_invariants=True, **values))
     outputs = core.generate(prompts, mixed())

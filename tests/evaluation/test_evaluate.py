@@ -25,7 +25,7 @@ def run(temperature: float, count: int = 6, tokens: int = 40, drafter: Path = DR
         [[5 + i, 6, 7, 8] for i in range(count)],
         [SamplingParams(max_tokens=tokens, temperature=temperature, ignore_eos=True)] * count,
         model=str(TARGET),
-        speculative=SpeculativeConfig(method="dspark", model=str(drafter)),
+        speculative=SpeculativeConfig(method="dspark", model=str(drafter), selection="fixed"),
         concurrency=4,
         groups=[i % 2 for i in range(count)],
         kv_cache_memory_bytes=8 << 20,

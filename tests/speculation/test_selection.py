@@ -1,25 +1,70 @@
-"""Selection: what a policy may choose, and what it must not look at."""
+"""Selection: what a policy may choose, what it must not look at, and that causal finds the best there is."""
 
+import itertools
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from dspark_server.errors import ConfigError
-from dspark_server.speculation.selection import build_selection
+from dspark_server.speculation.capacity import Capacity, Profile
+from dspark_server.speculation.history import LONGEST_WAIT, SurvivalHistory
+from dspark_server.speculation.selection import (
+    Candidate,
+    Lagged,
+    Load,
+    Selection,
+    admitted,
+    best_count,
+    build_selection,
+    choose_drafting,
+    theta_by_count,
+    within_floor,
+)
+from tests.speculation.test_exact import Context, Pair, ratio_law
 
 limits = st.lists(st.integers(0, 7), max_size=12)
+AWARE = ("causal", "lagged")
+
+
+def capacity(verify: list[float], draft: float = 0.0, attention: float = 0.0) -> Capacity:
+    """Verification of B tokens takes verify[B - 1] seconds, a draft `draft` whoever takes part."""
+    sizes = tuple(range(1, len(verify) + 1))
+    drafts = ((1, 64), (draft, draft * 1.001)) if draft else ((), ())
+    return Capacity(Profile(sizes, tuple(verify), drafts[0], drafts[1], attention, 0), len(verify), 64)
+
+
+def linear(fixed: float, each: float, size: int = 100) -> Capacity:
+    return capacity([fixed + each * tokens for tokens in range(1, size + 1)])
+
+
+def load(requests: int, room: int = 1000) -> Load:
+    return Load(sampling=requests, tokens=requests, room=room)
+
+
+def candidates(limits: list[int], rate: float = 0.9) -> list[Candidate]:
+    return [Candidate(limit, rate) for limit in limits]
+
+
+def falling(generator: np.random.Generator, requests: int, gamma: int) -> Tensor:
+    return torch.from_numpy(generator.random((requests, gamma)).cumprod(axis=1)).float()
+
+
+# ---- policies that do not price anything --------------------------------------------------------------------------
 
 
 @given(limits, st.integers(0, 60))
 def test_fixed_takes_whole_blocks_within_the_room_oldest_first(limits: list[int], room: int) -> None:
     policy = build_selection("fixed")
-    chosen = policy.drafting(limits, room)
+    chosen = policy.drafting(candidates(limits), load(len(limits), room)).drafting
     taken = [limits[index] for index in chosen]
     assert chosen == sorted(set(chosen))
     assert all(limit > 0 for limit in taken)
     assert sum(taken) <= room
-    assert policy.lengths(torch.rand(len(taken), 7), taken, room) == taken
+    assert policy.lengths(torch.rand(len(taken), 7), taken, load(len(limits), room)) == taken
     # Whoever was left out did not fit beside those before it.
     for index, limit in enumerate(limits):
         if index not in chosen and limit > 0:
@@ -28,19 +73,270 @@ def test_fixed_takes_whole_blocks_within_the_room_oldest_first(limits: list[int]
 
 @given(limits, st.integers(0, 60), st.floats(0, 1), st.floats(0, 1))
 def test_fixed_does_not_look_at_the_confidences(limits: list[int], room: int, one: float, other: float) -> None:
-    policy = build_selection("fixed")
-    taken = [limits[index] for index in policy.drafting(limits, room)]
+    policy, here = build_selection("fixed"), load(len(limits), room)
+    taken = [limits[index] for index in policy.drafting(candidates(limits), here).drafting]
     shape = (len(taken), 7)
-    assert policy.lengths(torch.full(shape, one), taken, room) == policy.lengths(torch.full(shape, other), taken, room)
+    assert policy.lengths(torch.full(shape, one), taken, here) == policy.lengths(torch.full(shape, other), taken, here)
 
 
 @given(limits, st.integers(0, 60))
 def test_none_drafts_for_nobody(limits: list[int], room: int) -> None:
-    policy = build_selection("none")
-    assert policy.drafting(limits, room) == []
-    assert policy.lengths(torch.ones(len(limits), 7), limits, room) == [0] * len(limits)
+    policy, here = build_selection("none"), load(len(limits), room)
+    assert policy.drafting(candidates(limits), here).drafting == []
+    assert policy.lengths(torch.ones(len(limits), 7), limits, here) == [0] * len(limits)
+
+
+def test_threshold_keeps_prefixes_that_are_likely_enough() -> None:
+    policy = build_selection("threshold", threshold=0.4)
+    survival = torch.tensor([[0.9, 0.5, 0.3], [0.39, 0.2, 0.1], [0.8, 0.8, 0.8]])
+    assert policy.lengths(survival, [3, 3, 2], load(3)) == [2, 0, 2]
+    assert policy.lengths(survival, [3, 3, 2], load(3, room=2)) == [1, 0, 1]
 
 
 def test_an_unknown_policy_is_refused_by_name() -> None:
-    with pytest.raises(ConfigError, match=r"'greedy'.*fixed"):
+    with pytest.raises(ConfigError, match=r"'greedy'.*causal.*fixed"):
         build_selection("greedy")
+
+
+# ---- the load-aware ones ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_causal_is_the_best_of_all_prefixes_on_a_convex_cost(seed: int) -> None:
+    """Against every combination of prefix lengths, 250 random cases a seed."""
+    generator = np.random.default_rng(seed)
+    for _ in range(250):
+        requests, gamma = int(generator.integers(1, 4)), int(generator.integers(1, 4))
+        slopes = np.sort(generator.random(20)) * generator.choice([0.05, 1.0])
+        costs = capacity((1 + slopes.cumsum()).tolist(), draft=float(generator.random()) + 1e-3)
+        survival = falling(generator, requests, gamma)
+        most = generator.integers(0, gamma + 1, requests).tolist()
+        lengths = build_selection("causal", costs).lengths(survival, most, load(requests))
+
+        def theta(chosen: tuple[int, ...], survival: Tensor = survival, costs: Capacity = costs) -> float:
+            tokens = sum(1 + float(row[:length].sum()) for row, length in zip(survival, chosen, strict=True))
+            return tokens / (costs.draft(len(chosen)) + costs.raw[len(chosen) + sum(chosen)])
+
+        best = max(theta(each) for each in itertools.product(*(range(limit + 1) for limit in most)))
+        assert theta(tuple(lengths)) == pytest.approx(best, rel=1e-9)
+
+
+@pytest.mark.parametrize("policy", ["causal", "threshold", "fixed", "lagged"])
+def test_whether_a_token_is_kept_does_not_depend_on_it_or_on_later_ones(policy: str) -> None:
+    """The causality probe: x_k moves confidences after k, and whether ell >= k must not move with them."""
+    generator = np.random.default_rng(11)
+    for case in range(400):
+        requests, gamma = int(generator.integers(1, 5)), int(generator.integers(1, 6))
+        # Bumps and all: what a real machine's curve looks like.
+        verify = np.sort(generator.random(requests * (gamma + 1)) * 3) + 0.2
+        chosen = build_selection(policy, capacity(verify.tolist(), draft=0.1), threshold=0.3)
+        survival, here = falling(generator, requests, gamma), load(requests, int(generator.integers(0, 30)))
+        most = [gamma] * requests
+        if isinstance(chosen, Lagged):
+            for _ in range(2):  # fix what later steps will do
+                chosen.lengths(falling(generator, requests, gamma), most, here)
+        row, slot = int(generator.integers(requests)), int(generator.integers(gamma))
+        changed = survival.clone()
+        tail = generator.random(gamma - slot - 1) if slot + 1 < gamma else np.empty(0)
+        changed[row, slot + 1 :] = changed[row, slot] * torch.from_numpy(tail.cumprod()).float()
+        shares = list(chosen._shares) if isinstance(chosen, Lagged) else []
+        before = chosen.lengths(survival, most, here)
+        if isinstance(chosen, Lagged):
+            chosen._shares.clear()
+            chosen._shares.extend(shares)
+        after = chosen.lengths(changed, most, here)
+        for position in range(slot + 1):
+            assert (before[row] > position) == (after[row] > position), case
+
+
+def test_a_slot_lost_to_a_nan_moves_no_earlier_decision() -> None:
+    """Neither the cut limit nor the NaN itself may say whether tokens before it are kept."""
+    for name in AWARE:
+        policy = build_selection(name, linear(1.0, 0.05))
+        survival = torch.tensor([[0.9, 0.8, 0.7], [0.6, 0.5, 0.1]])
+        if name == "lagged":
+            for _ in range(2):
+                policy.lengths(survival, [3, 3], load(2))
+        whole = policy.lengths(survival, [3, 3], load(2))
+        policy = build_selection(name, linear(1.0, 0.05))
+        if name == "lagged":
+            for _ in range(2):
+                policy.lengths(survival, [3, 3], load(2))
+        survival[0, 2] = torch.nan
+        assert policy.lengths(survival, [2, 3], load(2))[0] == min(2, whole[0])
+
+
+def test_ties_go_to_the_earlier_position() -> None:
+    survival = torch.full((2, 3), 0.5)
+    for name in ("causal", "threshold"):
+        policy = build_selection(name, linear(1.0, 1e-6), threshold=0.1)
+        for room in range(7):
+            lengths = policy.lengths(survival, [3, 3], load(2, room))
+            assert sum(lengths) == room
+            assert lengths[0] == min(3, room)
+
+
+SPS = (1.0, 0.5, 0.45)  # Appendix A: one request, 0, 1 or 2 draft tokens
+
+
+def appendix_survival(x1: int) -> np.ndarray:
+    return np.array([0.8, 0.8 * (0.9 if x1 == 0 else 0.0)])
+
+
+def appendix_pair() -> Pair:
+    pair = Pair(2, 2, 0, "random")
+    for context in pair.p:
+        pair.p[context], pair.q[context] = np.array([0.7, 0.3]), np.array([0.5, 0.5])
+    return pair
+
+
+def says_a(committed: dict[Context, float]) -> float:
+    return sum(weight for said, weight in committed.items() if said[0] == 0)
+
+
+def test_appendix_a_retrospective_search_and_ours() -> None:
+    """On the raw curve, convex smoothing bypassed: 17/20 for the search over all, exactly 7/10 for the early stop."""
+    seconds = 1 / np.array(SPS)
+
+    def ours(draft: Context) -> int:
+        return admitted(appendix_survival(draft[0]), seconds, load(1))
+
+    def retrospective(draft: Context) -> int:
+        return best_count(appendix_survival(draft[0]), seconds, load(1))
+
+    pair = appendix_pair()
+    assert says_a(ratio_law(pair, retrospective)) == pytest.approx(17 / 20, abs=1e-12)
+    assert says_a(ratio_law(pair, ours)) == pytest.approx(7 / 10, abs=1e-12)
+
+
+def test_lagged_is_exact_with_fresh_noise_and_only_then() -> None:
+    """K comes from a block that was discarded. Redrawn, its successor is independent of K; replayed, it is not."""
+    pair = appendix_pair()
+    costs = capacity([1 / sps for sps in SPS])
+
+    def kept(discarded: Context, drafted: Context) -> int:
+        policy = Lagged(costs)
+        for context in (discarded, discarded, drafted):
+            survival = torch.from_numpy(appendix_survival(context[0])[None]).float()
+            lengths = policy.lengths(survival, [2], load(1))
+        return lengths[0]
+
+    blocks = list(itertools.product(range(2), repeat=2))
+    fresh = sum(says_a(ratio_law(pair, lambda draft, old=old: kept(old, draft))) / len(blocks) for old in blocks)
+    replayed = says_a(ratio_law(pair, lambda draft: kept(draft, draft)))
+    assert fresh == pytest.approx(7 / 10, abs=1e-12)
+    assert replayed == pytest.approx(17 / 20, abs=1e-12)
+
+
+def test_lagged_counts_by_the_survivals_of_two_steps_ago() -> None:
+    policy = build_selection("lagged", linear(1.0, 0.2))
+    likely, hopeless = torch.full((1, 4), 0.99).cumprod(1), torch.full((1, 4), 0.01).cumprod(1)
+    counts = [policy.lengths(survival, [4], load(1))[0] for survival in (hopeless, likely, likely, hopeless, likely)]
+    assert counts == [4, 4, 0, 4, 4]
+
+
+def test_a_floor_bounds_the_step() -> None:
+    costs = linear(0.1, 0.01)
+    survival = torch.full((1, 8), 0.999).cumprod(1)
+    free = build_selection("causal", costs).lengths(survival, [8], load(1))[0]
+    bound = build_selection("causal", costs, floor=1 / 0.135).lengths(survival, [8], load(1))[0]
+    assert free == 8
+    assert bound == 2  # 0.1 + 0.01 * (1 + 2) s
+    assert within_floor(np.array([0.2, 0.3]), 1 / 0.1) == 0
+
+
+def test_context_makes_tokens_dearer() -> None:
+    costs = capacity([1.0 + 0.01 * tokens for tokens in range(1, 40)], attention=1e-3)
+    survival = torch.full((1, 8), 0.8).cumprod(1)
+    policy = build_selection("causal", costs)
+    near = policy.lengths(survival, [8], Load(1, 1, 100, pairs=1, context=1))[0]
+    far = policy.lengths(survival, [8], Load(1, 1, 100, pairs=1000, context=1000))[0]
+    assert far < near
+
+
+# ---- who drafts at all --------------------------------------------------------------------------------------------
+
+
+def test_nobody_drafts_where_verification_costs_what_decoding_does() -> None:
+    """Per-token cost, no fixed part: a draft token is worth less than an anchor, and its draft is not free."""
+    costs = capacity([0.1 * tokens for tokens in range(1, 100)], draft=0.02)
+    rows = [Candidate(4, 0.9, probe_due=True)] * 6
+    assert choose_drafting(rows, load(6), costs).drafting == []
+
+
+def test_everybody_drafts_on_an_idle_machine() -> None:
+    costs = capacity([1.0 + 0.001 * tokens for tokens in range(1, 100)], draft=0.1)
+    choice = choose_drafting([Candidate(4, 0.6)] * 3, load(3), costs)
+    assert choice.drafting == [0, 1, 2]
+    assert not choice.probing
+
+
+def test_those_with_the_better_record_draft_first() -> None:
+    costs = capacity([1.0 + 0.12 * tokens for tokens in range(1, 100)], draft=0.25)
+    rows = [Candidate(4, rate) for rate in (0.05, 0.9, 0.1, 0.95)]
+    assert choose_drafting(rows, load(4), costs).drafting == [1, 3]
+
+
+def test_a_poor_record_is_probed_again_if_load_allows() -> None:
+    poor = Candidate(4, 0.05, probe_due=True)
+    choice = choose_drafting([poor], load(1), capacity([1.0 + 0.05 * n for n in range(1, 99)], draft=0.3))
+    assert choice.drafting == [0]
+    assert choice.probing == {0}
+    waiting = Candidate(4, 0.05)
+    assert (
+        choose_drafting([waiting], load(1), capacity([1.0 + 0.05 * n for n in range(1, 99)], draft=0.3)).drafting == []
+    )
+    assert choose_drafting([poor], load(1), capacity([1.0 * n for n in range(1, 99)], draft=0.3)).drafting == []
+
+
+@given(limits, st.integers(0, 60), st.integers(0, 2**32 - 1))
+def test_choices_and_lengths_stay_within_limits_and_room(limits: list[int], room: int, seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    verify = np.sort(generator.random(120)) + 0.01
+    here = load(len(limits), room)
+    for name in AWARE:
+        policy: Selection = build_selection(name, capacity(verify.tolist(), draft=float(generator.random()) + 1e-3))
+        rows = [Candidate(limit, float(generator.random()), bool(generator.integers(2))) for limit in limits]
+        choice = policy.drafting(rows, here)
+        assert choice.drafting == sorted(set(choice.drafting))
+        assert all(limits[index] > 0 for index in choice.drafting)
+        assert choice.probing <= set(choice.drafting)
+        taken = [limits[index] for index in choice.drafting]
+        lengths = policy.lengths(falling(generator, len(taken), 7), taken, here)
+        assert all(0 <= length <= limit for length, limit in zip(lengths, taken, strict=True))
+        assert sum(lengths) <= room
+
+
+def test_theta_counts_what_the_step_is_expected_to_commit() -> None:
+    theta = theta_by_count(np.array([0.5, 0.25]), np.array([1.0, 1.0, 2.0]), load(3))
+    np.testing.assert_allclose(theta, [3.0, 3.5, 1.875])
+
+
+# ---- a request's record ---------------------------------------------------------------------------------------------
+
+
+def test_a_record_starts_at_the_prior_and_follows_what_happens() -> None:
+    record = SurvivalHistory()
+    assert record.rate(0.6) == pytest.approx(0.6)
+    for _ in range(60):
+        record.record(verified=4, accepted=1, first_survival=0.5)
+    assert record.rate(0.6) == pytest.approx(0.5, abs=0.02)
+    for _ in range(60):
+        record.record(verified=0, accepted=0, first_survival=0.1)
+    assert record.rate(0.6) == pytest.approx(0.2, abs=0.1)
+
+
+def test_probes_come_at_growing_intervals_until_drafting_pays() -> None:
+    record, probes = SurvivalHistory(), []
+    for step in range(300):
+        if record.probe_due:
+            probes.append(step)
+            record.drafted(probing=True)
+        else:
+            record.left_out()
+    gaps = np.diff(probes)
+    assert gaps[:5].tolist() == [3, 5, 9, 17, 33]
+    assert gaps.max() == LONGEST_WAIT + 1
+    record.drafted(probing=False)
+    record.left_out()
+    assert record.probe_due

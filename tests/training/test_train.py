@@ -149,7 +149,7 @@ def test_a_run_learns_and_the_engine_serves_what_it_made(run: TrainConfig) -> No
     directory = train(run)
     after = float(Trainer(replace(run, weights=str(directory))).losses(batch).survival.mean())
     assert after > before + 0.1
-    speculative = SpeculativeConfig(method="dspark", model=str(directory))
+    speculative = SpeculativeConfig(method="dspark", model=str(directory), selection="fixed")
     core = EngineCore.load(EngineConfig(model=str(TARGET), kv_cache_memory_bytes=8 << 20, speculative=speculative))
     core.generate([[5, 6, 7, 8, 9, 10]], SamplingParams(max_tokens=40, temperature=1.0, ignore_eos=True))
     assert core.loop.stats.draft_tokens > 0
@@ -215,7 +215,7 @@ def test_only_the_trained_vocabulary_is_drafted(run: TrainConfig) -> None:
             seen.extend(step.drafted.block.tokens.flatten().tolist())
 
     for shortlist in (None, 12):
-        speculative = SpeculativeConfig(method="dspark", model=str(directory), shortlist=shortlist)
+        speculative = SpeculativeConfig(method="dspark", model=str(directory), selection="fixed", shortlist=shortlist)
         config = EngineConfig(model=str(TARGET), kv_cache_memory_bytes=8 << 20, speculative=speculative)
         core = EngineCore.load(config, trace=look)
         seen.clear()

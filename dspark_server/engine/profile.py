@@ -1,0 +1,157 @@
+"""Measures what drafts and target passes cost here, on the path that serves: the table behind selection (SPS(B)).
+
+Kept in the user's cache for each machine, model, drafter and version, so that only the first start pays for it.
+"""
+
+import hashlib
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import torch
+from tqdm import tqdm
+
+from dspark_server.engine.executor import DraftRequest, Executor
+from dspark_server.errors import ConfigError
+from dspark_server.runtime.batch import Run
+from dspark_server.speculation.capacity import Profile
+from dspark_server.speculation.noise import CounterStreams
+from dspark_server.speculation.sampling import SamplingBatch
+
+VERSION = 1  # of what is measured; another one makes every kept profile stale
+REPEATS = 5
+PATIENCE = 0.5  # seconds for the repeats of one size, the first two excepted
+
+
+class Profiler:
+    """Times an executor on a KV pool that nobody uses yet: `num_blocks` blocks of `block_size` tokens.
+
+    No sequence is longer than `max_model_len`.
+    """
+
+    def __init__(self, executor: Executor, num_blocks: int, block_size: int, max_model_len: int) -> None:
+        self._executor = executor
+        self._num_blocks = num_blocks
+        self._block_size = block_size
+        self._longest = min(max_model_len, num_blocks * block_size)
+        self._run_length = executor.gamma + 1
+
+    def measure(self, max_tokens: int, max_requests: int, context: int = 128) -> Profile:
+        """Time passes up to `max_tokens` tokens and drafts up to `max_requests` requests; a few seconds.
+
+        `context` is shortened where the pool cannot hold that much for all of them.
+        """
+        per_run = max(1, self._num_blocks // -(-max_tokens // self._run_length)) * self._block_size
+        context = max(1, min(context, min(per_run, self._longest) - self._run_length))
+        sizes = _sizes(max_tokens)
+        requests = _sizes(max_requests) if self._executor.gamma else []
+        with tqdm(total=len(sizes) + len(requests) + 2, desc="measuring costs", unit="size", leave=False) as bar:
+
+            def timed(work: Callable[[], object]) -> float:
+                bar.update()
+                return _median_seconds(work)
+
+            verify = [timed(self._pass(tokens, context)) for tokens in sizes]
+            draft = [timed(self._draft(count, context)) for count in requests]
+            few = min(self._run_length, max_tokens)
+            far = min(1024, self._longest - few)
+            attention = 0.0
+            if far > context:
+                spread = timed(self._pass(few, far)) - timed(self._pass(few, context))
+                attention = max(0.0, spread) / (few * (far - context))
+        return Profile(tuple(sizes), _rising(verify), tuple(requests), _rising(draft), attention, context)
+
+    def _pass(self, tokens: int, context: int) -> Callable[[], object]:
+        """A target pass as decoding makes them: runs of an anchor and its drafts, a row of logits for each token."""
+        lengths = [self._run_length] * (tokens // self._run_length)
+        lengths += [tokens % self._run_length] if tokens % self._run_length else []
+        tables = self._tables(len(lengths), context + self._run_length)
+        runs = [Run([1] * length, context, table, length) for length, table in zip(lengths, tables, strict=True)]
+        return lambda: self._executor.verify(runs)
+
+    def _draft(self, requests: int, context: int) -> Callable[[], object]:
+        tables = self._tables(requests, context + self._run_length)
+        rows = [DraftRequest(1, context, table) for table in tables]
+        sampling = SamplingBatch.of(position=[context + 1] * requests, key=list(range(requests)))
+        streams = CounterStreams()
+        return lambda: self._executor.draft(rows, sampling, streams)
+
+    def _tables(self, runs: int, length: int) -> list[list[int]]:
+        """Blocks of their own for each run, as long as there are any: what they hold does not matter."""
+        each = -(-length // self._block_size)
+        return [[(run * each + index) % self._num_blocks for index in range(each)] for run in range(runs)]
+
+
+@torch.inference_mode()
+def profile(
+    executor: Executor,
+    *,
+    num_blocks: int,
+    block_size: int,
+    max_model_len: int,
+    max_tokens: int,
+    max_requests: int,
+    directory: Path,
+    identity: str,
+    again: bool = False,
+) -> Profile:
+    """The kept profile of this machine and `identity` (model, drafter, backend), or a new one, which is then kept."""
+    name = repr(
+        (
+            VERSION,
+            identity,
+            max_model_len,
+            max_tokens,
+            max_requests,
+            executor.gamma,
+            torch.get_num_threads(),
+            _machine(),
+        )
+    )
+    path = directory / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.json"
+    if path.exists() and not again:
+        try:
+            return Profile.load(path)
+        except ConfigError:
+            pass  # damaged: measure anew
+    measured = Profiler(executor, num_blocks, block_size, max_model_len).measure(max_tokens, max_requests)
+    directory.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    measured.save(partial)
+    partial.replace(path)
+    return measured
+
+
+def _machine() -> str:
+    """What timings depend on: processor, torch."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    models = sorted({line for line in lines if line.startswith(("model name", "CPU part"))})
+    return f"{models} {torch.__version__}"
+
+
+def _sizes(most: int) -> list[int]:
+    """1, 2, 4, ... with the halves between, up to and with `most`."""
+    steps = {1 << power for power in range(most.bit_length())} | {3 << power for power in range(most.bit_length())}
+    return sorted({size for size in steps if size < most} | {most})
+
+
+def _median_seconds(work: Callable[[], object]) -> float:
+    """After one warm-up call; fewer repeats where they are slow."""
+    work()
+    seconds: list[float] = []
+    while len(seconds) < REPEATS and (len(seconds) < 2 or sum(seconds) < PATIENCE):
+        began = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - began)
+    return median(seconds)
+
+
+def _rising(values: list[float]) -> tuple[float, ...]:
+    """More work never costs less: what was measured so is noise."""
+    best = 0.0
+    return tuple(best := max(best, value) for value in values)

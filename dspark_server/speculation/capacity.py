@@ -1,0 +1,174 @@
+"""What a step costs on this machine: draft(R) + verify(B, context), measured at start and corrected while serving.
+
+Shapes: B tokens of a target pass (anchors, drafts and prefill chunks), R drafting requests. SPS(B), the paper's steps
+per second, is 1 / verify(B) (DSpark §3.2.2).
+"""
+
+import itertools
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dspark_server.errors import ConfigError
+
+Floats = npt.NDArray[np.float64]
+
+CORRECTION = 0.02  # how far one step moves the table towards what it took
+REBUILD_EVERY = 32  # observations between two looks at the corrected table
+OUTLIER = 3.0  # a step that took this many times longer than expected says nothing about cost
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Medians in seconds.
+
+    verify[i] is a target pass over tokens[i] tokens, each with `context` tokens of context; draft[i] a draft of
+    requests[i] blocks; `attention` what one more token of context costs one query token. An empty draft table belongs
+    to an engine without a drafter.
+    """
+
+    tokens: tuple[int, ...]
+    verify: tuple[float, ...]
+    requests: tuple[int, ...]
+    draft: tuple[float, ...]
+    attention: float
+    context: int
+
+    def __post_init__(self) -> None:
+        tables = {"verify": (self.tokens, self.verify), "draft": (self.requests, self.draft)}
+        for name, (sizes, seconds) in tables.items():
+            if len(sizes) != len(seconds) or any(a >= b for a, b in itertools.pairwise(sizes)):
+                raise ConfigError(f"The capacity profile's {name} table needs one time for each of rising sizes.")
+            if not all(0 < second < float("inf") for second in seconds):
+                raise ConfigError(f"The capacity profile's {name} times must be positive.")
+        if not self.tokens:
+            raise ConfigError("The capacity profile's verify table is empty.")
+
+    @classmethod
+    def load(cls, path: Path) -> "Profile":
+        """Read what `save` wrote. Raises ConfigError if it is anything else."""
+        try:
+            fields: Any = json.loads(path.read_text())
+            values: dict[str, Any] = {
+                name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()
+            }
+            return cls(**values)
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise ConfigError(f"{path} is not a capacity profile: {error}") from None
+
+    def save(self, path: Path) -> None:
+        """Write it as JSON."""
+        path.write_text(json.dumps(asdict(self), indent=1) + "\n")
+
+
+class Capacity:
+    """The cost model that selection reads. Tables are dense in B and R, never fall, and drift slowly with serving."""
+
+    def __init__(self, profile: Profile, max_tokens: int, max_requests: int) -> None:
+        """`max_tokens` and `max_requests` bound a step."""
+        self._profile = profile
+        self._sizes = np.arange(max_tokens + 1)
+        self._requests = np.arange(max_requests + 1)
+        self._verify_knots = np.array(profile.verify)
+        self._draft_knots = np.array(profile.draft)
+        self._overhead = 0.0
+        self._observations = 0
+        self._rebuild()
+
+    # -- what selection reads ----------------------------------------------------------------------------------------
+
+    @property
+    def profile(self) -> Profile:
+        """As measured at start."""
+        return self._profile
+
+    @property
+    def raw(self) -> Floats:
+        """[max_tokens + 1] seconds of a target pass over B tokens at the profile's context."""
+        return self._raw
+
+    @property
+    def convex(self) -> Floats:
+        """The greatest convex minorant of `raw`: on it, an early stop finds the global best (DSPARK.md, step 6)."""
+        return self._convex
+
+    def draft(self, requests: int) -> float:
+        """Seconds to draft blocks for so many requests; 0 for none."""
+        return float(self._drafts[min(requests, len(self._drafts) - 1)]) if requests else 0.0
+
+    @property
+    def overhead(self) -> float:
+        """Seconds of a step outside both models: planning, acceptance, commit."""
+        return self._overhead
+
+    def attention(self, pairs: float, tokens: int) -> float:
+        """Seconds that `pairs` (query, context) pairs add to the table's time for `tokens` queries; may be negative."""
+        return self._profile.attention * (pairs - tokens * self._profile.context)
+
+    @property
+    def context_seconds(self) -> float:
+        """What one more token of context costs one query token."""
+        return self._profile.attention
+
+    # -- what serving teaches ----------------------------------------------------------------------------------------
+
+    def observe(
+        self, *, tokens: int, pairs: float, verify: float, requests: int, draft: float, overhead: float
+    ) -> None:
+        """A step took so many seconds: the table moves a little towards it."""
+        expected = float(self._raw[min(tokens, len(self._raw) - 1)])
+        _correct(self._profile.tokens, self._verify_knots, tokens, verify - self.attention(pairs, tokens), expected)
+        if requests and len(self._draft_knots):
+            _correct(self._profile.requests, self._draft_knots, requests, draft, self.draft(requests))
+        if overhead < OUTLIER * self._overhead or not self._overhead:
+            self._overhead += (overhead - self._overhead) * (CORRECTION if self._overhead else 1.0)
+        self._observations += 1
+        if self._observations % REBUILD_EVERY == 0:
+            self._rebuild()
+
+    def _rebuild(self) -> None:
+        self._raw = np.maximum.accumulate(_dense(self._profile.tokens, self._verify_knots, self._sizes))
+        self._convex = convex_minorant(self._raw)
+        self._drafts = np.zeros(len(self._requests))
+        if len(self._draft_knots):
+            self._drafts = np.maximum.accumulate(_dense(self._profile.requests, self._draft_knots, self._requests))
+
+
+def _dense(sizes: Sequence[int], seconds: Floats, at: npt.NDArray[np.int64]) -> Floats:
+    """Linear between the measured sizes, the last slope beyond them, the first value before them."""
+    values = np.interp(at, sizes, seconds)
+    if len(sizes) > 1:
+        slope = max(0.0, (seconds[-1] - seconds[-2]) / (sizes[-1] - sizes[-2]))
+        values = np.where(at > sizes[-1], seconds[-1] + slope * (at - sizes[-1]), values)
+    return np.asarray(values, dtype=np.float64)
+
+
+def _correct(sizes: Sequence[int], knots: Floats, size: int, seconds: float, expected: float) -> None:
+    """Move the knots around `size` towards `seconds`, each by its share in the interpolated value."""
+    if not expected / OUTLIER < seconds < expected * OUTLIER:
+        return
+    right = int(np.searchsorted(sizes, size))
+    if right == 0 or right == len(sizes):
+        knots[min(right, len(sizes) - 1)] *= 1 + CORRECTION * (seconds / expected - 1)
+        return
+    share = (size - sizes[right - 1]) / (sizes[right] - sizes[right - 1])
+    knots[right - 1] *= 1 + CORRECTION * (1 - share) * (seconds / expected - 1)
+    knots[right] *= 1 + CORRECTION * share * (seconds / expected - 1)
+
+
+def convex_minorant(values: Floats) -> Floats:
+    """The greatest convex function on 0 .. n-1 that nowhere exceeds `values` [n]."""
+    hull: list[int] = []
+    for index in range(len(values)):
+        while len(hull) > 1:
+            a, b = hull[-2], hull[-1]
+            if (values[b] - values[a]) * (index - a) < (values[index] - values[a]) * (b - a):
+                break
+            hull.pop()
+        hull.append(index)
+    return np.interp(np.arange(len(values)), hull, values[hull])

@@ -1,0 +1,44 @@
+"""What a request's own drafts have come to: how likely its next ones are to survive, and when to try again."""
+
+from dataclasses import dataclass
+
+MEMORY = 0.9  # of what was seen before, this much counts after one more draft
+PRIOR_WEIGHT = 3.0  # the prior counts like so many draft tokens
+LONGEST_WAIT = 64  # steps between two probes of a request that does not draft
+
+
+@dataclass
+class SurvivalHistory:
+    """One request's record. All of it is known before the next draft's noise is drawn, so selection may read it."""
+
+    stood: float = 0.0
+    tried: float = 0.0
+    idle: int = 0  # steps since the last draft
+    wait: int = 1  # idle steps until the next probe
+
+    def rate(self, prior: float) -> float:
+        """Expected survival of a draft token whose predecessors survived."""
+        return (self.stood + PRIOR_WEIGHT * prior) / (self.tried + PRIOR_WEIGHT)
+
+    @property
+    def probe_due(self) -> bool:
+        """It has been left out long enough."""
+        return self.idle >= self.wait
+
+    def record(self, verified: int, accepted: int, first_survival: float) -> None:
+        """A draft had `verified` tokens looked at, of which `accepted` stood.
+
+        A draft that selection dropped whole was not judged; its confidence in the first token stands in for that.
+        """
+        tried = min(verified, accepted + 1) if verified else 1
+        self.stood = MEMORY * self.stood + (accepted if verified else first_survival)
+        self.tried = MEMORY * self.tried + tried
+
+    def drafted(self, *, probing: bool) -> None:
+        """It drafts in this step because it pays, or to see whether it would: then the next wait is twice as long."""
+        self.idle = 0
+        self.wait = min(2 * self.wait, LONGEST_WAIT) if probing else 1
+
+    def left_out(self) -> None:
+        """It does not draft in this step."""
+        self.idle += 1

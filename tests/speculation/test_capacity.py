@@ -1,0 +1,64 @@
+"""The cost model: between measured sizes, beyond them, its convex minorant, and what serving teaches it."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dspark_server.errors import ConfigError
+from dspark_server.speculation.capacity import Capacity, Profile, convex_minorant
+
+PROFILE = Profile((1, 2, 4, 8), (1.0, 1.0, 2.0, 6.0), (1, 4), (0.5, 0.8), 0.01, 100)
+
+
+def test_times_are_interpolated_and_extended_by_the_last_slope() -> None:
+    capacity = Capacity(PROFILE, 10, 8)
+    np.testing.assert_allclose(capacity.raw, [1, 1, 1, 1.5, 2, 3, 4, 5, 6, 7, 8])
+    assert capacity.draft(0) == 0.0
+    assert capacity.draft(2) == pytest.approx(0.6)
+    assert capacity.draft(8) == pytest.approx(1.2)
+    assert capacity.attention(pairs=1000.0, tokens=5) == pytest.approx(5.0)
+
+
+@given(st.lists(st.floats(0.01, 10), min_size=1, max_size=40))
+def test_the_minorant_is_convex_below_and_the_greatest(values: list[float]) -> None:
+    curve = np.array(values)
+    minorant = convex_minorant(curve)
+    assert (minorant <= curve + 1e-9).all()
+    assert (np.diff(minorant, 2) >= -1e-9).all()
+    # At every corner it touches the curve, so that no convex function in between is greater.
+    corners = [0, *(np.nonzero(np.diff(minorant, 2) > 1e-7)[0] + 1).tolist(), len(curve) - 1]
+    np.testing.assert_allclose(minorant[corners], curve[corners], atol=1e-6)
+
+
+def test_serving_moves_the_table_slowly_towards_what_steps_take() -> None:
+    capacity = Capacity(PROFILE, 10, 8)
+
+    def step(seconds: float) -> None:
+        capacity.observe(tokens=4, pairs=400.0, verify=seconds, requests=2, draft=0.9, overhead=0.1)
+
+    step(3.0)
+    assert capacity.raw[4] == pytest.approx(2.0)  # not by one step
+    for _ in range(2000):
+        step(3.0)
+    assert capacity.raw[4] == pytest.approx(3.0, rel=0.02)
+    assert capacity.raw[1] == pytest.approx(1.0)
+    assert capacity.draft(2) == pytest.approx(0.9, rel=0.02)
+    assert capacity.overhead == pytest.approx(0.1)
+    assert (np.diff(capacity.raw) >= 0).all()
+    before = capacity.raw.copy()
+    for _ in range(100):
+        step(100.0)  # a machine that slept
+    np.testing.assert_array_equal(capacity.raw, before)
+
+
+def test_a_profile_survives_the_disk_and_a_damaged_one_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "profile.json"
+    PROFILE.save(path)
+    assert Profile.load(path) == PROFILE
+    for text in ("", "[]", '{"tokens": [1]}', path.read_text().replace("6.0", "-6.0"), path.read_text()[:-9]):
+        path.write_text(text)
+        with pytest.raises(ConfigError):
+            Profile.load(path)
