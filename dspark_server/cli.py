@@ -1,4 +1,4 @@
-"""The `dspark-server` command: serve, pull, conformance, data, train, calibrate, eval."""
+"""The `dspark-server` command: serve, pull, profile, conformance, data, train, calibrate, eval."""
 
 import logging
 import sys
@@ -21,6 +21,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+SPECULATIVE_HELP = (
+    'JSON. {"method": "none"} switches drafting off; {"method": "dspark", "model": "DRAFTER_DIR"} names a drafter; '
+    '"selection" is causal (default), lagged, fixed, threshold or none. SmolLM2-135M-Instruct comes with a drafter.'
+)
 MODEL_HELP = "A model directory, a Hugging Face id, or SmolLM2-135M-Instruct (embedded default)."
 
 
@@ -56,9 +60,10 @@ def serve(
     max_num_queued_reqs: Annotated[int, typer.Option(help="Requests that may wait; beyond, clients get 503.")] = 1024,
     enable_prefix_caching: Annotated[bool, typer.Option(help="Reuse KV blocks of common prefixes.")] = True,
     seed: Annotated[int | None, typer.Option(help="Seed of private noise, for repeatable experiments.")] = None,
-    speculative_config: Annotated[
-        str, typer.Option(help='JSON: {"method": "dspark", "model": "DRAFTER_DIR", "selection": "fixed"}.')
-    ] = "{}",
+    speculative_config: Annotated[str, typer.Option(help=SPECULATIVE_HELP)] = "{}",
+    measure_costs_again: Annotated[
+        bool, typer.Option("--measure-costs-again", help="Time drafts and target passes anew at this start.")
+    ] = False,
     shutdown_timeout: Annotated[float, typer.Option(help="Seconds running requests get after SIGTERM.")] = 30.0,
 ) -> None:
     """Serve MODEL over HTTP.
@@ -87,6 +92,7 @@ def serve(
             max_num_queued_reqs=max_num_queued_reqs,
             enable_prefix_caching=enable_prefix_caching,
             seed=seed,
+            measure_costs_again=measure_costs_again,
             speculative=SpeculativeConfig.parse(speculative_config),
         )
         settings = ServerSettings(host=host, port=port, shutdown_timeout=shutdown_timeout)
@@ -96,7 +102,8 @@ def serve(
         with ThreadPoolExecutor(1) as loader:
             core = loader.submit(EngineCore.load, config).result()
         engine = AsyncEngine(core, load_tokenizer(resolve_model(model)))
-        logging.getLogger("dspark_server").info("%s ready: %s", core.model_name, core.backend)
+        log = logging.getLogger("dspark_server")
+        log.info("%s ready: %s; %s", core.model_name, core.backend, core.speculation)
         run(engine, settings)
 
 
@@ -110,6 +117,41 @@ def pull(model: Annotated[str, typer.Argument(help=MODEL_HELP)] = "SmolLM2-135M-
         from dspark_server.models.hub import resolve_model
 
         typer.echo(resolve_model(model))
+
+
+@app.command(name="profile")
+def show_profile(
+    model: Annotated[str, typer.Argument(help=MODEL_HELP)] = "SmolLM2-135M-Instruct",
+    max_num_seqs: Annotated[int, typer.Option(help="Requests running together.")] = 64,
+    max_num_batched_tokens: Annotated[int, typer.Option(help="Tokens of one step.")] = 256,
+    speculative_config: Annotated[str, typer.Option(help=SPECULATIVE_HELP)] = "{}",
+    again: Annotated[bool, typer.Option("--again", help="Measure, even if this machine has a kept profile.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Write the curve as a PNG.")] = None,
+) -> None:
+    """Print what target passes and drafts cost on this machine: the SPS(B) curve that selection goes by.
+
+    Example: dspark-server profile --again --plot sps.png
+    """
+    with _clear_errors():
+        from rich.console import Console
+
+        from dspark_server.config import EngineConfig, SpeculativeConfig
+        from dspark_server.engine.core import EngineCore
+        from dspark_server.evaluation.plots import plot_costs, show_costs
+
+        config = EngineConfig(
+            model=model,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            measure_costs_again=again,
+            speculative=SpeculativeConfig.parse(speculative_config),
+        )
+        core = EngineCore.load(config)
+        if core.loop.capacity is None:
+            raise ConfigError("nothing here goes by costs: that needs a drafter and selection causal or lagged.")
+        show_costs(core.loop.capacity, Console())
+        if plot is not None:
+            plot_costs(core.loop.capacity, plot)
 
 
 @app.command()
@@ -237,21 +279,22 @@ def calibrate(
 @app.command(name="eval")
 def evaluate(
     prompts: Annotated[list[Path], typer.Option(help='JSON lines with "prompt" and "domain"; may be repeated.')],
-    drafter: Annotated[str, typer.Option(help="Directory of the drafter.")],
+    drafter: Annotated[str | None, typer.Option(help="Directory of the drafter; default: the model's own.")] = None,
     model: Annotated[str, typer.Option(help=MODEL_HELP)] = "SmolLM2-135M-Instruct",
+    selection: Annotated[str, typer.Option(help="Policy of the run that measures speed.")] = "causal",
     temperature: Annotated[float, typer.Option(help="Sampling temperature of all requests.")] = 0.0,
     max_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 256,
     concurrency: Annotated[int, typer.Option(help="Requests at once.")] = 16,
     limit: Annotated[int | None, typer.Option(help="Prompts of each file.")] = None,
     shortlist: Annotated[int | None, typer.Option(help="Candidates of a draft position; default: all.")] = None,
-    baseline: Annotated[bool, typer.Option(help="Run without the drafter too, for the speed-up.")] = True,
+    baseline: Annotated[bool, typer.Option(help="Measure speed too: as served, and without the drafter.")] = True,
     raw: Annotated[bool, typer.Option(help="Prompts as they stand, without the chat template.")] = False,
     plots: Annotated[Path | None, typer.Option(help="Directory for the plots.")] = None,
     json: Annotated[bool, typer.Option(help="One JSON object instead of the table.")] = False,
 ) -> None:
     """Measure a drafter through the real engine: accepted length, acceptance by position, calibration, speed.
 
-    Example: dspark-server eval --prompts math.jsonl --prompts code.jsonl --drafter build/drafter --temperature 1
+    Example: dspark-server eval --prompts math.jsonl --prompts code.jsonl --temperature 1
     """
     with _clear_errors():
         import orjson
@@ -261,7 +304,7 @@ def evaluate(
         from dspark_server.evaluation.evaluate import EvalConfig, show
         from dspark_server.evaluation.evaluate import evaluate as run
 
-        speculative = SpeculativeConfig(method="dspark", model=drafter, shortlist=shortlist)
+        speculative = SpeculativeConfig(method="dspark", model=drafter, selection=selection, shortlist=shortlist)
         result = run(
             EvalConfig(prompts, model, speculative, temperature, max_tokens, concurrency, limit, baseline, raw, plots)
         )

@@ -49,9 +49,10 @@ class Plan:
             sampling=sum(entry.samples for entry in self.scheduled),
             tokens=sum(entry.count for entry in self.scheduled),
             room=self.draft_room,
+            context=sum(entry.request.computed for entry in self.scheduled),
             # A chunk's tokens see the rows before the chunk, and half of the chunk on average.
             pairs=sum(entry.count * (entry.request.computed + entry.count / 2) for entry in self.scheduled),
-            context=sum(contexts) / len(contexts) if contexts else 0.0,
+            per_draft=sum(contexts) / len(contexts) if contexts else 0.0,
         )
 
 

@@ -39,6 +39,7 @@ class EngineCore:
     eos_token_ids: frozenset[int]
     cache_identity: str
     backend: str
+    speculation: str  # which drafter, which policy, for people
 
     @property
     def batcher(self) -> Batcher:
@@ -111,6 +112,9 @@ class EngineCore:
             eos_token_ids=frozenset(target.config.eos_token_ids),
             cache_identity=cache_identity,
             backend=backend,
+            speculation=f"drafter {config.speculative.model or 'of its own'}, selection {policy}"
+            if drafter.gamma
+            else "no drafter",
         )
 
     def new_request(

@@ -20,7 +20,7 @@ from dspark_server.speculation.capacity import Profile
 from dspark_server.speculation.noise import CounterStreams
 from dspark_server.speculation.sampling import SamplingBatch
 
-VERSION = 1  # of what is measured; another one makes every kept profile stale
+VERSION = 2  # of what is measured; another one makes every kept profile stale
 REPEATS = 5
 PATIENCE = 0.5  # seconds for the repeats of one size, the first two excepted
 
@@ -38,30 +38,39 @@ class Profiler:
         self._longest = min(max_model_len, num_blocks * block_size)
         self._run_length = executor.gamma + 1
 
-    def measure(self, max_tokens: int, max_requests: int, context: int = 128) -> Profile:
+    def measure(self, max_tokens: int, max_requests: int, near: int = 64, far: int = 1024) -> Profile:
         """Time passes up to `max_tokens` tokens and drafts up to `max_requests` requests; a few seconds.
 
-        `context` is shortened where the pool cannot hold that much for all of them.
+        Context costs are the slope between `near` and `far` tokens of it, as far as the pool and the model reach.
         """
-        per_run = max(1, self._num_blocks // -(-max_tokens // self._run_length)) * self._block_size
-        context = max(1, min(context, min(per_run, self._longest) - self._run_length))
+        share = max(1, self._num_blocks // -(-max_tokens // self._run_length)) * self._block_size
+        near = max(1, min(near, min(share, self._longest) - self._run_length))
+        far = min(far, self._longest - self._run_length)
         sizes = _sizes(max_tokens)
         requests = _sizes(max_requests) if self._executor.gamma else []
-        with tqdm(total=len(sizes) + len(requests) + 2, desc="measuring costs", unit="size", leave=False) as bar:
+        with tqdm(total=len(sizes) + len(requests) + 4, desc="measuring costs", unit="size", leave=False) as bar:
 
             def timed(work: Callable[[], object]) -> float:
                 bar.update()
                 return _median_seconds(work)
 
-            verify = [timed(self._pass(tokens, context)) for tokens in sizes]
-            draft = [timed(self._draft(count, context)) for count in requests]
+            def slope(queries: int) -> float:
+                """Seconds for one more token of context of a run of so many query tokens."""
+                if far <= near:
+                    return 0.0
+                return max(0.0, timed(self._pass(queries, far)) - timed(self._pass(queries, near))) / (far - near)
+
+            verify = [timed(self._pass(tokens, near)) for tokens in sizes]
+            draft = [timed(self._draft(count, near)) for count in requests]
             few = min(self._run_length, max_tokens)
-            far = min(1024, self._longest - few)
-            attention = 0.0
-            if far > context:
-                spread = timed(self._pass(few, far)) - timed(self._pass(few, context))
-                attention = max(0.0, spread) / (few * (far - context))
-        return Profile(tuple(sizes), _rising(verify), tuple(requests), _rising(draft), attention, context)
+            single, several = slope(1), slope(few)
+        per_query = max(0.0, several - single) / (few - 1) if few > 1 else 0.0
+        per_run = max(0.0, single - per_query)
+        bare = [
+            max(0.5 * seconds, seconds - near * (per_query * tokens + per_run * -(-tokens // self._run_length)))
+            for tokens, seconds in zip(sizes, verify, strict=True)
+        ]
+        return Profile(tuple(sizes), _rising(bare), tuple(requests), _rising(draft), per_run, per_query)
 
     def _pass(self, tokens: int, context: int) -> Callable[[], object]:
         """A target pass as decoding makes them: runs of an anchor and its drafts, a row of logits for each token."""

@@ -135,7 +135,8 @@ class StepLoop:
         if self.capacity and tokens:
             self.capacity.observe(
                 tokens=tokens,
-                pairs=load.pairs + (tokens - load.tokens) * load.context,
+                context=load.context,
+                pairs=load.pairs + (tokens - load.tokens) * load.per_draft,
                 verify=judged - selected,
                 requests=len(drafted.requests) if drafted else 0,
                 draft=selected - planned,

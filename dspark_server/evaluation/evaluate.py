@@ -35,7 +35,7 @@ class EvalConfig:
 
 
 def evaluate(run: EvalConfig) -> dict[str, Any]:
-    """Run the prompts with the drafter (every block verified whole) and, if asked, without it."""
+    """Run the prompts with every block verified whole; for speed, also as they are served, and without the drafter."""
     prompts = read_prompts(run.prompts, run.limit)
     domains = sorted({prompt.domain for prompt in prompts})
     groups = [domains.index(prompt.domain) for prompt in prompts]
@@ -54,12 +54,16 @@ def evaluate(run: EvalConfig) -> dict[str, Any]:
         )
         return done.blocks, done.tokens / done.seconds
 
-    blocks, with_drafter = go(replace(run.speculative, selection="fixed"), "with the drafter")
-    without = go(SpeculativeConfig(method="none"), "without")[1] if run.baseline else float("nan")
+    blocks, whole = go(replace(run.speculative, selection="fixed"), "whole blocks")
+    served = without = float("nan")
+    if run.baseline:
+        served = go(run.speculative, f"selection {run.speculative.selection}")[1]
+        without = go(SpeculativeConfig(method="none"), "without the drafter")[1]
     result = summary(blocks, domains) | {
         "temperature": run.temperature,
         "requests": len(prompts),
-        "tokens_per_second": {"with": round(with_drafter, 1), "without": round(without, 1)},
+        "selection": run.speculative.selection,
+        "tokens_per_second": {"with": served, "without": without, "whole_blocks": whole},
     }
     if run.plots is not None:
         plot_evaluation(blocks, domains, result, run.plots)
@@ -119,7 +123,10 @@ def show(result: dict[str, Any], console: Console) -> None:
     speed = result["tokens_per_second"]
     if speed["without"]:
         ratio = speed["with"] / speed["without"]
-        console.print(f"{speed['with']} tok/s with the drafter, {speed['without']} without: {ratio:.2f} x")
+        console.print(
+            f"{speed['with']:.1f} tok/s with the drafter (selection {result['selection']}), "
+            f"{speed['without']:.1f} without: {ratio:.2f} x"
+        )
 
 
 def _two(value: float | None) -> str:

@@ -1,13 +1,16 @@
-"""Plots of an evaluation and of a calibration. No display is needed."""
+"""Plots of an evaluation, of a calibration and of costs. No display is needed."""
 
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
 
 from dspark_server.evaluation import measures
 from dspark_server.evaluation.collect import Blocks, Floats
+from dspark_server.speculation.capacity import Capacity
 
 
 def plot_evaluation(blocks: Blocks, domains: list[str], result: dict[str, Any], directory: Path) -> None:
@@ -50,3 +53,40 @@ def plot_reliability(kinds: dict[str, Floats], blocks: Blocks, path: Path) -> No
         axes.set(title=f"slot {slot + 1}", xlabel="predicted", ylabel="survived", xlim=(0, 1), ylim=(0, 1))
         axes.legend(fontsize="x-small")
     figure.savefig(path, dpi=100)
+
+
+def show_costs(capacity: Capacity, console: Console) -> None:
+    """The measured costs as a table."""
+    profile = capacity.profile
+    table = Table(title="a target pass over B tokens, without context")
+    for column in ("B", "ms", "SPS(B)", "tokens/s"):
+        table.add_column(column, justify="right")
+    for tokens, seconds in zip(profile.tokens, profile.verify, strict=True):
+        table.add_row(str(tokens), f"{1e3 * seconds:.2f}", f"{1 / seconds:.1f}", f"{tokens / seconds:.0f}")
+    console.print(table)
+    drafts = Table(title="a draft for R requests")
+    for column in ("R", "ms"):
+        drafts.add_column(column, justify="right")
+    for requests, seconds in zip(profile.requests, profile.draft, strict=True):
+        drafts.add_row(str(requests), f"{1e3 * seconds:.2f}")
+    console.print(drafts)
+    console.print(
+        f"1,000 tokens of context cost each run {1e6 * profile.run_context:.2f} ms "
+        f"and each of its tokens {1e6 * profile.query_context:.2f} ms more"
+    )
+
+
+def plot_costs(capacity: Capacity, path: Path) -> None:
+    """SPS(B), and seconds of a pass with the convex curve that policy causal walks on."""
+    profile, tokens = capacity.profile, np.arange(1, len(capacity.raw))
+    figure = Figure((9, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.plot(tokens, 1 / capacity.raw[1:])
+    left.plot(profile.tokens, 1 / np.array(profile.verify), "o", markersize=3)
+    left.set(xlabel="tokens of a target pass, B", ylabel="SPS(B), steps/s", xscale="log")
+    right.plot(tokens, 1e3 * capacity.raw[1:], label="target pass")
+    right.plot(tokens, 1e3 * capacity.convex[1:], "--", label="convex minorant")
+    right.plot(profile.requests, 1e3 * np.array(profile.draft), label="draft for R requests")
+    right.set(xlabel="B, or R", ylabel="ms")
+    right.legend()
+    figure.savefig(path, dpi=120)

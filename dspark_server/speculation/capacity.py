@@ -27,17 +27,17 @@ OUTLIER = 3.0  # a step that took this many times longer than expected says noth
 class Profile:
     """Medians in seconds.
 
-    verify[i] is a target pass over tokens[i] tokens, each with `context` tokens of context; draft[i] a draft of
-    requests[i] blocks; `attention` what one more token of context costs one query token. An empty draft table belongs
-    to an engine without a drafter.
+    verify[i] is a target pass over tokens[i] tokens without context; draft[i] a draft of requests[i] blocks. A token of
+    context costs each run that reads it `run_context` (its rows are read once) and each query token `query_context`
+    more. An empty draft table belongs to an engine without a drafter.
     """
 
     tokens: tuple[int, ...]
     verify: tuple[float, ...]
     requests: tuple[int, ...]
     draft: tuple[float, ...]
-    attention: float
-    context: int
+    run_context: float
+    query_context: float
 
     def __post_init__(self) -> None:
         tables = {"verify": (self.tokens, self.verify), "draft": (self.requests, self.draft)}
@@ -89,7 +89,7 @@ class Capacity:
 
     @property
     def raw(self) -> Floats:
-        """[max_tokens + 1] seconds of a target pass over B tokens at the profile's context."""
+        """[max_tokens + 1] seconds of a target pass over B tokens, attention to context excepted."""
         return self._raw
 
     @property
@@ -106,23 +106,26 @@ class Capacity:
         """Seconds of a step outside both models: planning, acceptance, commit."""
         return self._overhead
 
-    def attention(self, pairs: float, tokens: int) -> float:
-        """Seconds that `pairs` (query, context) pairs add to the table's time for `tokens` queries; may be negative."""
-        return self._profile.attention * (pairs - tokens * self._profile.context)
-
-    @property
-    def context_seconds(self) -> float:
-        """What one more token of context costs one query token."""
-        return self._profile.attention
+    def attention(self, context: float, pairs: float) -> float:
+        """Seconds of reading `context` tokens of context, all runs together, for `pairs` (query, context) pairs."""
+        return self._profile.run_context * context + self._profile.query_context * pairs
 
     # -- what serving teaches ----------------------------------------------------------------------------------------
 
     def observe(
-        self, *, tokens: int, pairs: float, verify: float, requests: int, draft: float, overhead: float
+        self,
+        *,
+        tokens: int,
+        context: float,
+        pairs: float,
+        verify: float,
+        requests: int,
+        draft: float,
+        overhead: float,
     ) -> None:
         """A step took so many seconds: the table moves a little towards it."""
         expected = float(self._raw[min(tokens, len(self._raw) - 1)])
-        _correct(self._profile.tokens, self._verify_knots, tokens, verify - self.attention(pairs, tokens), expected)
+        _correct(self._profile.tokens, self._verify_knots, tokens, verify - self.attention(context, pairs), expected)
         if requests and len(self._draft_knots):
             _correct(self._profile.requests, self._draft_knots, requests, draft, self.draft(requests))
         if overhead < OUTLIER * self._overhead or not self._overhead:

@@ -40,15 +40,16 @@ class Candidate:
 class Load:
     """What the pass holds before any draft: `tokens` to run, of which `sampling` give a token each.
 
-    `pairs` is the sum of query tokens times their context, `context` the mean context of those that could draft, `room`
-    how many draft tokens may join.
+    `context` sums the tokens of context of all runs, `pairs` those of all query tokens; `per_draft` is the mean context
+    of those that could draft, `room` how many draft tokens may join.
     """
 
     sampling: int
     tokens: int
     room: int
-    pairs: float = 0.0
     context: float = 0.0
+    pairs: float = 0.0
+    per_draft: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -208,8 +209,8 @@ def step_seconds(capacity: Capacity, load: Load, drafts: int, requests: int, *, 
     table = capacity.convex if convex else capacity.raw
     count = np.arange(drafts + 1)
     tokens = np.minimum(load.tokens + count, len(table) - 1)
-    fixed = capacity.draft(requests) + capacity.overhead + capacity.attention(load.pairs, load.tokens)
-    more = capacity.context_seconds * (load.context - capacity.profile.context)
+    fixed = capacity.draft(requests) + capacity.overhead + capacity.attention(load.context, load.pairs)
+    more = capacity.attention(0.0, load.per_draft)
     return np.maximum(table[tokens] + fixed + count * more, 1e-9)
 
 

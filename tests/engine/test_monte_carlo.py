@@ -32,7 +32,7 @@ Z = 4.753  # the normal quantile of 1 - 1e-6
 PROMPT = [3, 0, 4, 4, 1, 3, 2, 0, 0, 3, 1, 4, 2, 3]
 
 # A step in the curve, so that the early stop matters, and drafts that must earn their cost, so that some are left out.
-COSTS = Profile((1, 16, 18, 32, 64), (1.0, 1.2, 1.9, 2.3, 8.0), (1, 16), (0.03, 0.1), 0.0, 16)
+COSTS = Profile((1, 16, 18, 32, 64), (1.0, 1.2, 1.9, 2.3, 8.0), (1, 16), (0.03, 0.1), 0.0, 0.0)
 
 
 @torch.inference_mode()

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from dspark_server.errors import ConfigError
 from dspark_server.speculation.capacity import Capacity, Profile, convex_minorant
 
-PROFILE = Profile((1, 2, 4, 8), (1.0, 1.0, 2.0, 6.0), (1, 4), (0.5, 0.8), 0.01, 100)
+PROFILE = Profile((1, 2, 4, 8), (1.0, 1.0, 2.0, 6.0), (1, 4), (0.5, 0.8), 0.02, 0.01)
 
 
 def test_times_are_interpolated_and_extended_by_the_last_slope() -> None:
@@ -19,7 +19,7 @@ def test_times_are_interpolated_and_extended_by_the_last_slope() -> None:
     assert capacity.draft(0) == 0.0
     assert capacity.draft(2) == pytest.approx(0.6)
     assert capacity.draft(8) == pytest.approx(1.2)
-    assert capacity.attention(pairs=1000.0, tokens=5) == pytest.approx(5.0)
+    assert capacity.attention(context=100.0, pairs=500.0) == pytest.approx(7.0)
 
 
 @given(st.lists(st.floats(0.01, 10), min_size=1, max_size=40))
@@ -37,7 +37,10 @@ def test_serving_moves_the_table_slowly_towards_what_steps_take() -> None:
     capacity = Capacity(PROFILE, 10, 8)
 
     def step(seconds: float) -> None:
-        capacity.observe(tokens=4, pairs=400.0, verify=seconds, requests=2, draft=0.9, overhead=0.1)
+        reading = capacity.attention(100.0, 400.0)
+        capacity.observe(
+            tokens=4, context=100.0, pairs=400.0, verify=seconds + reading, requests=2, draft=0.9, overhead=0.1
+        )
 
     step(3.0)
     assert capacity.raw[4] == pytest.approx(2.0)  # not by one step

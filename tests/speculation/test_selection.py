@@ -34,7 +34,7 @@ def capacity(verify: list[float], draft: float = 0.0, attention: float = 0.0) ->
     """Verification of B tokens takes verify[B - 1] seconds, a draft `draft` whoever takes part."""
     sizes = tuple(range(1, len(verify) + 1))
     drafts = ((1, 64), (draft, draft * 1.001)) if draft else ((), ())
-    return Capacity(Profile(sizes, tuple(verify), drafts[0], drafts[1], attention, 0), len(verify), 64)
+    return Capacity(Profile(sizes, tuple(verify), drafts[0], drafts[1], 0.0, attention), len(verify), 64)
 
 
 def linear(fixed: float, each: float, size: int = 100) -> Capacity:
@@ -249,8 +249,8 @@ def test_context_makes_tokens_dearer() -> None:
     costs = capacity([1.0 + 0.01 * tokens for tokens in range(1, 40)], attention=1e-3)
     survival = torch.full((1, 8), 0.8).cumprod(1)
     policy = build_selection("causal", costs)
-    near = policy.lengths(survival, [8], Load(1, 1, 100, pairs=1, context=1))[0]
-    far = policy.lengths(survival, [8], Load(1, 1, 100, pairs=1000, context=1000))[0]
+    near = policy.lengths(survival, [8], Load(1, 1, 100, context=1, pairs=1, per_draft=1))[0]
+    far = policy.lengths(survival, [8], Load(1, 1, 100, context=1000, pairs=1000, per_draft=1000))[0]
     assert far < near
 
 
