@@ -1,4 +1,4 @@
-# make serve | test | check | bench — each sets up what it needs; a second run starts at once.
+# make serve | test | check | mutants | bench — each sets up what it needs; a second run starts at once.
 PYTHON ?= python3
 PORT ?= 8000
 ARGS ?=
@@ -8,12 +8,13 @@ STAMP := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check bench format
+.PHONY: help serve test check mutants bench format
 
 help:
 	@echo "make serve [PORT=8000] [ARGS='--max-num-seqs 32']   set up and serve SmolLM2-135M-Instruct on 127.0.0.1"
 	@echo "make test  [ARGS='-k blocks']                       set up and run the tests"
 	@echo "make check                                          format, lint and types"
+	@echo "make mutants                                        plant known bugs; a test must catch each"
 	@echo "make bench                                          measure this machine; see docs/benchmarks.md"
 
 $(STAMP): pyproject.toml requirements.txt
@@ -45,6 +46,9 @@ check: $(DEV)
 	@$(BIN)/ruff check .
 	@mkdir -p build/types && ln -sfn ../../kernels build/types/dspark_kernels
 	@MYPYPATH=build/types $(BIN)/mypy -p dspark_server -p dspark_kernels
+
+mutants: $(DEV)
+	@$(BIN)/python tests/mutants.py $(ARGS)
 
 format: $(DEV)
 	@$(BIN)/ruff check --fix -q . ; $(BIN)/ruff format .

@@ -2,7 +2,11 @@
 
 import pytest
 
+from dspark_server.engine.executor import DraftRequest
 from dspark_server.engine.request import SamplingParams
+from dspark_server.speculation.drafter import DraftBlock
+from dspark_server.speculation.noise import CounterStreams
+from dspark_server.speculation.sampling import SamplingBatch
 
 from .support import HEADS, greedy, prompts, seeded, tiny_core
 
@@ -59,6 +63,28 @@ def test_a_prefix_hit_carries_the_draft_rows() -> None:
     assert second == first
     assert [2 * n for n in counts[0]] == cold.loop.stats.accepted_per_position
     assert 2 * counts[1] == cold.loop.stats.drafts
+
+
+def test_no_draft_reuses_the_noise_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """(key, position, draft number) never repeats, though blocks are discarded whole and requests preempted."""
+    core = tiny_core(num_blocks=28)
+    drawn: list[tuple[int, int, int]] = []
+    draft = core.loop.executor.draft
+
+    def look(requests: list[DraftRequest], sampling: SamplingBatch, streams: CounterStreams) -> DraftBlock:
+        drawn.extend(
+            zip(sampling.key.tolist(), sampling.position.tolist(), sampling.draft_number.tolist(), strict=True)
+        )
+        return draft(requests, sampling, streams)
+
+    monkeypatch.setattr(core.loop.executor, "draft", look)
+    monkeypatch.setattr(core.loop._selection, "lengths", lambda survival, limits, load: [0] * len(limits))
+    core.generate(prompts(9), SamplingParams(max_tokens=20, temperature=1.0, ignore_eos=True))
+    assert core.loop.stats.preemptions > 0
+    assert len(drawn) > 100
+    assert len(set(drawn)) == len(drawn)
+    numbers = [[number for key, _, number in drawn if key == own] for own in {key for key, _, _ in drawn}]
+    assert all(own == list(range(1, len(own) + 1)) for own in numbers)
 
 
 def test_unseeded_requests_with_one_prompt_differ() -> None:

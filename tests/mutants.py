@@ -1,0 +1,150 @@
+"""`make mutants`: plants each known way to lose losslessness in a copy of the package; a named test must fail on it.
+
+A mutant is a few exact replacements in the sources. One that no longer applies, or that its test lets through, fails
+the run. Prints a table and exits 1 if any survived.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """`edits`: (file, text, replacement), the text standing there exactly once. `killer`: the test that must fail."""
+
+    name: str
+    edits: tuple[tuple[str, str, str], ...]
+    killer: str
+
+
+def _one(name: str, file: str, text: str, replacement: str, killer: str) -> Mutant:
+    return Mutant(name, ((file, text, replacement),), killer)
+
+
+STEP, DSPARK = "dspark_server/engine/step.py", "dspark_server/speculation/dspark.py"
+ACCEPTANCE, SELECTION = "dspark_server/speculation/acceptance.py", "dspark_server/speculation/selection.py"
+MONTE_CARLO = "tests/engine/test_monte_carlo.py::test_the_law_is_the_targets"
+
+MUTANTS = (
+    _one("draft and acceptance share noise", "dspark_server/speculation/noise.py", "COIN = 2", "COIN = 1",
+         "tests/speculation/test_streams.py::test_everything_in_the_key_gives_another_number"),
+    _one("q is not the law drafts were drawn from", DSPARK, "laws.append(law)", "laws.append(torch.sqrt(law))",
+         MONTE_CARLO),
+    _one("residual softmaxed instead of normalised", ACCEPTANCE,
+         "return torch.where(left.sum(-1, keepdim=True) > 0, left, p)", "return torch.softmax(left, -1)",
+         "tests/speculation/test_exact.py::test_the_joint_law_is_the_targets"),
+    _one("target filters left out of p", ACCEPTANCE, "p = distribution(mine.logits[mine.start[active] + slot], here)",
+         "p = torch.softmax(mine.logits[mine.start[active] + slot], -1)",
+         "tests/speculation/test_losslessness.py::test_ratio_rule_has_the_targets_joint_law"),
+    _one("retrospective search over this step's survivals", SELECTION,
+         "return ranked.first(admitted(ranked.values, seconds, load, self._floor))",
+         "return ranked.first(best_count(ranked.values, seconds * (1 + np.arange(len(seconds)) % 2), load))",
+         "tests/speculation/test_selection.py::test_whether_a_token_is_kept_does_not_depend_on_it_or_on_later_ones"),
+    Mutant("prefix cut at a forbidden token", (
+        ("dspark_server/speculation/law.py", "            probs = distribution(rows, part, names)",
+         "            probs = distribution(rows, replace(part, forbidden=()), names)"),
+        ("dspark_server/speculation/law.py", "from functools import lru_cache",
+         "from dataclasses import replace\nfrom functools import lru_cache"),
+        (STEP, "        return Drafted(requests, block, survival,",
+         "        limits = [next((k for k, x in enumerate(row[:limit]) if x in r.stop_ids), limit)\n"
+         "                  for r, row, limit in zip(requests, block.tokens.tolist(), limits, strict=True)]\n"
+         "        return Drafted(requests, block, survival,"),
+     ), f"{MONTE_CARLO}[causal-3]"),
+    _one("prefix dropped whole on a late NaN", STEP, "limits = [min(limit, usable) for limit, usable",
+         "limits = [limit if limit <= usable else 0 for limit, usable",
+         "tests/speculation/test_nan.py::test_a_nan_at_a_slot_keeps_exactly_the_slots_before_it"),
+    _one("shared seeds under the ratio rule", STEP, "coupled=[p.seed is not None for p in params]",
+         "coupled=[False for p in params]", "tests/engine/test_lossless.py::test_a_drafter_changes_no_token"),
+    _one("lagged count with redrawn noise", STEP, "                request.draft_number += 1\n", "",
+         "tests/engine/test_lossless.py::test_no_draft_reuses_the_noise_of_another"),
+    _one("lagged count from this step's own survivals", SELECTION, "    LAG = 2\n", "    LAG = 1\n",
+         "tests/speculation/test_selection.py::test_lagged_counts_by_the_survivals_of_two_steps_ago"),
+    _one("draft context one row short", DSPARK, "Run([r.anchor, *mask], r.position, r.block_table, self.gamma)",
+         "Run([r.anchor, *mask], r.position - 1, r.block_table, self.gamma)", "tests/engine/test_conformance.py"),
+    _one("long chunks write no draft rows, and a prefix hit finds none", "dspark_server/engine/executor.py",
+         "        self.drafter.observe(taps, batch, self.pool)",
+         "        if all(len(run.tokens) <= 8 for run in runs):\n"
+         "            self.drafter.observe(taps, batch, self.pool)",
+         "tests/engine/test_conformance.py"),
+)  # fmt: skip
+
+
+def planted(mutant: Mutant, copy: Path) -> str | None:
+    """Apply the edits to a copy of the package; what is wrong, if they do not apply."""
+    for file, text, replacement in mutant.edits:
+        path = copy / file
+        source = path.read_text()
+        if source.count(text) != 1:
+            return f"{file} holds {text!r} {source.count(text)} times, not once"
+        path.write_text(source.replace(text, replacement))
+    return None
+
+
+def copied(copy: Path) -> None:
+    """The package and its tests, as far as a test run needs them."""
+    for part in ("dspark_server", "tests", "kernels"):
+        shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", copy)
+
+
+def tested(copy: Path, *tests: str) -> subprocess.CompletedProcess[str]:
+    """Run tests against the copy; status 1 means that some failed, 0 that none did."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+    environment = os.environ | {"PYTHONPATH": str(copy)}
+    return subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, timeout=900)
+
+
+def killed(mutant: Mutant) -> str:
+    """Run the killer on the mutant: "killed", or what happened instead."""
+    with tempfile.TemporaryDirectory() as scratch:
+        copy = Path(scratch)
+        copied(copy)
+        if wrong := planted(mutant, copy):
+            return wrong
+        done = tested(copy, mutant.killer)
+        if done.returncode == 1:
+            return "killed"
+        return "survived" if done.returncode == 0 else f"the test did not run: {done.stdout[-300:]}{done.stderr[-300:]}"
+
+
+def healthy(mutants: Sequence[Mutant]) -> bool:
+    """Whether every killer passes on a copy without a mutant, so that a failure means something."""
+    with tempfile.TemporaryDirectory() as scratch:
+        copied(Path(scratch))
+        done = tested(Path(scratch), *dict.fromkeys(mutant.killer for mutant in mutants))
+        print("" if done.returncode == 0 else done.stdout[-2000:], end="")
+        return done.returncode == 0
+
+
+def main() -> None:
+    """Try every mutant, or those whose name contains the argument."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("name", nargs="?", default="", help="only mutants whose name contains this")
+    chosen = [mutant for mutant in MUTANTS if parser.parse_args().name in mutant.name]
+    if not healthy(chosen):
+        sys.exit("the tests fail without a mutant already")
+    table = Table("mutant", "test", "outcome")
+    outcomes = []
+    for mutant in tqdm(chosen, unit="mutant"):
+        outcomes.append(killed(mutant))
+        table.add_row(mutant.name, mutant.killer.removeprefix("tests/"), outcomes[-1])
+    Console().print(table)
+    print(f"{outcomes.count('killed')} of {len(outcomes)} killed")
+    sys.exit(0 if outcomes.count("killed") == len(outcomes) else 1)
+
+
+if __name__ == "__main__":
+    main()
