@@ -66,12 +66,13 @@ class Split:
 
     @classmethod
     def of(cls, corpus: Corpus, held_out: int, seed: int, reuse: int = 1) -> "Split":
-        """The held-out sequences are the same for every seed, so that runs can be compared."""
+        """The held-out sequences are the same for every seed, so that runs can be compared; the order is not."""
         usable = np.array([i for i in range(corpus.size) if len(corpus.anchors(i))])
         if held_out >= len(usable):
             raise ConfigError(f"{held_out} sequences held out of {len(usable)} leaves none to train on.")
         order = np.random.default_rng(20260601).permutation(usable)
-        return cls(corpus, order[:held_out].tolist(), order[held_out:], seed, reuse)
+        training = np.random.default_rng([seed, 4]).permutation(order[held_out:])
+        return cls(corpus, order[:held_out].tolist(), training, seed, reuse)
 
     def step(self, step: int, sequences: int, anchors: int) -> list[tuple[int, Integers]]:
         """Sequences of a training step with the anchors drawn for each, ascending."""

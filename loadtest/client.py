@@ -1,0 +1,242 @@
+"""One streaming request to an OpenAI-style /v1/completions, and the two ways to send many: closed loop and Poisson.
+
+Nothing here knows which server answers. Times are seconds of `time.perf_counter`.
+"""
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any
+
+import httpx
+
+PAUSE_AFTER_ERROR = 0.1  # seconds a closed-loop user waits before trying again, so that a full server is not flooded
+
+
+class LoadTestError(Exception):
+    """A load test that cannot go on; the message is for its user."""
+
+
+@dataclass(frozen=True)
+class RequestOptions:
+    """What all requests of a run have in common.
+
+    `timeout` is in seconds for a whole request. With `request_seed`, request i asks for sampling seed
+    `request_seed` + i. `extra_body` has the last word on every field.
+    """
+
+    model: str
+    max_tokens: int = 128
+    temperature: float = 0.0
+    ignore_eos: bool = True
+    timeout: float = 600.0
+    api_key: str | None = None
+    request_seed: int | None = None
+    extra_body: dict[str, Any] = field(default_factory=dict)
+
+    def body(self, prompt: str, index: int) -> dict[str, Any]:
+        """The JSON body of request `index`."""
+        body: dict[str, Any] = {
+            "model": self.model,
+            "prompt": prompt,
+            "max_tokens": self.max_tokens,
+            "temperature": self.temperature,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        if self.ignore_eos:
+            body["ignore_eos"] = True
+        if self.request_seed is not None:
+            body["seed"] = self.request_seed + index
+        return body | self.extra_body
+
+
+@dataclass
+class Outcome:
+    """What became of a request. Times in seconds; `ttft`, `e2e` and `gaps` count from the actual send.
+
+    `queued` is how long this client, not the server, kept the request beyond the moment it was due. `e2e` ends with the
+    last chunk of output; `gaps` lie between chunks that have text. Token counts are the server's `usage` where
+    `counted` is true; without it each chunk with text counts as one token and the prompt as none. `error` is a class
+    such as "http_503", or None for a request that completed.
+    """
+
+    started: float
+    queued: float = 0.0
+    ttft: float = 0.0
+    e2e: float = 0.0
+    gaps: list[float] = field(default_factory=list)
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    counted: bool = False
+    error: str | None = None
+    detail: str = ""
+
+    @property
+    def tpot(self) -> float | None:
+        """Seconds per output token after the first: (E2E - TTFT) / (tokens - 1). None for a single token."""
+        return (self.e2e - self.ttft) / (self.output_tokens - 1) if self.output_tokens > 1 else None
+
+    @property
+    def user_rate(self) -> float | None:
+        """Output tokens a second that this user saw; None where all came at once."""
+        return 1 / self.tpot if self.tpot else None
+
+
+class _Failure(Exception):
+    """A request that failed in a way the protocol shows: class and detail."""
+
+    def __init__(self, kind: str, detail: str = "") -> None:
+        super().__init__(detail)
+        self.kind = kind
+        self.detail = detail
+
+
+def connect(url: str, api_key: str | None = None) -> httpx.AsyncClient:
+    """A client without pool limits or proxies. Idle connections are dropped before servers commonly do (5 s)."""
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=2.0)
+    headers = {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {})
+    return httpx.AsyncClient(base_url=url, headers=headers, timeout=None, limits=limits, trust_env=False)
+
+
+async def send(
+    client: httpx.AsyncClient, options: RequestOptions, prompt: str, index: int = 0, *, due: float | None = None
+) -> Outcome:
+    """Send one request now and read its stream to the end; never raises for what a server or network does."""
+    outcome = Outcome(started=time.perf_counter())
+    outcome.queued = max(0.0, outcome.started - due) if due is not None else 0.0
+    try:
+        async with (
+            asyncio.timeout(options.timeout),
+            client.stream("POST", "/v1/completions", json=options.body(prompt, index)) as response,
+        ):
+            if response.status_code != 200:
+                raise _Failure(f"http_{response.status_code}", (await response.aread())[:300].decode(errors="replace"))
+            await _read(response, outcome)
+    except _Failure as failure:
+        outcome.error, outcome.detail = failure.kind, failure.detail
+    except (TimeoutError, httpx.TimeoutException):
+        outcome.error, outcome.detail = "timeout", f"no end within {options.timeout:g} s"
+    except httpx.ConnectError as error:
+        outcome.error, outcome.detail = "connect", str(error)
+    except httpx.TransportError as error:
+        outcome.error, outcome.detail = "disconnect", str(error)
+    return outcome
+
+
+async def _read(response: httpx.Response, outcome: Outcome) -> None:
+    """Fill `outcome` from a stream of completion chunks."""
+    first = first_text = last_text = last = None
+    texts, usage = 0, None
+    async for now, data in _events(response):
+        if data == b"[DONE]":
+            break
+        try:
+            chunk = json.loads(data)
+            usage = chunk.get("usage") or usage
+            choices = chunk.get("choices")
+            has_text = bool(choices and choices[0].get("text"))
+        except (ValueError, AttributeError, TypeError, LookupError):
+            raise _Failure("malformed", f"not a completion chunk: {data[:200]!r}") from None
+        if "error" in chunk:
+            raise _Failure("stream_error", data[:300].decode(errors="replace"))
+        if choices:
+            last = now
+            first = first or now
+        if has_text:
+            if last_text is not None:
+                outcome.gaps.append(now - last_text)
+            last_text = now
+            first_text = first_text or now
+            texts += 1
+    else:
+        raise _Failure("truncated", "the stream ended without [DONE]")
+    outcome.counted = usage is not None
+    outcome.prompt_tokens = (usage or {}).get("prompt_tokens") or 0
+    outcome.output_tokens = (usage or {}).get("completion_tokens") or texts
+    if first is None or last is None or not outcome.output_tokens:
+        raise _Failure("empty", "the answer has no tokens")
+    # A first chunk without text would flatter the server; an answer without any text has nothing better.
+    outcome.ttft = (first_text or first) - outcome.started
+    outcome.e2e = last - outcome.started
+
+
+async def _events(response: httpx.Response) -> AsyncIterator[tuple[float, bytes]]:
+    """The `data:` of each server-sent event, with the time its bytes came."""
+    rest = b""
+    async for piece in response.aiter_raw():
+        now = time.perf_counter()
+        *lines, rest = (rest + piece).split(b"\n")
+        for line in lines:
+            if line.startswith(b"data:"):
+                yield now, line[5:].strip()
+
+
+Report = Callable[[Outcome], None]
+
+
+async def closed_loop(
+    client: httpx.AsyncClient,
+    options: RequestOptions,
+    prompt: Callable[[int], str],
+    *,
+    users: int,
+    first: int = 0,
+    requests: int | None = None,
+    duration: float | None = None,
+    report: Report = lambda _: None,
+) -> list[Outcome]:
+    """`users` that each send their next request when the last one ended.
+
+    Requests are `first`, `first` + 1, …: `requests` of them, or as many as are begun within `duration` seconds; those
+    begun are read to their end.
+    """
+    indices: Iterator[int] = count(first) if requests is None else iter(range(first, first + requests))
+    end = time.perf_counter() + duration if duration is not None else float("inf")
+    outcomes: list[Outcome] = []
+
+    async def user() -> None:
+        while time.perf_counter() < end and (index := next(indices, None)) is not None:
+            outcome = await send(client, options, prompt(index), index)
+            outcomes.append(outcome)
+            report(outcome)
+            if outcome.error:
+                await asyncio.sleep(PAUSE_AFTER_ERROR)
+
+    await asyncio.gather(*[user() for _ in range(users)])
+    return outcomes
+
+
+async def open_loop(
+    client: httpx.AsyncClient,
+    options: RequestOptions,
+    prompt: Callable[[int], str],
+    *,
+    arrivals: Sequence[float],
+    first: int = 0,
+    max_in_flight: int | None = None,
+    report: Report = lambda _: None,
+) -> list[Outcome]:
+    """Send a request at each of `arrivals` (seconds from now, ascending), whatever became of the others.
+
+    With `max_in_flight`, requests beyond it wait here, and that shows in `Outcome.queued`.
+    """
+    slots = asyncio.Semaphore(max_in_flight) if max_in_flight is not None else nullcontext()
+    begin = time.perf_counter()
+
+    async def one(index: int, due: float) -> Outcome:
+        async with slots:
+            outcome = await send(client, options, prompt(index), index, due=due)
+        report(outcome)
+        return outcome
+
+    tasks: list[asyncio.Task[Outcome]] = []
+    async with asyncio.TaskGroup() as group:
+        for index, arrival in enumerate(arrivals, first):
+            await asyncio.sleep(max(0.0, begin + arrival - time.perf_counter()))
+            tasks.append(group.create_task(one(index, begin + arrival)))
+    return [task.result() for task in tasks]
