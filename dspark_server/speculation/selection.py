@@ -205,11 +205,17 @@ class Ranked:
 
 
 def step_seconds(capacity: Capacity, load: Load, drafts: int, requests: int, *, convex: bool) -> Floats:
-    """[drafts + 1] seconds of the whole step when 0 .. drafts draft tokens of `requests` requests are verified."""
+    """[drafts + 1] seconds that tau is bought with when 0 .. drafts draft tokens of `requests` requests are verified.
+
+    Prefill tokens in the pass make each draft token as dear as it then is, but what they cost themselves buys other
+    tokens than tau: were it counted, any draft would look cheap beside a long chunk.
+    """
     table = capacity.convex if convex else capacity.raw
+    last = len(table) - 1
     count = np.arange(drafts + 1)
-    tokens = np.minimum(load.tokens + count, len(table) - 1)
-    fixed = capacity.draft(requests) + capacity.overhead + capacity.attention(load.context, load.pairs)
+    tokens = np.minimum(load.tokens + count, last)
+    prefill = table[min(load.tokens, last)] - table[min(load.sampling, last)]
+    fixed = capacity.draft(requests) + capacity.overhead + capacity.attention(load.context, load.pairs) - prefill
     more = capacity.attention(0.0, load.per_draft)
     return np.maximum(table[tokens] + fixed + count * more, 1e-9)
 
@@ -269,18 +275,18 @@ def choose_drafting(
         if theta > best:
             best, drafting = theta, size
     chosen = able[:drafting]
-    probes = [index for index in able[drafting:] if candidates[index].probe_due]
-    if probes:
-        together = [*chosen, *probes]
-        rates = np.array([candidates[index].rate for index in chosen] + [OPTIMISM] * len(probes))
-        if predicted(together, rates) <= best:
-            probes = []
-    return Choice(sorted([*chosen, *probes]), frozenset(probes))
+    due = [index for index in able[drafting:] if candidates[index].probe_due]
+    known = [candidates[index].rate for index in chosen]
+    # As many probes as could pay together: were it all or none, a crowd of newcomers would never find out.
+    for size in reversed(_sizes(len(due))):
+        if predicted([*chosen, *due[:size]], np.array(known + [OPTIMISM] * size)) > best:
+            return Choice(sorted([*chosen, *due[:size]]), frozenset(due[:size]))
+    return Choice(sorted(chosen))
 
 
 def _sizes(count: int) -> list[int]:
     """1, 2, 4, ... and `count` itself: enough to see where drafting stops paying."""
-    return sorted({*(1 << power for power in range(count.bit_length())), count})
+    return sorted({*(1 << power for power in range(count.bit_length())), count} - {0})
 
 
 def build_selection(

@@ -289,6 +289,28 @@ def test_a_poor_record_is_probed_again_if_load_allows() -> None:
     assert choose_drafting([poor], load(1), capacity([1.0 * n for n in range(1, 99)], draft=0.3)).drafting == []
 
 
+def test_a_crowd_of_newcomers_is_probed_in_part() -> None:
+    """Where all of them together would not pay, some do."""
+    sizes = tuple(range(1, 400))
+    verify = tuple(1.0 + 0.08 * max(0, tokens - 20) for tokens in sizes)
+    costs = Capacity(Profile(sizes, verify, (1, 64), (0.01, 2.0), 0.0, 0.0), 399, 64)
+    rows = [Candidate(4, 0.0, probe_due=True)] * 64
+    choice = choose_drafting(rows, load(64), costs)
+    assert choice.drafting == []  # at 64 anchors each draft token costs what an anchor does
+    choice = choose_drafting(rows[:16], load(16), costs)
+    assert choice.probing == set(choice.drafting)
+    assert 0 < len(choice.drafting) < 16
+
+
+def test_a_prefill_chunk_does_not_make_drafts_look_cheap() -> None:
+    """Where drafts do not pay without the chunk, they do not pay beside it."""
+    costs = capacity([1.0 + 0.1 * tokens for tokens in range(1, 400)])
+    survival = torch.full((4, 4), 0.15).cumprod(1)
+    policy = build_selection("causal", costs)
+    assert policy.lengths(survival, [4] * 4, load(4)) == [0] * 4
+    assert policy.lengths(survival, [4] * 4, Load(sampling=4, tokens=260, room=100)) == [0] * 4
+
+
 @given(limits, st.integers(0, 60), st.integers(0, 2**32 - 1))
 def test_choices_and_lengths_stay_within_limits_and_room(limits: list[int], room: int, seed: int) -> None:
     generator = np.random.default_rng(seed)
