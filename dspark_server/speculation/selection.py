@@ -217,7 +217,7 @@ def step_seconds(capacity: Capacity, load: Load, drafts: int, requests: int, *, 
     prefill = table[min(load.tokens, last)] - table[min(load.sampling, last)]
     fixed = capacity.draft(requests) + capacity.overhead + capacity.attention(load.context, load.pairs) - prefill
     more = capacity.attention(0.0, load.per_draft)
-    return np.maximum(table[tokens] + fixed + count * more, 1e-9)
+    return np.asarray(np.maximum(table[tokens] + fixed + count * more, 1e-9))
 
 
 def within_floor(seconds: Floats, floor: float | None) -> int:
