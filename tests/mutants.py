@@ -70,7 +70,7 @@ MUTANTS = (
          "coupled=[False for p in params]", "tests/engine/test_lossless.py::test_a_drafter_changes_no_token"),
     _one("lagged count with redrawn noise", STEP, "                request.draft_number += 1\n", "",
          "tests/engine/test_lossless.py::test_no_draft_reuses_the_noise_of_another"),
-    _one("lagged count from this step's own survivals", SELECTION, "    LAG = 2\n", "    LAG = 1\n",
+    _one("lagged count from one step ago", SELECTION, "    LAG = 2\n", "    LAG = 1\n",
          "tests/speculation/test_selection.py::test_lagged_counts_by_the_survivals_of_two_steps_ago"),
     _one("draft context one row short", DSPARK, "Run([r.anchor, *mask], r.position, r.block_table, self.gamma)",
          "Run([r.anchor, *mask], r.position - 1, r.block_table, self.gamma)", "tests/engine/test_conformance.py"),
