@@ -26,6 +26,7 @@ class SpeculativeConfig:
     threshold: float = 0.5
     min_user_tokens_per_second: float | None = None
     shortlist: int | None = None  # candidates a draft position is chosen from; None: the whole vocabulary
+    copying: bool = True  # drafts may also come from where the same tokens stood before in prompt and answer
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:

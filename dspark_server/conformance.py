@@ -104,7 +104,7 @@ def _replay_case(directory: Path, case: str, expected: dict[str, Tensor], report
             model=str(directory / "target"),
             dtype="float32",
             kv_cache_memory_bytes=256 << 20,
-            speculative=SpeculativeConfig(method="dspark", model=str(directory / "draft"), selection="fixed"),
+            speculative=SpeculativeConfig("dspark", str(directory / "draft"), selection="fixed", copying=False),
             check_invariants=True,
         ),
         acceptance=forced.accept,

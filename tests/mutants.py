@@ -66,6 +66,12 @@ MUTANTS = (
     _one("prefix dropped whole on a late NaN", STEP, "limits = [min(limit, usable) for limit, usable",
          "limits = [limit if limit <= usable else 0 for limit, usable",
          "tests/speculation/test_nan.py::test_a_nan_at_a_slot_keeps_exactly_the_slots_before_it"),
+    _one("block cut where it leaves the copy it was favoured with", DSPARK,
+         "                copies.follow(k, previous)\n",
+         "                copies.follow(k, previous)\n"
+         "                left = copies.on[:, k] & (previous != copies.tokens[:, k])\n"
+         "                usable = torch.where(left, usable.clamp(max=k), usable)\n",
+         f"{MONTE_CARLO}[causal-None]"),
     _one("shared seeds under the ratio rule", STEP, "coupled=[p.seed is not None for p in params]",
          "coupled=[False for p in params]", "tests/engine/test_lossless.py::test_a_drafter_changes_no_token"),
     _one("lagged count with redrawn noise", STEP, "                request.draft_number += 1\n", "",

@@ -62,16 +62,16 @@ class EngineCore:
         groups = [target.kv_group] + ([drafter.kv_group] if drafter.kv_group else [])
         block_bytes = KVPool.bytes_per_block(config.block_size, groups, dtype)
         num_blocks = config.num_blocks or config.kv_cache_memory_bytes // block_bytes
-        _check_pool(config, num_blocks, drafter.gamma)
         pool = KVPool(num_blocks, config.block_size, groups, dtype)
+        executor = TorchExecutor(target, drafter, pool)
+        _check_pool(config, num_blocks, executor.gamma)
         batcher = Batcher(
             BlockPool(num_blocks, config.block_size, prefix_caching=config.enable_prefix_caching),
             EngineStats(),
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
-            gamma=drafter.gamma,
+            gamma=executor.gamma,
         )
-        executor = TorchExecutor(target, drafter, pool)
         policy = config.speculative.selection if drafter.gamma else "none"
         cache_identity = f"{directory}|{dtype}|{drafter.identity}"
         backend = f"{kernels.name}, {target.lm_head.backend} linear, {str(dtype).removeprefix('torch.')}"
@@ -100,6 +100,7 @@ class EngineCore:
             ),
             capacity=capacity,
             max_draft_tokens=config.speculative.num_speculative_tokens,
+            copying=drafter.copying is not None and policy != "none",
             check_invariants=config.check_invariants,
             **loop_options,
         )
@@ -191,7 +192,7 @@ def _drafter(
                 f'no drafter ships for this model: name one, {{"method": "{config.method}", "model": "DIR"}}.'
             )
         where = shipped
-    drafter = DSparkDrafter.load(where, target, directory, dtype, kernels, config.shortlist)
+    drafter = DSparkDrafter.load(where, target, directory, dtype, kernels, config.shortlist, config.copying)
     asked = config.num_speculative_tokens
     if asked is not None and asked > drafter.gamma:
         raise ConfigError(

@@ -2,12 +2,14 @@
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from dspark_server.models.decoder import Decoder
 from dspark_server.runtime.batch import Batch, Run
 from dspark_server.runtime.kv import KVPool
-from dspark_server.speculation.drafter import DraftBlock, Drafter, DraftRequest
+from dspark_server.speculation.copying import WIDTH
+from dspark_server.speculation.drafter import DraftBlock, Drafter, DraftRequest, with_copies
 from dspark_server.speculation.noise import Streams
 from dspark_server.speculation.sampling import SamplingBatch
 
@@ -17,10 +19,13 @@ __all__ = ["DraftRequest", "Executor", "TorchExecutor"]
 class Executor(Protocol):
     """One draft and one verification per step."""
 
-    gamma: int
+    gamma: int  # most draft tokens of a block
 
     def draft(self, requests: list[DraftRequest], sampling: SamplingBatch, streams: Streams) -> DraftBlock:
-        """Draft gamma tokens after each anchor. KV slots for anchor and block are reserved."""
+        """Draft up to gamma tokens after each anchor. KV slots for anchor and block are reserved.
+
+        Requests whose block is copied alone come last.
+        """
 
     def verify(self, runs: list[Run]) -> tuple[Tensor, list[int]]:
         """One target pass over all runs: logits [M, V] float32 and where each run's rows start (R + 1 entries)."""
@@ -30,13 +35,22 @@ class TorchExecutor:
     """Target and drafter over one paged KV pool: layer group 0 is the target's, group 1 the drafter's."""
 
     def __init__(self, target: Decoder, drafter: Drafter, pool: KVPool) -> None:
-        self.gamma = drafter.gamma
+        self.gamma = max(drafter.gamma, WIDTH) if drafter.copying else drafter.gamma
         self.target = target
         self.drafter = drafter
         self.pool = pool
 
     def draft(self, requests: list[DraftRequest], sampling: SamplingBatch, streams: Streams) -> DraftBlock:
-        return self.drafter.propose(requests, sampling, streams, self.pool)
+        matches = [request.match for request in requests if request.alone and request.match is not None]
+        asked = requests[: len(requests) - len(matches)]
+        block = None
+        if asked:
+            here = sampling if not matches else sampling.select(torch.arange(len(asked)))
+            block = self.drafter.propose(asked, here, streams, self.pool)
+        if self.drafter.copying is None:
+            assert block is not None, "a drafter that may not copy was asked for copies alone"
+            return block
+        return with_copies(block, matches, self.gamma, self.drafter.copying)
 
     def verify(self, runs: list[Run]) -> tuple[Tensor, list[int]]:
         batch = Batch.of(runs, self.pool.block_size)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 
 from dspark_server.engine.blocks import BlockKey, chain
+from dspark_server.speculation.copying import ContextIndex
 from dspark_server.speculation.history import SurvivalHistory
 
 
@@ -70,6 +71,7 @@ class Request:
     cached_tokens: int | None = None  # prompt tokens found in the prefix cache at first admission
     draft_number: int = 0  # every draft of the request, discarded ones included; survives preemption
     history: SurvivalHistory = field(default_factory=SurvivalHistory)
+    context: ContextIndex = field(default_factory=ContextIndex)
 
     @property
     def max_length(self) -> int:

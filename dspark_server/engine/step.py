@@ -13,9 +13,10 @@ from dspark_server.engine.request import FinishReason, Request
 from dspark_server.runtime.batch import Run
 from dspark_server.speculation.acceptance import Accepted, DraftTokens, accept
 from dspark_server.speculation.capacity import Capacity
+from dspark_server.speculation.copying import ALONE, Match
 from dspark_server.speculation.drafter import DraftBlock
 from dspark_server.speculation.noise import CounterStreams
-from dspark_server.speculation.sampling import Forbidden, SamplingBatch
+from dspark_server.speculation.sampling import GREEDY_BELOW, Forbidden, SamplingBatch
 from dspark_server.speculation.selection import Candidate, Load, Selection
 
 FIRST_GUESS = 0.6  # survival of a draft token before any was judged
@@ -25,13 +26,15 @@ FIRST_GUESS = 0.6  # survival of a draft token before any was judged
 class Drafted:
     """A step's draft block: `requests[i]` owns row i and has the first `lengths[i]` of its tokens verified.
 
-    survival [R, gamma] float32 is what selection went by: the block's own, or each request's record.
+    survival [R, gamma] float32 is what selection went by: the block's own, or each request's record. The drafter made
+    the first `backbone` rows, the others are copies.
     """
 
     requests: list[Request]
     block: DraftBlock
     survival: Tensor
     lengths: list[int]
+    backbone: int
 
     def prefix_of(self) -> dict[Request, list[int]]:
         """The draft tokens to verify, by request."""
@@ -82,6 +85,7 @@ class StepLoop:
         *,
         capacity: Capacity | None = None,
         max_draft_tokens: int | None = None,
+        copying: bool = False,
         acceptance: Acceptance | None = None,
         trace: Callable[[StepTrace], None] | None = None,
         check_invariants: bool = False,
@@ -95,6 +99,7 @@ class StepLoop:
         self._selection = selection
         self._survival = FIRST_GUESS  # of all requests together
         self._max_draft_tokens = min(executor.gamma, max_draft_tokens or executor.gamma)
+        self._copying = copying
         self._streams = CounterStreams()
         self._acceptance = acceptance or self._lossless
         self._trace = trace
@@ -138,7 +143,7 @@ class StepLoop:
                 context=load.context,
                 pairs=load.pairs + (tokens - load.tokens) * load.per_draft,
                 verify=judged - selected,
-                requests=len(drafted.requests) if drafted else 0,
+                requests=drafted.backbone if drafted else 0,
                 draft=selected - planned,
                 overhead=self._clock() - judged + planned - began,
             )
@@ -149,9 +154,11 @@ class StepLoop:
         candidates = plan.decoding
         # The last token a request may commit is never a draft: one token always comes from the target.
         limits = [min(self._max_draft_tokens, request.remaining - 1) for request in candidates]
+        matches = self._matches(candidates)
+        alone = {request for request, match in matches.items() if match and copied_alone(request, match)}
         choice = self._selection.drafting(
             [
-                Candidate(limit, request.history.rate(self._survival), request.history.probe_due)
+                Candidate(limit, request.history.rate(self._survival), request.history.probe_due, request in alone)
                 for limit, request in zip(limits, candidates, strict=True)
             ],
             load,
@@ -160,22 +167,44 @@ class StepLoop:
         for index, request in enumerate(candidates):
             if index in drafting:
                 request.draft_number += 1
+            if request in alone:
+                continue
+            if index in drafting:
                 request.history.drafted(probing=index in choice.probing)
             else:
                 request.history.left_out()
         if not drafting:
             return None
-        requests = [candidates[index] for index in choice.drafting]
-        limits = [limits[index] for index in choice.drafting]
+        # Copies last: the drafter's rows come first.
+        order = sorted(choice.drafting, key=lambda index: candidates[index] in alone)
+        requests = [candidates[index] for index in order]
+        backbone = sum(request not in alone for request in requests)
         block = self.executor.draft(
-            [DraftRequest(r.tokens[-1], len(r.tokens) - 1, r.blocks) for r in requests],
+            [
+                DraftRequest(r.tokens[-1], len(r.tokens) - 1, r.blocks, matches.get(r), alone=r in alone)
+                for r in requests
+            ],
             sampling_batch(requests),
             self._streams,
         )
-        survival = self._recorded(requests) if block.survival is None else block.survival
+        survival = self._survival_of(block, requests)
         # A NaN at slot k cuts the prefix to k - 1, never shorter: earlier tokens were sampled without knowing of it.
-        limits = [min(limit, usable) for limit, usable in zip(limits, block.usable.tolist(), strict=True)]
-        return Drafted(requests, block, survival, self._selection.lengths(survival, limits, load))
+        usable = [min(limits[index], usable) for index, usable in zip(order, block.usable.tolist(), strict=True)]
+        lengths = self._selection.lengths(survival, usable, load, backbone)
+        return Drafted(requests, block, survival, lengths, backbone)
+
+    def _matches(self, requests: list[Request]) -> dict[Request, Match | None]:
+        """Where each request's text stood before."""
+        if not self._copying:
+            return {}
+        return {request: request.context.match(request.tokens, self.executor.gamma) for request in requests}
+
+    def _survival_of(self, block: DraftBlock, requests: list[Request]) -> Tensor:
+        """a_k [R, gamma]; where no confidence head says it, what each request's own drafts have come to."""
+        if block.survival is not None and not bool(block.survival[:, 0].isnan().any()):
+            return block.survival
+        recorded = self._recorded(requests)
+        return recorded if block.survival is None else torch.where(block.survival.isnan(), recorded, block.survival)
 
     def _recorded(self, requests: list[Request]) -> Tensor:
         """a_k [R, gamma] where no confidence head says it: what each request's own drafts have come to."""
@@ -207,10 +236,11 @@ class StepLoop:
         return accept(verified.logits, verified.row_start, draft, lengths, sampling, self._streams)
 
     def _learn(self, drafted: Drafted, verified: Verification, accepted: Accepted) -> None:
-        """Keep each request's record of what its drafts came to."""
+        """Keep each request's record of what its drafts came to, copies left out."""
         stood = dict(zip(verified.requests, accepted.count.tolist(), strict=True))
         first = drafted.survival[:, 0].nan_to_num().tolist()
-        for request, length, chance in zip(drafted.requests, drafted.lengths, first, strict=True):
+        rows = list(zip(drafted.requests, drafted.lengths, first, strict=True))
+        for request, length, chance in rows[: drafted.backbone]:
             request.history.record(length, stood[request], chance)
             if length:
                 share = stood[request] / min(length, stood[request] + 1)
@@ -252,6 +282,11 @@ class StepLoop:
             self.stats.accepted_tokens += kept
             for position in range(kept):
                 self.stats.accepted_per_position[position] += 1
+
+
+def copied_alone(request: Request, match: Match) -> bool:
+    """Whether what follows the match is all the request drafts: where it is greedy, and the match is long."""
+    return match.length >= ALONE and request.params.temperature < GREEDY_BELOW
 
 
 def sampling_batch(requests: list[Request]) -> SamplingBatch:

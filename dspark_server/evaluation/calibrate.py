@@ -1,9 +1,10 @@
 """`dspark-server calibrate`: fit sequential temperature scaling on what the target does with whole blocks.
 
-Prompts are the held-out ones of a training corpus: half of them fit the temperatures, the other half judges them.
+So are the tables that say how far copies from the context are believed. Prompts are the held-out ones of a training
+corpus: half of them fit, the other half judges.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,16 @@ from dspark_server.config import SpeculativeConfig
 from dspark_server.engine.request import SamplingParams
 from dspark_server.evaluation import measures
 from dspark_server.evaluation.collect import Blocks, Floats, collect
-from dspark_server.evaluation.evaluate import uncalibrated
+from dspark_server.evaluation.evaluate import uncalibrated, without_nan
 from dspark_server.evaluation.plots import plot_reliability
+from dspark_server.models.config import load_config
 from dspark_server.models.hub import resolve_model
 from dspark_server.speculation.calibration import Calibration
+from dspark_server.speculation.copying import BUCKETS, CopyTables
+from dspark_server.speculation.dspark import DSparkConfig
 from dspark_server.training.corpus import Corpus, Split
 
+BIASES = np.arange(-2, 16.01, 0.25)
 GRID = np.exp(np.linspace(np.log(0.2), np.log(5.0), 161))
 
 
@@ -42,7 +47,8 @@ def calibrate(run: CalibrateConfig) -> dict[str, Any]:
     corpus = Corpus.load(run.corpus)
     held_out = Split.of(corpus, run.held_out, 0).held_out
     prompts = [corpus.sequence(index)[: int(corpus.prompt_length[index])].tolist() for index in held_out]
-    fitted, report = {}, {}
+    before = Calibration.load(directory, DSparkConfig.load(directory, load_config(resolve_model(run.model))).block_size)
+    tables, fitted, report = before.copying, {}, {}
     for temperature in (0.0, 1.0):
         samples = run.samples if temperature else 1
         blocks = collect(
@@ -55,48 +61,118 @@ def calibrate(run: CalibrateConfig) -> dict[str, Any]:
             label=f"temperature {temperature:g}",
         ).blocks
         fit, test = blocks.of(blocks.group % 2 == 0), blocks.of(blocks.group % 2 == 1)
-        fitted[temperature] = fit_temperatures(fit)
-        before, after = uncalibrated(test), scaled(test.confidence, fitted[temperature])
+        tables = fit_copying(fit, tables, greedy=temperature == 0)
+        fitted[temperature] = fit_temperatures(fit, tables, temperature, len(before.greedy))
+        raw, scaled = uncalibrated(test), predicted(test, fitted[temperature], tables, temperature)
         report[f"{temperature:g}"] = {
             "temperatures": fitted[temperature],
             "fitted_on_blocks": len(fit.accepted),
             "judged_on_blocks": len(test.accepted),
-            "ece_before": measures.ece_by_position(before, test),
-            "ece_after": measures.ece_by_position(after, test),
-            "auc_before": measures.auc_by_position(before, test),
-            "auc_after": measures.auc_by_position(after, test),
+            "copied_alone": float(test.alone.mean()) if len(test.alone) else 0.0,
+            "ece_before": measures.ece_by_position(raw, test),
+            "ece_after": measures.ece_by_position(scaled, test),
+            "auc_before": measures.auc_by_position(raw, test),
+            "auc_after": measures.auc_by_position(scaled, test),
         }
         if run.plots is not None:
             run.plots.mkdir(parents=True, exist_ok=True)
             path = run.plots / f"calibration-T{temperature:g}.png"
-            plot_reliability({"before": before, "after": after}, test, path)
-    about = {name: {k: v for k, v in part.items() if k != "temperatures"} for name, part in report.items()}
-    Calibration(tuple(fitted[0.0]), tuple(fitted[1.0])).save(directory, {"fit": about})
+            plot_reliability({"before": raw, "after": scaled}, test, path)
+    about: dict[str, object] = without_nan(
+        {name: {k: v for k, v in part.items() if k != "temperatures"} for name, part in report.items()}
+    )
+    Calibration(tuple(fitted[0.0]), tuple(fitted[1.0]), tables).save(directory, {"fit": about})
     return report
 
 
-def fit_temperatures(blocks: Blocks) -> list[float]:
-    """Left to right: the temperature of logit k whose cumulative product errs least, those before it fixed."""
-    survival = np.ones(len(blocks.accepted))
+def fit_copying(blocks: Blocks, tables: CopyTables, *, greedy: bool) -> CopyTables:
+    """Biases, trust and lonely survival by match length, as far as the blocks tell; elsewhere what `tables` say."""
+    name = "greedy" if greedy else "sampled"
+    bucket = np.digitize(blocks.match, BUCKETS) - 1  # -1: not biased
+    bias, trust = list(getattr(tables, f"{name}_bias")), np.array(getattr(tables, f"{name}_trust"))
+    for index in range(len(BUCKETS)):
+        use = (bucket == index) & ~np.isnan(blocks.repeated)  # only the drafter's own blocks have any
+        odds, repeated = blocks.odds[use][:, None], blocks.repeated[use][:, None]
+        # The bias under which what followed was likeliest; a little weight on the table's own.
+        errors = -np.log(_sigmoid((odds + BIASES) * (2 * repeated - 1)) + 1e-12).sum(axis=0)
+        bias[index] = float(BIASES[np.argmin(errors + 0.05 * (BIASES - bias[index]) ** 2)])
+    reached = (bucket >= 0) & (blocks.accepted[:, None] >= np.arange(blocks.gamma)) & measures.judged(blocks)
+    reached &= ~blocks.alone[:, None]
+    if reached.any() and not np.isnan(blocks.confidence[reached]).any():
+        features = np.zeros((int(reached.sum()), 2 + len(BUCKETS)))
+        features[:, 0], features[:, 1] = blocks.confidence[reached], blocks.odds[reached]
+        features[np.arange(len(features)), 2 + bucket[reached]] = 1
+        trust = logistic(features, measures.prefix_survived(blocks)[reached].astype(float), trust)
+    fitted = replace(tables, **{f"{name}_bias": tuple(bias), f"{name}_trust": tuple(float(round(w, 4)) for w in trust)})
+    return fitted if not greedy else replace(fitted, alone=_alone(blocks.of(blocks.alone), tables.alone))
+
+
+def _alone(blocks: Blocks, prior: tuple[float, ...]) -> tuple[float, ...]:
+    """By bucket: how often a token that was copied alone stood, given those before it; the prior counts like five."""
+    reached = (blocks.accepted[:, None] >= np.arange(blocks.gamma)) & measures.judged(blocks)
+    bucket = np.digitize(blocks.match, BUCKETS) - 1
+    stood = measures.prefix_survived(blocks)
+    shares = []
+    for index, chance in enumerate(prior):
+        use = reached & (bucket == index)
+        shares.append(float(round((stood[use].sum() + 5 * chance) / (use.sum() + 5), 4)))
+    return tuple(shares)
+
+
+def logistic(features: Floats, labels: Floats, prior: Floats) -> Floats:
+    """Weights [f] of the logistic regression of labels [N] on features [N, f], drawn a little towards `prior` [f]."""
+    weights = prior.copy()
+    for _ in range(30):
+        chance = _sigmoid(features @ weights)
+        gradient = features.T @ (chance - labels) + (weights - prior)
+        curvature = (features.T * (chance * (1 - chance))) @ features + np.eye(len(prior))
+        change = np.linalg.solve(curvature, gradient)
+        weights = weights - change
+        if np.abs(change).max() < 1e-6:
+            break
+    return weights
+
+
+def fit_temperatures(blocks: Blocks, tables: CopyTables, temperature: float, gamma: int) -> list[float]:
+    """Left to right: the temperature of logit k whose cumulative product errs least, those before it fixed.
+
+    Over the drafter's own blocks, `gamma` slots of each; what copies add to them is given by `tables`.
+    """
+    blocks = blocks.of(~blocks.alone)
     stood, known = measures.prefix_survived(blocks), measures.judged(blocks)
+    copied = _copied(blocks, tables, temperature)
+    survival = np.ones(len(blocks.accepted))
     temperatures = []
-    for k in range(blocks.gamma):
-        use = known[:, k]
-        if not use.any():
-            temperatures.append(1.0)
-            continue
-        candidates = [survival * _sigmoid(blocks.confidence[:, k] / t) for t in GRID]
-        errors = [measures.expected_calibration_error(a[use], stood[use, k]) for a in candidates]
-        best = int(np.argmin(errors))
-        temperatures.append(float(round(GRID[best], 4)))
-        survival = survival * _sigmoid(blocks.confidence[:, k] / temperatures[-1])
+    for k in range(gamma):
+
+        def chance(t: float, k: int = k) -> Floats:
+            return np.where(blocks.match[:, k] > 0, copied[:, k], _sigmoid(blocks.confidence[:, k] / t))
+
+        use = known[:, k] & (blocks.match[:, k] == 0)
+        best = 1.0
+        if use.any():
+            errors = [measures.expected_calibration_error((survival * chance(t))[use], stood[use, k]) for t in GRID]
+            best = float(round(GRID[int(np.argmin(errors))], 4))
+        temperatures.append(best)
+        survival = survival * chance(best)
     return temperatures
 
 
-def scaled(confidence: Floats, temperatures: list[float]) -> Floats:
-    """a_k [N, gamma] after scaling."""
-    return np.asarray(_sigmoid(confidence / np.array(temperatures)).cumprod(axis=1))
+def predicted(blocks: Blocks, temperatures: list[float], tables: CopyTables, temperature: float) -> Floats:
+    """a_k [N, gamma] after scaling, as the engine computes it."""
+    scale = np.ones(blocks.gamma)
+    scale[: len(temperatures)] = temperatures
+    chance = np.where(blocks.match > 0, _copied(blocks, tables, temperature), _sigmoid(blocks.confidence / scale))
+    alone = np.array(tables.alone)[np.maximum(np.digitize(blocks.match, BUCKETS) - 1, 0)]
+    return np.asarray(np.where(blocks.alone[:, None], alone, chance).cumprod(axis=1))
+
+
+def _copied(blocks: Blocks, tables: CopyTables, temperature: float) -> Floats:
+    """Chance [N, gamma] of slots that a match biased."""
+    trust = np.array(tables.sampled_trust if temperature else tables.greedy_trust)
+    offset = trust[2:][np.maximum(np.digitize(blocks.match, BUCKETS) - 1, 0)]
+    return _sigmoid(trust[0] * blocks.confidence + trust[1] * blocks.odds + offset)
 
 
 def _sigmoid(values: Floats) -> Floats:
-    return np.asarray(1 / (1 + np.exp(-values)))
+    return np.asarray(1 / (1 + np.exp(-np.clip(values, -60, 60))))

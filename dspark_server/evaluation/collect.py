@@ -68,8 +68,11 @@ class Blocks:
 
     group [N]: whose (an index the caller gave each prompt); confidence [N, gamma]: logits of c_k, NaN without a
     confidence head; survival [N, gamma]: a_k as the engine used it; accepted [N]: draft tokens that stood; judged [N]:
-    slots whose fate means something (all, but where the request ended inside the block); committed [N]: tokens the
-    cycle gave, the bonus token included.
+    slots whose fate means something (all that were drafted, but where the request ended inside the block); committed
+    [N]: tokens the cycle gave, the bonus token included. alone [N]: the block was copied from the context; match
+    [N, gamma]: length of the match that biased the slot's law or was copied, 0 without one; odds [N, gamma]: log odds
+    of the matched token before the bias; repeated [N, gamma]: 1 if the text went on with that token, 0 if not, NaN
+    where that was not seen.
     """
 
     group: Integers
@@ -78,6 +81,10 @@ class Blocks:
     accepted: Integers
     judged: Integers
     committed: Integers
+    alone: npt.NDArray[np.bool_]
+    match: Integers
+    odds: Floats
+    repeated: Floats
 
     def of(self, chosen: npt.NDArray[np.bool_]) -> "Blocks":
         """The blocks where `chosen` [N] holds."""
@@ -94,34 +101,56 @@ class Recorder:
 
     def __init__(self, gamma: int) -> None:
         self._gamma = gamma
-        self._groups: list[int] = []
-        self._rows: list[tuple[list[float], list[float]]] = []
-        self._fates: list[tuple[int, int, int]] = []
+        self._rows: list[tuple[Any, ...]] = []
 
     def __call__(self, step: StepTrace) -> None:
         if step.drafted is None:
             return
-        block = step.drafted.block
-        counts = dict(zip(step.verified.requests, step.accepted.count.tolist(), strict=True))
-        survival = step.drafted.survival.tolist()
-        confidence = survival if block.confidence is None else block.confidence.tolist()
-        for row, request in enumerate(step.drafted.requests):
-            if step.drafted.lengths[row] < self._gamma:
+        drafted, block = step.drafted, step.drafted.block
+        fates = zip(step.accepted.count.tolist(), step.accepted.token.tolist(), strict=True)
+        fate = dict(zip(step.verified.requests, fates, strict=True))
+        survival, usable = drafted.survival.numpy(), block.usable.tolist()
+        for row, request in enumerate(drafted.requests):
+            if drafted.lengths[row] < usable[row]:
                 continue
-            accepted = counts[request]
+            accepted, last = fate[request]
             tokens = block.tokens[row, :accepted].tolist()
             ends = next((place for place, token in enumerate(tokens, 1) if token in request.stop_ids), None)
-            self._groups.append(request.choice)
-            self._rows.append(([float("nan")] * self._gamma if block.confidence is None else confidence[row],
-                               survival[row]))  # fmt: skip
-            self._fates.append((accepted, self._gamma, accepted + 1) if ends is None else (ends, ends, ends))
+            accepted, judged, committed = (accepted, usable[row], accepted + 1) if ends is None else (ends, ends, ends)
+            alone = row >= drafted.backbone
+            confidence, match, odds, repeated = (self._row(fill) for fill in (np.nan, 0.0, 0.0, np.nan))
+            if block.confidence is not None and not alone:
+                confidence[: block.confidence.shape[1]] = block.confidence[row].numpy()
+            if alone and block.alone is not None:
+                match = int(block.alone[row - drafted.backbone]) + np.arange(self._gamma, dtype=np.float64)
+            elif block.copies is not None:
+                on = block.copies.on[row].numpy()
+                slots = np.arange(len(on))
+                match[slots] = on * (int(block.copies.length[row]) + slots)
+                odds[slots] = block.copies.odds[row].numpy()
+                seen = np.array([*tokens, last][: len(on)])
+                copied = block.copies.tokens[row, : len(seen)].numpy()
+                repeated[: len(seen)] = np.where(on[: len(seen)], seen == copied, np.nan)
+            self._rows.append((request.choice, confidence, survival[row], accepted, judged, committed,
+                               alone, match, odds, repeated))  # fmt: skip
+
+    def _row(self, fill: float) -> Floats:
+        return np.full(self._gamma, fill)
 
     def blocks(self) -> Blocks:
         """What was seen so far."""
-        rows = np.array(self._rows, dtype=np.float64).reshape(len(self._rows), 2, self._gamma)
-        fates = np.array(self._fates, dtype=np.int64).reshape(len(self._fates), 3)
-        groups = np.array(self._groups, dtype=np.int64)
-        return Blocks(groups, rows[:, 0], rows[:, 1], fates[:, 0], fates[:, 1], fates[:, 2])
+        kinds = (np.int64, np.float64, np.float64, np.int64, np.int64, np.int64, np.bool_, np.int64, np.float64,
+                 np.float64)  # fmt: skip
+        columns = list(zip(*self._rows, strict=True)) or [()] * len(kinds)
+        wide = (1, 2, 7, 8, 9)
+        shapes = [
+            (len(self._rows), self._gamma) if place in wide else (len(self._rows),) for place in range(len(kinds))
+        ]
+        made: list[Any] = [
+            np.array(column, dtype=kind).reshape(shape)
+            for column, kind, shape in zip(columns, kinds, shapes, strict=True)
+        ]
+        return Blocks(*made)
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ def evaluate(run: EvalConfig) -> dict[str, Any]:
     }
     if run.plots is not None:
         plot_evaluation(blocks, domains, result, run.plots)
-    clean: dict[str, Any] = _without_nan(result)
+    clean: dict[str, Any] = without_nan(result)
     return clean
 
 
@@ -98,8 +98,9 @@ def summary(blocks: Blocks, domains: list[str]) -> dict[str, Any]:
 
 
 def uncalibrated(blocks: Blocks) -> Floats:
-    """a_k [N, gamma] as the head says it."""
-    return np.asarray((1 / (1 + np.exp(-blocks.confidence))).cumprod(axis=1))
+    """a_k [N, gamma] as the head says it, of blocks that were copied alone as they were served."""
+    said = (1 / (1 + np.exp(-blocks.confidence))).cumprod(axis=1)
+    return np.asarray(np.where(blocks.alone[:, None], blocks.survival, said))
 
 
 def show(result: dict[str, Any], console: Console) -> None:
@@ -133,10 +134,10 @@ def _two(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
-def _without_nan(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
     """JSON has no NaN: what could not be measured is null."""
     if isinstance(value, dict):
-        return {name: _without_nan(each) for name, each in value.items()}
+        return {name: without_nan(each) for name, each in value.items()}
     if isinstance(value, list):
-        return [_without_nan(each) for each in value]
+        return [without_nan(each) for each in value]
     return None if isinstance(value, float) and math.isnan(value) else value

@@ -2,11 +2,12 @@
 
 One temperature per draft position divides the logit of c_k; they are fitted left to right on the cumulative product.
 Survival depends on the sampling temperature, so there are two sets, and requests in between get what lies between.
+Slots that follow a copy are judged by its length too (`CopyTables.trust`).
 """
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dspark_server.errors import CheckpointError
+from dspark_server.speculation.copying import CopyBias, CopyTables
 
 CALIBRATION_FILE = "calibration.json"
 
@@ -25,6 +27,7 @@ class Calibration:
 
     greedy: tuple[float, ...]
     sampled: tuple[float, ...]
+    copying: CopyTables = field(default_factory=CopyTables)
 
     @classmethod
     def identity(cls, gamma: int) -> "Calibration":
@@ -43,23 +46,30 @@ class Calibration:
         try:
             fields: Any = json.loads(path.read_text())
             greedy, sampled = (tuple(float(t) for t in fields["temperatures"][name]) for name in ("0", "1"))
+            copying = CopyTables.parse(fields["copying"]) if "copying" in fields else CopyTables()
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{path} holds no calibration: {error!r}. Run dspark-server calibrate.") from None
         if {len(greedy), len(sampled)} != {gamma} or not all(0 < t < float("inf") for t in greedy + sampled):
             raise CheckpointError(f"{path} must hold {gamma} positive temperatures each for 0 and 1.")
-        return cls(greedy, sampled)
+        return cls(greedy, sampled, copying)
 
     def save(self, directory: Path, about: dict[str, object]) -> None:
         """Store beside a checkpoint; `about` says how it was fitted."""
-        fields = {"temperatures": {"0": list(self.greedy), "1": list(self.sampled)}, **about}
+        temperatures = {"0": list(self.greedy), "1": list(self.sampled)}
+        fields = {"temperatures": temperatures, "copying": asdict(self.copying), **about}
         (directory / CALIBRATION_FILE).write_text(json.dumps(fields, indent=2) + "\n")
 
-    def survival(self, confidence: Tensor, temperature: Tensor) -> Tensor:
+    def survival(self, confidence: Tensor, temperature: Tensor, copies: CopyBias | None = None) -> Tensor:
         """a_k [R, gamma] from the logits of c_k [R, gamma] and each request's sampling temperature [R]."""
         greedy, sampled = self._logarithms
         share = temperature.clamp(0, 1).unsqueeze(1)
         scale = torch.exp(torch.lerp(greedy, sampled, share.to(greedy.dtype)))
-        return torch.sigmoid(confidence / scale).cumprod(dim=1)
+        chance = confidence / scale
+        if copies is not None:
+            trust = self.copying.trust(temperature)
+            copied = trust[:, :1] * confidence + trust[:, 1:2] * copies.odds + trust[:, 2:].gather(1, copies.bucket)
+            chance = torch.where(copies.on, copied, chance)
+        return torch.sigmoid(chance).cumprod(dim=1)
 
     @cached_property
     def _logarithms(self) -> tuple[Tensor, Tensor]:

@@ -3,24 +3,33 @@
 Shapes: R drafting requests, gamma draft tokens each, V vocabulary, D hidden size, N tokens of a target pass.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dspark_server.runtime.batch import Batch
 from dspark_server.runtime.kv import KVPool, LayerGroup
+from dspark_server.speculation.copying import CopyBias, CopyTables, Match
 from dspark_server.speculation.noise import Streams
 from dspark_server.speculation.sampling import SamplingBatch
 
 
 @dataclass(frozen=True)
 class DraftRequest:
-    """Where a block starts: the anchor, its 0-based position, and blocks that reach gamma tokens past it."""
+    """Where a block starts: the anchor, its 0-based position, and blocks that reach gamma tokens past it.
+
+    `match` says where the text stood before, if it did; `alone`: the block is copied from there, the drafter not asked.
+    """
 
     anchor: int
     position: int
     block_table: list[int]
+    match: Match | None = None
+    alone: bool = False
 
 
 @dataclass(frozen=True)
@@ -31,8 +40,11 @@ class DraftBlock:
     where no row follows the ratio rule; columns [R, gamma, C] int64 which token each column of q is, None where column
     v is token v and C = V; confidence [R, gamma] float32 logits of c_k, None without a confidence head; survival
     [R, gamma] float32 the calibrated chance a_k that the prefix up to k survives, None without a head; usable [R]
-    int64, how many leading slots came from finite numbers. hidden [R, gamma, D], base_logits and logits [R, gamma, V]
-    are kept only for conformance.
+    int64, how many leading slots came from finite numbers; copies: what was favoured. hidden [R, gamma, D], base_logits
+    and logits [R, gamma, V] are kept only for conformance.
+
+    Rows that were copied alone stand last (`with_copies`): alone [A] int64 has the lengths of their matches, and q,
+    columns and confidence end before them.
     """
 
     tokens: Tensor
@@ -41,9 +53,29 @@ class DraftBlock:
     confidence: Tensor | None
     survival: Tensor | None
     usable: Tensor
+    copies: CopyBias | None = None
+    alone: Tensor | None = None
     hidden: Tensor | None = None
     base_logits: Tensor | None = None
     logits: Tensor | None = None
+
+
+def with_copies(block: DraftBlock | None, matches: Sequence[Match], gamma: int, tables: CopyTables) -> DraftBlock:
+    """The drafter's block, widened to `gamma` slots, and below it one row for each match that is drafted alone."""
+    tokens = torch.tensor([match.tokens for match in matches], dtype=torch.int64).view(len(matches), gamma)
+    alone, usable = torch.tensor([match.length for match in matches], dtype=torch.int64), [gamma] * len(matches)
+    survival = tables.survival_alone(alone, gamma)
+    if block is None:
+        return DraftBlock(tokens, None, None, None, survival, torch.tensor(usable), alone=alone)
+    missing = gamma - block.tokens.shape[1]
+    above = torch.full(block.tokens.shape, torch.nan) if block.survival is None else block.survival
+    return replace(
+        block,
+        tokens=torch.cat([F.pad(block.tokens, (0, missing)), tokens]),
+        survival=torch.cat([F.pad(above, (0, missing)), survival]),
+        usable=torch.cat([block.usable, block.usable.new_tensor(usable)]),
+        alone=alone,
+    )
 
 
 class Drafter(Protocol):
@@ -52,6 +84,7 @@ class Drafter(Protocol):
     gamma: int  # draft tokens per block; 0 for none
     taps: tuple[int, ...]  # target layers whose outputs `observe` wants
     identity: str  # part of the prefix hash: rows of one drafter are garbage to another
+    copying: CopyTables | None  # how far it may copy from the context; None: not at all
 
     @property
     def kv_group(self) -> LayerGroup | None:
@@ -72,6 +105,7 @@ class NoDrafter:
     gamma = 0
     taps: tuple[int, ...] = ()
     identity = "none"
+    copying: CopyTables | None = None
 
     @property
     def kv_group(self) -> LayerGroup | None:

@@ -23,6 +23,7 @@ from dspark_server.runtime.batch import Batch, Run
 from dspark_server.runtime.kv import KVPool, LayerGroup
 from dspark_server.runtime.linear import Linear
 from dspark_server.speculation.calibration import Calibration
+from dspark_server.speculation.copying import CopyBias
 from dspark_server.speculation.drafter import DraftBlock, DraftRequest
 from dspark_server.speculation.heads import ConfidenceHead, SequentialHead, build_head
 from dspark_server.speculation.law import sample
@@ -135,6 +136,7 @@ class DSparkDrafter:
         kernels: Kernels,
         identity: str,
         shortlist: int | None = None,
+        copying: bool = True,
     ) -> None:
         self.config = config
         self.gamma = config.block_size
@@ -152,6 +154,7 @@ class DSparkDrafter:
         self._calibration = calibration
         self._cos_sin = cos_sin
         self._kernels = kernels
+        self.copying = calibration.copying if copying else None
         self._shortlist = Shortlist(head, shortlist) if shortlist and shortlist < lm_head.out_features else None
 
     @property
@@ -169,10 +172,12 @@ class DSparkDrafter:
         dtype: torch.dtype,
         kernels: Kernels,
         shortlist: int | None = None,
+        copying: bool = True,
     ) -> "DSparkDrafter":
         """Load a format-A checkpoint for `target`; embeddings equal to the target's are shared with it.
 
         `shortlist` is K, how many tokens of each position's base logits the sequential head looks at; None: all.
+        `copying`: drafts may favour what followed the same tokens earlier in the sequence.
 
         Raises CheckpointError if a tensor is missing, unexpected or misshapen, or the pair does not fit.
         """
@@ -226,6 +231,7 @@ class DSparkDrafter:
             kernels,
             identity=context.digest,
             shortlist=shortlist,
+            copying=copying,
         )
 
     def observe(self, taps: list[Tensor], batch: Batch, pool: KVPool) -> None:
@@ -242,7 +248,10 @@ class DSparkDrafter:
         base = self._lm_head(hidden, out_float32=True)
         anchors = torch.tensor([r.anchor for r in requests])
         shape = (len(requests), self.gamma, -1)
-        return self._sample(hidden.view(shape), base.view(shape), anchors, sampling, streams)
+        copies = None
+        if self.copying is not None and any(request.match is not None for request in requests):
+            copies = CopyBias([r.match for r in requests], self.gamma, sampling.temperature, self.copying)
+        return self._sample(hidden.view(shape), base.view(shape), anchors, sampling, streams, copies)
 
     def _backbone(self, batch: Batch, pool: KVPool) -> Tensor:
         """h_k of every slot [R * gamma, D], after the final norm."""
@@ -254,7 +263,13 @@ class DSparkDrafter:
         return self._kernels.add_rms_norm(delta, residual, self._final_norm, self.config.decoder.rms_norm_eps)
 
     def _sample(
-        self, hidden: Tensor, base: Tensor, anchors: Tensor, sampling: SamplingBatch, streams: Streams
+        self,
+        hidden: Tensor,
+        base: Tensor,
+        anchors: Tensor,
+        sampling: SamplingBatch,
+        streams: Streams,
+        copies: CopyBias | None,
     ) -> DraftBlock:
         """Left to right: correct the base logits for the token before, score its chance, sample (DSpark §3.2)."""
         requests = len(anchors)
@@ -284,7 +299,11 @@ class DSparkDrafter:
             usable = torch.where(finite, usable, usable.clamp(max=k))
             here = torch.nan_to_num(logits, neginf=-torch.inf)
             vocabulary = self.config.decoder.vocab_size
+            if copies is not None:
+                here, columns = copies.favour(k, here, columns)
             previous, law = sample(here, sampling.ahead(k), uniforms[:, k], streams, columns, vocabulary)
+            if copies is not None:
+                copies.follow(k, previous)
             tokens.append(previous)
             if law is not None:
                 laws.append(law)
@@ -294,7 +313,7 @@ class DSparkDrafter:
         confidence = torch.stack(confidences, dim=1) if confidences else None
         survival = None
         if confidence is not None:
-            survival = self._calibration.survival(confidence, sampling.temperature)
+            survival = self._calibration.survival(confidence, sampling.temperature, copies)
         return DraftBlock(
             tokens=torch.stack(tokens, dim=1),
             q=torch.stack(laws, dim=1) if laws else None,
@@ -302,6 +321,7 @@ class DSparkDrafter:
             confidence=confidence,
             survival=survival,
             usable=usable,
+            copies=copies,
             hidden=hidden if self.keep_logits else None,
             base_logits=base if self.keep_logits else None,
             logits=torch.stack(kept_logits, dim=1) if kept_logits else None,

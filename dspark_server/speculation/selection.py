@@ -29,11 +29,15 @@ OPTIMISM = 0.95  # survival that a probe may hope for: where even that does not 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A request that could draft: its longest useful prefix (0: none), the survival expected of each next token."""
+    """A request that could draft: its longest useful prefix (0: none), the survival expected of each next token.
+
+    `copies`: its draft is copied from its own context and costs nothing.
+    """
 
     limit: int
     rate: float = 1.0
     probe_due: bool = False
+    copies: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,10 +72,11 @@ class Selection(Protocol):
     def drafting(self, candidates: Sequence[Candidate], load: Load) -> Choice:
         """Before the draft: who drafts at all."""
 
-    def lengths(self, survival: Tensor, limits: Sequence[int], load: Load) -> list[int]:
+    def lengths(self, survival: Tensor, limits: Sequence[int], load: Load, backbone: int | None = None) -> list[int]:
         """After the draft: the prefix length of each drafting request, at most its limit and `load.room` in all.
 
-        `survival` [R, gamma] float32 is the calibrated chance that the prefix up to each position survives.
+        `survival` [R, gamma] float32 is the calibrated chance that the prefix up to each position survives; `backbone`
+        is how many of the blocks the drafter made (None: all), the others being copies.
         """
 
 
@@ -89,7 +94,7 @@ class Fixed:
                 room -= candidate.limit
         return Choice(chosen)
 
-    def lengths(self, survival: Tensor, limits: Sequence[int], load: Load) -> list[int]:
+    def lengths(self, survival: Tensor, limits: Sequence[int], load: Load, backbone: int | None = None) -> list[int]:
         return list(limits)
 
 
@@ -104,7 +109,7 @@ class Threshold:
     def drafting(self, candidates: Sequence[Candidate], load: Load) -> Choice:
         return Choice([index for index, candidate in enumerate(candidates) if candidate.limit > 0 and load.room > 0])
 
-    def lengths(self, survival: Tensor, limits: Sequence[int], load: Load) -> list[int]:
+    def lengths(self, survival: Tensor, limits: Sequence[int], load: Load, backbone: int | None = None) -> list[int]:
         ranked = Ranked.of(survival, limits)
         return ranked.first(min(load.room, int((ranked.values >= self._threshold).sum())))
 
@@ -117,7 +122,7 @@ class Off:
     def drafting(self, candidates: Sequence[Candidate], load: Load) -> Choice:
         return Choice([])
 
-    def lengths(self, survival: Tensor, limits: Sequence[int], load: Load) -> list[int]:
+    def lengths(self, survival: Tensor, limits: Sequence[int], load: Load, backbone: int | None = None) -> list[int]:
         return [0] * len(limits)
 
 
@@ -137,9 +142,9 @@ class Causal:
     def drafting(self, candidates: Sequence[Candidate], load: Load) -> Choice:
         return choose_drafting(candidates, load, self._capacity, self._floor)
 
-    def lengths(self, survival: Tensor, limits: Sequence[int], load: Load) -> list[int]:
+    def lengths(self, survival: Tensor, limits: Sequence[int], load: Load, backbone: int | None = None) -> list[int]:
         ranked = Ranked.of(survival, limits)
-        seconds = step_seconds(self._capacity, load, len(ranked.values), len(limits), convex=True)
+        seconds = step_seconds(self._capacity, load, len(ranked.values), _or(backbone, limits), convex=True)
         return ranked.first(admitted(ranked.values, seconds, load, self._floor))
 
 
@@ -161,9 +166,9 @@ class Lagged:
     def drafting(self, candidates: Sequence[Candidate], load: Load) -> Choice:
         return choose_drafting(candidates, load, self._capacity, self._floor)
 
-    def lengths(self, survival: Tensor, limits: Sequence[int], load: Load) -> list[int]:
+    def lengths(self, survival: Tensor, limits: Sequence[int], load: Load, backbone: int | None = None) -> list[int]:
         ranked = Ranked.of(survival, limits)
-        seconds = step_seconds(self._capacity, load, len(ranked.values), len(limits), convex=False)
+        seconds = step_seconds(self._capacity, load, len(ranked.values), _or(backbone, limits), convex=False)
         best = best_count(ranked.values, seconds, load, self._floor)
         # Counted in whole blocks, not in usable slots: whether a slot is usable is known from this block's own tokens.
         slots = survival.numel()
@@ -202,6 +207,10 @@ class Ranked:
         """Each request's prefix length when the first `count` are kept."""
         lengths: list[int] = np.bincount(self.request[:count], minlength=self.requests).tolist()
         return lengths
+
+
+def _or(backbone: int | None, limits: Sequence[int]) -> int:
+    return len(limits) if backbone is None else backbone
 
 
 def step_seconds(capacity: Capacity, load: Load, drafts: int, requests: int, *, convex: bool) -> Floats:
@@ -252,11 +261,15 @@ def choose_drafting(
     """Before any noise is drawn: the requests whose drafts are expected to pay for themselves, best histories first.
 
     Theta is predicted for growing subsets, with survivals rate^k, the draft's own cost, and the count that selection
-    would keep. Requests left out for long enough draft too, if a good draft could pay at this load at all.
+    would keep. Requests left out for long enough draft too, if a good draft could pay at this load at all. Copies cost
+    nothing to draft, so they always do.
     """
-    able = [index for index, candidate in enumerate(candidates) if candidate.limit > 0]
-    if not able or load.room <= 0:
+    if load.room <= 0:
         return Choice([])
+    copies = [index for index, candidate in enumerate(candidates) if candidate.limit > 0 and candidate.copies]
+    able = [index for index, candidate in enumerate(candidates) if candidate.limit > 0 and not candidate.copies]
+    if not able:
+        return Choice(copies)
     able.sort(key=lambda index: -candidates[index].rate)
     gamma = max(candidate.limit for candidate in candidates)
     powers = np.arange(1, gamma + 1)
@@ -280,8 +293,8 @@ def choose_drafting(
     # As many probes as could pay together: were it all or none, a crowd of newcomers would never find out.
     for size in reversed(_sizes(len(due))):
         if predicted([*chosen, *due[:size]], np.array(known + [OPTIMISM] * size)) > best:
-            return Choice(sorted([*chosen, *due[:size]]), frozenset(due[:size]))
-    return Choice(sorted(chosen))
+            return Choice(sorted([*copies, *chosen, *due[:size]]), frozenset(due[:size]))
+    return Choice(sorted([*copies, *chosen]))
 
 
 def _sizes(count: int) -> list[int]:

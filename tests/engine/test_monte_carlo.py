@@ -117,8 +117,10 @@ def run(
             if request.is_decoding:
                 seen["drafted" if request in drafted else "skipped"] += 1
         if step.drafted:
-            seen["cut"] += sum(length < step.drafted.block.tokens.shape[1] for length in step.drafted.lengths)
+            seen["cut"] += sum(length < 4 for length in step.drafted.lengths)
             seen["kept"] += sum(step.drafted.lengths)
+            seen["favoured"] += int(step.drafted.block.copies.on.sum()) if step.drafted.block.copies else 0
+            seen["alone"] += len(step.drafted.requests) - step.drafted.backbone
 
     core = load(pair, selection, look)
     stop = frozenset() if forbidden is None else frozenset({forbidden})
@@ -149,6 +151,8 @@ def test_the_law_is_the_targets(pair: tuple[Path, Path], selection: str, forbidd
     assert seen["skipped"] > 500  # some are left out
     assert seen["cut"] > 500  # and of those that draft, not all is verified
     assert seen["kept"] > 500
+    assert seen["favoured"] > 500  # by copies of the context, among them blocks that left their copy
+    assert seen["alone"] > 10  # the greedy request's
     assert core.loop.stats.accepted_tokens > 1000
     assert core.loop.stats.preemptions > 0
     assert core.loop.stats.prefix_hits > 0

@@ -1,0 +1,206 @@
+"""Drafting by copying: where the last tokens stood before, what followed there is likely to follow again.
+
+Text repeats itself (quoted prompts, code, lists), greedy text most of all. A small drafter sees little of that, and an
+index of the sequence's own n-grams sees it for nothing. Two uses, both lossless, as any draft law is (DSPARK.md):
+
+- a long match of a greedy request drafts alone, up to WIDTH tokens, and the backbone does not run for it;
+- any other match adds a bias to one logit of the draft, as long as the block follows the match.
+
+Both depend on committed tokens and on earlier tokens of the block only. How far a match is to be believed depends on
+its length and on the temperature: the tables are fitted by `dspark-server calibrate`.
+
+Shapes: R requests, gamma draft tokens each, C columns of draft logits, BUCKETS of match lengths.
+"""
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+WIDTH = 12  # tokens a copy drafts alone
+ALONE = 4  # matched tokens from which a greedy request needs no backbone
+BUCKETS = (2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32)  # least match lengths that the tables tell apart
+ORDERS = (4, 2)  # n-grams that are looked up, longest first
+SETTLED = 8  # a match this long is not given up for a longer one
+UNNAMED = -4.0  # log odds of a token that the draft law has no column for
+
+
+@dataclass(frozen=True)
+class Match:
+    """The sequence's last `length` tokens stood before, and `tokens` followed them there (periodic, if that is now)."""
+
+    length: int
+    tokens: list[int]
+
+
+class ContextIndex:
+    """Where the n-grams of one growing sequence ended last. Time and memory grow by a few entries a token."""
+
+    def __init__(self) -> None:
+        self._ends: tuple[dict[tuple[int, ...], int], ...] = tuple({} for _ in ORDERS)
+        self._indexed = 0  # n-grams that end here or before have been entered
+        self._seen = 0
+        self._next = 0  # what followed the current match stands here
+        self._length = 0
+
+    def match(self, tokens: Sequence[int], width: int) -> Match | None:
+        """The best earlier place of the end of `tokens`, which begin with those of every call before."""
+        self._follow(tokens)
+        if self._length < SETTLED:
+            self._look_up(tokens)
+        if self._length < BUCKETS[0]:
+            return None
+        following = list(tokens[self._next : self._next + width])
+        period = len(following)
+        while len(following) < width:
+            following.append(following[-period])
+        return Match(self._length, following)
+
+    def _follow(self, tokens: Sequence[int]) -> None:
+        """Go on with the current match as far as the new tokens bear it out."""
+        for place in range(self._seen, len(tokens)):
+            if self._length and tokens[self._next] == tokens[place]:
+                self._next += 1
+                self._length = min(self._length + 1, BUCKETS[-1])
+            else:
+                self._length = 0
+                break
+        self._seen = len(tokens)
+
+    def _look_up(self, tokens: Sequence[int]) -> None:
+        """Enter what ended before now, then look for the n-gram that ends now."""
+        for order, ends in zip(ORDERS, self._ends, strict=True):
+            first = max(0, self._indexed - order + 1)
+            last = max(first, len(tokens) - order)
+            grams = zip(*(tokens[first + shift : last + shift] for shift in range(order)), strict=True)
+            ends.update(zip(grams, itertools.count(first + order), strict=False))
+        self._indexed = max(self._indexed, len(tokens) - 1)
+        for order, ends in zip(ORDERS, self._ends, strict=True):
+            end = ends.get(tuple(tokens[-order:]))
+            if end is not None:
+                length = _common_suffix(tokens, end, order)
+                if length > self._length:
+                    self._next, self._length = end, length
+                return
+
+
+def _common_suffix(tokens: Sequence[int], end: int, known: int) -> int:
+    """How many tokens before `end` equal the last ones, `known` of them for certain; no more than matters."""
+    length = known
+    while length < min(end, BUCKETS[-1]) and tokens[end - length - 1] == tokens[-length - 1]:
+        length += 1
+    return length
+
+
+@dataclass(frozen=True)
+class CopyTables:
+    """How far copies are believed, by BUCKETS of match length, at temperature 0 (`greedy`) and 1 (`sampled`).
+
+    bias: added to the logit of the token that followed. trust: the log odds that a draft token stands which was drawn
+    with such a bias are trust[0] * (the confidence head's logit) + trust[1] * (the copy's log odds before the bias) +
+    trust[2 + bucket]. alone: the chance that a token stands which was copied without a look at anything.
+    """
+
+    greedy_bias: tuple[float, ...] = (4.0, 6.0, 6.75, 8.5, 9.5, 9.5, 9.5, 9.5, 11.5, 12.5, 12.5)
+    sampled_bias: tuple[float, ...] = (1.5, 3.0, 4.25, 4.25, 5.0, 5.0, 5.0, 5.0, 5.0, 5.0, 5.0)
+    greedy_trust: tuple[float, ...] = (0.5, 0.1, 0.3, 0.6, 0.8, 1.1, 1.3, 1.3, 1.4, 1.6, 2.5, 3.0, 3.2)
+    sampled_trust: tuple[float, ...] = (0.7, 0.1, 0.2, 0.3, 0.4, 0.4, 0.6, 0.6, 0.7, 0.7, 0.7, 0.7, 0.7)
+    alone: tuple[float, ...] = (0.59, 0.7, 0.7, 0.78, 0.83, 0.8, 0.81, 0.84, 0.94, 0.96, 0.97)
+
+    @classmethod
+    def parse(cls, fields: Mapping[str, Any]) -> "CopyTables":
+        """Read what `fields` of a stored calibration say. Raises ValueError if they are not rows of finite numbers."""
+        tables = {name: tuple(float(value) for value in fields[name]) for name in cls.__dataclass_fields__}
+        for name, values in tables.items():
+            wanted = len(BUCKETS) + 2 * name.endswith("trust")
+            if len(values) != wanted or not all(map(math.isfinite, values)):
+                raise ValueError(f"copying.{name} must be {wanted} finite numbers")
+        return cls(**tables)
+
+    def bias(self, temperature: Tensor) -> Tensor:
+        """Sampling temperatures [R] -> biases [R, BUCKETS]."""
+        return self._between(temperature, "bias")
+
+    def trust(self, temperature: Tensor) -> Tensor:
+        """Sampling temperatures [R] -> weights and offsets [R, 2 + BUCKETS]."""
+        return self._between(temperature, "trust")
+
+    def _between(self, temperature: Tensor, table: str) -> Tensor:
+        greedy, sampled = self._tensors[f"greedy_{table}"], self._tensors[f"sampled_{table}"]
+        return torch.lerp(greedy, sampled, temperature.clamp(0, 1).float().unsqueeze(1))
+
+    @cached_property
+    def _tensors(self) -> dict[str, Tensor]:
+        return {name: torch.tensor(getattr(self, name)) for name in self.__dataclass_fields__}
+
+    def survival_alone(self, length: Tensor, gamma: int) -> Tensor:
+        """a_k [R, gamma] of blocks that are copied whole from matches of `length` [R]."""
+        return self._tensors["alone"][buckets(length, gamma)].cumprod(dim=1)
+
+
+def buckets(length: Tensor, gamma: int) -> Tensor:
+    """The bucket [R, gamma] of each slot of blocks that follow matches of `length` [R] tokens, at least BUCKETS[0].
+
+    At slot k the match is k tokens longer.
+    """
+    lengths = length.unsqueeze(1) + torch.arange(gamma)
+    return torch.bucketize(lengths, torch.tensor(BUCKETS), right=True) - 1
+
+
+class CopyBias:
+    """Favours, slot by slot, the tokens that followed each request's match, as long as its block follows them too.
+
+    tokens [R, gamma] int64 followed a match of length [R]; on [R, gamma] bool: the slots where they were favoured; odds
+    [R, gamma] float32: the log odds of the slot's token before its bias, 0 where it had none.
+    """
+
+    def __init__(self, matches: Sequence[Match | None], gamma: int, temperature: Tensor, tables: CopyTables) -> None:
+        none = Match(BUCKETS[0], [0] * gamma)
+        self.tokens = torch.tensor([(match or none).tokens[:gamma] for match in matches])
+        self.length = torch.tensor([(match or none).length for match in matches])
+        self._following = torch.tensor([match is not None for match in matches])
+        self.bucket = buckets(self.length, gamma)
+        self._bias = tables.bias(temperature).gather(1, self.bucket)
+        self.on = torch.zeros(len(matches), gamma, dtype=torch.bool)
+        self.odds = torch.zeros(len(matches), gamma)
+
+    def favour(self, slot: int, logits: Tensor, columns: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Draft logits [R, C] with the bias in them, and the tokens [R, C] of their columns (None: column v is v).
+
+        Where no column stands for the copied token, the least likely column of that row does from now on.
+        """
+        rows = self._following.nonzero().squeeze(1)
+        if not len(rows):
+            return logits, columns
+        self.on[:, slot] = self._following
+        copied, here = self.tokens[rows, slot], logits[rows]
+        total = here.logsumexp(-1)
+        if columns is None:
+            place = copied
+        else:
+            named = columns[rows] == copied.unsqueeze(1)
+            there, place = named.any(1), named.int().argmax(1)
+            if not bool(there.all()):
+                missing = (~there).nonzero().squeeze(1)
+                place[missing] = here[missing].argmin(-1)
+                columns = columns.clone()
+                columns[rows[missing], place[missing]] = copied[missing]
+                here[missing, place[missing]] = total[missing] + UNNAMED
+        score = here.gather(1, place.unsqueeze(1)).squeeze(1)
+        # log p / (1 - p); a copy that already has all the mass needs no bias, and no infinity either.
+        self.odds[rows, slot] = (score - total - torch.log1p(-torch.exp(score - total).clamp(max=1 - 1e-6))).nan_to_num(
+            nan=UNNAMED, neginf=-20.0
+        )
+        result = logits.clone()
+        here.scatter_(1, place.unsqueeze(1), (score + self._bias[rows, slot]).unsqueeze(1))
+        result[rows] = here
+        return result, columns
+
+    def follow(self, slot: int, drawn: Tensor) -> None:
+        """The slot's tokens [R] were drawn: only blocks that took the copied one go on following."""
+        self._following = self._following & (drawn == self.tokens[:, slot])
