@@ -110,14 +110,17 @@ class Kernels(Protocol):
         target: Tensor,
         target_rows: Tensor,
         labels: Tensor,
+        mass: Tensor,
         ce_weight: Tensor,
         tv_weight: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """What a drafter's logits cost, and their gradient (DSpark §3.3); training only.
 
         draft [M, V] and target [U, V] contiguous logits, each float32 or bfloat16; row i of draft is measured against
-        row target_rows[i] of target; target_rows, labels [M] int64; weights [M] float32. With p and t the two
-        softmaxes, returns the cross-entropy of p on the label and the L1 distance |p - t|, both [M] float32, and
-        overwrites `draft` with the gradient of sum(ce_weight * cross_entropy + tv_weight * distance).
+        row target_rows[i] of target; target_rows, labels [M] int64; weights [M] float32. mass [U] float32 is how much
+        of the target's law the V columns hold, 1 if they are the whole vocabulary. With p the softmax of draft and t
+        that of target times its mass, returns the cross-entropy of p on the label and the L1 distance of the two laws,
+        |p - t| + 1 - mass, both [M] float32, and overwrites `draft` with the gradient of
+        sum(ce_weight * cross_entropy + tv_weight * distance).
         """
         ...

@@ -115,13 +115,15 @@ class ReferenceKernels:
         target: Tensor,
         target_rows: Tensor,
         labels: Tensor,
+        mass: Tensor,
         ce_weight: Tensor,
         tv_weight: Tensor,
     ) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
             logits = draft.float().detach().requires_grad_()
             cross_entropy = F.cross_entropy(logits, labels, reduction="none")
-            distance = (logits.softmax(-1) - target.float().softmax(-1)[target_rows]).abs().sum(-1)
+            law = target.float().softmax(-1) * mass.unsqueeze(1)
+            distance = (logits.softmax(-1) - law[target_rows]).abs().sum(-1) + 1 - mass[target_rows]
             (ce_weight * cross_entropy + tv_weight * distance).sum().backward()
         assert logits.grad is not None
         draft.copy_(logits.grad)

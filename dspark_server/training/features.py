@@ -1,4 +1,4 @@
-"""What the frozen target says about a sequence: its tapped layers and its last hidden state.
+"""What the frozen target says about a sequence: its tapped layers, its last hidden state, the mass of its logits.
 
 Computed by our own decoder the first time a sequence is asked for, and kept in a bounded file afterwards.
 """
@@ -15,6 +15,7 @@ from dspark_server.runtime.kv import KVPool
 from dspark_server.training.corpus import Corpus
 
 BLOCK = 16
+SLICE = 128  # rows of logits at a time
 
 
 class TargetFeatures:
@@ -37,6 +38,8 @@ class TargetFeatures:
             shape = (int(corpus.start[self._cached]), self._width)
             self._rows = _open(directory / "features.bin", np.uint16, shape)
             self._done = _open(directory / "done.bin", np.uint8, (self._cached,))
+            self._logsums = _open(directory / "logsum.bin", np.float32, shape[:1])
+            self._summed = _open(directory / "summed.bin", np.uint8, (self._cached,))
 
     @torch.inference_mode()
     def of(self, index: int, length: int) -> tuple[Tensor, Tensor]:
@@ -51,6 +54,20 @@ class TargetFeatures:
             rows = self._compute(self._corpus.sequence(index)[:length].tolist())
         hidden = self._target.config.hidden_size
         return rows[:, :-hidden], rows[:, -hidden:]
+
+    @torch.inference_mode()
+    def logsum(self, index: int, length: int) -> Tensor:
+        """log sum exp [length] float32 of the target's logits over its whole vocabulary at the first tokens."""
+        if index >= self._cached:
+            return self._log_sum_exp(self.of(index, length)[1])
+        start, end = self._corpus.start[index], self._corpus.start[index + 1]
+        if not self._summed[index]:
+            self._logsums[start:end] = self._log_sum_exp(self.of(index, int(end - start))[1]).numpy()
+            self._summed[index] = 1
+        return torch.from_numpy(np.array(self._logsums[start : start + length]))
+
+    def _log_sum_exp(self, hidden: Tensor) -> Tensor:
+        return torch.cat([self._target.logits(rows).logsumexp(-1) for rows in hidden.split(SLICE)])
 
     def _compute(self, tokens: list[int]) -> Tensor:
         batch = Batch.of([Run(tokens, 0, self._tables, len(tokens))], BLOCK)

@@ -53,7 +53,8 @@ class Batch:
     """Blocks, and what their slots are measured against.
 
     rows [M] picks the slots [B * gamma] that lie within their sequence; labels, weight [M]; target [U, D] holds the
-    target's hidden rows, once each, target_rows [M] says which is whose.
+    target's hidden rows, once each, target_rows [M] says which is whose; logsum [U]: log sum exp of their logits over
+    the whole vocabulary, where the loss sees a part of it.
     """
 
     blocks: Blocks
@@ -62,6 +63,7 @@ class Batch:
     weight: Tensor
     target: Tensor
     target_rows: Tensor
+    logsum: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,7 @@ class Trainer:
         taps, positions, inputs, anchors, previous, labels, inside = [], [], [], [], [], [], []
         target: list[Tensor] = []
         target_rows: list[Tensor] = []
+        logsums: list[Tensor] = []
         spans: list[tuple[int, int, int, int]] = []
         mask = self._embedding[self.config.mask_token_id]
         t0 = b0 = u0 = 0
@@ -153,6 +156,8 @@ class Trainer:
             labels.append(tokens[(places + 1).clamp(max=len(tokens) - 1)])
             distinct, which = places[within].unique(return_inverse=True)
             target.append(hidden[distinct])
+            if self._place is not None:
+                logsums.append(self.features.logsum(index, len(features))[distinct])
             target_rows.append(which + u0)
             spans.append((t0, t0 + context, b0, b0 + len(at)))
             t0, b0, u0 = t0 + context, b0 + len(at), u0 + len(distinct)
@@ -171,10 +176,15 @@ class Trainer:
             torch.exp(-(rows % gamma) / self.run.decay),
             torch.cat(target).float(),
             torch.cat(target_rows),
+            torch.cat(logsums) if logsums else None,
         )
 
     def losses(self, batch: Batch) -> Losses:
-        """L = ce CE + tv L1 + confidence BCE, each a weighted mean over slots (DSPARK.md, "Training")."""
+        """L = ce CE + tv L1 + confidence BCE, each a weighted mean over slots (DSPARK.md, "Training").
+
+        Where the loss sees a part of the vocabulary, the draft's law is over that part and the target's over all of it:
+        survival is then what the engine will see.
+        """
         hidden, latent, confidence = self.model(batch.blocks)
         weight = batch.weight / batch.weight.sum()
         labels, ce_weight = batch.labels, self.run.ce_weight * weight
@@ -189,6 +199,7 @@ class Trainer:
             self._drafted_head,
             batch.target,
             batch.target_rows,
+            batch.logsum,
             labels,
             ce_weight,
             self.run.tv_weight * weight,
@@ -255,8 +266,8 @@ class Trainer:
                 logits[:, self.draft_tokens] = drafted
             target = batch.target @ self._head.T
             match = self.kernels.argmax(logits) == self.kernels.argmax(target)[batch.target_rows]
-            zeros = torch.zeros(len(logits))
-            _, distance = self.kernels.draft_loss(logits, target, batch.target_rows, batch.labels, zeros, zeros)
+            zeros, ones = torch.zeros(len(logits)), torch.ones(len(target))
+            _, distance = self.kernels.draft_loss(logits, target, batch.target_rows, batch.labels, ones, zeros, zeros)
             survivals.append(self._whole_blocks(batch, 1 - distance / 2))
             matches.append(self._whole_blocks(batch, match.float()))
         return tau_and_positions(torch.cat(survivals)), tau_and_positions(torch.cat(matches))

@@ -8,7 +8,7 @@ typedef struct {
   void *draft;  // logits in, gradient out
   const void *target;
   const int64_t *target_rows, *labels;
-  const float *ce_weight, *tv_weight;
+  const float *mass, *ce_weight, *tv_weight;
   float *cross_entropy, *distance;
   long vocabulary;
   int draft_dtype, target_dtype;
@@ -52,7 +52,7 @@ static void loss_rows(void *context) {
       loss->cross_entropy[i] = logf(sum) + max - label_logit;
 
       read_row(t, loss->target, loss->target_dtype, loss->target_rows[i], vocabulary, padded);
-      float target_scale = 1.0f / exponentials(t, padded, &max);
+      float mass = loss->mass[loss->target_rows[i]], target_scale = mass / exponentials(t, padded, &max);
       floats distance = {0}, pull = {0};  // sum of |p - t|, and of p * sign(p - t)
       for (long j = 0; j < padded; j += LANES) {
         floats q = load(p + j) * scale, d = q - load(t + j) * target_scale;
@@ -63,7 +63,7 @@ static void loss_rows(void *context) {
         store(p + j, choose(q < negligible, splat(0.0f), q));
         store(t + j, sign);
       }
-      loss->distance[i] = sum_lanes(distance);
+      loss->distance[i] = sum_lanes(distance) + 1.0f - mass;
       float offset = ce - tv * sum_lanes(pull);
       for (long j = 0; j < padded; j += LANES) store(p + j, load(p + j) * (load(t + j) * tv + offset));
       p[loss->labels[i]] -= ce;
@@ -72,12 +72,12 @@ static void loss_rows(void *context) {
   }
 }
 
-// draft [rows, V], target [U, V] contiguous; target_rows, labels [rows]; weights and results [rows] float32.
+// draft [rows, V], target [U, V] contiguous, mass [U]; target_rows, labels [rows]; weights and results [rows] float32.
 EXPORT void dspark_draft_loss(void *draft, const void *target, const int64_t *target_rows, const int64_t *labels,
-                              const float *ce_weight, const float *tv_weight, float *cross_entropy,
+                              const float *mass, const float *ce_weight, const float *tv_weight, float *cross_entropy,
                               float *distance, long rows, long vocabulary, int draft_dtype, int target_dtype, int threads) {
   Tasks tasks = tasks_of_rows(rows, 8 * vocabulary, &threads);
-  Loss loss = {tasks, draft, target, target_rows, labels, ce_weight, tv_weight, cross_entropy, distance, vocabulary,
+  Loss loss = {tasks, draft, target, target_rows, labels, mass, ce_weight, tv_weight, cross_entropy, distance, vocabulary,
                draft_dtype, target_dtype};
   run_parallel(loss_rows, &loss, threads);
 }

@@ -26,7 +26,7 @@ _SIGNATURES = {
     "dspark_silu_mul": [c_void_p] * 2 + [c_long] * 3 + [c_int, c_int],
     "dspark_argmax": [c_void_p] * 2 + [c_long] * 3 + [c_int, c_int],
     "dspark_linear": [c_void_p] * 4 + [c_long] * 4 + [c_int, c_int],
-    "dspark_draft_loss": [c_void_p] * 8 + [c_long] * 2 + [c_int] * 3,
+    "dspark_draft_loss": [c_void_p] * 9 + [c_long] * 2 + [c_int] * 3,
     "dspark_pack_linear": [c_void_p] * 2 + [c_long] * 2 + [c_int],
 }  # fmt: skip
 
@@ -180,14 +180,15 @@ class NativeKernels:
         target: Tensor,
         target_rows: Tensor,
         labels: Tensor,
+        mass: Tensor,
         ce_weight: Tensor,
         tv_weight: Tensor,
     ) -> tuple[Tensor, Tensor]:
         rows, vocabulary = draft.shape
         cross_entropy, distance = empty(rows), empty(rows)
         self._draft_loss(
-            draft.data_ptr(), target.data_ptr(), target_rows.data_ptr(), labels.data_ptr(), ce_weight.data_ptr(),
-            tv_weight.data_ptr(),
+            draft.data_ptr(), target.data_ptr(), target_rows.data_ptr(), labels.data_ptr(), mass.data_ptr(),
+            ce_weight.data_ptr(), tv_weight.data_ptr(),
             cross_entropy.data_ptr(), distance.data_ptr(), rows, vocabulary, _CODES[draft.dtype],
             _CODES[target.dtype], get_num_threads(),
         )  # fmt: skip
