@@ -42,9 +42,11 @@ typedef struct {
   long *begin, *end;  // [rows] visible key positions
 } Scratch;
 
-#ifdef __AVX512F__
+#if defined(__AVX512F__) || defined(__AVX2__)
+#define TRANSPOSES 1
 // One step of a transposition by perfect shuffles; log2(LANES) of them transpose [LANES][LANES] words.
 ALWAYS_INLINE void interleave(words *to, const words *from) {
+#ifdef __AVX512F__
   const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
   const __m512i high = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
 #pragma GCC unroll 8
@@ -52,9 +54,19 @@ ALWAYS_INLINE void interleave(words *to, const words *from) {
     to[2 * i] = (words)_mm512_permutex2var_epi32((__m512i)from[i], low, (__m512i)from[i + LANES / 2]);
     to[2 * i + 1] = (words)_mm512_permutex2var_epi32((__m512i)from[i], high, (__m512i)from[i + LANES / 2]);
   }
+#else
+#pragma GCC unroll 4
+  for (int i = 0; i < LANES / 2; i++) {  // AVX2 interleaves within halves of a register
+    __m256i a = (__m256i)from[i], b = (__m256i)from[i + LANES / 2];
+    __m256i low = _mm256_unpacklo_epi32(a, b), high = _mm256_unpackhi_epi32(a, b);
+    to[2 * i] = (words)_mm256_permute2x128_si256(low, high, 0x20);
+    to[2 * i + 1] = (words)_mm256_permute2x128_si256(low, high, 0x31);
+  }
+#endif
 }
 
-// 32 consecutive bfloat16 of each of 16 rows at base + offsets -> column [32][KEYS] float32; base + next is fetched.
+// 2 * LANES consecutive bfloat16 of each of LANES rows at base + offsets -> column [2 * LANES][KEYS] float32; base +
+// next is fetched.
 static void transpose_bfloat16(const char *base, const long *offsets, const long *next, float *column) {
   words a[LANES], b[LANES];
 #pragma GCC unroll 16
@@ -65,11 +77,16 @@ static void transpose_bfloat16(const char *base, const long *offsets, const long
   interleave(b, a);
   interleave(a, b);
   interleave(b, a);
+#ifdef __AVX512F__
   interleave(a, b);
+  const words *done = a;
+#else
+  const words *done = b;
+#endif
 #pragma GCC unroll 16
   for (int i = 0; i < LANES; i++) {
-    store(column + 2 * i * KEYS, (floats)(a[i] << 16));
-    store(column + (2 * i + 1) * KEYS, (floats)(a[i] & 0xffff0000u));
+    store(column + 2 * i * KEYS, (floats)(done[i] << 16));
+    store(column + (2 * i + 1) * KEYS, (floats)(done[i] & 0xffff0000u));
   }
 }
 #endif
@@ -78,10 +95,10 @@ static void transpose_bfloat16(const char *base, const long *offsets, const long
 // past `count` hold does not matter: they are masked.
 static void pack_keys(const char *base, const long *offsets, const long *next, long count, long head_dim, int dtype,
                       float *key) {
-#ifdef __AVX512F__
-  if (dtype == BFLOAT16 && head_dim % 32 == 0) {
+#ifdef TRANSPOSES
+  if (dtype == BFLOAT16 && head_dim % (2 * LANES) == 0) {
     for (long first = 0; first < count; first += LANES) {
-      for (long j = 0; j < head_dim; j += 32)
+      for (long j = 0; j < head_dim; j += 2 * LANES)
         transpose_bfloat16(base + 2 * j, offsets + first, next + first, key + j * KEYS + first);
     }
     return;
