@@ -9,6 +9,7 @@ rounded once, when it is stored. Rows may be strided, elements within a row are 
 Arguments are trusted: shapes are checked where the model is built, not on every call of a step.
 """
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -23,6 +24,39 @@ class PackedLinear(Protocol):
 
     @property
     def out_features(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Favour:
+    """A token of each slot of R draft blocks whose logit gets a bias, as long as the block has taken those before it.
+
+    tokens [R, gamma] int64; place [R, gamma] int64: its column; named [R, gamma] bool: whether that column is its own,
+    else it stands for the token from now on, at UNNAMED log odds before the bias; bias [R, gamma] float32; following
+    [R] bool: the rows that have such tokens at all.
+    """
+
+    tokens: Tensor
+    place: Tensor
+    named: Tensor
+    bias: Tensor
+    following: Tensor
+
+
+UNNAMED = -4.0  # log odds of a token that no column stands for
+
+
+@dataclass(frozen=True)
+class DraftedTokens:
+    """tokens [R, gamma] int64; law [R, gamma, C] float32: of the rows that are not greedy, None if all are; on [R,
+    gamma] bool: the slots whose token was favoured; odds [R, gamma] float32: its log odds before the bias, else 0;
+    usable [R] int64: the slots before the first whose logits were not finite.
+    """
+
+    tokens: Tensor
+    law: Tensor | None
+    on: Tensor
+    odds: Tensor
+    usable: Tensor
 
 
 class Kernels(Protocol):
@@ -101,6 +135,25 @@ class Kernels(Protocol):
         """x weight^T + bias, accumulated in float32. x [M, K] bfloat16 -> [M, Nout] bfloat16 or float32.
 
         A row's result does not depend on M, nor on the other rows.
+        """
+        ...
+
+    def draft_tokens(
+        self,
+        base: Tensor,
+        anchors: Tensor,
+        names: Tensor | None,
+        head: tuple[Tensor, PackedLinear] | None,
+        inverse_temperature: Tensor,
+        uniforms: Tensor | None,
+        favour: Favour | None,
+    ) -> DraftedTokens:
+        """Draw whole blocks left to right under the vanilla Markov head (DSpark §3.2).
+
+        base [R, gamma, C] float32; anchors [R] int64; names [C] int64: the token of each column (None: the column);
+        head: W1 [V, r] and the packed W2 [C, r], or None; slot k's logits are base + W1[x_{k-1}] W2.
+        inverse_temperature [R] float32, 0 for a greedy row; uniforms [R, gamma] float64 draw the others' tokens by
+        inverse CDF (None: all are greedy).
         """
         ...
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from dspark_kernels.interface import PackedLinear
+from dspark_kernels.interface import UNNAMED, DraftedTokens, Favour, PackedLinear
 from torch import Tensor
 
 
@@ -108,6 +108,54 @@ class ReferenceKernels:
         assert isinstance(packed, PlainLinear)
         bias = None if packed.bias is None else packed.bias.float()
         return F.linear(x.float(), packed.weight.float(), bias).to(out_dtype)
+
+    def draft_tokens(
+        self,
+        base: Tensor,
+        anchors: Tensor,
+        names: Tensor | None,
+        head: tuple[Tensor, PackedLinear] | None,
+        inverse_temperature: Tensor,
+        uniforms: Tensor | None,
+        favour: Favour | None,
+    ) -> DraftedTokens:
+        rows, slots, columns = base.shape
+        greedy, scale = inverse_temperature == 0, inverse_temperature.unsqueeze(1)
+        tokens, laws = torch.empty(rows, slots, dtype=torch.int64), torch.zeros_like(base)
+        on, odds = torch.zeros(rows, slots, dtype=torch.bool), torch.zeros(rows, slots)
+        usable, previous = torch.full((rows,), slots), anchors
+        following = torch.zeros(rows, dtype=torch.bool) if favour is None else favour.following
+        for k in range(slots):
+            logits, names_here = base[:, k], torch.arange(columns) if names is None else names
+            if head is not None:
+                logits = logits + self.linear(head[0][previous], head[1], torch.float32)
+            finite = torch.isfinite(logits.amax(-1))
+            usable = torch.where(finite, usable, usable.clamp(max=k))
+            following = following & finite
+            here = names_here.expand(rows, -1)
+            if favour is not None:
+                place = favour.place[:, k : k + 1]
+                total, own = logits.logsumexp(-1), logits.gather(1, place).squeeze(1)
+                score = torch.where(favour.named[:, k], own, total + UNNAMED)
+                share = torch.exp(score - total).clamp(max=1 - 1e-6)
+                on[:, k] = following
+                odds[:, k] = (score - total - torch.log1p(-share)).clamp(min=-20).where(following, odds[:, k])
+                logits = logits.scatter(1, place, torch.where(following, score + favour.bias[:, k], own).unsqueeze(1))
+                replaced = torch.where(favour.named[:, k : k + 1], here.gather(1, place), favour.tokens[:, k : k + 1])
+                here = here.scatter(1, place, replaced)
+            law = torch.softmax(logits.nan_to_num(0.0) * scale, dim=-1)
+            choice = logits.argmax(-1)
+            if uniforms is not None:
+                edges = law.double().cumsum(-1)
+                below = torch.nextafter(edges[:, -1], torch.zeros(1).double())
+                point = torch.minimum(uniforms[:, k] * edges[:, -1], below).unsqueeze(1)
+                choice = torch.where(greedy, choice, torch.searchsorted(edges, point, right=True).squeeze(1))
+            previous = torch.where(finite, here.gather(1, choice.unsqueeze(1)).squeeze(1), names_here[0])
+            tokens[:, k] = previous
+            laws[:, k] = law.where((finite & ~greedy).unsqueeze(1), 0)
+            if favour is not None:
+                following = following & (previous == favour.tokens[:, k])
+        return DraftedTokens(tokens, None if bool(greedy.all()) else laws, on, odds, usable)
 
     def draft_loss(
         self,

@@ -62,16 +62,20 @@ MUTANTS = (
          "        limits = [next((k for k, x in enumerate(row[:limit]) if x in r.stop_ids), limit)\n"
          "                  for r, row, limit in zip(requests, block.tokens.tolist(), limits, strict=True)]\n"
          "        return Drafted(requests, block, survival,"),
-     ), f"{MONTE_CARLO}[causal-3]"),
+     ), f"{MONTE_CARLO}[causal-3-float32]"),
     _one("prefix dropped whole on a late NaN", STEP, "limits = [min(limit, usable) for limit, usable",
          "limits = [limit if limit <= usable else 0 for limit, usable",
          "tests/speculation/test_nan.py::test_a_nan_at_a_slot_keeps_exactly_the_slots_before_it"),
+    _one("native head draws from the law of another temperature", "kernels/cpu/head.c",
+         "choice = drawn(law, columns, head->uniforms[at]);",
+         "for (long j = 0; j < columns; j++) logits[j] = law[j] * law[j];\n"
+         "        choice = drawn(logits, columns, head->uniforms[at]);", f"{MONTE_CARLO}[causal-None-bfloat16]"),
     _one("block cut where it leaves the copy it was favoured with", DSPARK,
          "                copies.follow(k, previous)\n",
          "                copies.follow(k, previous)\n"
          "                left = copies.on[:, k] & (previous != copies.tokens[:, k])\n"
          "                usable = torch.where(left, usable.clamp(max=k), usable)\n",
-         f"{MONTE_CARLO}[causal-None]"),
+         f"{MONTE_CARLO}[causal-None-float32]"),
     _one("shared seeds under the ratio rule", STEP, "coupled=[p.seed is not None for p in params]",
          "coupled=[False for p in params]", "tests/engine/test_lossless.py::test_a_drafter_changes_no_token"),
     _one("lagged count with redrawn noise", STEP, "                request.draft_number += 1\n", "",
@@ -103,6 +107,7 @@ def copied(copy: Path) -> None:
     """The package and its tests, as far as a test run needs them."""
     for part in ("dspark_server", "tests", "kernels"):
         shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
+    (copy / "dspark_kernels").symlink_to("kernels")  # its name as a package
     shutil.copy(ROOT / "pyproject.toml", copy)
 
 

@@ -20,6 +20,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from dspark_kernels import UNNAMED, Favour
 from torch import Tensor
 
 WIDTH = 12  # tokens a copy drafts alone
@@ -27,7 +28,6 @@ ALONE = 4  # matched tokens from which a greedy request needs no backbone
 BUCKETS = (2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32)  # least match lengths that the tables tell apart
 ORDERS = (4, 2)  # n-grams that are looked up, longest first
 SETTLED = 8  # a match this long is not given up for a longer one
-UNNAMED = -4.0  # log odds of a token that the draft law has no column for
 
 
 @dataclass(frozen=True)
@@ -200,6 +200,24 @@ class CopyBias:
         here.scatter_(1, place.unsqueeze(1), (score + self._bias[rows, slot]).unsqueeze(1))
         result[rows] = here
         return result, columns
+
+    def whole_block(self, base: Tensor, names: Tensor | None) -> tuple[Favour, Tensor | None]:
+        """The same for all slots at once, for `Kernels.draft_tokens`, and what the columns then stand for.
+
+        base [R, gamma, C] logits before the correction, names [C] tokens of their columns (None: column v is v).
+        Returns [R, gamma, C] tokens of the columns, or None.
+        """
+        if names is None:
+            named = torch.ones_like(self.tokens, dtype=torch.bool)
+            return Favour(self.tokens, self.tokens, named, self._bias, self._following), None
+        place = torch.searchsorted(names, self.tokens).clamp(max=len(names) - 1)
+        named = names[place] == self.tokens
+        columns = names.expand(*base.shape)
+        missing = ~named & self._following.unsqueeze(1)
+        if bool(missing.any()):
+            place[missing] = base[missing].argmin(-1)
+            columns = columns.scatter(2, place.unsqueeze(2), torch.where(named, names[place], self.tokens).unsqueeze(2))
+        return Favour(self.tokens, place, named | ~self._following.unsqueeze(1), self._bias, self._following), columns
 
     def follow(self, slot: int, drawn: Tensor) -> None:
         """The slot's tokens [R] were drawn: only blocks that took the copied one go on following."""

@@ -28,7 +28,7 @@ from dspark_server.speculation.drafter import DraftBlock, DraftRequest
 from dspark_server.speculation.heads import ConfidenceHead, SequentialHead, build_head
 from dspark_server.speculation.law import sample
 from dspark_server.speculation.noise import Purpose, Streams
-from dspark_server.speculation.sampling import SamplingBatch
+from dspark_server.speculation.sampling import Rule, SamplingBatch
 from dspark_server.speculation.shortlist import Shortlist
 
 ARCHITECTURE = "Qwen3DSparkModel"
@@ -155,6 +155,7 @@ class DSparkDrafter:
         self._cos_sin = cos_sin
         self._kernels = kernels
         self.copying = calibration.copying if copying else None
+        self._in_one_call = not shortlist and (head is None or head.packed is not None)
         self._shortlist = Shortlist(head, shortlist) if shortlist and shortlist < lm_head.out_features else None
 
     @property
@@ -272,6 +273,8 @@ class DSparkDrafter:
         copies: CopyBias | None,
     ) -> DraftBlock:
         """Left to right: correct the base logits for the token before, score its chance, sample (DSpark §3.2)."""
+        if self._in_one_call and _plain(sampling) and not self.keep_logits:
+            return self._sample_at_once(hidden, base, anchors, sampling, streams, copies)
         requests = len(anchors)
         uniforms = streams.uniform(Purpose.DRAFT, sampling, torch.arange(self.gamma))
         state = self._head.start(requests) if self._head else None
@@ -311,21 +314,70 @@ class DSparkDrafter:
             if self.keep_logits:
                 kept_logits.append(logits)
         confidence = torch.stack(confidences, dim=1) if confidences else None
-        survival = None
-        if confidence is not None:
-            survival = self._calibration.survival(confidence, sampling.temperature, copies)
         return DraftBlock(
             tokens=torch.stack(tokens, dim=1),
             q=torch.stack(laws, dim=1) if laws else None,
             columns=torch.stack([c for c in names if c is not None], dim=1) if names and names[0] is not None else None,
             confidence=confidence,
-            survival=survival,
+            survival=self._survival(confidence, sampling, copies),
             usable=usable,
             copies=copies,
             hidden=hidden if self.keep_logits else None,
             base_logits=base if self.keep_logits else None,
             logits=torch.stack(kept_logits, dim=1) if kept_logits else None,
         )
+
+    def _sample_at_once(
+        self,
+        hidden: Tensor,
+        base: Tensor,
+        anchors: Tensor,
+        sampling: SamplingBatch,
+        streams: Streams,
+        copies: CopyBias | None,
+    ) -> DraftBlock:
+        """The same in one native call, where the head is vanilla and nobody's law is filtered."""
+        requests, vocabulary = len(anchors), base.shape[2]
+        favour, columns = copies.whole_block(base, self._draft_tokens) if copies is not None else (None, None)
+        if columns is None and self._draft_tokens is not None:
+            columns = self._draft_tokens.expand(requests, self.gamma, vocabulary)
+        slots = torch.arange(self.gamma)
+        drawn = self._kernels.draft_tokens(
+            base,
+            anchors,
+            self._draft_tokens,
+            None if self._head is None else self._head.packed,
+            (1 / sampling.temperature).masked_fill(sampling.greedy, 0.0),
+            None if sampling.all_greedy else streams.uniform(Purpose.DRAFT, sampling, slots),
+            favour,
+        )
+        if copies is not None:
+            copies.on, copies.odds = drawn.on, drawn.odds
+        usable, confidence = drawn.usable, None
+        if self._confidence is not None:
+            before = torch.cat([anchors.unsqueeze(1), drawn.tokens[:, :-1]], dim=1)
+            embedding = None if self._head is None else self._head.embedding(before)
+            confidence = self._confidence.logit(hidden, embedding)
+            usable = usable.minimum((~confidence.isnan()).long().cumprod(1).sum(1))
+        return DraftBlock(
+            tokens=drawn.tokens,
+            q=drawn.law,
+            columns=None if drawn.law is None else columns,
+            confidence=confidence,
+            survival=self._survival(confidence, sampling, copies),
+            usable=usable,
+            copies=copies,
+        )
+
+    def _survival(self, confidence: Tensor | None, sampling: SamplingBatch, copies: CopyBias | None) -> Tensor | None:
+        return None if confidence is None else self._calibration.survival(confidence, sampling.temperature, copies)
+
+
+def _plain(sampling: SamplingBatch) -> bool:
+    """Greedy or by inverse CDF from the bare softmax, all of them."""
+    traits = sampling.traits
+    filtered = traits.top_k or traits.top_p or traits.min_p
+    return Rule.COUPLED not in traits.rules and not sampling.forbidden and (sampling.all_greedy or not filtered)
 
 
 class ContextProjection:

@@ -8,7 +8,7 @@ Source: DSpark §3.1-3.2 and the DeepSpec checkpoint format.
 from abc import ABC, abstractmethod
 
 import torch
-from dspark_kernels import Kernels
+from dspark_kernels import Kernels, PackedLinear
 from torch import Tensor
 
 from dspark_server.errors import CheckpointError
@@ -23,6 +23,8 @@ class SequentialHead(ABC):
         self._w1 = w1
         self._w2 = w2
         self._product = Linear(w2, None, kernels)
+        # W1 and W2 for `Kernels.draft_tokens`, if that can run this head.
+        self.packed: tuple[Tensor, PackedLinear] | None = None
 
     @property
     def rank(self) -> int:
@@ -35,7 +37,7 @@ class SequentialHead(ABC):
         return self._w1.shape[0]
 
     def embedding(self, previous: Tensor) -> Tensor:
-        """W1[x_{k-1}]: tokens [R] -> [R, r]."""
+        """W1[x_{k-1}]: tokens [...] -> [..., r]."""
         return self._w1[previous]
 
     def start(self, requests: int) -> Tensor | None:
@@ -57,6 +59,11 @@ class SequentialHead(ABC):
 
 class VanillaHead(SequentialHead):
     """B_k = W1[x_{k-1}] W2."""
+
+    def __init__(self, w1: Tensor, w2: Tensor, kernels: Kernels) -> None:
+        super().__init__(w1, w2, kernels)
+        if w2.dtype == torch.bfloat16 or kernels.name == "reference":
+            self.packed = (w1.contiguous(), kernels.pack_linear(w2))
 
     def latent(self, embedding: Tensor, hidden: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return embedding, None
@@ -100,7 +107,7 @@ class ConfidenceHead:
         self._with_markov = with_markov
 
     def logit(self, hidden: Tensor, embedding: Tensor | None) -> Tensor:
-        """[R] float32 from h_k [R, D] and, where the head was trained with it, W1[x_{k-1}] [R, r]."""
+        """[...] float32 from h_k [..., D] and, where the head was trained with it, W1[x_{k-1}] [..., r]."""
         features = hidden.float()
         if self._with_markov:
             assert embedding is not None

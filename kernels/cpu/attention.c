@@ -7,7 +7,6 @@
 // most Hkv of them busy.
 #include "product.h"
 
-#include <math.h>
 #include <stdlib.h>
 
 enum {

@@ -5,6 +5,7 @@
 #ifndef DSPARK_COMMON_H
 #define DSPARK_COMMON_H
 
+#include <math.h>
 #include <stdint.h>
 #include <string.h>
 #if defined(__AVX512F__) || defined(__AVX2__)
@@ -98,6 +99,24 @@ ALWAYS_INLINE floats exp2_lanes(floats x) {
   floats scaled = (floats)((words)p + ((words)shifted << 23));  // add the integer to the exponent
   scaled = choose(x < splat(-126.0f), splat(0.0f), scaled);
   return choose(x == x, scaled, x);
+}
+
+// row[0..padded) = exp(row - max); returns the sum, and the maximum through `max`. The padding holds -infinity.
+ALWAYS_INLINE float exponentials(float *row, long padded, float *max) {
+  const float log2_e = 1.44269504f;
+  floats best = load(row);
+  for (long j = LANES; j < padded; j += LANES) {
+    floats v = load(row + j);
+    best = choose(v > best, v, best);
+  }
+  *max = max_lanes(best);
+  floats sum = {0};
+  for (long j = 0; j < padded; j += LANES) {
+    floats e = exp2_lanes((load(row + j) - *max) * log2_e);
+    store(row + j, e);
+    sum += e;
+  }
+  return sum_lanes(sum);
 }
 
 ALWAYS_INLINE float from_bfloat16(uint16_t x) {

@@ -1,7 +1,6 @@
 // The training loss of a drafter over the vocabulary, and its gradient, without a float32 row ever leaving the cache.
 #include "common.h"
 
-#include <math.h>
 
 typedef struct {
   Tasks tasks;
@@ -13,24 +12,6 @@ typedef struct {
   long vocabulary;
   int draft_dtype, target_dtype;
 } Loss;
-
-// row[0..padded) = exp(row - max); returns the sum, and the maximum through `max`. The padding holds -infinity.
-static float exponentials(float *row, long padded, float *max) {
-  const float log2_e = 1.44269504f;
-  floats best = load(row);
-  for (long j = LANES; j < padded; j += LANES) {
-    floats v = load(row + j);
-    best = choose(v > best, v, best);
-  }
-  *max = max_lanes(best);
-  floats sum = {0};
-  for (long j = 0; j < padded; j += LANES) {
-    floats e = exp2_lanes((load(row + j) - *max) * log2_e);
-    store(row + j, e);
-    sum += e;
-  }
-  return sum_lanes(sum);
-}
 
 static void read_row(float *row, const void *logits, int dtype, long index, long vocabulary, long padded) {
   read_floats(row, element(logits, dtype, index * vocabulary), dtype, vocabulary);

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from dspark_kernels.interface import PackedLinear
+from dspark_kernels.interface import DraftedTokens, Favour, PackedLinear
 from torch import Tensor, empty, get_num_threads
 
 FLOAT32, BFLOAT16 = 0, 1  # as in common.h
@@ -27,6 +27,7 @@ _SIGNATURES = {
     "dspark_argmax": [c_void_p] * 2 + [c_long] * 3 + [c_int, c_int],
     "dspark_linear": [c_void_p] * 4 + [c_long] * 4 + [c_int, c_int],
     "dspark_draft_loss": [c_void_p] * 9 + [c_long] * 2 + [c_int] * 3,
+    "dspark_sequential_head": [c_void_p] * 19 + [c_long] * 4 + [c_int],
     "dspark_pack_linear": [c_void_p] * 2 + [c_long] * 2 + [c_int],
 }  # fmt: skip
 
@@ -64,6 +65,7 @@ class NativeKernels:
         self._linear = native.dspark_linear
         self._pack_linear = native.dspark_pack_linear
         self._draft_loss = native.dspark_draft_loss
+        self._sequential_head = native.dspark_sequential_head
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         rows, features = x.shape
@@ -173,6 +175,39 @@ class NativeKernels:
             packed.in_features, out_features, _CODES[out_dtype], get_num_threads(),
         )  # fmt: skip
         return out
+
+    def draft_tokens(
+        self,
+        base: Tensor,
+        anchors: Tensor,
+        names: Tensor | None,
+        head: tuple[Tensor, PackedLinear] | None,
+        inverse_temperature: Tensor,
+        uniforms: Tensor | None,
+        favour: Favour | None,
+    ) -> DraftedTokens:
+        rows, slots, columns = base.shape
+        tokens, usable = empty((rows, slots), dtype=torch.int64), torch.full((rows,), slots)
+        law = None if uniforms is None else empty((rows, slots, columns))
+        on, odds = torch.zeros((rows, slots), dtype=torch.bool), torch.zeros((rows, slots))
+        w1, w2, rank = None, None, 0
+        if head is not None:
+            assert isinstance(head[1], NativeLinear)
+            w1, w2, rank = head[0].data_ptr(), head[1].weight_address, head[1].in_features
+        following = torch.zeros(rows, dtype=torch.bool) if favour is None else favour.following.clone()
+        x, correction = empty((rows, rank), dtype=torch.bfloat16), empty((rows, columns if rank else 0))
+        place, copied, named, bias = (
+            (None,) * 4
+            if favour is None
+            else (t.data_ptr() for t in (favour.place, favour.tokens, favour.named, favour.bias))
+        )
+        self._sequential_head(
+            base.data_ptr(), w1, w2, anchors.data_ptr(), None if names is None else names.data_ptr(),
+            inverse_temperature.data_ptr(), None if uniforms is None else uniforms.data_ptr(), place, copied, named, bias, following.data_ptr(),
+            x.data_ptr(), correction.data_ptr(), tokens.data_ptr(), None if law is None else law.data_ptr(),
+            on.data_ptr(), odds.data_ptr(), usable.data_ptr(), rows, slots, columns, rank, get_num_threads(),
+        )  # fmt: skip
+        return DraftedTokens(tokens, law, on, odds, usable)
 
     def draft_loss(
         self,

@@ -1,0 +1,146 @@
+// The drafter's sequential head: for each slot of a block, the logits are corrected for the token before, a token that
+// the context suggests is favoured, and the next token is drawn. One call drafts whole blocks.
+#include "common.h"
+
+typedef struct {
+  const float *base;                  // [rows, slots, columns]
+  const uint16_t *w1;                 // [V, rank] bfloat16
+  const uint16_t *w2;                 // packed [columns, rank]
+  const int64_t *names;               // [columns] the token of each column, or null: the column itself
+  const float *inverse_temperature;   // [rows], 0: greedy
+  const double *uniforms;             // [rows, slots]
+  const int64_t *place, *copied;      // [rows, slots] column of the token to favour, and the token; or null
+  const uint8_t *named;               // [rows, slots] whether that column is the token's own
+  const float *bias;                  // [rows, slots]
+  int64_t *tokens;                    // [rows, slots]
+  float *law;                         // [rows, slots, columns], or null if all are greedy
+  uint8_t *on;                        // [rows, slots]
+  float *odds;                        // [rows, slots]
+  int64_t *usable;                    // [rows] in: as many slots as there are
+  long rows, slots, columns, rank;
+} Head;
+
+typedef struct {
+  Tasks tasks;
+  const Head *head;
+  const float *correction;  // [rows, columns] of this slot, or null
+  uint8_t *following;       // [rows]
+  long slot;
+} Slot;
+
+void dspark_linear(const uint16_t *x, const uint16_t *weight, const float *bias, void *out, long rows, long x_stride,
+                   long in_features, long out_features, int out_dtype, int threads);
+
+// logits[0..padded) = base + correction, -infinity in the padding; the maximum, NaN if any is NaN or +infinity.
+static float corrected(float *logits, const float *base, const float *correction, long columns) {
+  float best = -INFINITY;
+  int broken = 0;
+  for (long j = 0; j < columns; j++) {
+    float value = base[j] + (correction ? correction[j] : 0.0f);
+    logits[j] = value;
+    broken |= !(value < INFINITY);
+    best = value > best ? value : best;
+  }
+  for (long j = columns; j < round_up(columns, LANES); j++) logits[j] = -INFINITY;
+  return broken ? NAN : best;
+}
+
+// Inverse CDF over weights[0..columns): the column whose cell holds `at` in [0, 1). One of weight 0 is never drawn.
+static long drawn(const float *weights, long columns, double at) {
+  enum { CELLS = 256 };
+  double total = 0, before = 0;
+  for (long j = 0; j < columns; j++) total += weights[j];
+  double point = at * total, last_below = nextafter(total, 0);
+  point = point < last_below ? point : last_below;
+  for (long first = 0; first < columns; first += CELLS) {  // summed as the total was, so that it is reached
+    double after = before;
+    long end = smaller(first + CELLS, columns);
+    for (long j = first; j < end; j++) after += weights[j];
+    if (after > point) {
+      for (long j = first; j < end; j++) {
+        before += weights[j];
+        if (before > point) return j;
+      }
+    }
+    before = after;
+  }
+  for (long j = columns - 1; j > 0; j--)
+    if (weights[j] > 0) return j;
+  return 0;
+}
+
+static void draw_rows(void *context) {
+  const float unnamed = -4.0f, few = -20.0f;
+  Slot *slot = context;
+  const Head *head = slot->head;
+  long columns = head->columns, padded = round_up(columns, LANES), first, last;
+  float *logits = thread_scratch(2 * padded), *scratch = logits + padded;
+  while (take_tasks(&slot->tasks, &first, &last)) {
+    for (long row = first; row < last; row++) {
+      long at = row * head->slots + slot->slot, choice = 0;
+      float scale = head->inverse_temperature[row];
+      float best = corrected(logits, head->base + at * columns,
+                             slot->correction ? slot->correction + row * columns : 0, columns);
+      if (!(best > -INFINITY)) {
+        if (head->usable[row] > slot->slot) head->usable[row] = slot->slot;
+        head->tokens[at] = head->names ? head->names[0] : 0;
+        slot->following[row] = 0;
+        if (scale != 0) memset(head->law + at * columns, 0, columns * sizeof(float));
+        continue;
+      }
+      if (slot->following[row]) {
+        long place = head->place[at];
+        float max;
+        memcpy(scratch, logits, padded * sizeof(float));
+        float total = logf(exponentials(scratch, padded, &max)) + max;
+        float score = head->named[at] ? logits[place] : total + unnamed;
+        float share = expf(score - total);
+        float odds = score - total - log1pf(-(share < 1 - 1e-6f ? share : 1 - 1e-6f));
+        head->on[at] = 1;
+        head->odds[at] = odds > few ? odds : few;
+        logits[place] = score + head->bias[at];
+        if (logits[place] > best) best = logits[place];
+      }
+      if (scale == 0) {
+        best = logits[0];
+        for (long j = 1; j < columns; j++) best = logits[j] > best ? logits[j] : best;
+        while (logits[choice] != best) choice++;
+      } else {
+        float *law = head->law + at * columns, max;
+        for (long j = 0; j < columns; j++) logits[j] *= scale;
+        float sum = exponentials(logits, padded, &max), inverse = 1.0f / sum;
+        for (long j = 0; j < columns; j++) law[j] = logits[j] * inverse;
+        choice = drawn(law, columns, head->uniforms[at]);
+      }
+      // A column that stands for the favoured token instead of its own.
+      int replaced = head->place && !head->named[at] && choice == head->place[at];
+      int64_t token = replaced ? head->copied[at] : head->names ? head->names[choice] : choice;
+      head->tokens[at] = token;
+      if (slot->following[row] && token != head->copied[at]) slot->following[row] = 0;
+    }
+  }
+}
+
+// Shapes as in Head. following [rows]: 1 where a token is to be favoured from the first slot on. x [rows, rank] and
+// correction [rows, columns] are scratch; rank 0 is a block without a correction.
+EXPORT void dspark_sequential_head(const float *base, const uint16_t *w1, const uint16_t *w2, const int64_t *anchors,
+                                   const int64_t *names, const float *inverse_temperature, const double *uniforms,
+                                   const int64_t *place, const int64_t *copied, const uint8_t *named,
+                                   const float *bias, uint8_t *following, uint16_t *x, float *correction,
+                                   int64_t *tokens, float *law, uint8_t *on, float *odds, int64_t *usable, long rows,
+                                   long slots, long columns, long rank, int threads) {
+  Head head = {base, w1,  w2, names, inverse_temperature, uniforms, place, copied,  named, bias,
+               tokens, law, on, odds,  usable,              rows,     slots, columns, rank};
+  for (long k = 0; k < slots; k++) {
+    if (rank) {
+      for (long row = 0; row < rows; row++) {
+        int64_t before = k ? tokens[row * slots + k - 1] : anchors[row];
+        memcpy(x + row * rank, w1 + before * rank, rank * sizeof *x);
+      }
+      dspark_linear(x, w2, 0, correction, rows, rank, rank, columns, FLOAT32, threads);
+    }
+    int used = threads;
+    Slot slot = {tasks_of_rows(rows, 4 * columns, &used), &head, rank ? correction : 0, following, k};
+    run_parallel(draw_rows, &slot, used);
+  }
+}
