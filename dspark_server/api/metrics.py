@@ -12,6 +12,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from dspark_server.engine.engine import AsyncEngine
+from dspark_server.engine.stats import EngineStats
 
 FIRST_TOKEN_BUCKETS = (
     *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75),
@@ -27,6 +28,7 @@ REQUEST_BUCKETS = (
 )
 LENGTH_BUCKETS = tuple(float(m * 10**e) for e in range(5) for m in (1, 2, 5))
 ITERATION_BUCKETS = tuple(float(2**power) for power in range(0, 15))
+BUDGET_BUCKETS = 16
 LABELS = ("model_name", "engine")
 
 
@@ -119,6 +121,7 @@ class Metrics(Collector):
             counter.add_metric(labels, value)
             yield counter
         yield self._per_position(labels, list(stats.accepted_per_position))
+        yield from speculation_families(labels, stats)
         yield self._finished_family(labels)
         self._queue.drain(stats.queue_times)
         self._iteration.drain(stats.iteration_tokens)
@@ -142,6 +145,51 @@ class Metrics(Collector):
         for reason in ("stop", "length", "abort", "error"):
             family.add_metric((*labels, reason), self._success[reason])
         return family
+
+
+def speculation_families(labels: Sequence[str], stats: EngineStats) -> Iterator[Metric]:
+    """Our own series: what DSpark decides, and how well it knows what it decides by."""
+
+    def counters(name: str, documentation: str, label: str, values: Iterable[tuple[str, float]]) -> Metric:
+        family = CounterMetricFamily("dspark:" + name, documentation, labels=(*LABELS, label))
+        for value, count in values:
+            family.add_metric((*labels, value), count)
+        return family
+
+    kinds = ("drafted", "copied", "skipped")
+    yield counters(
+        "draft_decisions",
+        "Requests that could draft, each step: by the drafter, copied from their context, or left out.",
+        "decision",
+        [(kind, stats.drafting[kind]) for kind in kinds],
+    )
+    budgets, total, buckets = dict(stats.budgets), 0, []
+    for tokens in range(1, BUDGET_BUCKETS + 1):
+        total += budgets.get(tokens, 0)
+        buckets.append((str(float(tokens)), float(total)))
+    budget = HistogramMetricFamily(
+        "dspark:verification_budget", "Tokens verified for a decoding request in a step, 1 + l.", labels=LABELS
+    )
+    buckets.append(("+Inf", float(sum(budgets.values()))))
+    budget.add_metric(labels, buckets, float(sum(t * n for t, n in budgets.items())))
+    yield budget
+    bins = [(f"{(index + 0.5) / len(stats.survival):.2f}", each) for index, each in enumerate(stats.survival)]
+    for name, documentation in (
+        ("judged", "Draft tokens verified, by the middle of the tenth their predicted survival fell in."),
+        ("predicted", "Sum of the predicted survivals."),
+        ("survived", "Draft tokens that survived."),
+    ):
+        values = [(middle, float(getattr(each, name))) for middle, each in bins]
+        yield counters("survival_" + name, documentation, "predicted", values)
+    yield counters(
+        "step_seconds", "Time of steps: draft with selection, verify, host.", "part", list(stats.seconds.items())
+    )
+    costs = GaugeMetricFamily(
+        "dspark:verify_seconds", "What selection believes a pass over so many tokens takes.", labels=(*LABELS, "tokens")
+    )
+    for tokens, seconds in stats.verify_seconds.items():
+        costs.add_metric((*labels, str(tokens)), seconds)
+    yield costs
 
 
 def _gauge(name: str, documentation: str, labels: Sequence[str], value: float) -> GaugeMetricFamily:

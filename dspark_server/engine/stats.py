@@ -1,7 +1,18 @@
 """Counters the step thread keeps and /metrics reads. Plain numbers: reading them takes no lock."""
 
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field
+
+SURVIVAL_BINS = 10  # of the predicted survival of verified draft tokens
+
+
+@dataclass
+class SurvivalBin:
+    """Verified draft tokens whose prefix was predicted to survive with a chance in one tenth of [0, 1]."""
+
+    judged: int = 0
+    predicted: float = 0.0  # sum of the chances
+    survived: int = 0
 
 
 @dataclass
@@ -21,6 +32,12 @@ class EngineStats:
     draft_tokens: int = 0
     accepted_tokens: int = 0
     accepted_per_position: list[int] = field(default_factory=list)
+    # Of the requests that could draft, each step: "drafted", "copied" from their own context or "skipped".
+    drafting: Counter[str] = field(default_factory=Counter)
+    budgets: Counter[int] = field(default_factory=Counter)  # of them, how many had 1 + l tokens verified
+    survival: list[SurvivalBin] = field(default_factory=lambda: [SurvivalBin() for _ in range(SURVIVAL_BINS)])
+    seconds: dict[str, float] = field(default_factory=lambda: {"draft": 0.0, "verify": 0.0, "host": 0.0})  # of steps
+    verify_seconds: dict[int, float] = field(default_factory=dict)  # what selection believes of a pass over B tokens
     # Drained by the metrics reader; bounded so that an unread server does not grow.
     queue_times: deque[float] = field(default_factory=lambda: deque(maxlen=100_000))
     iteration_tokens: deque[int] = field(default_factory=lambda: deque(maxlen=100_000))

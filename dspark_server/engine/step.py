@@ -10,6 +10,7 @@ from torch import Tensor
 from dspark_server.engine.batcher import Batcher, Plan
 from dspark_server.engine.executor import DraftRequest, Executor
 from dspark_server.engine.request import FinishReason, Request
+from dspark_server.engine.stats import SURVIVAL_BINS
 from dspark_server.runtime.batch import Run
 from dspark_server.speculation.acceptance import Accepted, DraftTokens, accept
 from dspark_server.speculation.capacity import Capacity
@@ -130,6 +131,7 @@ class StepLoop:
                 self._trace(StepTrace(drafted, verified, accepted))
         if drafted and accepted:
             self._learn(drafted, verified, accepted)
+        self._count_drafting(plan, drafted)
         outputs = self._commit(plan, prefixes, accepted)
         tokens = load.tokens + sum(map(len, prefixes.values()))
         self.stats.steps += 1
@@ -137,16 +139,20 @@ class StepLoop:
         self.batcher.update_gauges()
         if self._check_invariants:
             self.batcher.check()
+        draft, verify, host = selected - planned, judged - selected, self._clock() - judged + planned - began
+        for part, seconds in (("draft", draft), ("verify", verify), ("host", host)):
+            self.stats.seconds[part] += seconds
         if self.capacity and tokens:
             self.capacity.observe(
                 tokens=tokens,
                 context=load.context,
                 pairs=load.pairs + (tokens - load.tokens) * load.per_draft,
-                verify=judged - selected,
+                verify=verify,
                 requests=drafted.backbone if drafted else 0,
-                draft=selected - planned,
-                overhead=self._clock() - judged + planned - began,
+                draft=draft,
+                overhead=host,
             )
+            self.stats.verify_seconds = self.capacity.verify_seconds
         return outputs
 
     def _draft(self, plan: Plan, load: Load) -> Drafted | None:
@@ -236,12 +242,19 @@ class StepLoop:
         return accept(verified.logits, verified.row_start, draft, lengths, sampling, self._streams)
 
     def _learn(self, drafted: Drafted, verified: Verification, accepted: Accepted) -> None:
-        """Keep each request's record of what its drafts came to, copies left out."""
+        """Keep what drafts came to: for all to see, and, copies left out, in each request's record."""
         stood = dict(zip(verified.requests, accepted.count.tolist(), strict=True))
-        first = drafted.survival[:, 0].nan_to_num().tolist()
-        rows = list(zip(drafted.requests, drafted.lengths, first, strict=True))
-        for request, length, chance in rows[: drafted.backbone]:
-            request.history.record(length, stood[request], chance)
+        survival = drafted.survival.nan_to_num().tolist()
+        rows = zip(drafted.requests, drafted.lengths, survival, strict=True)
+        for row, (request, length, chances) in enumerate(rows):
+            for position, chance in enumerate(chances[:length]):
+                kind = self.stats.survival[min(int(chance * SURVIVAL_BINS), SURVIVAL_BINS - 1)]
+                kind.judged += 1
+                kind.predicted += chance
+                kind.survived += position < stood[request]
+            if row >= drafted.backbone:
+                continue
+            request.history.record(length, stood[request], chances[0])
             if length:
                 share = stood[request] / min(length, stood[request] + 1)
                 self._survival += 0.01 * (share - self._survival)
@@ -273,6 +286,14 @@ class StepLoop:
                 self.batcher.remove(request)
             outputs.append(StepOutput(request, taken))
         return outputs
+
+    def _count_drafting(self, plan: Plan, drafted: Drafted | None) -> None:
+        lengths = dict(zip(drafted.requests, drafted.lengths, strict=True)) if drafted else {}
+        backbone = drafted.backbone if drafted else 0
+        self.stats.drafting.update(
+            drafted=backbone, copied=len(lengths) - backbone, skipped=len(plan.decoding) - len(lengths)
+        )
+        self.stats.budgets.update(1 + lengths.get(request, 0) for request in plan.decoding)
 
     def _count_tokens(self, committed: int, drafted: int, kept: int) -> None:
         self.stats.generation_tokens += committed

@@ -97,6 +97,11 @@ class Capacity:
         """The greatest convex minorant of `raw`: on it, an early stop finds the global best (DSPARK.md, step 6)."""
         return self._convex
 
+    @property
+    def verify_seconds(self) -> dict[int, float]:
+        """Seconds of a pass over B tokens, at the sizes that were measured; a new object when the table changes."""
+        return self._verify_seconds
+
     def draft(self, requests: int) -> float:
         """Seconds to draft blocks for so many requests; 0 for none."""
         return float(self._drafts[min(requests, len(self._drafts) - 1)]) if requests else 0.0
@@ -137,6 +142,8 @@ class Capacity:
     def _rebuild(self) -> None:
         self._raw = np.maximum.accumulate(_dense(self._profile.tokens, self._verify_knots, self._sizes))
         self._convex = convex_minorant(self._raw)
+        sizes = [size for size in self._profile.tokens if size < len(self._raw)]
+        self._verify_seconds = {size: float(self._raw[size]) for size in sizes}
         self._drafts = np.zeros(len(self._requests))
         if len(self._draft_knots):
             self._drafts = np.maximum.accumulate(_dense(self._profile.requests, self._draft_knots, self._requests))

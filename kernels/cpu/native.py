@@ -203,7 +203,8 @@ class NativeKernels:
         )
         self._sequential_head(
             base.data_ptr(), w1, w2, anchors.data_ptr(), None if names is None else names.data_ptr(),
-            inverse_temperature.data_ptr(), None if uniforms is None else uniforms.data_ptr(), place, copied, named, bias, following.data_ptr(),
+            inverse_temperature.data_ptr(), None if uniforms is None else uniforms.data_ptr(),
+            place, copied, named, bias, following.data_ptr(),
             x.data_ptr(), correction.data_ptr(), tokens.data_ptr(), None if law is None else law.data_ptr(),
             on.data_ptr(), odds.data_ptr(), usable.data_ptr(), rows, slots, columns, rank, get_num_threads(),
         )  # fmt: skip

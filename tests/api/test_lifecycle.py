@@ -146,6 +146,27 @@ def test_metrics_have_vllms_names(own_server: Running) -> None:
     assert value(samples, "vllm:request_success_total", 'finished_reason="stop"') == 0
 
 
+def test_metrics_show_what_speculation_decides(own_server: Running) -> None:
+    stats = own_server.engine.stats
+    stats.drafting.update(drafted=5, copied=2, skipped=1)
+    stats.budgets.update({1: 1, 6: 5, 13: 2})
+    stats.survival[7].judged, stats.survival[7].predicted, stats.survival[7].survived = 10, 7.4, 6
+    stats.seconds["verify"] = 1.5
+    stats.verify_seconds = {1: 0.02, 256: 0.5}
+    samples = series(own_server)
+    for decision, count in (("drafted", 5), ("copied", 2), ("skipped", 1)):
+        assert value(samples, "dspark:draft_decisions_total", f'decision="{decision}"') == count
+    assert value(samples, "dspark:verification_budget_bucket", 'le="1.0"') == 1
+    assert value(samples, "dspark:verification_budget_bucket", 'le="6.0"') == 6
+    assert value(samples, "dspark:verification_budget_count") == 8
+    assert value(samples, "dspark:verification_budget_sum") == 1 + 30 + 26
+    found = [value(samples, f"dspark:survival_{name}_total", 'predicted="0.75"')
+             for name in ("judged", "predicted", "survived")]  # fmt: skip
+    assert found == [10, 7.4, 6]
+    assert value(samples, "dspark:step_seconds_total", 'part="verify"') == 1.5
+    assert value(samples, "dspark:verify_seconds", 'tokens="256"') == 0.5
+
+
 def test_metrics_count(own_server: Running) -> None:
     own_server.complete("say hello")
     own_server.complete("forever", max_tokens=10, stream=True)

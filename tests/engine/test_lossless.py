@@ -101,3 +101,30 @@ def test_min_tokens_holds_inside_a_draft_block() -> None:
         assert not stop & set(output[:11])
         assert len(output) >= 12
         assert all(token not in stop for token in output[:-1])
+
+
+@pytest.mark.parametrize("selection", ["fixed", "threshold"])
+def test_what_drafts_came_to_is_counted(selection: str) -> None:
+    """Greedy circles of the tiny model: some blocks are copies. Every count is a part of another."""
+    core = tiny_core(selection=selection, num_blocks=600)
+    core.generate(prompts(6), [greedy(250), SamplingParams(max_tokens=30, temperature=1.0, ignore_eos=True)] * 3)
+    stats = core.loop.stats
+    assert stats.drafting["copied"] > 20
+    assert stats.drafting["drafted"] > 20
+    assert sum(stats.budgets.values()) == sum(stats.drafting.values())
+    assert sum((tokens - 1) * count for tokens, count in stats.budgets.items()) == stats.draft_tokens
+    assert sum(kind.judged for kind in stats.survival) == stats.draft_tokens
+    assert sum(kind.survived for kind in stats.survival) == stats.accepted_tokens == sum(stats.accepted_per_position)
+    for index, kind in enumerate(stats.survival):
+        assert index / 10 * kind.judged <= kind.predicted + 1e-6
+        assert kind.predicted <= (index + 1) / 10 * kind.judged + 1e-6
+    assert all(seconds > 0 for seconds in stats.seconds.values())
+
+
+def test_copies_of_the_context_change_no_token() -> None:
+    """Long enough for the tiny model to run in circles, which are then copied."""
+    core, plain = tiny_core(num_blocks=600), tiny_core(drafter=False, num_blocks=600)
+    outputs = core.generate(prompts(6), greedy(250))
+    assert outputs == plain.generate(prompts(6), greedy(250))
+    assert core.loop.stats.drafting["copied"] > 20
+    assert core.loop.stats.steps < plain.loop.stats.steps
