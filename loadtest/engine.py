@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """How close the engine is to this machine: `make bench`.
 
-Two questions, each answered as a ratio of figures taken in turn, without a drafter:
+Three questions, the first two answered as a ratio of figures taken in turn, without a drafter:
 
 1. A target pass of B decoding requests against its packed matrix products alone (the floor).
 2. The same requests through HTTP streaming and through the engine driven offline.
+3. How a decoding step grows, with running requests and with context, drafter on (`--only growth --plot FILE`).
 """
 
 import argparse
@@ -20,8 +21,9 @@ from pathlib import Path
 
 import dspark_kernels
 import torch
+from matplotlib.figure import Figure
 
-from dspark_server.config import EngineConfig
+from dspark_server.config import EngineConfig, SpeculativeConfig
 from dspark_server.engine.core import EngineCore
 from dspark_server.engine.request import SamplingParams
 from dspark_server.models.decoder import Decoder
@@ -98,6 +100,58 @@ async def over_http(port: int, streams: int, tokens: int, first: int) -> float:
     return streams * tokens / (time.perf_counter() - started)
 
 
+def growth(requests: list[int], contexts: list[int], repeats: int, plot: Path | None) -> None:
+    """Median milliseconds of a decoding step and of its parts; blocks verified whole."""
+    most = max(requests)
+    core = EngineCore.load(
+        EngineConfig(
+            model=MODEL,
+            speculative=SpeculativeConfig(selection="fixed"),
+            max_num_seqs=most,
+            max_num_batched_tokens=16 * most,
+            num_blocks=max(most * 8, 2 * max(contexts) // BLOCK + 64),
+            enable_prefix_caching=False,
+        )
+    )
+    seconds = core.loop.stats.seconds
+
+    def parts(running: int, context: int) -> list[float]:
+        """[draft, verify, host] of the median step."""
+        params = SamplingParams(max_tokens=repeats * 13, temperature=1.0, ignore_eos=True)
+        made = [core.new_request(prompt(index, context), params, nonce=index) for index in range(running)]
+        for request in made:
+            core.batcher.add(request)
+        while not all(request.is_decoding for request in made):
+            core.loop.step()
+        rows = []
+        for _ in range(repeats):
+            before = dict(seconds)
+            core.loop.step()
+            rows.append([1e3 * (seconds[part] - before[part]) for part in ("draft", "verify", "host")])
+        for request in made:
+            core.batcher.remove(request)
+        return [statistics.median(column) for column in zip(*rows, strict=True)]
+
+    print("| requests | context | draft, ms | verify, ms | host, ms | host per request, us |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    curves: dict[str, list[tuple[int, list[float]]]] = {"running requests": [], "context of one request": []}
+    for axis, sizes in (("running requests", requests), ("context of one request", contexts)):
+        for size in sizes:
+            running, context = (size, 32) if axis == "running requests" else (1, size)
+            found = parts(running, context)
+            curves[axis].append((size, found))
+            draft, verify, host = found
+            print(f"| {running} | {context} | {draft:.2f} | {verify:.2f} | {host:.2f} | {1e3 * host / running:.0f} |")
+    if plot is not None:
+        figure = Figure((9, 4), layout="constrained")
+        for axes, (axis, points) in zip(figure.subplots(1, 2), curves.items(), strict=True):
+            for index, part in enumerate(("draft", "verify", "host")):
+                axes.plot([size for size, _ in points], [found[index] for _, found in points], marker="o", label=part)
+            axes.set(xlabel=axis, ylabel="ms of a step", xscale="log", yscale="log")
+            axes.legend()
+        figure.savefig(plot, dpi=120)
+
+
 def free_port() -> int:
     """A port nobody listens on."""
     with socket.socket() as probe:
@@ -164,7 +218,10 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128, help="output tokens a stream")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--repeats", type=int, default=30)
-    parser.add_argument("--only", choices=["passes", "streaming"])
+    parser.add_argument("--requests", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64, 128, 256])
+    parser.add_argument("--contexts", type=int, nargs="+", default=[128, 512, 1024, 2048, 4096, 8000])
+    parser.add_argument("--plot", type=Path, help="where to draw the growth of a step")
+    parser.add_argument("--only", choices=["passes", "streaming", "growth"])
     arguments = parser.parse_args()
     if arguments.only in (None, "passes"):
         # In a thread that ends, so that its OpenMP pool is gone before the engine's is made.
@@ -172,6 +229,8 @@ def main() -> None:
             thread.submit(passes, arguments.sizes, arguments.context, arguments.repeats).result()
     if arguments.only in (None, "streaming"):
         streaming(arguments.streams, arguments.tokens, arguments.rounds)
+    if arguments.only in (None, "growth"):
+        growth(arguments.requests, arguments.contexts, min(arguments.repeats, 9), arguments.plot)
 
 
 if __name__ == "__main__":
