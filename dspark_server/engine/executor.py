@@ -41,7 +41,10 @@ class TorchExecutor:
         self.pool = pool
 
     def draft(self, requests: list[DraftRequest], sampling: SamplingBatch, streams: Streams) -> DraftBlock:
-        matches = [request.match for request in requests if request.alone and request.match is not None]
+        copied = [
+            (request.match, request.copied) for request in requests if request.alone and request.match is not None
+        ]
+        matches, records = [match for match, _ in copied], [record for _, record in copied]
         asked = requests[: len(requests) - len(matches)]
         block = None
         if asked:
@@ -50,7 +53,7 @@ class TorchExecutor:
         if self.drafter.copying is None:
             assert block is not None, "a drafter that may not copy was asked for copies alone"
             return block
-        return with_copies(block, matches, self.gamma, self.drafter.copying)
+        return with_copies(block, matches, records, self.gamma, self.drafter.copying)
 
     def verify(self, runs: list[Run]) -> tuple[Tensor, list[int]]:
         batch = Batch.of(runs, self.pool.block_size)

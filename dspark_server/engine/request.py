@@ -71,6 +71,7 @@ class Request:
     cached_tokens: int | None = None  # prompt tokens found in the prefix cache at first admission
     draft_number: int = 0  # every draft of the request, discarded ones included; survives preemption
     history: SurvivalHistory = field(default_factory=SurvivalHistory)
+    copied: SurvivalHistory = field(default_factory=SurvivalHistory)  # of the blocks it copied from its context
     context: ContextIndex = field(default_factory=ContextIndex)
 
     @property

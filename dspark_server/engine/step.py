@@ -187,7 +187,7 @@ class StepLoop:
         backbone = sum(request not in alone for request in requests)
         block = self.executor.draft(
             [
-                DraftRequest(r.tokens[-1], len(r.tokens) - 1, r.blocks, matches.get(r), alone=r in alone)
+                DraftRequest(r.tokens[-1], len(r.tokens) - 1, r.blocks, matches.get(r), r in alone, r.copied)
                 for r in requests
             ],
             sampling_batch(requests),
@@ -242,7 +242,7 @@ class StepLoop:
         return accept(verified.logits, verified.row_start, draft, lengths, sampling, self._streams)
 
     def _learn(self, drafted: Drafted, verified: Verification, accepted: Accepted) -> None:
-        """Keep what drafts came to: for all to see, and, copies left out, in each request's record."""
+        """Keep what drafts came to: for all to see, and in each request's records, of the drafter and of copies."""
         stood = dict(zip(verified.requests, accepted.count.tolist(), strict=True))
         survival = drafted.survival.nan_to_num().tolist()
         rows = zip(drafted.requests, drafted.lengths, survival, strict=True)
@@ -253,6 +253,8 @@ class StepLoop:
                 kind.predicted += chance
                 kind.survived += position < stood[request]
             if row >= drafted.backbone:
+                if length:
+                    request.copied.record(length, stood[request], chances[0])
                 continue
             request.history.record(length, stood[request], chances[0])
             if length:

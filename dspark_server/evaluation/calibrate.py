@@ -159,12 +159,11 @@ def fit_temperatures(blocks: Blocks, tables: CopyTables, temperature: float, gam
 
 
 def predicted(blocks: Blocks, temperatures: list[float], tables: CopyTables, temperature: float) -> Floats:
-    """a_k [N, gamma] after scaling, as the engine computes it."""
+    """a_k [N, gamma] after scaling, as the engine computes it; of blocks copied alone, as it did (it knew more)."""
     scale = np.ones(blocks.gamma)
     scale[: len(temperatures)] = temperatures
     chance = np.where(blocks.match > 0, _copied(blocks, tables, temperature), _sigmoid(blocks.confidence / scale))
-    alone = np.array(tables.alone)[np.maximum(np.digitize(blocks.match, BUCKETS) - 1, 0)]
-    return np.asarray(np.where(blocks.alone[:, None], alone, chance).cumprod(axis=1))
+    return np.asarray(np.where(blocks.alone[:, None], blocks.survival, chance.cumprod(axis=1)))
 
 
 def _copied(blocks: Blocks, tables: CopyTables, temperature: float) -> Floats:

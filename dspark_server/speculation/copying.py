@@ -138,9 +138,9 @@ class CopyTables:
     def _tensors(self) -> dict[str, Tensor]:
         return {name: torch.tensor(getattr(self, name)) for name in self.__dataclass_fields__}
 
-    def survival_alone(self, length: Tensor, gamma: int) -> Tensor:
-        """a_k [R, gamma] of blocks that are copied whole from matches of `length` [R]."""
-        return self._tensors["alone"][buckets(length, gamma)].cumprod(dim=1)
+    def chance_alone(self, length: Tensor, gamma: int) -> Tensor:
+        """[R, gamma]: that a token stands if those before it do, in blocks copied whole from matches of `length` [R]."""
+        return self._tensors["alone"][buckets(length, gamma)]
 
 
 def buckets(length: Tensor, gamma: int) -> Tensor:

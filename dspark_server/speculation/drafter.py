@@ -4,7 +4,7 @@ Shapes: R drafting requests, gamma draft tokens each, V vocabulary, D hidden siz
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from dspark_server.runtime.batch import Batch
 from dspark_server.runtime.kv import KVPool, LayerGroup
 from dspark_server.speculation.copying import CopyBias, CopyTables, Match
+from dspark_server.speculation.history import SurvivalHistory, rates
 from dspark_server.speculation.noise import Streams
 from dspark_server.speculation.sampling import SamplingBatch
 
@@ -22,7 +23,8 @@ from dspark_server.speculation.sampling import SamplingBatch
 class DraftRequest:
     """Where a block starts: the anchor, its 0-based position, and blocks that reach gamma tokens past it.
 
-    `match` says where the text stood before, if it did; `alone`: the block is copied from there, the drafter not asked.
+    `match` says where the text stood before, if it did; `alone`: the block is copied from there, the drafter not asked;
+    `copied` is what came of the request's earlier copies.
     """
 
     anchor: int
@@ -30,6 +32,7 @@ class DraftRequest:
     block_table: list[int]
     match: Match | None = None
     alone: bool = False
+    copied: SurvivalHistory = field(default_factory=SurvivalHistory)
 
 
 @dataclass(frozen=True)
@@ -60,11 +63,20 @@ class DraftBlock:
     logits: Tensor | None = None
 
 
-def with_copies(block: DraftBlock | None, matches: Sequence[Match], gamma: int, tables: CopyTables) -> DraftBlock:
-    """The drafter's block, widened to `gamma` slots, and below it one row for each match that is drafted alone."""
+def with_copies(
+    block: DraftBlock | None,
+    matches: Sequence[Match],
+    records: Sequence[SurvivalHistory],
+    gamma: int,
+    tables: CopyTables,
+) -> DraftBlock:
+    """The drafter's block, widened to `gamma` slots, and below it one row for each match that is drafted alone.
+
+    How likely copies are to survive the tables say first, then more and more each request's own record.
+    """
     tokens = torch.tensor([match.tokens for match in matches], dtype=torch.int64).view(len(matches), gamma)
     alone, usable = torch.tensor([match.length for match in matches], dtype=torch.int64), [gamma] * len(matches)
-    survival = tables.survival_alone(alone, gamma)
+    survival = rates(records, tables.chance_alone(alone, gamma)).cumprod(dim=1)
     if block is None:
         return DraftBlock(tokens, None, None, None, survival, torch.tensor(usable), alone=alone)
     missing = gamma - block.tokens.shape[1]

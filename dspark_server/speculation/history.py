@@ -1,6 +1,10 @@
 """What a request's own drafts have come to: how likely its next ones are to survive, and when to try again."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import torch
+from torch import Tensor
 
 MEMORY = 0.9  # of what was seen before, this much counts after one more draft
 PRIOR_WEIGHT = 3.0  # the prior counts like so many draft tokens
@@ -42,3 +46,10 @@ class SurvivalHistory:
     def left_out(self) -> None:
         """It does not draft in this step."""
         self.idle += 1
+
+
+def rates(records: Sequence[SurvivalHistory], prior: Tensor) -> Tensor:
+    """The same of R requests: prior [R, gamma] -> [R, gamma] float32."""
+    stood = torch.tensor([record.stood for record in records]).unsqueeze(1)
+    tried = torch.tensor([record.tried for record in records]).unsqueeze(1)
+    return (stood + PRIOR_WEIGHT * prior) / (tried + PRIOR_WEIGHT)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from dspark_server.speculation.copying import BUCKETS, ContextIndex, CopyBias, CopyTables, Match, buckets
 from dspark_server.speculation.drafter import DraftBlock, with_copies
+from dspark_server.speculation.history import SurvivalHistory
 
 TABLES = CopyTables()
 
@@ -110,13 +111,19 @@ def test_lone_copies_stand_below_the_drafters_rows() -> None:
     block = DraftBlock(
         tokens=torch.tensor([[1, 2]]), q=None, columns=None, confidence=None, survival=None, usable=torch.tensor([1])
     )
-    both = with_copies(block, [Match(4, [7, 8, 9])], 3, TABLES)
+    both = with_copies(block, [Match(4, [7, 8, 9])], [SurvivalHistory()], 3, TABLES)
     assert both.tokens.tolist() == [[1, 2, 0], [7, 8, 9]]
     assert both.usable.tolist() == [1, 3]
     assert both.survival is not None
     assert bool(both.survival[0, :2].isnan().all())
     assert both.survival[1].tolist() == pytest.approx(torch.tensor(TABLES.alone[2:5]).cumprod(0).tolist())
-    assert with_copies(block, [], 3, TABLES).tokens.tolist() == [[1, 2, 0]]
+    assert with_copies(block, [], [], 3, TABLES).tokens.tolist() == [[1, 2, 0]]
+    proven = SurvivalHistory()
+    for _ in range(20):
+        proven.record(3, 3, 0.0)
+    alone = with_copies(None, [Match(4, [7, 8, 9])] * 2, [SurvivalHistory(), proven], 3, TABLES).survival
+    assert alone is not None
+    assert alone[1, 2] > 0.9 > alone[0, 2], "what a request's copies came to is believed"
 
 
 @pytest.mark.parametrize("broken", [{"alone": [0.5]}, {"greedy_bias": [float("nan")] * len(BUCKETS)}])
