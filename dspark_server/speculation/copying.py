@@ -139,7 +139,7 @@ class CopyTables:
         return {name: torch.tensor(getattr(self, name)) for name in self.__dataclass_fields__}
 
     def chance_alone(self, length: Tensor, gamma: int) -> Tensor:
-        """[R, gamma]: that a token stands if those before it do, in blocks copied whole from matches of `length` [R]."""
+        """[R, gamma]: that a token stands if those before it do, in copies of matches of `length` [R]."""
         return self._tensors["alone"][buckets(length, gamma)]
 
 

@@ -1,13 +1,16 @@
 """Measures on blocks worked out by hand, and calibration on a world whose truth is known."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
 from dspark_server.evaluation import measures
-from dspark_server.evaluation.calibrate import fit_temperatures, scaled
+from dspark_server.evaluation.calibrate import fit_copying, fit_temperatures, predicted
 from dspark_server.evaluation.collect import Blocks
 from dspark_server.evaluation.evaluate import uncalibrated
+from dspark_server.speculation.copying import BUCKETS, CopyTables
 
 
 def blocks(accepted: list[int], gamma: int = 3, confidence: object = None, **fields: list[int]) -> Blocks:
@@ -20,6 +23,10 @@ def blocks(accepted: list[int], gamma: int = 3, confidence: object = None, **fie
         accepted=np.array(accepted),
         judged=np.array(fields.get("judged", [gamma] * n)),
         committed=np.array(fields.get("committed", [each + 1 for each in accepted])),
+        alone=np.zeros(n, dtype=bool),
+        match=np.zeros((n, gamma), dtype=np.int64),
+        odds=np.zeros((n, gamma)),
+        repeated=np.full((n, gamma), np.nan),
     )
     return own
 
@@ -59,6 +66,42 @@ def test_temperatures_of_a_known_world_are_found() -> None:
     accepted = stands.cumprod(axis=1).sum(axis=1)
     world = blocks(accepted.tolist(), gamma, 2 * truth)
     assert max(measures.ece_by_position(uncalibrated(world), world)) > 0.05
-    temperatures = fit_temperatures(world)
+    temperatures = fit_temperatures(world, CopyTables(), 1.0, world.gamma)
     assert_allclose(temperatures, 2.0, rtol=0.12)
-    assert max(measures.ece_by_position(scaled(world.confidence, temperatures), world)) < 0.012
+    assert max(measures.ece_by_position(predicted(world, temperatures, CopyTables(), 1.0), world)) < 0.012
+
+
+def test_copies_are_believed_as_far_as_the_text_repeats_itself() -> None:
+    """A world where a matched token follows with log odds (the draft's own + 2), and drafts stand by another law."""
+    noise, n, length = np.random.default_rng(5), 20_000, 5
+    odds, confidence = noise.normal(-1, 2, n), noise.normal(0, 1, n)
+    repeated = noise.random(n) < 1 / (1 + np.exp(-odds - 2))
+    stood = noise.random(n) < 1 / (1 + np.exp(-0.5 * confidence - 0.25 * odds - 1))
+    plain = blocks(stood.astype(int).tolist(), gamma=1, confidence=confidence[:, None])
+    world = replace(plain, match=np.full((n, 1), length), odds=odds[:, None], repeated=repeated[:, None].astype(float))
+    bucket = BUCKETS.index(length)
+    for greedy in (True, False):
+        tables = fit_copying(world, CopyTables(), greedy=greedy)
+        bias, trust = (
+            (tables.greedy_bias, tables.greedy_trust) if greedy else (tables.sampled_bias, tables.sampled_trust)
+        )
+        assert bias[bucket] == 2.0
+        assert_allclose([trust[0], trust[1], trust[2 + bucket]], [0.5, 0.25, 1.0], atol=0.06)
+        # Where the blocks tell nothing, the tables stay as they were.
+        assert bias[bucket + 1] == getattr(CopyTables(), "greedy_bias" if greedy else "sampled_bias")[bucket + 1]
+        seen = predicted(world, [1.0], tables, 0.0 if greedy else 1.0)
+        assert max(measures.ece_by_position(seen, world)) < 0.012
+
+
+def test_lone_copies_are_counted_by_the_length_of_their_match() -> None:
+    """Slot k of a copy has a match k tokens longer; blocks of the drafter's own do not count."""
+    three = blocks([2, 0, 1, 2])
+    match = np.array([[4, 5, 6]] * 3 + [[0, 0, 0]])
+    world = replace(three, alone=np.array([True, True, True, False]), match=match)
+    before, after = CopyTables(), fit_copying(world, CopyTables(), greedy=True)
+    at = [BUCKETS.index(length) for length in (4, 5, 6)]
+    wanted = [
+        (stood + 5 * before.alone[i]) / (tried + 5) for i, stood, tried in zip(at, (2, 1, 0), (3, 2, 1), strict=True)
+    ]
+    assert_allclose([after.alone[i] for i in at], wanted, atol=1e-4)
+    assert after.alone[at[-1] + 1 :] == before.alone[at[-1] + 1 :]
