@@ -153,9 +153,6 @@ def _accept_coupled(mine: _Pass, streams: Streams) -> Accepted:
 
 def _accept_by_ratio(mine: _Pass, draft: DraftTokens, streams: Streams) -> Accepted:
     """Keep x with probability min(1, p(x)/q(x)), else draw from what p has left over; past the draft, from p."""
-    traits = mine.sampling.traits
-    if not (mine.sampling.forbidden or traits.top_k or traits.top_p or traits.min_p):
-        return _accept_unfiltered(mine, draft, streams)
     width = mine.tokens.shape[1]
     offsets = torch.arange(width + 1, device=mine.start.device)
     coins = streams.uniform(Purpose.COIN, mine.sampling, offsets[:-1]) if width else None
@@ -183,36 +180,6 @@ def _accept_by_ratio(mine: _Pass, draft: DraftTokens, streams: Streams) -> Accep
         return accepted, token
 
     return _walk(mine, judge)
-
-
-def _accept_unfiltered(mine: _Pass, draft: DraftTokens, streams: Streams) -> Accepted:
-    """The ratio rule where a law is a bare softmax: cheaper for all rows at once than slot by slot."""
-    requests, width = mine.tokens.shape
-    offsets = torch.arange(width + 1, device=mine.start.device)
-    everyone = torch.arange(requests, device=mine.start.device)
-    within = offsets <= mine.lengths.unsqueeze(1)
-    owner, slot = within.nonzero(as_tuple=True)
-    law = distribution(mine.logits[mine.start[owner] + slot], mine.sampling.select(owner, slot))
-    first = torch.cat([mine.lengths.new_zeros(1), (mine.lengths + 1).cumsum(0)[:-1]])
-    count = torch.zeros_like(mine.lengths)
-    if width:
-        coins = streams.uniform(Purpose.COIN, mine.sampling, offsets[:-1])
-        # Slots past a request's draft look at its last row and count for nothing.
-        p_x = law[first.unsqueeze(1) + offsets[:-1].minimum(mine.lengths.unsqueeze(1)), mine.tokens]
-        q_x = torch.stack([p_x.new_ones(()) * draft.q_of(mine.row, k, mine.tokens[:, k]) for k in range(width)], dim=-1)
-        # u q < p, not u < p / q: right at q = 0, and u = 0 does not let a token of probability 0 through. NaN ends it.
-        count = ((coins * q_x < p_x) & within[:, 1:]).long().cumprod(1).sum(1)
-    last = streams.uniform(Purpose.RESIDUAL, mine.sampling, offsets)[everyone, count]
-    weights = law[first + count]
-    failed = weights[:, 0].isnan()
-    rejected = ((count < mine.lengths) & ~failed).nonzero().squeeze(1)
-    if len(rejected):
-        which, at = mine.row[rejected], count[rejected]
-        q = None if draft.q is None else draft.q[which, at]
-        columns = None if draft.columns is None else draft.columns[which, at]
-        weights[rejected] = residual(weights[rejected], q, draft.tokens[which, at], columns)
-    token = draw(weights.nan_to_num(1.0), last)
-    return Accepted(count.masked_fill(failed, 0), token.masked_fill(failed, -1), failed)
 
 
 def residual(p: Tensor, q: Tensor | None, drafted: Tensor, columns: Tensor | None = None) -> Tensor:

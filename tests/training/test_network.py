@@ -30,7 +30,7 @@ def test_trained_network_is_the_engines(kind: str) -> None:
         if trace.drafted:
             seen.append((list(trace.drafted.requests[0].tokens), trace.drafted.block))
 
-    speculative = SpeculativeConfig(method="dspark", model=str(directory / "draft"), selection="fixed")
+    speculative = SpeculativeConfig("dspark", str(directory / "draft"), selection="fixed", copying=False)
     config = EngineConfig(
         model=str(directory / "target"), dtype="float32", kv_cache_memory_bytes=16 << 20, speculative=speculative
     )
