@@ -75,7 +75,8 @@ Acceptance = Callable[[Verification, Drafted | None, SamplingBatch], Accepted]
 class StepLoop:
     """Owns every request and block; one thread calls it.
 
-    `acceptance` may be replaced (conformance forces counts); `trace` is shown every step that sampled.
+    `block` is how many tokens the drafter itself drafts (None: executor.gamma, which counts copies too). `acceptance`
+    may be replaced (conformance forces counts); `trace` is shown every step that sampled.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class StepLoop:
         *,
         capacity: Capacity | None = None,
         max_draft_tokens: int | None = None,
+        block: int | None = None,
         copying: bool = False,
         acceptance: Acceptance | None = None,
         trace: Callable[[StepTrace], None] | None = None,
@@ -100,6 +102,7 @@ class StepLoop:
         self._selection = selection
         self._survival = FIRST_GUESS  # of all requests together
         self._max_draft_tokens = min(executor.gamma, max_draft_tokens or executor.gamma)
+        self._block = min(self._max_draft_tokens, block or executor.gamma)
         self._copying = copying
         self._streams = CounterStreams()
         self._acceptance = acceptance or self._lossless
@@ -158,10 +161,10 @@ class StepLoop:
     def _draft(self, plan: Plan, load: Load) -> Drafted | None:
         """Draft a block for those the policy lets draft, and choose how much of each is verified."""
         candidates = plan.decoding
-        # The last token a request may commit is never a draft: one token always comes from the target.
-        limits = [min(self._max_draft_tokens, request.remaining - 1) for request in candidates]
         matches = self._matches(candidates)
         alone = {request for request, match in matches.items() if match and copied_alone(request, match)}
+        # The last token a request may commit is never a draft: one token always comes from the target.
+        limits = [min(self._max_draft_tokens if r in alone else self._block, r.remaining - 1) for r in candidates]
         choice = self._selection.drafting(
             [
                 Candidate(limit, request.history.rate(self._survival), request.history.probe_due, request in alone)

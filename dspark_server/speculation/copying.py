@@ -193,8 +193,10 @@ class CopyBias:
                 here[missing, place[missing]] = total[missing] + UNNAMED
         score = here.gather(1, place.unsqueeze(1)).squeeze(1)
         # log p / (1 - p); a copy that already has all the mass needs no bias, and no infinity either.
-        self.odds[rows, slot] = (score - total - torch.log1p(-torch.exp(score - total).clamp(max=1 - 1e-6))).nan_to_num(
-            nan=UNNAMED, neginf=-20.0
+        self.odds[rows, slot] = (
+            (score - total - torch.log1p(-torch.exp(score - total).clamp(max=1 - 1e-6)))
+            .nan_to_num(nan=UNNAMED, neginf=-20.0)
+            .clamp(min=-20.0)
         )
         result = logits.clone()
         here.scatter_(1, place.unsqueeze(1), (score + self._bias[rows, slot]).unsqueeze(1))

@@ -49,7 +49,7 @@ class SurvivalHistory:
 
 
 def rates(records: Sequence[SurvivalHistory], prior: Tensor) -> Tensor:
-    """The same of R requests: prior [R, gamma] -> [R, gamma] float32."""
+    """Expected survival [R, gamma] float32 by R records, each slot with its `prior` [R, gamma] (see `rate`)."""
     stood = torch.tensor([record.stood for record in records]).unsqueeze(1)
     tried = torch.tensor([record.tried for record in records]).unsqueeze(1)
     return (stood + PRIOR_WEIGHT * prior) / (tried + PRIOR_WEIGHT)

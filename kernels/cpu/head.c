@@ -70,7 +70,7 @@ static long drawn(const float *weights, long columns, double at) {
 }
 
 static void draw_rows(void *context) {
-  const float unnamed = -4.0f, few = -20.0f;
+  const float unnamed = -4.0f, few = -20.0f;  // unnamed: UNNAMED of interface.py
   Slot *slot = context;
   const Head *head = slot->head;
   long columns = head->columns, padded = round_up(columns, LANES), first, last;
@@ -99,7 +99,6 @@ static void draw_rows(void *context) {
         head->on[at] = 1;
         head->odds[at] = odds > few ? odds : few;
         logits[place] = score + head->bias[at];
-        if (logits[place] > best) best = logits[place];
       }
       if (scale == 0) {
         best = logits[0];

@@ -4,6 +4,7 @@ import pytest
 
 from dspark_server.engine.executor import DraftRequest
 from dspark_server.engine.request import SamplingParams
+from dspark_server.engine.step import StepTrace
 from dspark_server.speculation.drafter import DraftBlock
 from dspark_server.speculation.noise import CounterStreams
 from dspark_server.speculation.sampling import SamplingBatch
@@ -128,3 +129,19 @@ def test_copies_of_the_context_change_no_token() -> None:
     assert outputs == plain.generate(prompts(6), greedy(250))
     assert core.loop.stats.drafting["copied"] > 20
     assert core.loop.stats.steps < plain.loop.stats.steps
+
+
+def test_room_is_kept_for_what_the_drafter_drafts_not_for_the_longest_copy() -> None:
+    """Eight sampled requests and room for exactly eight blocks of seven: all of them draft in every step."""
+    drafting: list[int] = []
+
+    def look(step: StepTrace) -> None:
+        decoding = [request for request in step.verified.requests if request.remaining > 7 and request.is_decoding]
+        if len(decoding) == 8:
+            drafting.append(len(step.drafted.requests) if step.drafted else 0)
+
+    core = tiny_core(max_num_batched_tokens=8 + 8 * 7, max_num_seqs=8, num_blocks=600)
+    core.loop._trace = look
+    core.generate(prompts(8), SamplingParams(max_tokens=30, temperature=1.0, ignore_eos=True))
+    assert len(drafting) > 5
+    assert set(drafting) == {8}
