@@ -100,11 +100,13 @@ def _processor() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor()
-    wanted = ("model name", "flags", "Features", "CPU part")
+    wanted = ("vendor_id", "model name", "flags", "Features", "CPU part")
     return "\n".join(sorted({line for line in lines if line.startswith(wanted)}))
 
 
 def _machine_flags() -> list[str]:
     if platform.machine() in ("x86_64", "AMD64"):
-        return ["-march=native", "-mprefer-vector-width=512"]
+        flags = ["-march=native", "-mprefer-vector-width=512"]
+        # VDPBF16PS does twice the multiplications of float32 FMA on AMD's cores, and half of them on Intel's.
+        return [*flags, "-DDSPARK_BFLOAT16_DOT"] if "AuthenticAMD" in _processor() else flags
     return ["-mcpu=native"]

@@ -1,9 +1,10 @@
 // y = x W^T + bias with bfloat16 x and W, accumulated in float32.
 //
 // W is packed once as [Nout / 32][K / 2][32][2]: 32 output features side by side, two consecutive k of a feature in one
-// 32-bit word. A shift (even k) or a mask (odd k) turns a word into the float32 it stands for, and float32 FMA does the
-// rest: on the AVX-512 cores this was measured on, FMA does twice the multiplications of VDPBF16PS. Every row's
-// products are added in order of k whatever the tile, so a row's result does not depend on its neighbours.
+// 32-bit word. That is what VDPBF16PS multiplies, where it is the faster way (AMD since Zen 4: build.py says so).
+// Elsewhere a shift (even k) or a mask (odd k) turns a word into the float32 it stands for, and float32 FMA does the
+// rest: on Intel's cores it does twice the multiplications of VDPBF16PS. Every row's products are added in order of k
+// whatever the tile, so a row's result does not depend on its neighbours.
 #include "common.h"
 
 enum {
@@ -13,8 +14,17 @@ enum {
   AHEAD = 64,         // cache lines of the weight fetched ahead of its use
 };
 
+// How rows of x are kept while they are multiplied.
+#if defined(DSPARK_BFLOAT16_DOT) && defined(__AVX512BF16__)
+typedef uint16_t input;
+#define DOT 1
+#else
+typedef float input;
+#define DOT 0
+#endif
+
 // out [rows, PANEL] = x [rows, 2 * pairs] times one panel of a packed block, while `ahead` [pairs, LINE] is fetched.
-ALWAYS_INLINE void multiply(int rows, const float *x, long x_stride, const uint16_t *weight, long pairs,
+ALWAYS_INLINE void multiply(int rows, const input *x, long x_stride, const uint16_t *weight, long pairs,
                             const uint16_t *ahead, float *out) {
   floats sum[TILE_ROWS][2];
 #pragma GCC unroll 16
@@ -25,6 +35,16 @@ ALWAYS_INLINE void multiply(int rows, const float *x, long x_stride, const uint1
     __builtin_prefetch(weight + (AHEAD + 1) * LINE);
     __builtin_prefetch(ahead + k * LINE, 0, 2);
     weight += 2 * BLOCK;
+#if DOT
+#pragma GCC unroll 16
+    for (int i = 0; i < rows; i++) {
+      int32_t pair;
+      memcpy(&pair, x + i * x_stride + 2 * k, sizeof pair);
+      __m512bh value = (__m512bh)_mm512_set1_epi32(pair);
+      sum[i][0] = (floats)_mm512_dpbf16_ps((__m512)sum[i][0], value, (__m512bh)first);
+      sum[i][1] = (floats)_mm512_dpbf16_ps((__m512)sum[i][1], value, (__m512bh)second);
+    }
+#else
     floats even[2] = {(floats)(first << 16), (floats)(second << 16)};
 #pragma GCC unroll 16
     for (int i = 0; i < rows; i++) {
@@ -39,6 +59,7 @@ ALWAYS_INLINE void multiply(int rows, const float *x, long x_stride, const uint1
       sum[i][0] += value * odd[0];
       sum[i][1] += value * odd[1];
     }
+#endif
   }
 #pragma GCC unroll 16
   for (int i = 0; i < rows; i++) {
@@ -49,7 +70,7 @@ ALWAYS_INLINE void multiply(int rows, const float *x, long x_stride, const uint1
 
 // multiply() for each number of rows, as a function of its own: the rows' sums live in registers.
 #define TILE(rows)                                                                                           \
-  static void multiply_##rows(const float *x, long x_stride, const uint16_t *weight, long pairs,             \
+  static void multiply_##rows(const input *x, long x_stride, const uint16_t *weight, long pairs,             \
                               const uint16_t *ahead, float *out) {                                           \
     multiply(rows, x, x_stride, weight, pairs, ahead, out);                                                  \
   }
@@ -61,7 +82,7 @@ TILE(7) TILE(8) TILE(9)
 TILE(10) TILE(11) TILE(12)
 #endif
 
-typedef void (*tile)(const float *x, long x_stride, const uint16_t *weight, long pairs, const uint16_t *ahead,
+typedef void (*tile)(const input *x, long x_stride, const uint16_t *weight, long pairs, const uint16_t *ahead,
                      float *out);
 static const tile tiles[TILE_ROWS + 1] = {
     0,          multiply_1,  multiply_2,  multiply_3, multiply_4, multiply_5, multiply_6,
@@ -82,11 +103,11 @@ typedef struct {
   int out_dtype;
 } Linear;
 
-// Rows of x that a thread converts to float32 at a time: 1 MB of them stays in the L2 cache beside a block of W.
+// Rows of x that a thread copies (and converts) at a time: 1 MB of them stays in the L2 cache beside a block of W.
 static long rows_of_chunk(long padded) { return larger(4 * TILE_ROWS, (1 << 18) / padded / TILE_ROWS * TILE_ROWS); }
 
 // Rows [0, rows) of x against one packed block; `out` points at the block's first column.
-static void multiply_block(const Linear *linear, const float *x, long rows, long block, void *out) {
+static void multiply_block(const Linear *linear, const input *x, long rows, long block, void *out) {
   long pairs = (linear->in_features + 1) / 2;
   const uint16_t *weight = linear->weight + block * BLOCK * 2 * pairs;
   long columns = smaller(BLOCK, linear->out_features - block * BLOCK);
@@ -112,7 +133,7 @@ static void multiply_block(const Linear *linear, const float *x, long rows, long
 static void multiply_blocks(void *context) {
   Linear *linear = context;
   long padded = round_up(linear->in_features, 2), chunk = rows_of_chunk(padded);
-  float *x = thread_scratch(smaller(chunk, linear->rows) * padded);
+  input *x = (input *)thread_scratch(smaller(chunk, linear->rows) * padded);
   long converted = -1, first, last;
   long blocks = (linear->out_features + BLOCK - 1) / BLOCK;
   while (take_tasks(&linear->tasks, &first, &last)) {
@@ -121,7 +142,12 @@ static void multiply_blocks(void *context) {
       if (part != converted) {
         for (long i = 0; i < rows; i++) {
           x[(i + 1) * padded - 1] = 0;  // overwritten unless K is odd
-          read_floats(x + i * padded, linear->x + (start + i) * linear->x_stride, BFLOAT16, linear->in_features);
+          const uint16_t *from = linear->x + (start + i) * linear->x_stride;
+#if DOT
+          memcpy(x + i * padded, from, linear->in_features * sizeof *from);
+#else
+          read_floats(x + i * padded, from, BFLOAT16, linear->in_features);
+#endif
         }
         converted = part;
       }

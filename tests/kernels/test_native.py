@@ -1,4 +1,4 @@
-"""Every native kernel against the plain PyTorch one, on this machine's build, on one without AVX-512, and on Zig's."""
+"""Every native kernel against the plain PyTorch one, on this machine's build, on others, and on Zig's."""
 
 from dataclasses import dataclass
 
@@ -17,13 +17,15 @@ REFERENCE = ReferenceKernels()
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
 
 
-@pytest.fixture(scope="module", params=["machine", "no-avx512", "zig"])
+@pytest.fixture(scope="module", params=["machine", "fma", "dot", "no-avx512", "zig"])
 def native(request: pytest.FixtureRequest) -> NativeKernels:
     """The library under test; never the reference in disguise."""
     if request.param == "machine":
         kernels = dspark_kernels.load("native")
         assert isinstance(kernels, NativeKernels)
         return kernels
+    if request.param in ("fma", "dot"):  # both ways to multiply bfloat16, whichever this machine prefers and can
+        return NativeKernels(build(extra_flags=[{"fma": "-U", "dot": "-D"}[request.param] + "DSPARK_BFLOAT16_DOT"]))
     if request.param == "no-avx512":
         kernels = NativeKernels(build(extra_flags=["-mno-avx512f"]))
         assert kernels.name == "native-generic"
