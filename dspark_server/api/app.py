@@ -12,8 +12,9 @@ from dspark_server import __version__
 from dspark_server.api import errors
 from dspark_server.api.completions import Completions
 from dspark_server.api.edge import Edge
+from dspark_server.api.intake import Intake
 from dspark_server.api.metrics import Metrics
-from dspark_server.api.schema import completion_json_schema
+from dspark_server.api.schema import CompletionRequest, json_schema
 from dspark_server.api.settings import ServerSettings
 from dspark_server.engine.engine import AsyncEngine
 from dspark_server.errors import RequestError
@@ -27,15 +28,15 @@ def create_app(
     """The application over a started engine (or one that `lifespan` starts)."""
     settings = settings or ServerSettings()
     metrics = Metrics(engine)
-    completions = Completions(engine, metrics, settings)
+    intake = Intake(engine, metrics, settings)
     app = FastAPI(title="dspark-server", version=__version__, redirect_slashes=False, redoc_url=None, lifespan=lifespan)
     app.add_middleware(Edge, settings=settings)
     errors.install(app)
-    app.state.completions = completions
-    body = {"required": True, "content": {"application/json": {"schema": completion_json_schema()}}}
+    app.state.intake = intake
+    body = {"required": True, "content": {"application/json": {"schema": json_schema(CompletionRequest, "prompt")}}}
     app.add_api_route(
         "/v1/completions",
-        completions.create,
+        Completions(intake).create,
         methods=["POST"],
         response_class=Response,
         openapi_extra={"requestBody": body},

@@ -11,6 +11,7 @@ from time import monotonic
 
 from dspark_server.api.metrics import Metrics
 from dspark_server.engine.engine import AsyncEngine, Handle, TokenEvent
+from dspark_server.engine.logprobs import TokenLogprob
 from dspark_server.engine.output import TextStream
 from dspark_server.engine.request import FinishReason
 
@@ -28,19 +29,24 @@ class Choice:
         "_generation",
         "_last",
         "_metrics",
+        "_only_prompt",
         "_stop_token_ids",
         "_text",
         "cached_tokens",
         "completion_tokens",
+        "cumulative_logprob",
         "finish_reason",
         "finish_sent",
         "first",
         "handle",
         "index",
+        "pending_logprobs",
         "pending_text",
         "pending_tokens",
         "prompt",
+        "prompt_logprobs",
         "stop_reason",
+        "text_offset",
     )
 
     def __init__(
@@ -53,6 +59,7 @@ class Choice:
         stop_token_ids: frozenset[int],
         drop_stop_token: bool,
         echo: str = "",
+        only_prompt: bool = False,
     ) -> None:
         self._generation = generation
         self._metrics = generation.metrics
@@ -61,6 +68,7 @@ class Choice:
         self._text = text
         self._stop_token_ids = stop_token_ids
         self._drop_stop_token = drop_stop_token
+        self._only_prompt = only_prompt  # what the engine generates is not part of the answer
         self.index = index
         self.prompt = prompt
         self.handle: Handle | None = None
@@ -68,6 +76,10 @@ class Choice:
         self.finish_sent = False
         self.pending_text = echo
         self.pending_tokens: list[int] = []
+        self.pending_logprobs: list[TokenLogprob] = []  # of tokens not sent yet
+        self.prompt_logprobs: list[TokenLogprob | None] | None = None
+        self.cumulative_logprob = 0.0
+        self.text_offset = 0  # characters of the tokens whose log-probabilities have been sent
         self.completion_tokens = 0
         self.cached_tokens = 0
         self.finish_reason: FinishReason | None = None
@@ -93,7 +105,11 @@ class Choice:
             self._generation.fail("The output could not be turned into text.")
 
     def _take(self, event: TokenEvent) -> None:
-        tokens = event.tokens
+        if event.prompt_logprobs is not None:
+            self.prompt_logprobs = event.prompt_logprobs
+        tokens, logprobs = event.tokens, event.logprobs
+        if self._only_prompt:
+            tokens, logprobs = [], None
         text = ""
         if tokens:
             self._observe(event)
@@ -117,9 +133,12 @@ class Choice:
         elif event.finish_reason is not None:
             if event.stop_token in self._stop_token_ids:
                 self.stop_reason = event.stop_token
-            self._end(event.finish_reason)
+            self._end(FinishReason.LENGTH if self._only_prompt else event.finish_reason)
         if self._generation.wants_tokens:
             self.pending_tokens += kept
+        if logprobs is not None:
+            self.pending_logprobs += logprobs[: len(kept)]
+            self.cumulative_logprob += sum(each.logprob for each in logprobs[: len(kept)])
         if text or self.finish_reason is not None:
             self.pending_text += text
             self._generation.wake()

@@ -15,6 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from dspark_server.api.errors import GenerationError, describe
 from dspark_server.api.generation import Choice, Generation
+from dspark_server.api.logprobs import CompletionLogprobs
 from dspark_server.engine.engine import AsyncEngine
 from dspark_server.errors import CapacityError, EngineDeadError
 
@@ -77,7 +78,20 @@ class GenerationResponse(Response):
 
 
 class WholeResponse(GenerationResponse):
-    """One JSON object when all choices have ended."""
+    """One JSON object when all choices have ended. `best`: (n, best_of), the n likeliest of each prompt's are shown."""
+
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        generation: Generation,
+        head: dict[str, Any],
+        logprobs: CompletionLogprobs | None = None,
+        *,
+        best: tuple[int, int] | None = None,
+    ) -> None:
+        super().__init__(engine, generation, head)
+        self._logprobs = logprobs
+        self._best = best
 
     async def respond(self, send: Send) -> None:
         """Send the whole answer."""
@@ -88,9 +102,25 @@ class WholeResponse(GenerationResponse):
         if generation.failure is not None:
             await self.send_failure(send)
             return
-        choices = [_whole_choice(choice, generation.wants_tokens) for choice in generation.choices]
+        shown = generation.choices if self._best is None else best_of(generation.choices, *self._best)
+        choices = [self._choice(index, choice) for index, choice in enumerate(shown)]
         usage = usage_of(generation.choices)
         await send_json(send, 200, {**self.head, "choices": choices, "usage": usage}, {})
+
+    def _choice(self, index: int, choice: Choice) -> dict[str, Any]:
+        fields = {
+            "index": index,
+            "text": choice.pending_text,
+            "logprobs": None,
+            "finish_reason": choice.finish_reason,
+            "stop_reason": choice.stop_reason,
+        }
+        if self._logprobs is not None:
+            fields["logprobs"] = self._logprobs.take(choice)
+            fields["prompt_logprobs"] = self._logprobs.of_prompt(choice)
+        if self.generation.wants_tokens:
+            fields |= {"prompt_token_ids": choice.prompt, "token_ids": choice.pending_tokens}
+        return fields
 
 
 class StreamResponse(GenerationResponse):
@@ -101,11 +131,13 @@ class StreamResponse(GenerationResponse):
         engine: AsyncEngine,
         generation: Generation,
         head: dict[str, Any],
+        logprobs: CompletionLogprobs | None = None,
         *,
         include_usage: bool,
         continuous_usage: bool,
     ) -> None:
         super().__init__(engine, generation, head)
+        self._logprobs = logprobs
         self._include_usage = include_usage
         self._continuous_usage = continuous_usage
         self._head = b"data: " + orjson.dumps(self.head)[:-1] + b',"choices":['
@@ -136,7 +168,8 @@ class StreamResponse(GenerationResponse):
         text = json_text(choice.pending_text)
         choice.pending_text = ""
         start = b'%b{"index":%d,"text":%b' % (self._head, choice.index, text)
-        if choice.finish_reason is None and not self._continuous_usage and not self.generation.wants_tokens:
+        plain = self._logprobs is None and not self._continuous_usage and not self.generation.wants_tokens
+        if plain and choice.finish_reason is None:
             choice.first = False
             return start + self._plain_tail
         return start + self._full_tail(choice)
@@ -144,7 +177,7 @@ class StreamResponse(GenerationResponse):
     def _full_tail(self, choice: Choice) -> bytes:
         """The end of a chunk that says more than text: the last of a choice, or one with usage or token ids."""
         fields: dict[str, Any] = {
-            "logprobs": None,
+            "logprobs": None if self._logprobs is None else self._logprobs.take(choice),
             "finish_reason": choice.finish_reason,
             "stop_reason": choice.stop_reason,
         }
@@ -198,14 +231,13 @@ async def send_json(send: Send, status: int, body: dict[str, Any], headers: dict
         await send({"type": "http.response.body", "body": content, "more_body": False})
 
 
-def _whole_choice(choice: Choice, wants_tokens: bool) -> dict[str, Any]:
-    fields = {
-        "index": choice.index,
-        "text": choice.pending_text,
-        "logprobs": None,
-        "finish_reason": choice.finish_reason,
-        "stop_reason": choice.stop_reason,
-    }
-    if wants_tokens:
-        fields |= {"prompt_token_ids": choice.prompt, "token_ids": choice.pending_tokens}
-    return fields
+def best_of(choices: Sequence[Choice], n: int, candidates: int) -> list[Choice]:
+    """Of every `candidates` choices for a prompt the `n` with the highest log-probability per token, best first."""
+    if n == candidates:
+        return list(choices)
+    shown = []
+    for start in range(0, len(choices), candidates):
+        group = choices[start : start + candidates]
+        ranked = sorted(group, key=lambda each: each.cumulative_logprob / max(each.completion_tokens, 1), reverse=True)
+        shown += ranked[:n]
+    return shown

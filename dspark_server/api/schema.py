@@ -1,11 +1,11 @@
-"""The body of POST /v1/completions: every field, its type, its range, and what is not served.
+"""Request bodies: every field, its type, its range, and what is not served.
 
 Types are strict (a bool or a string is no number), NaN and infinities are refused, null means absent everywhere, and
 every list and string has a cap. A field that would change the output but has no effect here is refused, not ignored.
 """
 
 import logging
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, TypeVar
 
 import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -18,32 +18,23 @@ logger = logging.getLogger(__name__)
 LARGEST_COUNT = 2**31 - 1
 LARGEST_SEED = 2**64 - 1
 MAX_CHOICES = 128
-MAX_PROMPTS = 1024
 MAX_STOPS = 32
 MAX_STOP_LENGTH = 256  # characters
 MAX_STOP_TOKENS = 256
 
+MAX_LOGPROBS = 20  # alternatives per token
+MAX_BIASES = 1024
+MAX_ALLOWED = 65536
+MAX_BAD_WORDS = 128
+MAX_GRAMMAR = 64 << 10  # bytes of a schema, a regular expression or a list of choices
+
 # Values that ask for nothing, of fields that are not supported: with them the output is what it would be without.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "suffix": ("",),
-    "logprobs": (),
-    "prompt_logprobs": (),
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "repetition_penalty": (1,),
     "length_penalty": (1,),
     "use_beam_search": (False,),
-    "logit_bias": ({},),
     "logits_processors": ([],),
-    "allowed_token_ids": (),
-    "bad_words": ([],),
-    "truncate_prompt_tokens": (),
     "prompt_embeds": (),
-    "priority": (0,),
-    "return_tokens_as_token_ids": (False,),
-    "spaces_between_special_tokens": (True,),
-    "response_format": ({"type": "text"},),
-    "structured_outputs": (),
     "guided_json": (),
     "guided_regex": (),
     "guided_choice": (),
@@ -52,6 +43,8 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 TokenId = Annotated[int, Field(ge=0, le=LARGEST_COUNT)]
+BadWord = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
 class Body(BaseModel):
@@ -72,40 +65,64 @@ class StreamOptions(Body):
     continuous_usage_stats: bool = False
 
 
-class CompletionRequest(Body):
-    """A completion request. `prompt` is checked by `prompts_of`, which is fast on long lists of token ids."""
+class Speculation(Body):
+    """How one request speculates; its output is the same with any of this."""
+
+    enabled: bool = True
+    max_draft_tokens: int | None = Field(None, ge=0, le=LARGEST_COUNT)
+
+
+class StructuredOutputs(Body):
+    """The form an answer must have: exactly one of these."""
+
+    json_: dict[str, Any] | str | None = Field(None, alias="json")  # a JSON schema
+    json_object: bool | None = None
+    regex: str | None = Field(None, min_length=1, max_length=MAX_GRAMMAR)
+    choice: Annotated[list[str], Field(min_length=1, max_length=1024, fail_fast=True)] | None = None
+
+
+class ResponseFormat(Body):
+    """OpenAI's way to say the same: text, json_object or json_schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: dict[str, Any] | None = None
+
+
+class GenerationRequest(Body):
+    """What completions and chat completions have in common: everything but the prompt."""
 
     model: str | None = Field(None, max_length=1024)
-    prompt: Any = Field(
-        None,
-        json_schema_extra={
-            "anyOf": [
-                {"type": "string"},
-                {"type": "array", "items": {"type": "string"}},
-                {"type": "array", "items": {"type": "integer"}},
-                {"type": "array", "items": {"type": "array", "items": {"type": "integer"}}},
-            ]
-        },
-    )
     n: int = Field(1, ge=1, le=MAX_CHOICES)
-    best_of: int | None = Field(None, ge=1, le=MAX_CHOICES)
-    max_tokens: int = Field(16, ge=0, le=LARGEST_COUNT)
     min_tokens: int = Field(0, ge=0, le=LARGEST_COUNT)
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=-1, le=LARGEST_COUNT)
     min_p: float = Field(0.0, ge=0, le=1)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    repetition_penalty: float = Field(1.0, gt=0, le=1000)
+    logit_bias: dict[str, Bias] = Field({}, max_length=MAX_BIASES)
+    allowed_token_ids: Annotated[list[TokenId], Field(min_length=1, max_length=MAX_ALLOWED, fail_fast=True)] | None = (
+        None
+    )
+    bad_words: Annotated[list[BadWord], Field(max_length=MAX_BAD_WORDS, fail_fast=True)] = []
     seed: int | None = Field(None, ge=0, le=LARGEST_SEED)
     stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS, fail_fast=True)] = []
     stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKENS, fail_fast=True)] = []
     ignore_eos: bool = False
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
-    add_special_tokens: bool = True
-    echo: bool = False
+    spaces_between_special_tokens: bool = True  # matters to slow tokenizers only, of which none is served
+    truncate_prompt_tokens: int | None = Field(None, ge=-1, le=LARGEST_COUNT)
+    prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    return_token_ids: bool = False
+    return_tokens_as_token_ids: bool = False
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    speculation: Speculation | None = None
+    priority: int = Field(0, ge=-LARGEST_COUNT, le=LARGEST_COUNT)
     stream: bool = False
     stream_options: StreamOptions | None = None
-    return_token_ids: bool = False
     cache_salt: str = Field("", max_length=256)
     user: str | None = Field(None, max_length=1024)
     request_id: str | None = Field(None, max_length=256)
@@ -125,10 +142,34 @@ class CompletionRequest(Body):
         """Whether every chunk carries usage; as in vLLM only together with `include_usage`."""
         return self.include_usage and self.stream_options is not None and self.stream_options.continuous_usage_stats
 
-    def sampling(self) -> SamplingParams:
-        """The engine's parameters, the same for all choices."""
+    @property
+    def wanted_logprobs(self) -> int | None:
+        """Alternatives reported for each token of the answer; None: no log-probabilities at all."""
+        raise NotImplementedError
+
+    @property
+    def wanted_prompt_logprobs(self) -> int | None:
+        """The same for the prompt's tokens."""
+        return self.prompt_logprobs
+
+    def check(self) -> None:
+        """Rules that more than one field takes part in. Raises RequestError."""
+        if self.prompt_logprobs is not None and self.stream:
+            raise RequestError("`prompt_logprobs` cannot be streamed.", param="prompt_logprobs")
+        if self.stream_options is not None and not self.stream:
+            raise RequestError("`stream_options` is for `stream: true` only.", param="stream_options")
+
+    @property
+    def max_draft_tokens(self) -> int | None:
+        """Most tokens drafted at once for this request; None: as many as the server likes."""
+        if self.speculation is None:
+            return None
+        return self.speculation.max_draft_tokens if self.speculation.enabled else 0
+
+    def sampling(self, max_tokens: int) -> SamplingParams:
+        """The engine's parameters, the same for all choices; without what needs the tokenizer (bad words, grammar)."""
         return SamplingParams(
-            max_tokens=self.max_tokens,
+            max_tokens=max_tokens,
             min_tokens=self.min_tokens,
             temperature=self.temperature,
             top_p=self.top_p,
@@ -137,10 +178,74 @@ class CompletionRequest(Body):
             seed=self.seed,
             stop_token_ids=frozenset(self.stop_token_ids),
             ignore_eos=self.ignore_eos,
+            frequency_penalty=self.frequency_penalty,
+            presence_penalty=self.presence_penalty,
+            repetition_penalty=self.repetition_penalty,
+            logit_bias=_biases(self.logit_bias),
+            allowed_token_ids=None if self.allowed_token_ids is None else tuple(self.allowed_token_ids),
+            logprobs=self.wanted_logprobs,
+            prompt_logprobs=self.wanted_prompt_logprobs,
+            max_draft_tokens=self.max_draft_tokens,
+            priority=self.priority,
         )
 
 
-def parse(body: bytes) -> CompletionRequest:
+class CompletionRequest(GenerationRequest):
+    """A completion request. `prompt` is checked by `prompts_of`, which is fast on long lists of token ids."""
+
+    prompt: Any = Field(
+        None,
+        json_schema_extra={
+            "anyOf": [
+                {"type": "string"},
+                {"type": "array", "items": {"type": "string"}},
+                {"type": "array", "items": {"type": "integer"}},
+                {"type": "array", "items": {"type": "array", "items": {"type": "integer"}}},
+            ]
+        },
+    )
+    best_of: int | None = Field(None, ge=1, le=MAX_CHOICES)
+    max_tokens: int = Field(16, ge=0, le=LARGEST_COUNT)
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    echo: bool = False
+    add_special_tokens: bool = True
+
+    @property
+    def wanted_logprobs(self) -> int | None:
+        """As asked for; `best_of` ranks its choices by them."""
+        if self.logprobs is None and self.candidates > self.n:
+            return 0
+        return self.logprobs
+
+    @property
+    def wanted_prompt_logprobs(self) -> int | None:
+        """As asked for; `echo` shows the prompt's tokens among the answer's."""
+        if self.echo and self.logprobs is not None:
+            return max(self.logprobs, self.prompt_logprobs or 0)
+        return self.prompt_logprobs
+
+    @property
+    def candidates(self) -> int:
+        """Choices generated per prompt, of which the `n` best are returned."""
+        return self.best_of or self.n
+
+    def check(self) -> None:
+        """See the base."""
+        super().check()
+        if self.candidates < self.n:
+            raise RequestError("`best_of` must not be less than `n`.", param="best_of")
+        if self.candidates > self.n and self.stream:
+            raise RequestError("`best_of` above `n` cannot be streamed: the best is known at the end.", param="best_of")
+        if self.max_tokens == 0 and not self.echo:
+            raise RequestError("`max_tokens` must be at least 1 (0 is for `echo` only).", param="max_tokens")
+        if self.min_tokens > self.max_tokens:
+            raise RequestError("`min_tokens` must not exceed `max_tokens`.", param="min_tokens")
+
+
+Kind = TypeVar("Kind", bound=GenerationRequest)
+
+
+def parse(body: bytes, kind: type[Kind]) -> Kind:
     """Read and check a request body, all but the prompt.
 
     Raises RequestError (400) naming the field to blame.
@@ -152,74 +257,39 @@ def parse(body: bytes) -> CompletionRequest:
     if not isinstance(values, dict):
         raise RequestError("The body must be a JSON object.")
     _refuse_unsupported(values)
-    _warn_unknown(values)
+    _warn_unknown(values, kind)
     try:
-        request = CompletionRequest.model_validate(values)
+        request = kind.model_validate(values)
     except ValidationError as error:
         raise _as_request_error(error) from None
-    _check_together(request)
+    request.check()
     return request
 
 
-def prompts_of(request: CompletionRequest, *, vocab_size: int, max_model_len: int) -> list[str | list[int]]:
-    """The prompts of a request, each a text or token ids.
+def json_schema(kind: type[GenerationRequest], required: str) -> dict[str, Any]:
+    """JSON schema of a body for /openapi.json; every field but `required` may be null."""
+    schema = kind.model_json_schema(ref_template="#/$defs/{model}")
+    definitions = schema.pop("$defs", {})
 
-    Raises RequestError for an empty prompt, a mixed list, a token id outside the vocabulary, and more token ids than
-    the context holds (before it looks at each).
-    """
-    prompt = request.prompt
-    if isinstance(prompt, str):
-        return [_text(prompt)]
-    if not isinstance(prompt, list):
-        raise RequestError(
-            "`prompt` must be a string, a list of strings, or one or more lists of token ids.", param="prompt"
-        )
-    if not prompt:
-        raise RequestError("`prompt` must not be empty.", param="prompt")
-    if type(prompt[0]) is int:
-        return [_tokens(prompt, vocab_size, max_model_len)]
-    if len(prompt) > MAX_PROMPTS:
-        raise RequestError(f"A request may have at most {MAX_PROMPTS} prompts.", param="prompt")
-    kinds = set(map(type, prompt))
-    if kinds == {str}:
-        return [_text(text) for text in prompt]
-    if kinds == {list}:
-        return [_tokens(tokens, vocab_size, max_model_len) for tokens in prompt]
-    raise RequestError("`prompt` must hold only strings, only token ids, or only lists of token ids.", param="prompt")
+    def resolve(value: Any) -> Any:
+        if isinstance(value, dict):
+            if "$ref" in value:
+                return resolve(definitions[value["$ref"].rsplit("/", 1)[1]])
+            return {name: resolve(inner) for name, inner in value.items()}
+        return [resolve(inner) for inner in value] if isinstance(value, list) else value
+
+    schema = resolve(schema)
+    _allow_null(schema, except_for=required)
+    schema["required"] = [required]
+    return dict(schema)
 
 
-def completion_json_schema() -> dict[str, Any]:
-    """JSON schema of the body for /openapi.json; every field may be null."""
-    schema = CompletionRequest.model_json_schema(ref_template="#/components/schemas/{model}")
-    schema.pop("$defs", None)
-    options = StreamOptions.model_json_schema()
-    schema["properties"]["stream_options"] = options
-    for properties in (schema["properties"], options["properties"]):
-        for name, value in properties.items():
-            if name != "prompt":
-                properties[name] = {"anyOf": [value, {"type": "null"}]}
-    schema["required"] = ["prompt"]
-    return schema
-
-
-def _text(prompt: str) -> str:
-    if not prompt:
-        raise RequestError("The prompt is empty: at least one token is needed.", param="prompt")
-    return prompt
-
-
-def _tokens(prompt: list[Any], vocab_size: int, max_model_len: int) -> list[int]:
-    if not prompt:
-        raise RequestError("The prompt is empty: at least one token is needed.", param="prompt")
-    if len(prompt) > max_model_len:
-        message = f"This model's maximum context length is {max_model_len} tokens, but the prompt has {len(prompt)}."
-        raise RequestError(message, param="prompt", code="context_length_exceeded")
-    if set(map(type, prompt)) != {int}:
-        raise RequestError("A prompt given as token ids must hold integers only.", param="prompt")
-    if min(prompt) < 0 or max(prompt) >= vocab_size:
-        message = f"A token id in the prompt is outside the vocabulary (0 to {vocab_size - 1})."
-        raise RequestError(message, param="prompt")
-    return prompt
+def _allow_null(schema: dict[str, Any], *, except_for: str | None = None) -> None:
+    for name, value in schema.get("properties", {}).items():
+        for part in (value, *value.get("anyOf", ())):
+            _allow_null(part)
+        if name != except_for:
+            schema["properties"][name] = {"anyOf": [value, {"type": "null"}]}
 
 
 def _refuse_unsupported(values: dict[str, Any]) -> None:
@@ -234,23 +304,19 @@ def _refuse_unsupported(values: dict[str, Any]) -> None:
         )
 
 
-def _warn_unknown(values: dict[str, Any]) -> None:
-    unknown = [name for name in values if name not in CompletionRequest.model_fields and name not in UNSUPPORTED]
+def _warn_unknown(values: dict[str, Any], kind: type[GenerationRequest]) -> None:
+    unknown = [name for name in values if name not in kind.model_fields and name not in UNSUPPORTED]
     if unknown:
         shown = ", ".join(repr(name[:40]) for name in unknown[:8])
         logger.warning("ignoring %d unknown request field(s): %s", len(unknown), shown)
 
 
-def _check_together(request: CompletionRequest) -> None:
-    """Rules that more than one field takes part in."""
-    if request.best_of is not None and request.best_of != request.n:
-        raise RequestError("`best_of` is supported only when it equals `n`.", param="best_of", code="unsupported")
-    if request.max_tokens == 0 and not request.echo:
-        raise RequestError("`max_tokens` must be at least 1 (0 is for `echo` only).", param="max_tokens")
-    if request.min_tokens > request.max_tokens:
-        raise RequestError("`min_tokens` must not exceed `max_tokens`.", param="min_tokens")
-    if request.stream_options is not None and not request.stream:
-        raise RequestError("`stream_options` is for `stream: true` only.", param="stream_options")
+def _biases(given: dict[str, float]) -> tuple[tuple[int, float], ...]:
+    """OpenAI's form has token ids as strings."""
+    try:
+        return tuple((int(token), value) for token, value in given.items())
+    except ValueError:
+        raise RequestError("`logit_bias` maps token ids (as strings) to numbers.", param="logit_bias") from None
 
 
 def _as_request_error(error: ValidationError) -> RequestError:

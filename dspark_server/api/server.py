@@ -140,7 +140,7 @@ async def serve(
     app = create_app(engine, settings)
     await engine.start()
     try:
-        app.state.completions.warm_up()
+        app.state.intake.warm_up()
         await make_server(app, engine, settings).serve(sockets)
     finally:
         await engine.stop()

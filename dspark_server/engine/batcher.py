@@ -93,8 +93,11 @@ class Batcher:
             )
 
     def add(self, request: Request) -> None:
-        """Queue a request that `check_fits` let through."""
-        self.waiting.append(request)
+        """Queue a request that `check_fits` let through: behind all of its priority."""
+        place = len(self.waiting)
+        while place and self.waiting[place - 1].params.priority > request.params.priority:
+            place -= 1
+        self.waiting.insert(place, request)
 
     def remove(self, request: Request) -> None:
         """Take a request out for good: finished, failed or aborted. Its blocks are released."""
@@ -136,7 +139,7 @@ class Batcher:
                 scheduled.append(Scheduled(request, chunk))
                 spent += chunk
         while self.waiting and spent < prefill_room and len(self.running) < self.max_num_seqs:
-            if not self._admit(self.waiting[0]):
+            if self._shares_soon(self.waiting[0]) or not self._admit(self.waiting[0]):
                 break
             request = self.waiting.popleft()
             chunk = min(request.pending, prefill_room - spent)
@@ -162,10 +165,18 @@ class Batcher:
             request.blocks += self.pool.allocate(missing)
         return True
 
+    def _shares_soon(self, request: Request) -> bool:
+        """Another choice is just running this request's prompt: its blocks are worth a step's wait."""
+        worth = self.pool.prefix_caching and request.prompt_length > self.pool.block_size
+        return worth and not request.scores_prompt and request.waits_for_leader
+
     def _admit(self, request: Request) -> bool:
         """Start a waiting request if all its tokens and a draft block fit, reusing the cached prefix."""
         # The last token always runs: its row gives the next token's logits.
         usable = (len(request.tokens) - 1) // self.pool.block_size
+        if request.scores_prompt:
+            # Cached rows have no logits; the row before the first token not scored yet must run again.
+            usable = min(usable, max(0, len(request.prompt_logprobs) - 1) // self.pool.block_size)
         found = self.pool.lookup(request.full_block_keys(self.pool.block_size)[:usable])
         self.pool.hold(found)
         request.blocks = list(found)

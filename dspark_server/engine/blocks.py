@@ -44,7 +44,7 @@ class BlockPool:
     def __init__(self, num_blocks: int, block_size: int, *, prefix_caching: bool = True) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self._prefix_caching = prefix_caching
+        self.prefix_caching = prefix_caching
         self._free: list[int] = list(range(num_blocks - 1, -1, -1))
         self._references = [0] * num_blocks
         self._key_of: list[BlockKey | None] = [None] * num_blocks
@@ -122,7 +122,7 @@ class BlockPool:
 
     def publish(self, block: int, key: BlockKey) -> None:
         """Make a full block of committed tokens findable. The first block with a key keeps it."""
-        if self._prefix_caching and self._key_of[block] is None and key.digest not in self._block_of:
+        if self.prefix_caching and self._key_of[block] is None and key.digest not in self._block_of:
             self._key_of[block] = key
             self._block_of[key.digest] = block
 

@@ -120,16 +120,27 @@ class EngineCore:
         )
 
     def new_request(
-        self, prompt: list[int], params: SamplingParams, *, id: str = "", nonce: int, choice: int = 0, salt: str = ""
+        self,
+        prompt: list[int],
+        params: SamplingParams,
+        *,
+        id: str = "",
+        nonce: int,
+        choice: int = 0,
+        salt: str = "",
+        leader: Request | None = None,
     ) -> Request:
         """A request ready to be queued; its fit has been checked elsewhere."""
         eos = frozenset[int]() if params.ignore_eos else self.eos_token_ids
+        stop_ids = params.stop_token_ids | eos
         return Request(
             id=id,
             prompt_length=len(prompt),
             tokens=list(prompt),
             params=params,
-            stop_ids=params.stop_token_ids | eos,
+            stop_ids=stop_ids,
+            controls=params.controls(self.vocab_size, prompt, stop_ids),
+            leader=leader,
             chain_root=chain_root(self.cache_identity, salt),
             nonce=nonce,
             choice=choice,

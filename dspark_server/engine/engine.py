@@ -19,6 +19,7 @@ from time import monotonic
 from transformers import PreTrainedTokenizerBase
 
 from dspark_server.engine.core import EngineCore
+from dspark_server.engine.logprobs import TokenLogprob
 from dspark_server.engine.request import FinishReason, Request, SamplingParams, Status
 from dspark_server.engine.stats import EngineStats
 from dspark_server.engine.step import StepOutput
@@ -39,6 +40,8 @@ class TokenEvent:
     stop_token: int | None = None
     error: str | None = None
     cached_tokens: int = 0
+    logprobs: list[TokenLogprob] | None = None  # of `tokens`, where they were asked for
+    prompt_logprobs: list[TokenLogprob | None] | None = None  # with the first tokens, where they were asked for
 
 
 @dataclass(eq=False)
@@ -179,15 +182,26 @@ class AsyncEngine:
         on_tokens: Callable[[TokenEvent], None],
         choice: int = 0,
         cache_salt: str = "",
+        leader: Handle | None = None,
     ) -> Handle:
         """Queue one choice. `on_tokens` is called on the event loop, once per step that has tokens for it.
+
+        `leader` is an earlier choice for the same prompt, whose blocks this one shares.
 
         Raises RequestError for a request that can never be served.
         """
         self._check(prompt, params)
         assert reservation.places > 0, "more submissions than reserved places"
         nonce = self._random.getrandbits(63) if self._random else secrets.randbits(63)
-        request = self.core.new_request(prompt, params, id=request_id, nonce=nonce, choice=choice, salt=cache_salt)
+        request = self.core.new_request(
+            prompt,
+            params,
+            id=request_id,
+            nonce=nonce,
+            choice=choice,
+            salt=cache_salt,
+            leader=None if leader is None else leader.request,
+        )
         request.arrival = monotonic()
         handle = Handle(request, on_tokens)
         self._handles[request] = handle
@@ -305,7 +319,9 @@ def _event(output: StepOutput) -> TokenEvent:
     return TokenEvent(
         tokens=output.tokens,
         finish_reason=request.finish_reason,
-        stop_token=output.tokens[-1] if stopped else None,
+        stop_token=output.tokens[-1] if stopped and output.tokens[-1] in request.stop_ids else None,
         error=request.error,
         cached_tokens=request.cached_tokens or 0,
+        logprobs=output.logprobs,
+        prompt_logprobs=output.prompt_logprobs,
     )

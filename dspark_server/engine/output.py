@@ -268,6 +268,18 @@ class Detokenizer:
         decoder = self._decoder(prompt, skip_special_tokens)
         return TextStream(decoder, matcher, min_tokens=min_tokens, include_stop=include_stop)
 
+    def text_of(self, token: int) -> str:
+        """Text of one token by itself; part of a character shows as U+FFFD."""
+        if self._table is None:
+            return self.decode([token], skip_special_tokens=False)
+        return self._table[token].decode(errors="replace") if token < len(self._table) else ""
+
+    def bytes_of(self, token: int) -> bytes:
+        """Bytes of one token, also where they are only part of a character."""
+        if self._table is None:
+            return self.text_of(token).encode()
+        return self._table[token] if token < len(self._table) else b""
+
     def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of a whole token list, e.g. of a prompt given as ids."""
         return str(self._backend.decode(list(tokens), skip_special_tokens=skip_special_tokens))

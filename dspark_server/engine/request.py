@@ -7,8 +7,11 @@ the rest is still to run. A request is *decoding* when only its last token, the 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
+from typing import Protocol
 
 from dspark_server.engine.blocks import BlockKey, chain
+from dspark_server.engine.logprobs import TokenLogprob
+from dspark_server.speculation.controls import Control, Controls, Forbidden, Grammar, Penalties
 from dspark_server.speculation.copying import ContextIndex
 from dspark_server.speculation.history import SurvivalHistory
 
@@ -18,6 +21,10 @@ class SamplingParams:
     """How one choice is sampled. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 are off.
 
     `seed` selects the coupled acceptance rule, whose tokens repeat; without it the ratio rule runs (DSpark, step 8).
+    Penalties, biases and masks are off at the values below; `bad_words` are token sequences, `grammar` a compiled form
+    shared by the choices of a request. `logprobs` and `prompt_logprobs`: how many alternatives to report for each
+    token; None: no log-probabilities. `max_draft_tokens` None: as many as the server likes. The lower `priority` goes
+    first.
     """
 
     max_tokens: int = 16
@@ -29,6 +36,42 @@ class SamplingParams:
     seed: int | None = None
     stop_token_ids: frozenset[int] = frozenset()
     ignore_eos: bool = False
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    allowed_token_ids: tuple[int, ...] | None = None
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    grammar: "CompiledGrammar | None" = None
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    max_draft_tokens: int | None = None
+    priority: int = 0
+
+    def controls(self, vocabulary: int, prompt: Sequence[int], stop_ids: frozenset[int]) -> Control | None:
+        """The rules of one choice that answers `prompt`; None where there are none."""
+        early = Forbidden(tuple(stop_ids), len(prompt) + self.min_tokens) if self.min_tokens and stop_ids else None
+        penalties = Penalties(self.repetition_penalty, self.frequency_penalty, self.presence_penalty)
+        masks = self.allowed_token_ids is not None or self.bad_words or self.grammar is not None
+        if not (penalties.any or self.logit_bias or masks):
+            return early
+        return Controls(
+            vocabulary,
+            prompt,
+            penalties=penalties,
+            bias=self.logit_bias,
+            allowed=self.allowed_token_ids,
+            bad_words=self.bad_words,
+            early=early,
+            grammar=None if self.grammar is None else self.grammar.start(stop_ids),
+        )
+
+
+class CompiledGrammar(Protocol):
+    """A form that answers must have; each choice follows it on its own."""
+
+    def start(self, stop_ids: frozenset[int]) -> Grammar:
+        """At the beginning of an answer. Any of `stop_ids` may end it where it may end."""
 
 
 class FinishReason(StrEnum):
@@ -73,6 +116,9 @@ class Request:
     history: SurvivalHistory = field(default_factory=SurvivalHistory)
     copied: SurvivalHistory = field(default_factory=SurvivalHistory)  # of the blocks it copied from its context
     context: ContextIndex = field(default_factory=ContextIndex)
+    controls: Control | None = None  # told of every committed token
+    leader: "Request | None" = None  # the first choice for the same prompt, whose prompt blocks this one shares
+    prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)  # as far as the prompt has been run
 
     @property
     def max_length(self) -> int:
@@ -99,6 +145,17 @@ class Request:
         """Tokens generated so far."""
         return self.tokens[self.prompt_length :]
 
+    @property
+    def scores_prompt(self) -> bool:
+        """Log-probabilities of the prompt were asked for and are not all known yet."""
+        return self.params.prompt_logprobs is not None and len(self.prompt_logprobs) < self.prompt_length
+
+    @property
+    def waits_for_leader(self) -> bool:
+        """The same prompt is just being run for another choice: its blocks will be there in a moment."""
+        leader = self.leader
+        return leader is not None and leader.status is not Status.FINISHED and leader.computed < leader.prompt_length
+
     def full_block_keys(self, block_size: int) -> list[BlockKey]:
         """Keys of all full blocks of committed tokens; computed once each."""
         while (len(self.keys) + 1) * block_size <= len(self.tokens):
@@ -119,4 +176,9 @@ class Request:
                 self.finish_reason = FinishReason.LENGTH
             if self.finish_reason is not None:
                 break
+        if isinstance(self.controls, Controls):
+            self.controls.commit(taken)
+            grammar = self.controls.grammar
+            if self.finish_reason is None and grammar is not None and grammar.complete:
+                self.finish_reason = FinishReason.STOP
         return taken

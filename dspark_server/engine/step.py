@@ -9,15 +9,17 @@ from torch import Tensor
 
 from dspark_server.engine.batcher import Batcher, Plan
 from dspark_server.engine.executor import DraftRequest, Executor
+from dspark_server.engine.logprobs import TokenLogprob, token_logprobs
 from dspark_server.engine.request import FinishReason, Request
 from dspark_server.engine.stats import SURVIVAL_BINS
 from dspark_server.runtime.batch import Run
 from dspark_server.speculation.acceptance import Accepted, DraftTokens, accept
 from dspark_server.speculation.capacity import Capacity
+from dspark_server.speculation.controls import Controls
 from dspark_server.speculation.copying import ALONE, Match
 from dspark_server.speculation.drafter import DraftBlock
 from dspark_server.speculation.noise import CounterStreams
-from dspark_server.speculation.sampling import GREEDY_BELOW, Forbidden, SamplingBatch
+from dspark_server.speculation.sampling import GREEDY_BELOW, SamplingBatch
 from dspark_server.speculation.selection import Candidate, Load, Selection
 
 FIRST_GUESS = 0.6  # survival of a draft token before any was judged
@@ -63,10 +65,15 @@ class StepTrace:
 
 @dataclass(frozen=True)
 class StepOutput:
-    """The tokens one step committed to one request; `request.finish_reason` says whether they are its last."""
+    """The tokens one step committed to one request; `request.finish_reason` says whether they are its last.
+
+    logprobs of the tokens, and of the prompt together with the first of them, where the request asked for them.
+    """
 
     request: Request
     tokens: list[int]
+    logprobs: list[TokenLogprob] | None = None
+    prompt_logprobs: list[TokenLogprob | None] | None = None
 
 
 Acceptance = Callable[[Verification, Drafted | None, SamplingBatch], Accepted]
@@ -135,7 +142,7 @@ class StepLoop:
         if drafted and accepted:
             self._learn(drafted, verified, accepted)
         self._count_drafting(plan, drafted)
-        outputs = self._commit(plan, prefixes, accepted)
+        outputs = self._commit(plan, prefixes, verified, accepted)
         tokens = load.tokens + sum(map(len, prefixes.values()))
         self.stats.steps += 1
         self.stats.iteration_tokens.append(tokens)
@@ -164,7 +171,7 @@ class StepLoop:
         matches = self._matches(candidates)
         alone = {request for request, match in matches.items() if match and copied_alone(request, match)}
         # The last token a request may commit is never a draft: one token always comes from the target.
-        limits = [min(self._max_draft_tokens if r in alone else self._block, r.remaining - 1) for r in candidates]
+        limits = [min(self._allowance(r, r in alone), r.remaining - 1) for r in candidates]
         choice = self._selection.drafting(
             [
                 Candidate(limit, request.history.rate(self._survival), request.history.probe_due, request in alone)
@@ -202,6 +209,11 @@ class StepLoop:
         lengths = self._selection.lengths(survival, usable, load, backbone)
         return Drafted(requests, block, survival, lengths, backbone)
 
+    def _allowance(self, request: Request, alone: bool) -> int:
+        """Most draft tokens of a request's block, copied alone or not."""
+        most, own = self._max_draft_tokens if alone else self._block, request.params.max_draft_tokens
+        return most if own is None else min(most, own)
+
     def _matches(self, requests: list[Request]) -> dict[Request, Match | None]:
         """Where each request's text stood before."""
         if not self._copying:
@@ -227,8 +239,12 @@ class StepLoop:
             request, prefix = entry.request, prefixes.get(entry.request, [])
             committed = request.tokens[request.computed : request.computed + entry.count]
             rows = 1 + len(prefix) if entry.samples else 0
+            if request.scores_prompt:
+                rows = entry.count
             runs.append(Run(committed + prefix, request.computed, request.blocks, rows))
         logits, row_start = self.executor.verify(runs)
+        if any(entry.request.scores_prompt for entry in plan.scheduled):
+            logits, row_start = _score_prompts(plan, logits, row_start)
         sampled = [(entry.request, row) for entry, row in zip(plan.scheduled, row_start, strict=False) if entry.samples]
         return Verification([r for r, _ in sampled], logits, [row for _, row in sampled] + row_start[-1:])
 
@@ -264,21 +280,27 @@ class StepLoop:
                 share = stood[request] / min(length, stood[request] + 1)
                 self._survival += 0.01 * (share - self._survival)
 
-    def _commit(self, plan: Plan, prefixes: dict[Request, list[int]], accepted: Accepted | None) -> list[StepOutput]:
+    def _commit(
+        self, plan: Plan, prefixes: dict[Request, list[int]], verified: Verification, accepted: Accepted | None
+    ) -> list[StepOutput]:
         """Append what survived, account for its KV rows, let finished requests go."""
         counts = iter(accepted.count.tolist() if accepted else [])
         tokens = iter(accepted.token.tolist() if accepted else [])
         failed = iter(accepted.failed.tolist() if accepted else [])
+        rows = iter(verified.row_start)
         outputs = []
         for entry in plan.scheduled:
             request = entry.request
             if not entry.samples:
                 self.batcher.advance(request, entry.count)
                 continue
-            kept, token = next(counts), next(tokens)
+            kept, token, row = next(counts), next(tokens), next(rows)
             if next(failed):
                 request.finish_reason = FinishReason.ERROR
-                request.error = "The model produced no valid probabilities for this request (NaN in its logits)."
+                request.error = (
+                    "No token has a probability here: the model's logits hold NaN, or the request's own constraints "
+                    "(allowed_token_ids, bad_words, logit_bias) leave nothing."
+                )
                 self.batcher.remove(request)
                 outputs.append(StepOutput(request, []))
                 continue
@@ -289,7 +311,7 @@ class StepLoop:
             self._count_tokens(len(taken), len(prefix), kept)
             if request.finish_reason is not None:
                 self.batcher.remove(request)
-            outputs.append(StepOutput(request, taken))
+            outputs.append(_output(request, taken, verified.logits[row : row + len(taken)]))
         return outputs
 
     def _count_drafting(self, plan: Plan, drafted: Drafted | None) -> None:
@@ -310,9 +332,42 @@ class StepLoop:
                 self.stats.accepted_per_position[position] += 1
 
 
+def _score_prompts(plan: Plan, logits: Tensor, row_start: list[int]) -> tuple[Tensor, list[int]]:
+    """Keep the log-probabilities of prompt tokens that were asked for; gives the rows that are left to sample from."""
+    kept: list[int] = []
+    starts = []
+    for entry, start, end in zip(plan.scheduled, row_start, row_start[1:], strict=True):
+        starts.append(len(kept))
+        request = entry.request
+        if not request.scores_prompt:
+            kept += range(start, end)
+            continue
+        known = request.prompt_logprobs
+        if not known:
+            known.append(None)  # nothing comes before the first token
+        first = start + len(known) - 1 - request.computed  # row i of the sequence speaks of token i + 1
+        following = request.tokens[len(known) : min(request.computed + entry.count + 1, request.prompt_length)]
+        if following:
+            count = request.params.prompt_logprobs or 0
+            known += token_logprobs(logits[first : first + len(following)], following, count)
+        if entry.samples:
+            kept.append(end - 1)
+    return logits[kept], [*starts, len(kept)]
+
+
+def _output(request: Request, taken: list[int], logits: Tensor) -> StepOutput:
+    """What a commit of `taken` [n] says; logits [n, V] are the target's rows they came from."""
+    asked = request.params
+    logprobs = None if asked.logprobs is None else token_logprobs(logits, taken, asked.logprobs)
+    first = len(request.tokens) - len(taken) == request.prompt_length
+    prompt = request.prompt_logprobs if first and asked.prompt_logprobs is not None else None
+    return StepOutput(request, taken, logprobs, prompt)
+
+
 def copied_alone(request: Request, match: Match) -> bool:
-    """Whether what follows the match is all the request drafts: where it is greedy, and the match is long."""
-    return match.length >= ALONE and request.params.temperature < GREEDY_BELOW
+    """Whether what follows the match is all the request drafts: where it is greedy, free, and the match is long."""
+    free = not isinstance(request.controls, Controls)
+    return match.length >= ALONE and free and request.params.temperature < GREEDY_BELOW
 
 
 def sampling_batch(requests: list[Request]) -> SamplingBatch:
@@ -328,8 +383,5 @@ def sampling_batch(requests: list[Request]) -> SamplingBatch:
         choice=[request.choice for request in requests],
         position=[len(request.tokens) for request in requests],
         draft_number=[request.draft_number for request in requests],
-        forbidden=[
-            Forbidden(tuple(request.stop_ids), request.prompt_length + p.min_tokens) if p.min_tokens else None
-            for request, p in zip(requests, params, strict=True)
-        ],
+        controls=[request.controls for request in requests],
     )

@@ -70,6 +70,11 @@ class _Pass:
     row: Tensor
     sampling: SamplingBatch
 
+    def prefixes(self) -> list[list[int]]:
+        """The draft tokens before each row of every request, request by request, as if all had L of them."""
+        width = self.tokens.shape[1]
+        return [row[:slot] for row in self.tokens.tolist() for slot in range(width + 1)]
+
     def select(self, indices: Tensor, sampling: SamplingBatch) -> "_Pass":
         lengths = self.lengths[indices]
         width = int(lengths.max())
@@ -123,13 +128,14 @@ def _accept_greedy(mine: _Pass) -> Accepted:
     slots = torch.arange(width + 1, device=mine.start.device)
     within = slots <= mine.lengths.unsqueeze(1)
     index = mine.start.unsqueeze(1) + slots.minimum(mine.lengths.unsqueeze(1))  # [n, L + 1], padded with the last row
-    if not mine.sampling.forbidden and int(within.sum()) == len(mine.logits):
+    if not mine.sampling.controls and int(within.sum()) == len(mine.logits):
         best, token = top(permitted(mine.logits, mine.sampling))
         best, token = best[index], token[index]
     else:
         rows = index.reshape(-1)
         request = torch.arange(requests, device=rows.device).repeat_interleave(width + 1)
-        best, token = top(permitted(mine.logits[rows], mine.sampling.select(request, slots.repeat(requests))))
+        here = mine.sampling.select(request, slots.repeat(requests), mine.prefixes)
+        best, token = top(permitted(mine.logits[rows], here))
         best, token = best.view(requests, -1), token.view(requests, -1)
     # A broken row agrees with nothing, so that the walk ends there and it is the row that decides.
     agrees = (token[:, :-1] == mine.tokens) & best[:, :-1].isfinite() & (slots[:-1] < mine.lengths.unsqueeze(1))
@@ -206,7 +212,7 @@ def _walk(mine: _Pass, judge: Callable[[int, Tensor, Tensor, SamplingBatch], tup
     failed = torch.zeros_like(mine.lengths, dtype=torch.bool)
     active = torch.arange(len(mine.lengths), device=mine.lengths.device)
     for slot in range(mine.tokens.shape[1] + 1):
-        here = mine.sampling.select(active, slot)
+        here = mine.sampling.select(active, slot, mine.tokens[active, :slot].tolist)
         p = distribution(mine.logits[mine.start[active] + slot], here)
         broken = p[:, 0].isnan()  # `distribution` turns a broken row into NaN throughout
         accepted, drawn = judge(slot, active, p, here)

@@ -26,7 +26,7 @@ from dspark_server.speculation.calibration import Calibration
 from dspark_server.speculation.copying import CopyBias
 from dspark_server.speculation.drafter import DraftBlock, DraftRequest
 from dspark_server.speculation.heads import ConfidenceHead, SequentialHead, build_head
-from dspark_server.speculation.law import sample
+from dspark_server.speculation.law import permitted, sample
 from dspark_server.speculation.noise import Purpose, Streams
 from dspark_server.speculation.sampling import Rule, SamplingBatch
 from dspark_server.speculation.shortlist import Shortlist
@@ -283,7 +283,8 @@ class DSparkDrafter:
         previous, embedding, latent = anchors, None, None
         columns: Tensor | None
         usable = torch.full((requests,), self.gamma)
-        tokens, laws, names, confidences, kept_logits = [], [], [], [], []
+        tokens: list[Tensor] = []
+        laws, names, confidences, kept_logits = [], [], [], []
         for k in range(self.gamma):
             if self._head is not None:
                 embedding = self._head.embedding(previous)
@@ -304,7 +305,16 @@ class DSparkDrafter:
             vocabulary = self.config.decoder.vocab_size
             if copies is not None:
                 here, columns = copies.favour(k, here, columns)
-            previous, law = sample(here, sampling.ahead(k), uniforms[:, k], streams, columns, vocabulary)
+            at = sampling.ahead(k, tokens)
+            if at.controls:
+                here = permitted(here, at, columns)
+                # The rules may leave nothing that can be drafted. Known before this slot is sampled, so ending the
+                # block here depends on no token's own value (a law: DSPARK.md, "No value-dependent drop").
+                dead = here.amax(dim=-1) == -torch.inf
+                usable = torch.where(dead, usable.clamp(max=k), usable)
+                here[dead] = 0.0
+                at = at.without_controls()
+            previous, law = sample(here, at, uniforms[:, k], streams, columns, vocabulary)
             if copies is not None:
                 copies.follow(k, previous)
             tokens.append(previous)
@@ -377,7 +387,7 @@ def _plain(sampling: SamplingBatch) -> bool:
     """Greedy or by inverse CDF from the bare softmax, all of them."""
     traits = sampling.traits
     filtered = traits.top_k or traits.top_p or traits.min_p
-    return Rule.COUPLED not in traits.rules and not sampling.forbidden and (sampling.all_greedy or not filtered)
+    return Rule.COUPLED not in traits.rules and not sampling.controls and (sampling.all_greedy or not filtered)
 
 
 class ContextProjection:

@@ -2,7 +2,7 @@
 
 Shapes: N rows of logits (one row predicts one token), V vocabulary.
 
-Filters follow vLLM (v1/sample): forbidden tokens out, temperature, min-p, top-k, top-p, each on what the ones before
+Filters follow vLLM (v1/sample): controls (`controls`), temperature, min-p, top-k, top-p, each on what the ones before
 it left. Where vLLM breaks a tie at the edge of top-p by sort order, we keep both tokens, as it and we do for top-k:
 the law of a row then depends on nothing but the row.
 """
@@ -49,24 +49,19 @@ def distribution(logits: Tensor, sampling: SamplingBatch, columns: Tensor | None
 
 
 def permitted(logits: Tensor, sampling: SamplingBatch, columns: Tensor | None = None) -> Tensor:
-    """`logits` [N, V] as float32 (float64 stays), forbidden tokens at -inf. The argument itself is never written.
+    """`logits` [N, V] as float32 (float64 stays) after each row's controls. The argument itself is never written.
 
     `columns` as in `distribution`.
     """
     result = logits if logits.dtype == torch.float64 else logits.float()
-    if sampling.forbidden:
-        rows = [
-            (row, rule.tokens)
-            for row, (rule, position) in enumerate(zip(sampling.forbidden, sampling.position.tolist(), strict=True))
-            if rule is not None and position < rule.until
-        ]
-        if rows and result is logits:
-            result = logits.clone()
-        for row, tokens in rows:
-            if columns is None:
-                result[row, list(tokens)] = -torch.inf
-            else:
-                result[row, torch.isin(columns[row], columns.new_tensor(tokens))] = -torch.inf
+    if not sampling.controls:
+        return result
+    if result is logits:
+        result = logits.clone()
+    rows = zip(sampling.controls, sampling.drafted, sampling.position.tolist(), strict=True)
+    for row, (control, drafted, position) in enumerate(rows):
+        if control is not None:
+            control.apply(result[row], drafted, position, None if columns is None else columns[row])
     return result
 
 

@@ -8,13 +8,15 @@ Three rules (DSPARK.md, "Losslessness"), chosen per request:
 - coupled: sampled, seeded; a token is argmax(log p + Gumbel noise), the noise shared by draft and target.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from enum import Enum
 from functools import cached_property
 
 import torch
 from torch import Tensor
+
+from dspark_server.speculation.controls import Control
 
 GREEDY_BELOW = 1e-5  # vLLM's _SAMPLING_EPS: below it, dividing by the temperature only overflows
 
@@ -25,14 +27,6 @@ class Rule(Enum):
     GREEDY = "greedy"
     RATIO = "ratio"
     COUPLED = "coupled"
-
-
-@dataclass(frozen=True)
-class Forbidden:
-    """`tokens` (ids) may not appear before absolute position `until` (min_tokens, for end-of-sequence ids)."""
-
-    tokens: tuple[int, ...]
-    until: int
 
 
 @dataclass(frozen=True)
@@ -56,8 +50,8 @@ class SamplingBatch:
     temperature [R] f32 (0 = greedy), top_k [R] i64 (0 = off), top_p [R] f32 (1 = off), min_p [R] f32 (0 = off),
     coupled [R] bool, key [R] i64 (the user's seed if coupled, else a private random nonce of this choice),
     choice [R] i64 (index among n), position [R] i64 (absolute position of the first token this step may produce: the
-    anchor's + 1), draft_number [R] i64 (counts every draft of the request, discarded ones too), forbidden: one entry
-    per row, or empty if no row forbids anything.
+    anchor's + 1), draft_number [R] i64 (counts every draft of the request, discarded ones too). controls: the rules
+    of each row, or empty if no row has any; drafted: the draft tokens before each row, kept only where there are rules.
     """
 
     temperature: Tensor
@@ -70,7 +64,8 @@ class SamplingBatch:
     position: Tensor
     draft_number: Tensor
     traits: Traits
-    forbidden: tuple[Forbidden | None, ...] = field(default=())
+    controls: tuple[Control | None, ...] = ()
+    drafted: tuple[tuple[int, ...], ...] = ()
 
     @classmethod
     def of(
@@ -85,7 +80,7 @@ class SamplingBatch:
         coupled: Sequence[bool] | None = None,
         choice: Sequence[int] | None = None,
         draft_number: Sequence[int] | None = None,
-        forbidden: Sequence[Forbidden | None] | None = None,
+        controls: Sequence[Control | None] | None = None,
         device: torch.device | str = "cpu",
     ) -> "SamplingBatch":
         """Build from one Python number per request; what is left out is off (temperature 1, choice 0, draft 0)."""
@@ -118,7 +113,8 @@ class SamplingBatch:
             position=column(position, torch.int64),
             draft_number=column(draft_number or [0] * size, torch.int64),
             traits=traits,
-            forbidden=tuple(forbidden) if forbidden and any(forbidden) else (),
+            controls=tuple(controls) if controls and any(controls) else (),
+            drafted=((),) * size if controls and any(controls) else (),
         )
 
     def __len__(self) -> int:
@@ -133,9 +129,16 @@ class SamplingBatch:
         """[R] bool."""
         return self.temperature == 0
 
-    def select(self, indices: Tensor, offset: int | Tensor = 0) -> "SamplingBatch":
-        """Rows `indices` [N] i64, `offset` (scalar or [N]) positions further on."""
-        forbidden = tuple(self.forbidden[i] for i in indices.tolist()) if self.forbidden else ()
+    def select(
+        self, indices: Tensor, offset: int | Tensor = 0, drafted: Callable[[], Iterable[Sequence[int]]] | None = None
+    ) -> "SamplingBatch":
+        """Rows `indices` [N] i64, `offset` (scalar or [N]) positions further on, `drafted()` before each of them."""
+        controls: tuple[Control | None, ...] = ()
+        before: tuple[tuple[int, ...], ...] = ()
+        if self.controls:
+            rows = indices.tolist()
+            controls = tuple(self.controls[i] for i in rows)
+            before = tuple(map(tuple, drafted())) if drafted is not None else tuple(self.drafted[i] for i in rows)
         return SamplingBatch(
             temperature=self.temperature[indices],
             top_k=self.top_k[indices],
@@ -147,12 +150,25 @@ class SamplingBatch:
             position=self.position[indices] + offset,
             draft_number=self.draft_number[indices],
             traits=self.traits,
-            forbidden=forbidden,
+            controls=controls,
+            drafted=before,
         )
 
-    def ahead(self, offset: int) -> "SamplingBatch":
-        """The same requests, `offset` positions further on: what slot `offset` of a draft is sampled with."""
-        return self if offset == 0 else replace(self, position=self.position + offset)
+    def ahead(self, offset: int, drafted: Sequence[Tensor] = ()) -> "SamplingBatch":
+        """The same requests, `offset` positions further on: what slot `offset` of a draft is sampled with.
+
+        `drafted` holds the tokens [R] of each slot before it, for the rules that look at them.
+        """
+        if offset == 0:
+            return self
+        before = self.drafted
+        if self.controls and drafted:
+            before = tuple(zip(*(tokens.tolist() for tokens in drafted), strict=True))
+        return replace(self, position=self.position + offset, drafted=before)
+
+    def without_controls(self) -> "SamplingBatch":
+        """The same rows once their rules have been applied to the logits."""
+        return replace(self, controls=(), drafted=()) if self.controls else self
 
     @cached_property
     def by_rule(self) -> "dict[Rule, tuple[Tensor | None, SamplingBatch]]":

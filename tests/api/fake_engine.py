@@ -119,7 +119,7 @@ class FakeEngine:
         self.encoded += 1
         return await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens=add_special_tokens)
 
-    def submit(self, prompt, params, *, reservation, request_id, on_tokens, choice=0, cache_salt=""):
+    def submit(self, prompt, params, *, reservation, request_id, on_tokens, choice=0, cache_salt="", leader=None):
         if len(prompt) + params.max_tokens > self.max_model_len:
             message = f"maximum context length is {self.max_model_len}, the prompt has {len(prompt)}"
             raise RequestError(message, param="prompt", code="context_length_exceeded")

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from dspark_server.speculation.acceptance import Accepted, DraftTokens, accept, residual
+from dspark_server.speculation.controls import Forbidden
 from dspark_server.speculation.law import sample
 from dspark_server.speculation.noise import CounterStreams, Purpose
-from dspark_server.speculation.sampling import Forbidden, SamplingBatch
+from dspark_server.speculation.sampling import SamplingBatch
 from tests.speculation.support import TableStreams
 
 GAMMA, VOCABULARY = 3, 96
@@ -27,8 +28,8 @@ def mixed(count: int, seed: int) -> tuple[Tensor, Tensor, list[dict[str, Any]], 
         {"coupled": True},
         {"temperature": 0.7, "top_p": 0.9},
         {"coupled": True, "top_k": 10},
-        {"min_p": 0.05, "forbidden": Forbidden((0, 1, 2, 3), 22)},
-        {"temperature": 0.0, "forbidden": Forbidden(tuple(range(40)), 21)},
+        {"min_p": 0.05, "controls": Forbidden((0, 1, 2, 3), 22)},
+        {"temperature": 0.0, "controls": Forbidden(tuple(range(40)), 21)},
     ]
     options = [styles[i % len(styles)] for i in range(count)]
     lengths = [(i * 5 + i // 4) % (GAMMA + 1) for i in range(count)]
@@ -37,7 +38,7 @@ def mixed(count: int, seed: int) -> tuple[Tensor, Tensor, list[dict[str, Any]], 
 
 
 def batch_of(options: list[dict[str, Any]], keys: list[int]) -> SamplingBatch:
-    defaults = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "coupled": False, "forbidden": None}
+    defaults = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "coupled": False, "controls": None}
     columns = {name: [option.get(name, value) for option in options] for name, value in defaults.items()}
     return SamplingBatch.of(position=[20] * len(options), key=keys, draft_number=[2] * len(options), **columns)
 
@@ -98,7 +99,7 @@ def test_only_rows_that_are_needed_can_fail_a_request(options: dict[str, Any]) -
 def test_greedy_rows_forbid_inside_the_block() -> None:
     """min_tokens ends in mid-block: slot 0 may not stop, slot 1 may."""
     logits = torch.tensor([[5.0, 1.0, 0.0], [5.0, 1.0, 0.0]])
-    sampling = SamplingBatch.of(position=[3], key=[0], temperature=[0.0], forbidden=[Forbidden((0,), 4)])
+    sampling = SamplingBatch.of(position=[3], key=[0], temperature=[0.0], controls=[Forbidden((0,), 4)])
     for drafted, expected in ((1, (1, 0)), (0, (0, 1))):
         draft = DraftTokens(torch.tensor([[drafted]]), None, torch.tensor([0]))
         done = accept(logits, [0, 2], draft, [1], sampling, CounterStreams())

@@ -8,9 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dspark_server.speculation.controls import Forbidden
 from dspark_server.speculation.law import NUCLEUS_WIDTHS, distribution, draw, draw_coupled, sample, top
 from dspark_server.speculation.noise import CounterStreams, Purpose, philox4x32
-from dspark_server.speculation.sampling import Forbidden, SamplingBatch
+from dspark_server.speculation.sampling import SamplingBatch
 from tests.speculation.support import TableStreams, reference_law
 
 INF = math.inf
@@ -113,7 +114,7 @@ def test_laws_are_float32_unless_the_logits_are_float64(given_dtype: torch.dtype
     before = logits.clone()
     columns = {"temperature": [temperature] * 2, "top_p": [0.9] * 2, "top_k": [9] * 2, "min_p": [0.01] * 2}
     forbidden = [Forbidden((1,), 5), None]
-    batch = SamplingBatch.of(position=[0, 0], key=[0, 0], forbidden=forbidden, **columns)
+    batch = SamplingBatch.of(position=[0, 0], key=[0, 0], controls=forbidden, **columns)
     probs = distribution(logits, batch)
     assert probs.dtype is (torch.float64 if given_dtype is torch.float64 else torch.float32)
     assert torch.equal(logits, before), "the caller's logits were written"
@@ -122,12 +123,12 @@ def test_laws_are_float32_unless_the_logits_are_float64(given_dtype: torch.dtype
 
 def test_forbidden_tokens_return_at_their_position() -> None:
     """min_tokens inside one block: the slot at `until` may end the sequence, the slots before it may not."""
-    batch = SamplingBatch.of(position=[8, 8], key=[0, 0], forbidden=[Forbidden((0, 2), until=10), None])
+    batch = SamplingBatch.of(position=[8, 8], key=[0, 0], controls=[Forbidden((0, 2), until=10), None])
     for offset in range(4):
         law = distribution(torch.zeros(2, 4, dtype=torch.float64), batch.ahead(offset))
         assert law[0].tolist() == ([0, 0.5, 0, 0.5] if offset < 2 else [0.25] * 4)
         assert law[1].tolist() == [0.25] * 4
-    greedy = SamplingBatch.of(position=[8], key=[0], temperature=[0.0], forbidden=[Forbidden((0,), until=10)])
+    greedy = SamplingBatch.of(position=[8], key=[0], temperature=[0.0], controls=[Forbidden((0,), until=10)])
     tokens = [int(sample(torch.zeros(1, 4), greedy.ahead(k), torch.zeros(1), TableStreams())[0]) for k in range(4)]
     assert tokens == [1, 1, 0, 0]
 

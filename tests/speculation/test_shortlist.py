@@ -5,10 +5,11 @@ from dspark_kernels import load
 from torch import Tensor
 
 from dspark_server.speculation.acceptance import DraftTokens, accept, residual
+from dspark_server.speculation.controls import Forbidden
 from dspark_server.speculation.heads import VanillaHead
 from dspark_server.speculation.law import sample
 from dspark_server.speculation.noise import CounterStreams, Purpose
-from dspark_server.speculation.sampling import Forbidden, SamplingBatch
+from dspark_server.speculation.sampling import SamplingBatch
 from dspark_server.speculation.shortlist import Shortlist, Successors
 from tests.speculation.support import TableStreams
 
@@ -96,7 +97,7 @@ def test_every_rule_and_filter_over_a_short_list_is_the_dense_one() -> None:
         top_k=[(0, 4)[i % 4 == 0] for i in range(n)],
         top_p=[(1.0, 0.8)[i % 5 == 0] for i in range(n)],
         min_p=[(0.0, 0.05)[i % 6 == 0] for i in range(n)],
-        forbidden=[Forbidden((int(columns[i, 0]), 39), 1000) if i % 2 else None for i in range(n)],
+        controls=[Forbidden((int(columns[i, 0]), 39), 1000) if i % 2 else None for i in range(n)],
     )
     both_ways(logits, columns, sampling)
 

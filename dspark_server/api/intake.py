@@ -1,0 +1,160 @@
+"""What completions and chat have in common before there is an answer: read, check, tokenize, submit."""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from fastapi import Request
+
+from dspark_server.api.generation import Choice, Generation
+from dspark_server.api.metrics import Metrics
+from dspark_server.api.schema import GenerationRequest
+from dspark_server.api.settings import ServerSettings
+from dspark_server.api.structured import StructuredForms
+from dspark_server.engine.engine import AsyncEngine, Reservation, TokenEvent
+from dspark_server.engine.output import Detokenizer, StopMatcher
+from dspark_server.engine.request import FinishReason, SamplingParams
+from dspark_server.errors import CapacityError, RequestError
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What the target reads, and what the answer's text begins with (the prompt's own, if it is to be echoed)."""
+
+    tokens: list[int]
+    echo: str = ""
+
+
+class Intake:
+    """The way of a request into one engine."""
+
+    def __init__(self, engine: AsyncEngine, metrics: Metrics, settings: ServerSettings) -> None:
+        self.engine = engine
+        self.metrics = metrics
+        self.settings = settings
+        self._forms = StructuredForms(engine)
+        self._detokenizer: Detokenizer | None = None
+
+    @property
+    def detokenizer(self) -> Detokenizer:
+        """Built when it is first needed; `warm_up` does so before the first request."""
+        if self._detokenizer is None:
+            self._detokenizer = Detokenizer(self.engine.tokenizer)
+        return self._detokenizer
+
+    def warm_up(self) -> None:
+        """Build the token table, so that the first request does not pay for it."""
+        assert self.detokenizer
+
+    async def read(self, request: Request) -> bytes:
+        """The body. Raises RequestError (408) if it does not arrive in time."""
+        try:
+            async with asyncio.timeout(self.settings.body_timeout):
+                return await request.body()
+        except TimeoutError:
+            raise RequestError("The body took too long to arrive.", status=408) from None
+
+    def check(self, body: GenerationRequest) -> None:
+        """What needs no tokenizer. Raises RequestError or CapacityError."""
+        engine = self.engine
+        if body.model is not None and body.model != engine.model_name:
+            raise RequestError(
+                f"This server does not have that model; it serves {engine.model_name!r}.",
+                param="model",
+                status=404,
+                code="model_not_found",
+            )
+        if engine.health() == "loading":
+            raise CapacityError("The model is still loading.", retry_after=5)
+        for name in ("stop_token_ids", "allowed_token_ids"):
+            if any(token >= engine.vocab_size for token in getattr(body, name) or ()):
+                raise RequestError(
+                    f"A token id in `{name}` is outside the vocabulary (0 to {engine.vocab_size - 1}).", param=name
+                )
+        if body.truncate_prompt_tokens is not None and body.truncate_prompt_tokens > engine.max_model_len:
+            raise RequestError(
+                f"`truncate_prompt_tokens` exceeds the model's context length of {engine.max_model_len}.",
+                param="truncate_prompt_tokens",
+            )
+
+    def cut(self, tokens: list[int], body: GenerationRequest) -> list[int]:
+        """The last `truncate_prompt_tokens` of a prompt; -1: as many as the context holds."""
+        keep = body.truncate_prompt_tokens
+        if keep is None:
+            return tokens
+        if keep == 0:
+            raise RequestError("`truncate_prompt_tokens` must be -1 or at least 1.", param="truncate_prompt_tokens")
+        return tokens[-(self.engine.max_model_len if keep == -1 else keep) :]
+
+    async def params(self, body: GenerationRequest, max_tokens: int) -> SamplingParams:
+        """Everything the engine must know of how to sample. Raises RequestError."""
+        params = body.sampling(max_tokens)
+        if any(not 0 <= token < self.engine.vocab_size for token, _ in params.logit_bias):
+            raise RequestError(
+                f"A token id in `logit_bias` is outside the vocabulary (0 to {self.engine.vocab_size - 1}).",
+                param="logit_bias",
+            )
+        if body.bad_words:
+            params = replace(params, bad_words=await self._bad_words(body.bad_words))
+        grammar = await self._forms.of(body)
+        return params if grammar is None else replace(params, grammar=grammar)
+
+    async def _bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """Each word as tokens, as it stands and after a space: tokenizers write these differently (as in vLLM)."""
+        spellings: dict[tuple[int, ...], None] = {}
+        for word in words:
+            for text in (word, " " + word.lstrip()):
+                tokens = tuple(await self.engine.encode(text, add_special_tokens=False))
+                if tokens:
+                    spellings[tokens] = None
+        return tuple(spellings)
+
+    def submit(
+        self,
+        generation: Generation,
+        body: GenerationRequest,
+        params: SamplingParams,
+        prompts: Sequence[Prompt],
+        reservation: Reservation,
+        *,
+        choices: int,
+        identifier: str,
+    ) -> None:
+        """Hand `choices` choices for each prompt to the engine. Raises RequestError for what can never be served."""
+        matcher = StopMatcher(body.stops) if body.stops else None
+        scoring = params.max_tokens == 0 and (params.prompt_logprobs is not None or params.logprobs is not None)
+        for number, prompt in enumerate(prompts):
+            leader = None
+            for sibling in range(choices):
+                index = number * choices + sibling
+                choice = Choice(
+                    generation,
+                    index,
+                    prompt.tokens,
+                    self.detokenizer.stream(
+                        prompt.tokens,
+                        matcher,
+                        min_tokens=params.min_tokens,
+                        include_stop=body.include_stop_str_in_output,
+                        skip_special_tokens=body.skip_special_tokens,
+                    ),
+                    stop_token_ids=params.stop_token_ids,
+                    drop_stop_token=not body.include_stop_str_in_output,
+                    echo=prompt.echo,
+                    only_prompt=params.max_tokens == 0,
+                )
+                generation.add(choice)
+                if params.max_tokens == 0 and not scoring:
+                    choice.on_tokens(TokenEvent([], FinishReason.LENGTH))
+                    continue
+                choice.handle = self.engine.submit(
+                    prompt.tokens,
+                    replace(params, max_tokens=1) if scoring else params,  # its token is not shown
+                    reservation=reservation,
+                    choice=sibling,
+                    request_id=f"{identifier}-{index}",
+                    on_tokens=choice.on_tokens,
+                    cache_salt=body.cache_salt,
+                    leader=leader,
+                )
+                leader = leader or choice.handle

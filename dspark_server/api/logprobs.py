@@ -1,0 +1,69 @@
+"""Log-probabilities as the completions API shows them (OpenAI's lists, vLLM's `prompt_logprobs`)."""
+
+from typing import Any
+
+from dspark_server.api.generation import Choice
+from dspark_server.api.schema import CompletionRequest
+from dspark_server.engine.logprobs import TokenLogprob
+from dspark_server.engine.output import Detokenizer
+
+LOWEST = -9999.0  # JSON has no -inf
+
+
+class CompletionLogprobs:
+    """Renders what a request asked for."""
+
+    def __init__(self, detokenizer: Detokenizer, body: CompletionRequest) -> None:
+        self._detokenizer = detokenizer
+        self._count = body.logprobs
+        self._prompt_count = body.prompt_logprobs
+        self._echo = body.echo
+        self._as_ids = body.return_tokens_as_token_ids
+
+    def take(self, choice: Choice) -> dict[str, Any] | None:
+        """Lists for the tokens that are new; an echoed prompt's tokens come with the first. None if not asked for."""
+        if self._count is None:
+            return None
+        rows: list[tuple[int, TokenLogprob | None]] = []
+        if self._echo and choice.text_offset == 0 and choice.prompt_logprobs is not None:
+            rows = list(zip(choice.prompt, choice.prompt_logprobs, strict=True))
+        rows += [(each.token, each) for each in choice.pending_logprobs]
+        choice.pending_logprobs = []
+        tokens, values, tops, offsets = [], [], [], []
+        for token, each in rows:
+            text = self._text(token)
+            tokens.append(text)
+            values.append(None if each is None else max(each.logprob, LOWEST))
+            tops.append(None if each is None else self._top(each, self._count))
+            offsets.append(choice.text_offset)
+            choice.text_offset += len(text)
+        return {"tokens": tokens, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}
+
+    def of_prompt(self, choice: Choice) -> list[dict[str, Any] | None] | None:
+        """vLLM's list for the prompt: for every token its own entry and the likeliest ones, by token id."""
+        if self._prompt_count is None or choice.prompt_logprobs is None:
+            return None
+        return [None if each is None else self._entries(each, self._prompt_count) for each in choice.prompt_logprobs]
+
+    def _entries(self, each: TokenLogprob, count: int) -> dict[str, Any]:
+        ranked = [(each.token, each.logprob, each.rank)]
+        ranked += [(token, value, rank) for rank, (token, value) in enumerate(each.top[:count], start=1)]
+        return {
+            str(token): {
+                "logprob": max(value, LOWEST),
+                "rank": rank,
+                "decoded_token": self._detokenizer.text_of(token),
+            }
+            for token, value, rank in ranked
+        }
+
+    def _top(self, each: TokenLogprob, count: int) -> dict[str, float]:
+        """The token and the likeliest ones; where two share a text, the likelier."""
+        best: dict[str, float] = {}
+        for token, value in [(each.token, each.logprob), *each.top[:count]]:
+            text = self._text(token)
+            best[text] = max(value, best.get(text, LOWEST))
+        return best
+
+    def _text(self, token: int) -> str:
+        return f"token_id:{token}" if self._as_ids else self._detokenizer.text_of(token)

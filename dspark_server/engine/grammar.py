@@ -1,0 +1,121 @@
+"""Structured output: forms compiled by llguidance, followed by one matcher per choice.
+
+A mask is asked for at every position of a draft block and of its verification, given the draft tokens before it; the
+matcher is advanced by these and rolled back, so only committed tokens move it (`speculation.controls.Grammar`).
+"""
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance.hf import from_tokenizer
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from llguidance._lib import JsonCompileOptions
+
+# An answer of a small model can lose itself in blanks, so few of them are let through between two tokens of JSON.
+JSON_STYLE: "JsonCompileOptions" = {"whitespace_flexible": True, "whitespace_pattern": r"[ \n\t]{1,16}"}
+
+
+class FormError(ValueError):
+    """A form that cannot be compiled; the message says why."""
+
+
+class GrammarCompiler:
+    """Compiles forms for one tokenizer. `vocabulary`: V of the target's logits, padded rows included."""
+
+    def __init__(self, tokenizer: Any, vocabulary: int) -> None:
+        self._tokenizer: LLTokenizer = from_tokenizer(tokenizer)
+        self._vocabulary = vocabulary
+
+    def json_schema(self, schema: str) -> "CompiledForm":
+        """JSON that a schema (as text) admits. Raises FormError."""
+        return self._compile(lambda: LLMatcher.grammar_from_json_schema(schema, overrides=JSON_STYLE))
+
+    def regex(self, pattern: str) -> "CompiledForm":
+        """A text that the whole of a regular expression matches. Raises FormError."""
+        return self._compile(lambda: LLMatcher.grammar_from_regex(pattern))
+
+    def choice(self, texts: Sequence[str]) -> "CompiledForm":
+        """One of a few texts. Raises FormError."""
+        options = " | ".join(json.dumps(text) for text in texts)
+        return self._compile(lambda: LLMatcher.grammar_from_lark(f"start: {options}"))
+
+    def _compile(self, make: Any) -> "CompiledForm":
+        try:
+            grammar = make()
+            matcher = LLMatcher(self._tokenizer, grammar, limits=LLParserLimits())
+        except ValueError as error:
+            raise FormError(str(error)) from None
+        if matcher.is_error():
+            raise FormError(matcher.get_error())
+        return CompiledForm(matcher, self._tokenizer.eos_token, self._vocabulary)
+
+
+class CompiledForm:
+    """See `engine.request.CompiledGrammar`."""
+
+    def __init__(self, matcher: LLMatcher, end: int, vocabulary: int) -> None:
+        self._matcher = matcher
+        self._end = end
+        self._vocabulary = vocabulary
+
+    def start(self, stop_ids: frozenset[int]) -> "FormMatcher":
+        """At the beginning of an answer that any of `stop_ids` may end."""
+        return FormMatcher(self._matcher.deep_copy(), self._end, stop_ids, self._vocabulary)
+
+
+class FormMatcher:
+    """See `speculation.controls.Grammar`. Masks [V] bool are kept until the next commit: draft and target ask alike."""
+
+    def __init__(self, matcher: LLMatcher, end: int, stop_ids: frozenset[int], vocabulary: int) -> None:
+        self._matcher = matcher
+        self._end = end
+        self._stops = torch.zeros(vocabulary, dtype=torch.bool)
+        self._stops[list(stop_ids)] = True
+        self._stop_ids = stop_ids
+        self._masks: dict[tuple[int, ...], Tensor] = {}
+
+    def mask(self, drafted: Sequence[int]) -> Tensor:
+        """The tokens that may follow; none if `drafted` cannot follow; ends only, behind an end."""
+        prefix = tuple(drafted)
+        found = self._masks.get(prefix)
+        if found is None:
+            found = self._masks[prefix] = self._compute(prefix)
+        return found
+
+    def _compute(self, prefix: tuple[int, ...]) -> Tensor:
+        if not self._stop_ids.isdisjoint(prefix) or (not prefix and self._matcher.is_stopped()):
+            return self._stops
+        taken = self._matcher.try_consume_tokens(list(prefix)) if prefix else 0
+        try:
+            if taken < len(prefix):
+                return torch.zeros_like(self._stops)
+            if self._matcher.is_stopped():
+                return self._stops
+            accepting = self._matcher.is_accepting()
+            bits = np.unpackbits(np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8), bitorder="little")
+            mask = torch.zeros_like(self._stops)
+            count = min(len(bits), len(mask))
+            mask[:count] = torch.from_numpy(bits[:count]).bool()
+            mask[self._end] = False
+            return mask | self._stops if accepting else mask
+        finally:
+            if taken:
+                self._matcher.rollback(taken)
+
+    def commit(self, tokens: Sequence[int]) -> None:
+        """The answer went on with `tokens`; an end among them is the last."""
+        self._masks.clear()
+        inside = [token for token in tokens if token not in self._stop_ids]
+        if inside and not self._matcher.is_stopped():
+            self._matcher.consume_tokens(inside)
+
+    @property
+    def complete(self) -> bool:
+        """Nothing but an end can follow."""
+        return not bool((self.mask(()) & ~self._stops).any())

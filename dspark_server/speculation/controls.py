@@ -1,0 +1,178 @@
+"""What a request does to its logits before temperature: grammar, masks, biases and penalties.
+
+The rules see the committed tokens and the draft tokens before a position, and nothing behind it. They are applied to
+the target's logits and to the draft's alike, so that a draft never proposes what the target may not take, and drafting
+stays lossless whatever they are: p and q of a position are then laws given the same prefix (DSPARK.md, "Filters").
+
+Order and formulas are vLLM's (v1/sample/sampler.py): grammar, allowed tokens, bad words, minimum length, bias, then
+repetition, frequency and presence penalties.
+
+Shapes: C columns of a row of logits, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Control(Protocol):
+    """Rules of one request."""
+
+    def apply(self, logits: Tensor, drafted: Sequence[int], position: int, columns: Tensor | None) -> None:
+        """Change logits [C] of the token at absolute `position` in place, `drafted` being the draft tokens before it.
+
+        columns [C] i64 says which token each column is; None: column v is token v.
+        """
+
+
+@dataclass(frozen=True)
+class Forbidden:
+    """`tokens` (ids) may not appear before absolute position `until` (min_tokens, for end-of-sequence ids)."""
+
+    tokens: tuple[int, ...]
+    until: int
+
+    def apply(self, logits: Tensor, drafted: Sequence[int], position: int, columns: Tensor | None) -> None:
+        """See `Control.apply`."""
+        if position >= self.until:
+            return
+        if columns is None:
+            logits[list(self.tokens)] = -torch.inf
+        else:
+            logits[torch.isin(columns, columns.new_tensor(self.tokens))] = -torch.inf
+
+
+class Grammar(Protocol):
+    """A compiled form that an answer must have, and how far the committed tokens have come in it."""
+
+    def mask(self, drafted: Sequence[int]) -> Tensor:
+        """The tokens [V] bool that may follow the committed ones and `drafted`; none if these cannot follow."""
+
+    def commit(self, tokens: Sequence[int]) -> None:
+        """The answer went on with `tokens`."""
+
+    @property
+    def complete(self) -> bool:
+        """Nothing can follow any more."""
+
+
+@dataclass(frozen=True)
+class Penalties:
+    """Off: repetition 1, the others 0."""
+
+    repetition: float = 1.0
+    frequency: float = 0.0
+    presence: float = 0.0
+
+    @property
+    def any(self) -> bool:
+        """Whether they change anything."""
+        return self != Penalties()
+
+
+class Controls:
+    """All rules of one request. The step thread tells it what has been committed.
+
+    bias: (token, number added to its logit); allowed: nothing else may appear; bad_words: token sequences that may not.
+    """
+
+    def __init__(
+        self,
+        vocabulary: int,
+        prompt: Sequence[int],
+        *,
+        penalties: Penalties | None = None,
+        bias: Sequence[tuple[int, float]] = (),
+        allowed: Sequence[int] | None = None,
+        bad_words: Sequence[tuple[int, ...]] = (),
+        early: Forbidden | None = None,
+        grammar: Grammar | None = None,
+    ) -> None:
+        self._penalties = penalties or Penalties()
+        self._early = early
+        self.grammar = grammar
+        self._bad_words = tuple(bad_words)
+        self._tail: list[int] = list(prompt[-_longest(bad_words) :]) if bad_words else []
+        self._bias = _dense(vocabulary, bias)
+        self._allowed: Tensor | None = None
+        if allowed is not None:
+            self._allowed = torch.zeros(vocabulary, dtype=torch.bool)
+            self._allowed[list(allowed)] = True
+        self._counts: Tensor | None = None  # [V] f32, of the answer's tokens
+        self._seen: Tensor | None = None  # [V] bool, of the prompt's and the answer's
+        if self._penalties.any:
+            self._counts = torch.zeros(vocabulary)
+            self._seen = torch.zeros(vocabulary, dtype=torch.bool)
+            self._seen[list(prompt)] = True
+
+    def commit(self, tokens: Sequence[int]) -> None:
+        """The answer went on with `tokens`."""
+        if self._counts is not None and self._seen is not None:
+            self._counts.index_add_(0, torch.tensor(tokens), torch.ones(len(tokens)))
+            self._seen[list(tokens)] = True
+        if self._bad_words:
+            self._tail = (self._tail + list(tokens))[-_longest(self._bad_words) :]
+        if self.grammar is not None:
+            self.grammar.commit(tokens)
+
+    def apply(self, logits: Tensor, drafted: Sequence[int], position: int, columns: Tensor | None) -> None:
+        """See `Control.apply`. A grammar outweighs the minimum length where only an end is left to say."""
+
+        def of(values: Tensor) -> Tensor:
+            return values if columns is None else values[columns]
+
+        if self.grammar is not None:
+            logits.masked_fill_(~of(self.grammar.mask(drafted)), -torch.inf)
+        if self._allowed is not None:
+            logits.masked_fill_(~of(self._allowed), -torch.inf)
+        if self._bad_words:
+            self._ban(logits, drafted, columns)
+        if self._early is not None:
+            before = logits.clone() if self.grammar is not None else logits
+            self._early.apply(logits, drafted, position, columns)
+            if self.grammar is not None and not bool((logits > -torch.inf).any()):
+                logits.copy_(before)
+        if self._bias is not None:
+            logits += of(self._bias)
+        if self._counts is not None and self._seen is not None:
+            self._penalize(logits, drafted, columns)
+
+    def _ban(self, logits: Tensor, drafted: Sequence[int], columns: Tensor | None) -> None:
+        """Forbid the last token of every bad word whose other tokens stand just before."""
+        tail = [*self._tail, *drafted]
+        banned = [word[-1] for word in self._bad_words if len(word) == 1 or tail[-(len(word) - 1) :] == list(word[:-1])]
+        if banned:
+            Forbidden(tuple(banned), until=1).apply(logits, drafted, 0, columns)
+
+    def _penalize(self, logits: Tensor, drafted: Sequence[int], columns: Tensor | None) -> None:
+        counts, seen = self._counts, self._seen
+        assert counts is not None, "penalties need counts"
+        assert seen is not None
+        if drafted:
+            counts = counts.index_add(0, torch.tensor(drafted), torch.ones(len(drafted)))
+            seen = seen.index_fill(0, torch.tensor(drafted), True)
+        if columns is not None:
+            counts, seen = counts[columns], seen[columns]
+        rule = self._penalties
+        if rule.repetition != 1.0:
+            scaled = torch.where(logits > 0, logits / rule.repetition, logits * rule.repetition)
+            logits.copy_(torch.where(seen, scaled, logits))
+        if rule.frequency or rule.presence:
+            logits -= rule.frequency * counts + rule.presence * (counts > 0)
+
+
+def _longest(bad_words: Sequence[tuple[int, ...]]) -> int:
+    """Tokens that must be remembered to know that a bad word is nearly complete; at least one."""
+    return max(1, max(map(len, bad_words)) - 1)
+
+
+def _dense(vocabulary: int, bias: Sequence[tuple[int, float]]) -> Tensor | None:
+    if not bias:
+        return None
+    dense = torch.zeros(vocabulary)
+    for token, value in bias:
+        dense[token] = value
+    return dense
