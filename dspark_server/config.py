@@ -1,10 +1,9 @@
-"""What a server is told at start. One dataclass; the command line fills it, everything below reads it."""
+"""What the engine is told at start. The command line, a file and the environment fill it; everything below reads it."""
 
-import json
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
 
 from dspark_server.errors import ConfigError
+from dspark_server.settings import build, check, read_object, setting
 
 METHODS = ("auto", "dspark", "dflash", "none")
 SELECTIONS = ("causal", "lagged", "fixed", "threshold", "none")
@@ -13,88 +12,117 @@ DTYPES = ("auto", "bfloat16", "float32")
 
 @dataclass(frozen=True)
 class SpeculativeConfig:
-    """`--speculative-config`: which drafter, and which policy chooses what the target verifies.
+    """`--speculative-config`: which drafter, and which policy chooses what the target verifies."""
 
-    Method "auto" takes the drafter that ships for the model, if there is one. `threshold` is the survival that policy
-    threshold asks for; `min_user_tokens_per_second` bounds the steps of causal and lagged: every user gets that.
-    """
-
-    method: str = "auto"
-    model: str | None = None
-    num_speculative_tokens: int | None = None
-    selection: str = "causal"
-    threshold: float = 0.5
-    min_user_tokens_per_second: float | None = None
-    shortlist: int | None = None  # candidates a draft position is chosen from; None: the whole vocabulary
-    copying: bool = True  # drafts may also come from where the same tokens stood before in prompt and answer
+    method: str = setting(
+        "auto",
+        "Where drafts come from: the drafter that ships for the model if there is one (auto), a DSpark or DFlash "
+        "drafter, or nowhere (none).",
+        group="Speculation",
+        choices=METHODS,
+    )
+    model: str | None = setting(None, "Directory or Hugging Face id of the drafter.", group="Speculation")
+    num_speculative_tokens: int | None = setting(
+        None, "Most draft tokens of a block; default: what the drafter was trained for.", group="Speculation", minimum=1
+    )
+    selection: str = setting(
+        "causal",
+        "What the target verifies: what pays at the present load (causal, or lagged by a step), the whole block "
+        "(fixed), likely prefixes (threshold), nothing (none).",
+        group="Speculation",
+        choices=SELECTIONS,
+    )
+    threshold: float = setting(
+        0.5, "Survival that selection threshold asks for.", group="Speculation", minimum=0, maximum=1
+    )
+    min_user_tokens_per_second: float | None = setting(
+        None, "Bounds the steps of causal and lagged: every user gets that.", group="Speculation", above=0
+    )
+    shortlist: int | None = setting(
+        None,
+        "Candidates a draft position is chosen from; default: the whole vocabulary.",
+        group="Speculation",
+        minimum=1,
+    )
+    copying: bool = setting(
+        True,
+        "Drafts may also come from where the same tokens stood before in prompt and answer.",
+        group="Speculation",
+    )
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ConfigError(f"speculative method {self.method!r} is not known; choose from {', '.join(METHODS)}.")
-        if self.selection not in SELECTIONS:
-            raise ConfigError(f"selection {self.selection!r} is not known; choose from {', '.join(SELECTIONS)}.")
+        check(self, prefix="")
         if self.method in ("auto", "none") and self.model:
             raise ConfigError(f'method {self.method!r} takes no drafter: say {{"method": "dspark", "model": "DIR"}}.')
-        if not 0 <= self.threshold <= 1:
-            raise ConfigError("threshold must lie between 0 and 1.")
-        if self.min_user_tokens_per_second is not None and self.min_user_tokens_per_second <= 0:
-            raise ConfigError("min_user_tokens_per_second must be positive; leave it out for no floor.")
-        if self.num_speculative_tokens is not None and self.num_speculative_tokens < 1:
-            raise ConfigError("num_speculative_tokens must be at least 1; use method none to switch drafting off.")
-        if self.shortlist is not None and self.shortlist < 1:
-            raise ConfigError("shortlist must be at least 1; leave it out to draft from the whole vocabulary.")
 
     @classmethod
     def parse(cls, text: str) -> "SpeculativeConfig":
-        """Read the JSON object given on the command line.
-
-        Raises ConfigError for anything but an object of known keys.
-        """
-        try:
-            values: Any = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"--speculative-config is not valid JSON: {error}") from None
-        if not isinstance(values, dict):
-            raise ConfigError(
-                '--speculative-config must be a JSON object such as {"method": "dspark", "model": "DIR"}.'
-            )
-        known = {field.name for field in fields(cls)}
-        unknown = sorted(set(values) - known)
-        if unknown:
-            raise ConfigError(f"--speculative-config has unknown keys {unknown}; known are {sorted(known)}.")
-        return cls(**values)
+        """Read a JSON object. Raises ConfigError for anything but an object of known keys and fitting values."""
+        where = "--speculative-config"
+        return build(cls, read_object(text, where), where)
 
 
 @dataclass(frozen=True)
 class EngineConfig:
     """The engine's settings. Sizes are in tokens unless they say otherwise."""
 
-    model: str = "SmolLM2-135M-Instruct"
-    served_model_name: str | None = None
-    dtype: str = "auto"
-    max_model_len: int | None = None
-    block_size: int = 16
-    kv_cache_memory_bytes: int = 2 << 30
+    model: str = setting(
+        "SmolLM2-135M-Instruct",
+        "A model directory, a Hugging Face id, or SmolLM2-135M-Instruct (embedded).",
+        group="Model",
+    )
+    served_model_name: str | None = setting(None, "Name that clients use; default: MODEL.", group="Model")
+    tokenizer: str | None = setting(
+        None, "Directory or Hugging Face id of another tokenizer; default: the model's own.", group="Model"
+    )
+    revision: str | None = setting(None, "Branch, tag or commit of a model from the Hugging Face Hub.", group="Model")
+    dtype: str = setting(
+        "auto", "Type of weights and activations; auto: the checkpoint's.", group="Model", choices=DTYPES
+    )
+    max_model_len: int | None = setting(
+        None, "Longest sequence, in tokens; default: what the model can.", group="Model", minimum=1
+    )
+    block_size: int = setting(16, "Tokens per KV block.", group="Engine", minimum=1)
+    kv_cache_memory_bytes: int = setting(2 << 30, "Size of the KV pool, in bytes.", group="Engine", minimum=1)
+    gpu_memory_utilization: float | None = setting(
+        None, "Share of a GPU's memory; refused on CPU, which has --kv-cache-memory-bytes.", group="Engine"
+    )
     num_blocks: int | None = None
-    max_num_seqs: int = 64
-    max_num_batched_tokens: int = 256
-    max_num_queued_reqs: int = 1024
-    enable_prefix_caching: bool = True
-    seed: int | None = None
-    measure_costs_again: bool = False
-    speculative: SpeculativeConfig = SpeculativeConfig()
+    max_num_seqs: int = setting(64, "Most requests running together.", group="Engine", minimum=1)
+    max_num_batched_tokens: int = setting(256, "Most tokens of one step.", group="Engine", minimum=1)
+    max_num_queued_reqs: int = setting(
+        1024, "Requests that may wait; beyond, clients get 503.", group="Limits", minimum=0
+    )
+    enable_prefix_caching: bool = setting(True, "Reuse KV blocks of common prefixes.", group="Engine")
+    enforce_eager: bool = setting(False, "No CUDA graphs; on CPU there are none anyway.", group="Engine")
+    tensor_parallel_size: int = setting(1, "Devices that share the model; on CPU only 1.", group="Engine", minimum=1)
+    seed: int | None = setting(None, "Seed of private noise, for repeatable experiments.", group="Engine")
+    speculative: SpeculativeConfig = setting(
+        SpeculativeConfig(),
+        'JSON. {"method": "none"} switches drafting off; {"method": "dspark", "model": "DRAFTER_DIR"} names a '
+        'drafter; "selection" is causal (default), lagged, fixed, threshold or none. SmolLM2-135M-Instruct comes with '
+        "a drafter.",
+        group="Speculation",
+        name="speculative-config",
+        metavar="JSON",
+    )
+    measure_costs_again: bool = setting(False, "Time drafts and target passes anew at this start.", group="Speculation")
     check_invariants: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("block_size", "max_num_seqs", "max_num_batched_tokens", "kv_cache_memory_bytes"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1.")
-        if self.max_num_queued_reqs < 0:
-            raise ConfigError("max_num_queued_reqs must not be negative.")
+        check(self)
         if self.max_num_batched_tokens <= self.max_num_seqs:
             raise ConfigError(
-                f"max_num_batched_tokens ({self.max_num_batched_tokens}) must exceed max_num_seqs "
+                f"--max-num-batched-tokens ({self.max_num_batched_tokens}) must exceed --max-num-seqs "
                 f"({self.max_num_seqs}): every running request takes at least one token of each step."
             )
-        if self.dtype not in DTYPES:
-            raise ConfigError(f"dtype {self.dtype!r} is not supported; choose from {', '.join(DTYPES)}.")
+        if self.gpu_memory_utilization is not None:
+            raise ConfigError(
+                "--gpu-memory-utilization sizes the KV pool by a GPU's memory, and this build runs on the CPU: "
+                "use --kv-cache-memory-bytes."
+            )
+        if self.tensor_parallel_size > 1:
+            raise ConfigError(
+                f"--tensor-parallel-size {self.tensor_parallel_size} is not supported yet: one process serves the "
+                "whole model; start more servers to use more processors."
+            )

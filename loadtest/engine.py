@@ -190,7 +190,7 @@ def streaming(streams: int, tokens: int, rounds: int) -> None:
         time.sleep(10)
         print(f"idle CPU {10 * (cpu_seconds(process) - before):.1f} %.\n")
 
-        # One thread loads and ends, another one steps: the reason is in cli.serve.
+        # One thread loads and ends, another one steps: the reason is in cli/serving.py.
         with ThreadPoolExecutor(1) as loader:
             core = loader.submit(EngineCore.load, EngineConfig(model=MODEL)).result()
         figures: list[tuple[float, float]] = []

@@ -1,4 +1,4 @@
-"""The outermost layer: request ids, caps on what is read, and no exception past this point. Plain ASGI."""
+"""The outermost layer: request ids, API keys, caps on what is read, no exception past this point. Plain ASGI."""
 
 import logging
 import re
@@ -7,6 +7,7 @@ import uuid
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from dspark_server.api.auth import ApiKeys
 from dspark_server.api.errors import error_response
 from dspark_server.api.settings import ServerSettings
 from dspark_server.errors import RequestError
@@ -22,6 +23,7 @@ class Edge:
     def __init__(self, app: ASGIApp, settings: ServerSettings) -> None:
         self._app = app
         self._settings = settings
+        self._keys = ApiKeys(settings.all_api_keys())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -39,6 +41,7 @@ class Edge:
             await send(message)
 
         try:
+            self._keys.check(scope)
             self._check_sizes(scope)
             await self._app(scope, self._counted(receive), send_with_id)
         except ClientDisconnect:

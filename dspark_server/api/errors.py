@@ -29,7 +29,8 @@ def error_object(status: int, message: str, *, param: str | None = None, code: s
 def describe(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
     """Status, error object and extra headers of an exception; one that nobody expected is logged and says nothing."""
     if isinstance(error, RequestError):
-        return error.status, error_object(error.status, str(error), param=error.param, code=error.code), {}
+        headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else {}
+        return error.status, error_object(error.status, str(error), param=error.param, code=error.code), headers
     if isinstance(error, CapacityError):
         body = error_object(503, str(error), code="no_capacity")
         return 503, body, {"Retry-After": str(error.retry_after)}

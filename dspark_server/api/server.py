@@ -6,12 +6,16 @@ not wait.
 """
 
 import asyncio
+import copy
 import logging
 import socket
+from collections.abc import Iterable
 from time import monotonic
 from types import FrameType
+from typing import Any, cast
 
 import uvicorn
+import uvicorn.config
 from fastapi import FastAPI
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -122,11 +126,32 @@ def make_server(app: FastAPI, engine: AsyncEngine, settings: ServerSettings) -> 
         ws="none",
         lifespan="on",
         access_log=settings.access_log,
-        log_level="info",
+        log_config=_log_config(settings),
+        log_level=settings.log_level,
         server_header=False,
         timeout_graceful_shutdown=LAST_WORDS_TIMEOUT,
     )
     return Server(config, engine, settings.shutdown_timeout)
+
+
+class PathFilter(logging.Filter):
+    """Leaves requests to some paths out of uvicorn's access log; a query string changes nothing."""
+
+    def __init__(self, paths: Iterable[str]) -> None:
+        super().__init__()
+        self._paths = frozenset(paths)
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """The arguments of such a record are client, method, path with query, HTTP version and status."""
+        _, _, path, *_ = cast("tuple[str, ...]", record.args)
+        return path.partition("?")[0] not in self._paths
+
+
+def _log_config(settings: ServerSettings) -> dict[str, Any]:
+    config = copy.deepcopy(uvicorn.config.LOGGING_CONFIG)
+    config["filters"] = {"paths": {"()": PathFilter, "paths": settings.disable_access_log_for_endpoints}}
+    config["handlers"]["access"]["filters"] = ["paths"]
+    return config
 
 
 async def serve(

@@ -1,28 +1,74 @@
 """Settings of the HTTP edge. Times in seconds, sizes in bytes."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from dspark_server.errors import ConfigError
+from dspark_server.settings import check, setting
+
+LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
 
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """Where the server listens and what it lets a client do."""
+    """Where the server listens, whom it lets in, and what it lets a client do."""
 
-    host: str = "127.0.0.1"
-    port: int = 8000  # 0: any free one
-    max_body_bytes: int = 32 << 20
-    max_header_bytes: int = 64 << 10
-    body_timeout: float = 60.0  # a request body must have arrived
-    stall_timeout: float = 60.0  # a reader that takes nothing for this long is dropped
-    shutdown_timeout: float = 30.0  # running requests may finish after SIGTERM
-    access_log: bool = False
+    host: str = setting("127.0.0.1", "Address to listen on; 0.0.0.0 for all.", group="Server")
+    port: int = setting(8000, "Port to listen on; 0 picks a free one.", group="Server", minimum=0, maximum=65535)
+    api_key: tuple[str, ...] = setting(
+        (),
+        "Clients must send one of these keys; may be repeated. Other users of this machine see a command line: "
+        "the environment or a file is safer.",
+        group="Server",
+        secret=True,
+    )
+    api_key_file: str | None = setting(
+        None, "File with keys that are let in, one a line; # begins a comment.", group="Server", metavar="FILE"
+    )
+    shutdown_timeout: float = setting(
+        30.0, "Seconds that running requests get to finish after SIGTERM.", group="Server", minimum=0
+    )
+    max_body_bytes: int = setting(32 << 20, "Largest request body; beyond, clients get 413.", group="Limits", minimum=1)
+    max_header_bytes: int = setting(
+        64 << 10, "Largest sum of a request's headers; beyond, clients get 431.", group="Limits", minimum=1
+    )
+    body_timeout: float = setting(60.0, "Seconds in which a request's body must have arrived.", group="Limits", above=0)
+    stall_timeout: float = setting(
+        60.0, "Seconds after which a reader that takes nothing is dropped.", group="Limits", above=0
+    )
+    log_level: str = setting("info", "The least important messages shown.", group="Logging", choices=LOG_LEVELS)
+    access_log: bool = setting(False, "One line per request.", group="Logging")
+    disable_access_log_for_endpoints: tuple[str, ...] = setting(
+        (), "Paths left out of the access log, such as /health,/metrics.", group="Logging", metavar="PATHS"
+    )
 
     def __post_init__(self) -> None:
-        if not 0 <= self.port <= 65535:
-            raise ConfigError(f"--port must be between 0 and 65535, not {self.port}.")
-        for name in ("max_body_bytes", "max_header_bytes", "body_timeout", "stall_timeout"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"{name} must be positive.")
-        if self.shutdown_timeout < 0:
-            raise ConfigError("--shutdown-timeout must not be negative.")
+        check(self)
+        self.all_api_keys()
+        for path in self.disable_access_log_for_endpoints:
+            if not path.startswith("/"):
+                raise ConfigError(f"--disable-access-log-for-endpoints takes paths such as /health, not {path!r}.")
+
+    def all_api_keys(self) -> tuple[str, ...]:
+        """Every key that is let in, those of the file too; none: everybody is.
+
+        Raises ConfigError if a key is empty or not printable ASCII, or the file cannot be read or has no keys.
+        """
+        keys = self.api_key
+        if self.api_key_file is not None:
+            keys += _read_keys(self.api_key_file)
+        for key in keys:
+            if not key or not all("!" <= character <= "~" for character in key):
+                raise ConfigError("an API key is empty, or has characters that are not printable ASCII, or spaces.")
+        return keys
+
+
+def _read_keys(name: str) -> tuple[str, ...]:
+    try:
+        lines = [line.strip() for line in Path(name).expanduser().read_text().splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--api-key-file {name} cannot be read: {error}") from None
+    keys = tuple(line for line in lines if line and not line.startswith("#"))
+    if not keys:
+        raise ConfigError(f"--api-key-file {name} has no keys: write one a line, or leave the option out.")
+    return keys

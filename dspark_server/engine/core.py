@@ -54,7 +54,7 @@ class EngineCore:
 
         Raises CheckpointError for a model that cannot be read, ConfigError for settings that do not fit it.
         """
-        directory = resolve_model(config.model)
+        directory = resolve_model(config.model, revision=config.revision)
         kernels = dspark_kernels.load()
         dtype = _dtype(config.dtype, directory)
         target = Decoder.load(directory, dtype, kernels, config.max_model_len)
@@ -118,6 +118,22 @@ class EngineCore:
             if drafter.gamma
             else "no drafter",
         )
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer the configuration names, or the model's own.
+
+        Raises CheckpointError if there is none, ConfigError if it has tokens that the model does not know.
+        """
+        config = self.config
+        if config.tokenizer is None:
+            return load_tokenizer(resolve_model(config.model, revision=config.revision))
+        tokenizer = load_tokenizer(resolve_model(config.tokenizer, weights=False))
+        if len(tokenizer) > self.vocab_size:
+            raise ConfigError(
+                f"--tokenizer {config.tokenizer} has {len(tokenizer)} tokens, but the model knows {self.vocab_size}: "
+                "it belongs to another model."
+            )
+        return tokenizer
 
     def new_request(
         self,

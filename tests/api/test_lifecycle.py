@@ -197,7 +197,7 @@ def test_settings_are_checked() -> None:
 
 
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["dspark_server.api"])  # torch and transformers: imported once for all children
+processes.set_forkserver_preload(["dspark_server.api.server"])  # torch and transformers: imported once for all children
 
 
 class Child:

@@ -10,10 +10,10 @@ from typing import Any
 import httpx
 import huggingface_hub
 import pytest
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.errors import LocalEntryNotFoundError, RevisionNotFoundError
 from transformers import AutoTokenizer
 
-from dspark_server.errors import CheckpointError
+from dspark_server.errors import CheckpointError, ConfigError
 from dspark_server.models import gguf, hub
 from dspark_server.models.config import load_config
 
@@ -49,19 +49,48 @@ def test_a_hub_id_without_a_network(error: Exception, monkeypatch: pytest.Monkey
         hub.resolve_model("Qwen/Qwen3-4B")
 
 
-def test_a_hub_id_is_downloaded_without_pickles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Any] = []
+@pytest.fixture
+def downloads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str | None, list[str]]]:
+    """What was asked of the Hub: id, revision, patterns."""
+    asked: list[tuple[str, str | None, list[str]]] = []
 
-    def download(model_id: str, allow_patterns: list[str]) -> str:
-        asked.append((model_id, allow_patterns))
+    def download(model_id: str, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append((model_id, revision, allow_patterns))
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    return asked
+
+
+def test_a_hub_id_is_downloaded_without_pickles(downloads: list[Any], tmp_path: Path) -> None:
     assert hub.resolve_model("Qwen/Qwen3-4B") == tmp_path
-    [(model_id, patterns)] = asked
-    assert model_id == "Qwen/Qwen3-4B"
+    [(model_id, revision, patterns)] = downloads
+    assert (model_id, revision) == ("Qwen/Qwen3-4B", None)
     assert "*.safetensors" in patterns
     assert not any("bin" in pattern for pattern in patterns)
+
+
+def test_a_revision_and_a_tokenizer_without_weights(downloads: list[Any]) -> None:
+    hub.resolve_model("Qwen/Qwen3-4B", revision="v1", weights=False)
+    [(_, revision, patterns)] = downloads
+    assert revision == "v1"
+    assert "*.json" in patterns
+    assert "*.safetensors" not in patterns
+
+
+def test_a_revision_is_for_models_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="is a directory on this machine"):
+        hub.resolve_model(str(tmp_path), revision="main")
+    with pytest.raises(ConfigError, match="is embedded"):
+        hub.resolve_model("SmolLM2-135M-Instruct", revision="main")
+
+    def refuse(*_args: Any, **_options: Any) -> str:
+        request = httpx.Request("GET", "https://hub.test/")
+        raise RevisionNotFoundError("404", response=httpx.Response(404, request=request))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    with pytest.raises(CheckpointError, match="Qwen/Qwen3-4B has no revision 'v9'"):
+        hub.resolve_model("Qwen/Qwen3-4B", revision="v9")
 
 
 def test_the_package_with_the_weights_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,38 @@
+"""API keys. Everything needs one unless it is listed here, so that a route somebody adds is closed by itself."""
+
+import hmac
+from collections.abc import Iterable
+
+from starlette.types import Scope
+
+from dspark_server.errors import RequestError
+
+# What probes and scrapers read, and the dashboard's page, which is no secret: its figures come from other paths.
+OPEN_PATHS = frozenset({"/", "/health", "/live", "/ping", "/metrics", "/version"})
+OPEN_FOLDER = "/static/"
+READING = ("GET", "HEAD")
+
+
+class ApiKeys:
+    """Checks the bearer token of requests against a set of keys; without keys everybody is let in."""
+
+    def __init__(self, keys: Iterable[str]) -> None:
+        self._keys = [key.encode() for key in keys]
+
+    def check(self, scope: Scope) -> None:
+        """Raise RequestError (401) if the request needs a key and brings none of ours. Takes constant time."""
+        if not self._keys or _is_open(scope["method"], scope["path"]):
+            return
+        given = [value for name, value in scope["headers"] if name == b"authorization"]
+        scheme, _, token = given[0].partition(b" ") if len(given) == 1 else (b"", b"", b"")
+        token = token.strip()
+        known = False
+        for key in self._keys:  # all of them: how long this takes must not tell which one was nearly right
+            known |= hmac.compare_digest(key, token)
+        if not known or scheme.lower() != b"bearer":
+            message = "The API key is wrong." if token else "An API key is needed: send `Authorization: Bearer KEY`."
+            raise RequestError(message, status=401, code="invalid_api_key")
+
+
+def _is_open(method: str, path: str) -> bool:
+    return method in READING and (path in OPEN_PATHS or path.startswith(OPEN_FOLDER))

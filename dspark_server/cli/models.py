@@ -1,0 +1,65 @@
+"""`pull`, `profile` and `conformance`: a model before it is served."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dspark_server.cli.options import DEFAULT_MODEL, MODEL_HELP, clear_errors, takes_settings
+from dspark_server.errors import ConfigError
+from dspark_server.resolve import Resolution
+
+
+def pull(
+    model: Annotated[str, typer.Argument(help=MODEL_HELP)] = DEFAULT_MODEL,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hugging Face Hub.")] = None,
+) -> None:
+    """Fetch or convert MODEL and print its directory."""
+    with clear_errors():
+        from dspark_server.models.hub import resolve_model
+
+        typer.echo(resolve_model(model, revision=revision))
+
+
+@takes_settings(("Model", "Engine", "Speculation"), without=("measure-costs-again",))
+def profile(
+    resolution: Resolution,
+    again: Annotated[bool, typer.Option("--again", help="Measure, even if this machine has a kept profile.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Write the curve as a PNG.")] = None,
+) -> None:
+    """Print what passes and drafts cost on this machine.
+
+    This is SPS(B), the curve that selection goes by. The flags are those of serve that change it.
+    """
+    from rich.console import Console
+
+    from dspark_server.config import EngineConfig
+    from dspark_server.engine.core import EngineCore
+    from dspark_server.evaluation.plots import plot_costs, show_costs
+
+    core = EngineCore.load(resolution.make(EngineConfig, measure_costs_again=again))
+    if core.loop.capacity is None:
+        raise ConfigError("nothing here goes by costs: that needs a drafter and selection causal or lagged.")
+    show_costs(core.loop.capacity, Console())
+    if plot is not None:
+        plot_costs(core.loop.capacity, plot)
+
+
+def conformance(
+    directory: Annotated[Path, typer.Argument(help="Folder with target/, draft/ and expected.safetensors.")],
+) -> None:
+    """Replay a folder of reference outputs through the engine.
+
+    They are of a target and drafter pair; the exit code is 1 if any is out of bounds.
+    """
+    with clear_errors():
+        from dspark_server.conformance import TOLERANCE, replay
+
+        report = replay(directory, progress=lambda line: typer.echo(line, err=True))
+        for kind, error in report.largest.items():
+            typer.echo(f"{kind:20} largest error {error:.2e}  {'ok' if error <= TOLERANCE else 'OUT OF BOUNDS'}")
+        for mismatch in report.mismatches:
+            typer.echo(f"differs: {mismatch}")
+        typer.echo(f"{report.rounds} rounds: {'passed' if report.passed else 'FAILED'}")
+        if not report.passed:
+            raise typer.Exit(1)

@@ -1,0 +1,58 @@
+"""`serve`, and `config`, which says what it would serve with."""
+
+import logging
+from concurrent.futures import ThreadPoolExecutor
+from typing import Annotated
+
+import typer
+
+from dspark_server.api.settings import ServerSettings
+from dspark_server.cli.options import takes_settings
+from dspark_server.config import EngineConfig
+from dspark_server.resolve import Resolution
+
+
+@takes_settings()
+def serve(resolution: Resolution) -> None:
+    """Serve MODEL over HTTP."""
+    config, settings = resolution.make(EngineConfig), resolution.make(ServerSettings)
+    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    log = logging.getLogger("dspark_server")
+    log.info("settings: %s", resolution)
+    # Imported here: torch takes seconds, and a wrong setting should not.
+    from dspark_server.api.server import run
+    from dspark_server.engine.core import EngineCore
+    from dspark_server.engine.engine import AsyncEngine
+
+    # libgomp keeps a pool of workers per calling thread, and stops spinning between parallel regions once all
+    # pools together have more threads than there are cores. The loading thread's pool ends with it, so that the
+    # step thread's is the only one.
+    with ThreadPoolExecutor(1) as loader:
+        core = loader.submit(EngineCore.load, config).result()
+    engine = AsyncEngine(core, core.load_tokenizer())
+    log.info("%s ready: %s; %s", core.model_name, core.backend, core.speculation)
+    run(engine, settings)
+
+
+@takes_settings()
+def config(
+    resolution: Resolution,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object instead of the table.")] = False,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="The reference of all settings (docs/configuration.md).")
+    ] = False,
+) -> None:
+    """Print the settings in force and where each comes from.
+
+    They are those that `serve` with the same flags would use; nothing is loaded.
+    """
+    from dspark_server.cli import show
+
+    if markdown:
+        typer.echo(show.reference(), nl=False)
+        return
+    resolution.make(EngineConfig), resolution.make(ServerSettings)  # what does not go together is an error here too
+    if json:
+        typer.echo(show.as_json(resolution))
+    else:
+        show.table(resolution)
