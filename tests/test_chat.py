@@ -1,4 +1,4 @@
-"""`dspark-server chat` as a process, against a server that answers in a script."""
+"""`dspark-server chat` against a server that answers in a script; as a process, where a signal or a pipe matters."""
 
 import json
 import signal
@@ -11,8 +11,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
-Events = list[Any]  # chunks and other data of an event stream; a float is a pause in seconds
+from dspark_server.cli import app
 
 
 def delta(text: str, finish: str | None = None) -> dict[str, Any]:
@@ -116,6 +117,14 @@ def talk(process: subprocess.Popen[str], *lines: str) -> tuple[str, str, int]:
     return out, err, process.returncode
 
 
+def said(fake: Fake, *lines: str, flags: tuple[str, ...] = ()) -> tuple[str, str, int]:
+    """The same in this process, which is quicker."""
+    text = "".join(f"{line}\n" for line in lines)
+    done = CliRunner(env={"DSPARK_API_KEY": None}).invoke(app, ["chat", "--url", fake.url, *flags], input=text)
+    assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
+    return done.stdout, done.stderr, done.exit_code
+
+
 def test_several_turns_and_a_reset(fake: Fake, start: Start) -> None:
     speculation = {"metrics": {"speculative_decoding": {"mean_acceptance_length": 2.345}}}
     fake.answers = [
@@ -164,9 +173,9 @@ def test_ctrl_c_stops_an_answer_and_keeps_it(fake: Fake, start: Start) -> None:
     assert [message["content"] for message in fake.asked[1]["messages"]] == ["Tell", "A long", "More?"]
 
 
-def test_what_a_model_writes_does_not_command_the_terminal(fake: Fake, start: Start) -> None:
+def test_what_a_model_writes_does_not_command_the_terminal(fake: Fake) -> None:
     fake.answers = [(200, [delta("a\x1b[2J\x07\x9bb\tc\nd\x7f é 🙂"), "[DONE]"])]
-    assert talk(start(), "Hi")[0] == "a[2Jb\tc\nd é 🙂\n"
+    assert said(fake, "Hi")[0] == "a[2Jb\tc\nd é 🙂\n"
 
 
 @pytest.mark.parametrize(
@@ -185,20 +194,18 @@ def test_what_a_model_writes_does_not_command_the_terminal(fake: Fake, start: St
         (200, [{"choices": [{"text": "completions"}]}], "no chunk of a chat completion"),
     ],
 )
-def test_errors_are_said_and_the_turn_is_forgotten(
-    status: int, content: Any, message: str, fake: Fake, start: Start
-) -> None:
+def test_errors_are_said_and_the_turn_is_forgotten(status: int, content: Any, message: str, fake: Fake) -> None:
     fake.answers = [(status, content), (200, [delta("Fine."), "[DONE]"])]
-    out, err, code = talk(start(), "Hi", "Again")
+    out, err, code = said(fake, "Hi", "Again")
     assert message in err
     assert out.endswith("Fine.\n")
     assert code == 0
     assert fake.asked[1]["messages"] == [{"role": "user", "content": "Again"}]
 
 
-def test_the_exit_code_tells_that_the_last_answer_failed(fake: Fake, start: Start) -> None:
+def test_the_exit_code_tells_that_the_last_answer_failed(fake: Fake) -> None:
     fake.answers = [(503, error("Full."))]
-    assert talk(start("--model", "mine"), "Hi")[2] == 1
+    assert said(fake, "Hi", flags=("--model", "mine"))[2] == 1
     assert fake.asked[0]["model"] == "mine"
 
 
@@ -211,8 +218,8 @@ def test_the_exit_code_tells_that_the_last_answer_failed(fake: Fake, start: Star
         ((200, {}), "lists no models"),
     ],
 )
-def test_a_server_that_names_no_model(models: Any, message: str, fake: Fake, start: Start) -> None:
+def test_a_server_that_names_no_model(models: Any, message: str, fake: Fake) -> None:
     fake.models = models
-    out, err, code = talk(start(), "Hi")
+    out, err, code = said(fake, "Hi")
     assert (out, code) == ("", 1)
     assert message in err

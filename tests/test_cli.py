@@ -81,7 +81,8 @@ def test_config_says_what_is_in_force_and_why(run, tmp_path: Path, monkeypatch: 
     flags = ("--config", str(file), "--no-enable-prefix-caching", "--disable-access-log-for-endpoints", "/health,/live")
     shown = run("config", *flags)
     assert shown.exit_code == 0, shown.output
-    rows = {line.split()[0]: line.split(maxsplit=2)[1:] for line in shown.output.splitlines() if len(line.split()) > 2}
+    lines = [line.split(maxsplit=2) for line in map(str.strip, shown.output.splitlines())]
+    rows = {line[0]: line[1:] for line in lines if len(line) == 3}
     assert rows["max-num-seqs"] == ["7", f"file {file}"]
     assert rows["port"] == ["8123", "environment DSPARK_PORT"]
     assert rows["enable-prefix-caching"] == ["false", "command line"]
@@ -120,7 +121,7 @@ def test_keys_may_be_given_more_than_once(run) -> None:
         (["profile", "--port", "1"], 2, "No such option: --port"),
         (["pull", ".", "--revision", "main"], 1, "--revision main is for models from the Hugging Face Hub"),
         (["chat", "--url", "http://127.0.0.1:1"], 1, "start one with `dspark-server serve`"),
-        (["chat", "--url", "http://["], 1, "is no address"),
+        (["chat", "--url", "http://127.0.0.1:port"], 1, "is no address"),
     ],
 )
 def test_errors_say_what_to_do(arguments: list[str], code: int, message: str, run) -> None:

@@ -1,6 +1,7 @@
 """The `dspark-server` command. Nothing that takes long is imported before a command needs it (torch: seconds)."""
 
 import sys
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -26,7 +27,7 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
         raise typer.Exit()
 
 
-COMMANDS = {
+COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
     "Serving": {"serve": serving.serve, "config": serving.config, "chat": chat.chat},
     "Models": {"pull": models.pull, "profile": models.profile, "conformance": models.conformance},
     "Drafters": {

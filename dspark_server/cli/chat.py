@@ -59,8 +59,9 @@ def chat(
 
 def _talk(conversation: "Conversation") -> bool:
     """Turns until the input ends; whether the last one failed."""
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  (input() then edits lines and remembers them)
+    if sys.stdin.isatty():
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  (input() then edits lines and remembers them)
     failed = False
     while True:
         try:

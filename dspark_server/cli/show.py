@@ -1,6 +1,6 @@
 """Settings for the eye (a table), for programs (JSON) and as the reference in docs/configuration.md."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import orjson
@@ -103,7 +103,7 @@ def _meaning(option: Option) -> str:
     return " ".join(parts)
 
 
-def _markdown(headings: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def _markdown(headings: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     lines = [headings, ("---",) * len(headings), *rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
