@@ -89,7 +89,8 @@ def _answer(conversation: "Conversation", line: str) -> bool:
     try:
         answer = conversation.ask(line, _write)
     except DSparkServerError as error:
-        _note(f"\ndspark-server: {error}")
+        print(flush=True)
+        typer.secho(f"dspark-server: {error}", err=True, fg="red")
         return False
     print(flush=True)
     _note(answer.summary())

@@ -154,7 +154,10 @@ class Conversation:
             said, code = response.reason_phrase, None
         is_chat = response.request.url.path.endswith("/chat/completions")
         if is_chat and status in (404, 405) and code != "model_not_found":
-            raise ServerError(f"the server at {self._http.base_url} has no /v1/chat/completions, so it cannot chat.")
+            raise ServerError(
+                f"the server at {self._http.base_url} has no /v1/chat/completions, so it cannot chat: it may complete "
+                "text at /v1/completions, which this command does not speak."
+            )
         hint = _HINTS.get(status, "")
         if code == "context_length_exceeded":
             hint = " /reset begins a new conversation."
