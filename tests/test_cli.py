@@ -78,6 +78,7 @@ def test_config_says_what_is_in_force_and_why(run, tmp_path: Path, monkeypatch: 
     file = tmp_path / "serve.yaml"
     file.write_text("max-num-seqs: 7\nspeculative-config: {selection: lagged}\napi-key: very-secret-key")
     monkeypatch.setenv("DSPARK_PORT", "8123")
+    monkeypatch.setenv("COLUMNS", "40")  # of a terminal, which this is not
     flags = ("--config", str(file), "--no-enable-prefix-caching", "--disable-access-log-for-endpoints", "/health,/live")
     shown = run("config", *flags)
     assert shown.exit_code == 0, shown.output

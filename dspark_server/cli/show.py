@@ -28,7 +28,10 @@ def table(resolution: Resolution) -> None:
                     style = "dim" if source == DEFAULT else ""
                     grid.add_row(f"  {name}", escape(value or "-"), escape(source), style=style)
         grid.add_row()
-    Console().print(grid)
+    console = Console()
+    if not console.is_terminal:
+        console.width = 1000  # one line per setting, however long: somebody may search them
+    console.print(grid)
 
 
 def _rows(option: Option, resolved: Resolved) -> Iterator[tuple[str, str, str]]:
