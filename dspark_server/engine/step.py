@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -336,7 +337,7 @@ def _score_prompts(plan: Plan, logits: Tensor, row_start: list[int]) -> tuple[Te
     """Keep the log-probabilities of prompt tokens that were asked for; gives the rows that are left to sample from."""
     kept: list[int] = []
     starts = []
-    for entry, start, end in zip(plan.scheduled, row_start, row_start[1:], strict=True):
+    for entry, (start, end) in zip(plan.scheduled, pairwise(row_start), strict=True):
         starts.append(len(kept))
         request = entry.request
         if not request.scores_prompt:

@@ -71,3 +71,39 @@ def test_a_step_that_cannot_admit_the_head_admits_nobody_behind_it() -> None:
     run(batch)
     assert len(batch.running) == 1
     assert [each.prompt_length for each in batch.waiting] == [16, 2]
+
+
+def test_priority_goes_first_and_equals_keep_their_order() -> None:
+    batch = batcher(blocks=64, seqs=2)
+    for name, priority in enumerate([0, 5, -1, 0, -1]):
+        made = request(4, first=100 * name)
+        made.params = SamplingParams(max_tokens=8, priority=priority)
+        batch.add(made)
+    assert [waiting.id for waiting in batch.waiting] == ["200", "400", "0", "300", "100"]
+
+
+def test_choices_for_one_prompt_share_its_blocks() -> None:
+    """The first runs the prompt, the others find its full blocks; nothing waits for a leader that has gone."""
+    batch = batcher(blocks=64, tokens=12)
+    leader = request(18)
+    followers = [request(18) for _ in range(2)]
+    for made in followers:
+        made.leader = leader
+    for made in (leader, *followers):
+        batch.add(made)
+    run(batch)
+    assert batch.running == [leader]
+    run(batch)
+    assert leader.is_decoding
+    run(batch)
+    assert batch.running == [leader, *followers]
+    assert {made.cached_tokens for made in followers} == {16}
+    assert leader.blocks[:4] == followers[0].blocks[:4] == followers[1].blocks[:4]
+
+    orphan, gone = request(18, first=500), request(18, first=500)
+    orphan.leader = gone
+    batch.add(gone)
+    batch.add(orphan)
+    batch.remove(gone)
+    run(batch)
+    assert orphan in batch.running

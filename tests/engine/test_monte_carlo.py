@@ -7,6 +7,7 @@ Three thousand answers over five tokens, the first three of each counted against
 import itertools
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,17 +27,20 @@ from dspark_server.training.checkpoint import draft_config, export
 from dspark_server.training.config import TrainConfig
 from dspark_server.training.model import DraftModel
 from tests.models.support import save_tiny
+from tests.speculation.test_controls import reference
 
 VOCABULARY, TOKENS, ANSWERS = 5, 3, 3000
 Z = 4.753  # the normal quantile of 1 - 1e-6
 PROMPT = [3, 0, 4, 4, 1, 3, 2, 0, 0, 3, 1, 4, 2, 3]
+
+BIAS, BAD_WORDS = ((1, 0.7),), ((2, 4), (0, 0))  # of the answers with rules
 
 # A step in the curve, so that the early stop matters, and drafts that must earn their cost, so that some are left out.
 COSTS = Profile((1, 16, 18, 32, 64), (1.0, 1.2, 1.9, 2.3, 8.0), (1, 16), (0.03, 0.1), 0.0, 0.0)
 
 
 @torch.inference_mode()
-def exact_law(core: EngineCore, forbidden: int | None = None) -> dict[tuple[int, ...], float]:
+def exact_law(core: EngineCore, forbidden: int | None = None, ruled: bool = False) -> dict[tuple[int, ...], float]:
     """Every answer of TOKENS tokens, by running the target over all of them; one token may be forbidden."""
     executor = core.loop.executor
     assert isinstance(executor, TorchExecutor)
@@ -51,6 +55,12 @@ def exact_law(core: EngineCore, forbidden: int | None = None) -> dict[tuple[int,
             logits = target.logits(target.forward(batch, pool.layers(0), ())[0])[0]
             if forbidden is not None:
                 logits[forbidden] = -torch.inf
+            if ruled:
+                logits = torch.tensor(
+                    reference(
+                        logits.tolist(), PROMPT, answer, repetition=1.4, frequency=0.8, bias=BIAS, bad_words=BAD_WORDS
+                    )
+                )
             for token, share in enumerate(logits.double().softmax(0).tolist()):
                 longer[(*answer, token)] = chance * share
         law = longer
@@ -108,7 +118,7 @@ def load(
 
 
 def run(
-    pair: tuple[Path, Path], selection: str, forbidden: int | None = None, dtype: str = "float32"
+    pair: tuple[Path, Path], selection: str, forbidden: int | None = None, dtype: str = "float32", ruled: bool = False
 ) -> tuple[EngineCore, Counter[tuple[int, ...]], Counter[str]]:
     """Unseeded answers to one prompt, ten at a time beside a greedy request and two that share a seed.
 
@@ -131,6 +141,8 @@ def run(
     stop = frozenset() if forbidden is None else frozenset({forbidden})
     least = 0 if forbidden is None else TOKENS
     own = SamplingParams(max_tokens=6, min_tokens=least, temperature=1.0, stop_token_ids=stop, ignore_eos=True)
+    if ruled:
+        own = replace(own, repetition_penalty=1.4, frequency_penalty=0.8, logit_bias=BIAS, bad_words=BAD_WORDS)
     others = [
         SamplingParams(max_tokens=30, temperature=0.0, ignore_eos=True),
         *[SamplingParams(max_tokens=30, temperature=1.0, seed=5, ignore_eos=True)] * 2,
@@ -148,14 +160,22 @@ def run(
 
 
 @pytest.mark.parametrize(
-    ("selection", "forbidden", "dtype"),
-    [("causal", None, "float32"), ("lagged", None, "float32"), ("causal", 3, "float32"), ("causal", None, "bfloat16")],
+    ("selection", "forbidden", "dtype", "ruled"),
+    [
+        ("causal", None, "float32", False),
+        ("lagged", None, "float32", False),
+        ("causal", 3, "float32", False),
+        ("causal", None, "bfloat16", False),
+        ("causal", None, "float32", True),
+    ],
 )
-def test_the_law_is_the_targets(pair: tuple[Path, Path], selection: str, forbidden: int | None, dtype: str) -> None:
+def test_the_law_is_the_targets(
+    pair: tuple[Path, Path], selection: str, forbidden: int | None, dtype: str, ruled: bool
+) -> None:
     """In bfloat16, the drafts of steps in which nobody has a seed come from one native call."""
-    core, counts, seen = run(pair, selection, forbidden, dtype)
+    core, counts, seen = run(pair, selection, forbidden, dtype, ruled)
     assert sum(counts.values()) == ANSWERS
-    statistic, critical = chi_square(counts, exact_law(core, forbidden))
+    statistic, critical = chi_square(counts, exact_law(core, forbidden, ruled))
     assert statistic < critical
     assert seen["drafted"] > 500
     assert seen["skipped"] > 500  # some are left out

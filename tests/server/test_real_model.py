@@ -1,6 +1,8 @@
 """`dspark-server serve` with real weights, over a real socket, with the openai package."""
 
+import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -8,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import httpx
 import openai
@@ -26,7 +29,7 @@ def server() -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     process = subprocess.Popen([*command, "--kv-cache-memory-bytes", str(256 << 20)], env=os.environ)
     url = f"http://127.0.0.1:{port}"
     try:
-        for _ in range(600):
+        for _ in range(1800):  # a busy machine measures its costs slowly
             assert process.poll() is None, "the server ended while starting"
             try:
                 if httpx.get(f"{url}/health").status_code == 200:
@@ -91,6 +94,90 @@ def test_the_metrics_count_and_a_bad_request_harms_nobody(server: tuple[str, obj
         model=MODEL, prompt="One, two,", max_tokens=8, temperature=0, extra_body={"ignore_eos": True}
     )
     assert generated() - before == 8
+
+
+def test_a_prompt_is_scored_as_lm_eval_asks(server: tuple[str, object]) -> None:
+    """Batches of token ids with echo, one token more; what a language-model evaluation reads of the answer."""
+    prompts = [[504, 3575, 282, 4649, 314, 7042], [504, 3575, 282, 4649, 314]]
+    body = {"model": MODEL, "prompt": prompts, "echo": True, "logprobs": 1, "max_tokens": 1, "temperature": 0}
+    answer = httpx.post(f"{server[0]}/v1/completions", json=body).json()
+    for prompt, choice in zip(prompts, answer["choices"], strict=True):
+        logprobs = choice["logprobs"]
+        assert len(logprobs["tokens"]) == len(logprobs["token_logprobs"]) == len(prompt) + 1
+        assert logprobs["token_logprobs"][0] is logprobs["top_logprobs"][0] is None
+        assert "".join(logprobs["tokens"]) == choice["text"]
+        assert logprobs["text_offset"][1] == len(logprobs["tokens"][0])
+        for own, top in zip(logprobs["token_logprobs"][1:], logprobs["top_logprobs"][1:], strict=True):
+            assert own <= max(top.values())
+        assert logprobs["token_logprobs"][-1] == max(logprobs["top_logprobs"][-1].values())  # greedy, so exactly
+    alone = httpx.post(f"{server[0]}/v1/completions", json=body | {"max_tokens": 0, "prompt": prompts[0]}).json()
+    assert alone["usage"]["completion_tokens"] == 0
+    assert len(alone["choices"][0]["logprobs"]["tokens"]) == 6
+
+
+def test_logprobs_do_not_depend_on_speculation(server: tuple[str, object]) -> None:
+    body = {"model": MODEL, "prompt": "1, 2, 3, 4, 5, 6,", "logprobs": 3, "max_tokens": 24, "temperature": 0}
+    answers = [
+        httpx.post(f"{server[0]}/v1/completions", json=body | {"speculation": {"enabled": enabled}}).json()
+        for enabled in (True, False)
+    ]
+    one, other = (answer["choices"][0]["logprobs"] for answer in answers)
+    assert one["tokens"] == other["tokens"]
+    assert one["token_logprobs"] == pytest.approx(other["token_logprobs"], abs=0.15)  # bfloat16
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 20}, "age": {"type": "integer", "minimum": 0}},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_answers_have_the_form_asked_for(server: tuple[str, object], temperature: float) -> None:
+    def ask(**form: object) -> list[str]:
+        body = {"prompt": "Describe a person in JSON:\n", "max_tokens": 120, "n": 4, "temperature": temperature} | form
+        answer = httpx.post(f"{server[0]}/v1/completions", json=body, timeout=60).json()
+        assert {choice["finish_reason"] for choice in answer["choices"]} == {"stop"}
+        return [choice["text"] for choice in answer["choices"]]
+
+    wanted = {"type": "json_schema", "json_schema": {"name": "person", "schema": SCHEMA}}
+    for text in ask(response_format=wanted) + ask(structured_outputs={"json": SCHEMA}):
+        person = json.loads(text)
+        assert set(person) == {"name", "age"}
+        assert isinstance(person["name"], str)
+        assert isinstance(person["age"], int)
+    assert all(
+        text in ("red", "green or blue") for text in ask(structured_outputs={"choice": ["red", "green or blue"]})
+    )
+    assert all(re.fullmatch(r"\d{3}-[a-f]{4}", text) for text in ask(structured_outputs={"regex": r"\d{3}-[a-f]{4}"}))
+    seeded = ask(structured_outputs={"json": SCHEMA}, seed=3)
+    assert seeded == ask(structured_outputs={"json": SCHEMA}, seed=3, speculation={"enabled": False})
+    bad = httpx.post(f"{server[0]}/v1/completions", json={"prompt": "x", "structured_outputs": {"regex": "("}})
+    assert bad.status_code == 400
+    assert bad.json()["error"]["param"] == "structured_outputs"
+
+
+def test_rules_hold_and_the_best_of_several_is_returned(server: tuple[str, object]) -> None:
+    def ask(**fields: object) -> dict[str, Any]:
+        body = {"prompt": "The sea, the sea, the", "max_tokens": 30, "temperature": 1.0, "ignore_eos": True} | fields
+        answer: dict[str, Any] = httpx.post(f"{server[0]}/v1/completions", json=body, timeout=60).json()
+        return answer
+
+    choices = ask(n=6, bad_words=["sea", "the"])["choices"]
+    assert all(" sea" not in choice["text"] and " the " not in choice["text"] for choice in choices)
+    assert ask(logit_bias={"28": 100}, max_tokens=3, temperature=0)["choices"][0]["text"] == ",,,"
+    allowed = ask(allowed_token_ids=[28, 30], n=3, logprobs=0)["choices"]
+    assert {token for choice in allowed for token in choice["logprobs"]["tokens"]} <= {",", "."}
+    plain = ask(temperature=0, return_token_ids=True)["choices"][0]["token_ids"]
+    penalized = ask(temperature=0, frequency_penalty=2.0, return_token_ids=True)["choices"][0]["token_ids"]
+    assert len(set(penalized)) > len(set(plain))
+    best = ask(n=2, best_of=6, logprobs=0)
+    assert [choice["index"] for choice in best["choices"]] == [0, 1]
+    assert best["usage"]["completion_tokens"] == 180  # all that was generated
+    means = [sum(choice["logprobs"]["token_logprobs"]) for choice in best["choices"]]
+    assert means == sorted(means, reverse=True)
 
 
 def test_zz_sigterm_finishes_what_runs_and_exits_0(server: tuple[str, subprocess.Popen[bytes]]) -> None:

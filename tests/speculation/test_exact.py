@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dspark_server.speculation.acceptance import DraftTokens, accept
+from dspark_server.speculation.controls import Control
 from dspark_server.speculation.law import distribution, sample
 from dspark_server.speculation.noise import Purpose
 from dspark_server.speculation.sampling import SamplingBatch
@@ -61,6 +62,8 @@ class Pair:
                 if kind == "certain":
                     q = np.eye(vocabulary)[source.integers(vocabulary)]
                 self.p[context], self.q[context] = p / p.sum(), q / q.sum()
+        self.said = self.p  # the target's laws before the request's own rules, where it has any
+        self.controls: Control | None = None
 
     def target_law(self, context: Context) -> float:
         """Chance that the target says exactly this."""
@@ -72,9 +75,13 @@ def logits(laws: list[Law]) -> Tensor:
         return torch.from_numpy(np.log(np.stack(laws)))
 
 
-def batch(size: int, *, coupled: bool) -> SamplingBatch:
+def batch(size: int, *, coupled: bool, controls: Control | None = None) -> SamplingBatch:
     return SamplingBatch.of(
-        position=[0] * size, key=list(range(size)), coupled=[coupled] * size, temperature=[1.0] * size
+        position=[0] * size,
+        key=list(range(size)),
+        coupled=[coupled] * size,
+        temperature=[1.0] * size,
+        controls=[controls] * size,
     )
 
 
@@ -102,11 +109,12 @@ def judge(
     row_start, kept = [0], []
     for draft in drafts:
         kept.append(lengths(draft))
-        rows += [pair.p[draft[:k]] for k in range(kept[-1] + 1)]
+        rows += [pair.said[draft[:k]] for k in range(kept[-1] + 1)]
         row_start.append(len(rows))
     q = torch.from_numpy(np.stack([[pair.q[d[:k]] for k in range(pair.gamma)] for d in drafts]))
     block = DraftTokens(torch.tensor(drafts), q, torch.arange(len(drafts)))
-    result = accept(logits(rows), row_start, block, kept, batch(len(drafts), coupled=coupled), tables)
+    sampling = batch(len(drafts), coupled=coupled, controls=pair.controls)
+    result = accept(logits(rows), row_start, block, kept, sampling, tables)
     assert not result.failed.any()
     committed: dict[Context, float] = {}
     for draft, weight, count, token in zip(drafts, weights, result.count.tolist(), result.token.tolist(), strict=True):
