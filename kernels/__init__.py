@@ -10,10 +10,20 @@ import warnings
 
 from dspark_kernels.cpu.build import KernelBuildError, build
 from dspark_kernels.cpu.native import NativeKernels
-from dspark_kernels.interface import UNNAMED, DraftedTokens, Favour, Kernels, PackedLinear
+from dspark_kernels.interface import UNNAMED, DraftedTokens, Favour, FusedLayer, Kernels, LayerParts, PackedLinear
 from dspark_kernels.reference import ReferenceKernels
 
-__all__ = ["UNNAMED", "DraftedTokens", "Favour", "KernelBuildError", "Kernels", "PackedLinear", "load"]
+__all__ = [
+    "UNNAMED",
+    "DraftedTokens",
+    "Favour",
+    "FusedLayer",
+    "KernelBuildError",
+    "Kernels",
+    "LayerParts",
+    "PackedLinear",
+    "load",
+]
 
 
 def load(name: str = "auto") -> Kernels:

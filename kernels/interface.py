@@ -42,6 +42,51 @@ class Favour:
     following: Tensor
 
 
+@dataclass(frozen=True)
+class LayerParts:
+    """A decoder layer's weights (models/decoder.py), bfloat16: norms [D] or [d], products packed; window None: none."""
+
+    input_norm: Tensor
+    post_attention_norm: Tensor
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    qkv: PackedLinear
+    output: PackedLinear
+    gate_up: PackedLinear
+    down: PackedLinear
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    window: int | None
+    eps: float
+    scale: float
+
+
+class FusedLayer(Protocol):
+    """A decoder layer in one call."""
+
+    def __call__(
+        self,
+        delta: Tensor | None,
+        residual: Tensor,
+        positions: Tensor,
+        cos_sin: Tensor,
+        slots: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        query_start: Tensor,
+        context_len: Tensor,
+        block_tables: Tensor,
+        block_size: int,
+        causal: bool,
+    ) -> Tensor:
+        """The layer's delta [N, D] (which may be `delta`, written over); `residual` [N, D] is updated in place.
+
+        Everything else as in `Kernels`; all contiguous.
+        """
+        ...
+
+
 UNNAMED = -4.0  # log odds of a token that no column stands for
 
 
@@ -136,6 +181,10 @@ class Kernels(Protocol):
 
         A row's result does not depend on M, nor on the other rows.
         """
+        ...
+
+    def fuse_layer(self, parts: LayerParts) -> FusedLayer | None:
+        """The layer in one call, with the results of the single operations; None if this kernel set has no such."""
         ...
 
     def draft_tokens(

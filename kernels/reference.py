@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from dspark_kernels.interface import UNNAMED, DraftedTokens, Favour, PackedLinear
+from dspark_kernels.interface import UNNAMED, DraftedTokens, Favour, LayerParts, PackedLinear
 from torch import Tensor
 
 
@@ -108,6 +108,9 @@ class ReferenceKernels:
         assert isinstance(packed, PlainLinear)
         bias = None if packed.bias is None else packed.bias.float()
         return F.linear(x.float(), packed.weight.float(), bias).to(out_dtype)
+
+    def fuse_layer(self, parts: LayerParts) -> None:
+        return None
 
     def draft_tokens(
         self,

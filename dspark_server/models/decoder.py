@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from dspark_kernels import Kernels
+from dspark_kernels import FusedLayer, Kernels, LayerParts
 from torch import Tensor
 
 from dspark_server.errors import ConfigError
@@ -108,6 +108,31 @@ class DecoderLayer:
         self._output = Linear(weights.output, weights.output_bias, kernels)
         self._gate_up = Linear(weights.gate_up, weights.gate_up_bias, kernels)
         self._down = Linear(weights.down, weights.down_bias, kernels)
+        self._fused = self._fuse(config, weights)
+
+    def _fuse(self, config: ModelConfig, weights: LayerWeights) -> FusedLayer | None:
+        """The layer in one call, where the kernels have that and multiply the matrices themselves."""
+        qkv, output, gate_up, down = (product.packed for product in self.products)
+        if qkv is None or output is None or gate_up is None or down is None:
+            return None
+        return self._kernels.fuse_layer(
+            LayerParts(
+                weights.input_norm,
+                weights.post_attention_norm,
+                weights.q_norm,
+                weights.k_norm,
+                qkv,
+                output,
+                gate_up,
+                down,
+                q_heads=config.num_heads,
+                kv_heads=config.num_kv_heads,
+                head_dim=config.head_dim,
+                window=self._window,
+                eps=self._eps,
+                scale=self._scale,
+            )
+        )
 
     @property
     def products(self) -> list[Linear]:
@@ -126,10 +151,26 @@ class DecoderLayer:
     ) -> Tensor:
         """Run the layer and return its delta [N, D]; the layer's output is `residual` + the returned delta.
 
-        `residual` [N, D] is updated in place; `delta` [N, D] is what the layer before returned, None for the first.
+        `residual` [N, D] is updated in place; `delta` [N, D] is what the layer before returned (it may be written
+        over), None for the first.
         keys and values [S, Hkv, d] receive the rows of this batch's tokens at `batch.slots`; cos_sin [P, d] float32.
         With causal=False each token sees all tokens of its run (a draft block).
         """
+        if self._fused is not None:
+            return self._fused(
+                delta,
+                residual,
+                batch.positions,
+                cos_sin,
+                batch.slots,
+                keys,
+                values,
+                batch.query_start,
+                batch.context_len,
+                batch.block_tables,
+                batch.block_size,
+                causal,
+            )
         kernels, eps = self._kernels, self._eps
         if delta is None:
             x = kernels.rms_norm(residual, self._input_norm, eps)

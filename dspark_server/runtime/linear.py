@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from dspark_kernels import Kernels
+from dspark_kernels import Kernels, PackedLinear
 from torch import Tensor
 
 from dspark_server.errors import ConfigError
@@ -24,8 +24,18 @@ class Linear:
     def __init__(self, weight: Tensor, bias: Tensor | None, kernels: Kernels) -> None:
         self.out_features, self.in_features = weight.shape
         self.backend = choose_backend(weight.dtype, kernels)
-        make = {"native": _native, "onednn": _onednn, "plain": _plain}[self.backend]
+        self.packed: PackedLinear | None = None  # for kernels that take the product in, if the backend is native
+        make = {"native": self._native, "onednn": _onednn, "plain": _plain}[self.backend]
         self._multiply = make(weight.detach(), bias, kernels)
+
+    def _native(self, weight: Tensor, bias: Tensor | None, kernels: Kernels) -> "_Multiply":
+        packed = self.packed = kernels.pack_linear(weight, bias)
+        linear = kernels.linear
+
+        def multiply(x: Tensor, out_float32: bool) -> Tensor:
+            return linear(x, packed, torch.float32 if out_float32 else torch.bfloat16)
+
+        return multiply
 
     def __call__(self, x: Tensor, out_float32: bool = False) -> Tensor:
         """x [M, K] -> [M, Nout] in x's dtype, or in float32 (never rounded to bfloat16 if the backend is native)."""
@@ -70,16 +80,6 @@ def has_amx() -> bool:
 
 
 _Multiply = Callable[[Tensor, bool], Tensor]
-
-
-def _native(weight: Tensor, bias: Tensor | None, kernels: Kernels) -> _Multiply:
-    packed = kernels.pack_linear(weight, bias)
-    linear = kernels.linear
-
-    def multiply(x: Tensor, out_float32: bool) -> Tensor:
-        return linear(x, packed, torch.float32 if out_float32 else torch.bfloat16)
-
-    return multiply
 
 
 def _onednn(weight: Tensor, bias: Tensor | None, kernels: Kernels) -> _Multiply:

@@ -62,8 +62,11 @@ class VanillaHead(SequentialHead):
 
     def __init__(self, w1: Tensor, w2: Tensor, kernels: Kernels) -> None:
         super().__init__(w1, w2, kernels)
-        if w2.dtype == torch.bfloat16 or kernels.name == "reference":
-            self.packed = (w1.contiguous(), kernels.pack_linear(w2))
+        packed = self._product.packed
+        if packed is None and (w2.dtype == torch.bfloat16 or kernels.name == "reference"):
+            packed = kernels.pack_linear(w2)
+        if packed is not None:
+            self.packed = (w1.contiguous(), packed)
 
     def latent(self, embedding: Tensor, hidden: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return embedding, None

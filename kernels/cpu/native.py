@@ -5,12 +5,13 @@ A step makes hundreds of calls, so a method does nothing but take addresses, all
 """
 
 import ctypes
+from collections.abc import Callable
 from ctypes import c_float, c_int, c_long, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from dspark_kernels.interface import DraftedTokens, Favour, PackedLinear
+from dspark_kernels.interface import DraftedTokens, Favour, LayerParts, PackedLinear
 from torch import Tensor, empty, get_num_threads
 
 FLOAT32, BFLOAT16 = 0, 1  # as in common.h
@@ -29,6 +30,7 @@ _SIGNATURES = {
     "dspark_draft_loss": [c_void_p] * 9 + [c_long] * 2 + [c_int] * 3,
     "dspark_sequential_head": [c_void_p] * 19 + [c_long] * 4 + [c_int],
     "dspark_pack_linear": [c_void_p] * 2 + [c_long] * 2 + [c_int],
+    "dspark_decoder_layer": [c_void_p] * 2 + [c_int] + [c_void_p] * 9 + [c_long] * 4 + [c_int, c_void_p, c_int],
 }  # fmt: skip
 
 
@@ -42,6 +44,74 @@ class NativeLinear:
     out_features: int
     weight_address: int
     bias_address: int
+
+
+class _Layer(ctypes.Structure):
+    """Layer of layer.c."""
+
+    _fields_ = [
+        *((name, c_void_p) for name in ("input_norm", "post_attention_norm", "q_norm", "k_norm")),
+        *((name, c_void_p) for name in ("qkv", "output", "gate_up", "down")),
+        *((name, c_void_p) for name in ("qkv_bias", "output_bias", "gate_up_bias", "down_bias")),
+        *((name, c_long) for name in ("hidden", "features", "q_heads", "kv_heads", "head_dim", "window")),
+        *((name, c_float) for name in ("eps", "scale")),
+    ]
+
+
+class NativeLayer:
+    """`interface.FusedLayer`; keeps the weights it points to."""
+
+    def __init__(self, call: Callable[..., None], parts: LayerParts) -> None:
+        self._call = call
+        self._parts = parts
+        products = {name: getattr(parts, name) for name in ("qkv", "output", "gate_up", "down")}
+        assert all(isinstance(product, NativeLinear) for product in products.values())
+        hidden, features = parts.down.out_features, parts.down.in_features
+        self._scratch_width = max(hidden, features, parts.output.in_features) + max(
+            parts.qkv.out_features, 2 * features
+        )
+        norms = ("input_norm", "post_attention_norm", "q_norm", "k_norm")
+        self._layer = _Layer(
+            **{name: None if (norm := getattr(parts, name)) is None else norm.data_ptr() for name in norms},
+            **{name: product.weight_address for name, product in products.items()},
+            **{f"{name}_bias": product.bias_address or None for name, product in products.items()},
+            hidden=hidden,
+            features=features,
+            q_heads=parts.q_heads,
+            kv_heads=parts.kv_heads,
+            head_dim=parts.head_dim,
+            window=parts.window or 0,
+            eps=parts.eps,
+            scale=parts.scale,
+        )
+        self._address = ctypes.addressof(self._layer)
+
+    def __call__(
+        self,
+        delta: Tensor | None,
+        residual: Tensor,
+        positions: Tensor,
+        cos_sin: Tensor,
+        slots: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        query_start: Tensor,
+        context_len: Tensor,
+        block_tables: Tensor,
+        block_size: int,
+        causal: bool,
+    ) -> Tensor:
+        tokens = residual.shape[0]
+        runs, width = block_tables.shape
+        out = empty(residual.shape, dtype=torch.bfloat16) if delta is None else delta
+        scratch = empty((tokens, self._scratch_width), dtype=torch.bfloat16)
+        self._call(
+            self._address, out.data_ptr(), delta is None, residual.data_ptr(), positions.data_ptr(),
+            cos_sin.data_ptr(), slots.data_ptr(), keys.data_ptr(), values.data_ptr(), query_start.data_ptr(),
+            context_len.data_ptr(), block_tables.data_ptr(), tokens, runs, width, block_size, causal,
+            scratch.data_ptr(), get_num_threads(),
+        )  # fmt: skip
+        return out
 
 
 class NativeKernels:
@@ -65,6 +135,7 @@ class NativeKernels:
         self._linear = native.dspark_linear
         self._pack_linear = native.dspark_pack_linear
         self._draft_loss = native.dspark_draft_loss
+        self._decoder_layer = native.dspark_decoder_layer
         self._sequential_head = native.dspark_sequential_head
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -175,6 +246,9 @@ class NativeKernels:
             packed.in_features, out_features, _CODES[out_dtype], get_num_threads(),
         )  # fmt: skip
         return out
+
+    def fuse_layer(self, parts: LayerParts) -> NativeLayer:
+        return NativeLayer(self._decoder_layer, parts)
 
     def draft_tokens(
         self,

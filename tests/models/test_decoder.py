@@ -1,6 +1,7 @@
 """Our decoder against transformers in float32: logits and the output of every layer, however the tokens are fed."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from dspark_server.errors import CheckpointError, ConfigError
 from dspark_server.models.config import load_config
-from dspark_server.models.decoder import Decoder, LayerWeights
+from dspark_server.models.decoder import Decoder, DecoderLayer, LayerWeights
 from dspark_server.models.loading import WeightReader, open_checkpoint
 from dspark_server.runtime.batch import Batch, Run
 
@@ -52,9 +53,11 @@ def sequences() -> list[list[int]]:
     return [torch.randint(VOCABULARY, (length,), generator=generator).tolist() for length in LENGTHS]
 
 
-def run_schedule(decoder: Decoder, schedule: list[list[int]]) -> tuple[list[Tensor], list[list[Tensor]]]:
+def run_schedule(
+    decoder: Decoder, schedule: list[list[int]], dtype: torch.dtype = torch.float32
+) -> tuple[list[Tensor], list[list[Tensor]]]:
     """Per sequence: logits [T, V], and taps -1 .. L-1, each [T, D]."""
-    runner = PagedRunner(decoder, sequences(), reserve=0, dtype=torch.float32)
+    runner = PagedRunner(decoder, sequences(), reserve=0, dtype=dtype)
     taps = tuple(range(-1, decoder.config.num_layers))
     logits: list[list[Tensor]] = [[] for _ in LENGTHS]
     hidden: list[list[list[Tensor]]] = [[[] for _ in taps] for _ in LENGTHS]
@@ -79,6 +82,27 @@ def test_matches_transformers(variant: str, kernels: Kernels, tmp_path: Path) ->
             assert (ours - reference).abs().max() <= TOLERANCE
             for tap, reference_tap in zip(our_taps, reference_taps, strict=True):
                 assert (tap - reference_tap).abs().max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if "default" in name or "llama-m" in name or "-b" in name
+                                     or "window" in name or "types" in name])  # fmt: skip
+def test_a_layer_in_one_call_is_the_layer(variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the last bit, causal or not."""
+    monkeypatch.setenv("DSPARK_LINEAR", "native")
+    save_tiny(tmp_path, **VARIANTS[variant])
+    decoder = Decoder.load(tmp_path, torch.bfloat16, load("native"), max_model_len=256)
+    fused = [layer._fused for layer in decoder.layers]
+    assert None not in fused
+    for causal in (True, False):
+        for layer in decoder.layers:
+            monkeypatch.setattr(layer, "forward", partial(DecoderLayer.forward, layer, causal=causal))
+        outcomes = []
+        for calls in (fused, [None] * len(fused)):
+            for layer, call in zip(decoder.layers, calls, strict=True):
+                layer._fused = call
+            logits, taps = run_schedule(decoder, SCHEDULES["chunks beside decode steps"], torch.bfloat16)
+            outcomes.append([*logits, *(tap for each in taps for tap in each)])
+        assert all(torch.equal(one, other) for one, other in zip(*outcomes, strict=True))
 
 
 def test_dynamic_rope_at_the_served_length_equals_one_forward_of_that_length(kernels: Kernels, tmp_path: Path) -> None:
