@@ -206,6 +206,31 @@ class Kernels(Protocol):
         """
         ...
 
+    def accept_by_ratio(
+        self,
+        logits: Tensor,
+        start: Tensor,
+        lengths: Tensor,
+        tokens: Tensor,
+        inverse_temperature: Tensor,
+        q: Tensor | None,
+        row: Tensor,
+        names: Tensor | None,
+        coins: Tensor | None,
+        last: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Judge n requests' drafts by the ratio rule, the target's laws being plain softmaxes (DSpark §3.2.2).
+
+        logits [M, V] float32 contiguous: request i owns rows start[i] .. start[i] + lengths[i]; tokens [n, L] int64,
+        L the longest of lengths; inverse_temperature [n] float32, positive; q [Rd, gamma, C] float32 contiguous: the
+        laws the tokens were drawn from, row [n] which of them is whose (None: one-hot at the token); names [Rd, gamma,
+        C] int64 (may be expanded; C contiguous): the token of each column of q, None: the column; coins [n, L] and
+        last [n, L + 1] float64, uniform (coins None where nothing was drafted). Returns count [n] int64 of tokens that
+        stand, token [n] int64 that follows them (-1 of a failed request), failed [n] bool: a row that decides holds
+        NaN or +inf, or nothing but -inf.
+        """
+        ...
+
     def draft_loss(
         self,
         draft: Tensor,

@@ -160,6 +160,50 @@ class ReferenceKernels:
                 following = following & (previous == favour.tokens[:, k])
         return DraftedTokens(tokens, None if bool(greedy.all()) else laws, on, odds, usable)
 
+    def accept_by_ratio(
+        self,
+        logits: Tensor,
+        start: Tensor,
+        lengths: Tensor,
+        tokens: Tensor,
+        inverse_temperature: Tensor,
+        q: Tensor | None,
+        row: Tensor,
+        names: Tensor | None,
+        coins: Tensor | None,
+        last: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        outcomes = []
+        for i, length in enumerate(lengths.tolist()):
+            outcome = (0, -1, True)
+            for slot in range(length + 1):
+                scores = logits[int(start[i]) + slot]
+                if not bool(scores.max().isfinite()):
+                    break
+                p = torch.softmax(scores * inverse_temperature[i], -1).double()
+                if slot < length:
+                    assert coins is not None
+                    law = torch.zeros_like(p)
+                    if q is None:
+                        law[tokens[i, slot]] = 1.0
+                    elif names is None:
+                        law += q[row[i], slot]
+                    else:
+                        law.index_add_(0, names[row[i], slot], q[row[i], slot].double())
+                    drafted = tokens[i, slot]
+                    if coins[i, slot] * law[drafted] < p[drafted]:
+                        continue
+                    left = (p - law).clamp(min=0)
+                    p = left if left.sum() > 0 else p
+                edges = p.cumsum(0)
+                below = torch.nextafter(edges[-1], torch.zeros(()).double())
+                at = torch.minimum(last[i, slot] * edges[-1], below)
+                outcome = (slot, int(torch.searchsorted(edges, at, right=True)), False)
+                break
+            outcomes.append(outcome)
+        count, token, failed = zip(*outcomes, strict=True)
+        return torch.tensor(count), torch.tensor(token), torch.tensor(failed)
+
     def draft_loss(
         self,
         draft: Tensor,

@@ -60,6 +60,9 @@ MUTANTS = (
          "                  for r, row, limit in zip(requests, block.tokens.tolist(), limits, strict=True)]\n"
          "        return Drafted(requests, block, survival,"),
      ), f"{MONTE_CARLO}[causal-3-float32-False]"),
+    _one("native residual drawn from p", "kernels/cpu/accept.c",
+         "          take_away(all, weights, left, total, request, slot);\n", "",
+         "tests/speculation/test_exact.py::test_the_joint_law_is_the_targets"),
     _one("rules forget the draft tokens before a position", ACCEPTANCE,
          "mine.sampling.select(active, slot, mine.tokens[active, :slot].tolist)", "mine.sampling.select(active, slot)",
          "tests/speculation/test_controls.py::test_the_joint_law_is_the_ruled_targets"),
@@ -72,9 +75,10 @@ MUTANTS = (
          "limits = [limit if limit <= usable else 0 for limit, usable",
          "tests/speculation/test_nan.py::test_a_nan_at_a_slot_keeps_exactly_the_slots_before_it"),
     _one("native head draws from the law of another temperature", "kernels/cpu/head.c",
-         "choice = drawn(law, columns, head->uniforms[at]);",
-         "for (long j = 0; j < columns; j++) logits[j] = law[j] * law[j];\n"
-         "        choice = drawn(logits, columns, head->uniforms[at]);", f"{MONTE_CARLO}[causal-None-bfloat16-False]"),
+         "choice = draw_column(weights, columns, head->uniforms[at], cells);",
+         "for (long j = 0; j < columns; j++) weights[j] *= weights[j];\n"
+         "        choice = draw_column(weights, columns, head->uniforms[at], cells);",
+         f"{MONTE_CARLO}[causal-None-bfloat16-False]"),
     _one("block cut where it leaves the copy it was favoured with", DSPARK,
          "                copies.follow(k, previous)\n",
          "                copies.follow(k, previous)\n"

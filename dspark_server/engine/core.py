@@ -101,6 +101,7 @@ class EngineCore:
             capacity=capacity,
             max_draft_tokens=config.speculative.num_speculative_tokens,
             block=drafter.gamma,
+            kernels=kernels,
             copying=drafter.copying is not None and policy != "none",
             check_invariants=config.check_invariants,
             **loop_options,

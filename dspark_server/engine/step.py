@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
+from dspark_kernels import Kernels
 from torch import Tensor
 
 from dspark_server.engine.batcher import Batcher, Plan
@@ -83,8 +84,9 @@ Acceptance = Callable[[Verification, Drafted | None, SamplingBatch], Accepted]
 class StepLoop:
     """Owns every request and block; one thread calls it.
 
-    `block` is how many tokens the drafter itself drafts (None: executor.gamma, which counts copies too). `acceptance`
-    may be replaced (conformance forces counts); `trace` is shown every step that sampled.
+    `block` is how many tokens the drafter itself drafts (None: executor.gamma, which counts copies too). `kernels`
+    make acceptance faster. `acceptance` may be replaced (conformance forces counts); `trace` is shown every step that
+    sampled.
     """
 
     def __init__(
@@ -97,6 +99,7 @@ class StepLoop:
         max_draft_tokens: int | None = None,
         block: int | None = None,
         copying: bool = False,
+        kernels: Kernels | None = None,
         acceptance: Acceptance | None = None,
         trace: Callable[[StepTrace], None] | None = None,
         check_invariants: bool = False,
@@ -112,6 +115,7 @@ class StepLoop:
         self._max_draft_tokens = min(executor.gamma, max_draft_tokens or executor.gamma)
         self._block = min(self._max_draft_tokens, block or executor.gamma)
         self._copying = copying
+        self._kernels = kernels
         self._streams = CounterStreams()
         self._acceptance = acceptance or self._lossless
         self._trace = trace
@@ -253,13 +257,19 @@ class StepLoop:
         """The acceptance rules of DSPARK.md over one verification pass."""
         if drafted is None:
             return accept(
-                verified.logits, verified.row_start, None, [0] * len(verified.requests), sampling, self._streams
+                verified.logits,
+                verified.row_start,
+                None,
+                [0] * len(verified.requests),
+                sampling,
+                self._streams,
+                self._kernels,
             )
         row_of = {request: row for row, request in enumerate(drafted.requests)}
         rows = [row_of.get(request, -1) for request in verified.requests]
         lengths = [drafted.lengths[row] if row >= 0 else 0 for row in rows]
         draft = DraftTokens(drafted.block.tokens, drafted.block.q, torch.tensor(rows), drafted.block.columns)
-        return accept(verified.logits, verified.row_start, draft, lengths, sampling, self._streams)
+        return accept(verified.logits, verified.row_start, draft, lengths, sampling, self._streams, self._kernels)
 
     def _learn(self, drafted: Drafted, verified: Verification, accepted: Accepted) -> None:
         """Keep what drafts came to: for all to see, and in each request's records, of the drafter and of copies."""

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from dspark_kernels import Kernels
 from torch import Tensor
 
 from dspark_server.speculation.law import distribution, draw, draw_coupled, permitted, top
@@ -90,12 +91,13 @@ def accept(
     lengths: Sequence[int] | Tensor,
     sampling: SamplingBatch,
     streams: Streams,
+    kernels: Kernels | None = None,
 ) -> Accepted:
     """Judge every draft of a pass and draw the token that ends each request's cycle.
 
     logits [N, V], float32 (float64 is computed in float64); row_start, R + 1 numbers: rows row_start[r] up to
     row_start[r + 1] are request r's, ℓ_r + 1 of them; lengths [R]: ℓ_r; sampling: R rows. ℓ_r = 0 is plain sampling,
-    and `draft` may be None if all are 0.
+    and `draft` may be None if all are 0. With `kernels`, the ratio rule over plain softmaxes is theirs.
     """
     device = logits.device
     lengths = torch.as_tensor(lengths, dtype=torch.int64, device=device)
@@ -115,7 +117,7 @@ def accept(
         elif rule is Rule.COUPLED:
             done = _accept_coupled(mine, streams)
         else:
-            done = _accept_by_ratio(mine, draft, streams)
+            done = _accept_by_ratio(mine, draft, streams, kernels)
         if indices is None:
             return done
         result.count[indices], result.token[indices], result.failed[indices] = done.count, done.token, done.failed
@@ -157,12 +159,19 @@ def _accept_coupled(mine: _Pass, streams: Streams) -> Accepted:
     return _walk(mine, judge)
 
 
-def _accept_by_ratio(mine: _Pass, draft: DraftTokens, streams: Streams) -> Accepted:
+def _accept_by_ratio(mine: _Pass, draft: DraftTokens, streams: Streams, kernels: Kernels | None) -> Accepted:
     """Keep x with probability min(1, p(x)/q(x)), else draw from what p has left over; past the draft, from p."""
     width = mine.tokens.shape[1]
     offsets = torch.arange(width + 1, device=mine.start.device)
     coins = streams.uniform(Purpose.COIN, mine.sampling, offsets[:-1]) if width else None
     last = streams.uniform(Purpose.RESIDUAL, mine.sampling, offsets)
+    if kernels is not None and mine.sampling.plain and mine.logits.dtype == torch.float32:
+        scale = 1 / mine.sampling.temperature
+        return Accepted(
+            *kernels.accept_by_ratio(
+                mine.logits, mine.start, mine.lengths, mine.tokens, scale, draft.q, mine.row, draft.columns, coins, last
+            )
+        )
 
     def judge(slot: int, active: Tensor, p: Tensor, here: SamplingBatch) -> tuple[Tensor, Tensor]:
         accepted = torch.zeros_like(active, dtype=torch.bool)

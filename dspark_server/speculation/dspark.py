@@ -385,9 +385,9 @@ class DSparkDrafter:
 
 def _plain(sampling: SamplingBatch) -> bool:
     """Greedy or by inverse CDF from the bare softmax, all of them."""
-    traits = sampling.traits
-    filtered = traits.top_k or traits.top_p or traits.min_p
-    return Rule.COUPLED not in traits.rules and not sampling.controls and (sampling.all_greedy or not filtered)
+    return (
+        Rule.COUPLED not in sampling.traits.rules and not sampling.controls and (sampling.all_greedy or sampling.plain)
+    )
 
 
 class ContextProjection:

@@ -124,6 +124,12 @@ class SamplingBatch:
     def all_greedy(self) -> bool:
         return self.traits.rules == {Rule.GREEDY}
 
+    @property
+    def plain(self) -> bool:
+        """Every sampled row's law is a softmax at its temperature, nothing filtered and no rules."""
+        traits = self.traits
+        return not (traits.top_k or traits.top_p or traits.min_p or self.controls)
+
     @cached_property
     def greedy(self) -> Tensor:
         """[R] bool."""

@@ -1,6 +1,6 @@
 // The drafter's sequential head: for each slot of a block, the logits are corrected for the token before, a token that
 // the context suggests is favoured, and the next token is drawn. One call drafts whole blocks.
-#include "common.h"
+#include "draw.h"
 
 typedef struct {
   const float *base;                  // [rows, slots, columns]
@@ -45,36 +45,14 @@ static float corrected(float *logits, const float *base, const float *correction
   return broken ? NAN : best;
 }
 
-// Inverse CDF over weights[0..columns): the column whose cell holds `at` in [0, 1). One of weight 0 is never drawn.
-static long drawn(const float *weights, long columns, double at) {
-  enum { CELLS = 256 };
-  double total = 0, before = 0;
-  for (long j = 0; j < columns; j++) total += weights[j];
-  double point = at * total, last_below = nextafter(total, 0);
-  point = point < last_below ? point : last_below;
-  for (long first = 0; first < columns; first += CELLS) {  // summed as the total was, so that it is reached
-    double after = before;
-    long end = smaller(first + CELLS, columns);
-    for (long j = first; j < end; j++) after += weights[j];
-    if (after > point) {
-      for (long j = first; j < end; j++) {
-        before += weights[j];
-        if (before > point) return j;
-      }
-    }
-    before = after;
-  }
-  for (long j = columns - 1; j > 0; j--)
-    if (weights[j] > 0) return j;
-  return 0;
-}
-
 static void draw_rows(void *context) {
   const float unnamed = -4.0f, few = -20.0f;  // unnamed: UNNAMED of interface.py
   Slot *slot = context;
   const Head *head = slot->head;
   long columns = head->columns, padded = round_up(columns, LANES), first, last;
-  float *logits = thread_scratch(2 * padded), *scratch = logits + padded;
+  float *logits = thread_scratch(3 * padded + 2 * (columns / 256 + 16)), *scratch = logits + padded;
+  float *weights = scratch + padded;
+  double *cells = (double *)(weights + padded);
   while (take_tasks(&slot->tasks, &first, &last)) {
     for (long row = first; row < last; row++) {
       long at = row * head->slots + slot->slot, choice = 0;
@@ -108,8 +86,9 @@ static void draw_rows(void *context) {
         float *law = head->law + at * columns, max;
         for (long j = 0; j < columns; j++) logits[j] *= scale;
         float sum = exponentials(logits, padded, &max), inverse = 1.0f / sum;
-        for (long j = 0; j < columns; j++) law[j] = logits[j] * inverse;
-        choice = drawn(law, columns, head->uniforms[at]);
+        for (long j = 0; j < padded; j++) weights[j] = logits[j] * inverse;
+        memcpy(law, weights, columns * sizeof *law);
+        choice = draw_column(weights, columns, head->uniforms[at], cells);
       }
       // A column that stands for the favoured token instead of its own.
       int replaced = head->place && !head->named[at] && choice == head->place[at];

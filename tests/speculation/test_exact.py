@@ -8,10 +8,12 @@ Each combination of cells is one request of a single large batch; its index trav
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from dspark_kernels import Kernels, load
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -102,9 +104,19 @@ Lengths = Callable[[Context], int]
 
 
 def judge(
-    pair: Pair, drafts: list[Context], weights: list[float], tables: Tables, lengths: Lengths, *, coupled: bool
+    pair: Pair,
+    drafts: list[Context],
+    weights: list[float],
+    tables: Tables,
+    lengths: Lengths,
+    *,
+    coupled: bool,
+    kernels: Kernels | None = None,
 ) -> dict[Context, float]:
-    """Run production acceptance over all combinations at once; the law of what it commits."""
+    """Run production acceptance over all combinations at once; the law of what it commits.
+
+    With `kernels` in float32, as they have it: the weights stay exact, and no cell's representative is at its edge.
+    """
     rows: list[Law] = []
     row_start, kept = [0], []
     for draft in drafts:
@@ -112,9 +124,10 @@ def judge(
         rows += [pair.said[draft[:k]] for k in range(kept[-1] + 1)]
         row_start.append(len(rows))
     q = torch.from_numpy(np.stack([[pair.q[d[:k]] for k in range(pair.gamma)] for d in drafts]))
-    block = DraftTokens(torch.tensor(drafts), q, torch.arange(len(drafts)))
+    precision = torch.float64 if kernels is None else torch.float32
+    block = DraftTokens(torch.tensor(drafts), q.to(precision), torch.arange(len(drafts)))
     sampling = batch(len(drafts), coupled=coupled, controls=pair.controls)
-    result = accept(logits(rows), row_start, block, kept, sampling, tables)
+    result = accept(logits(rows).to(precision), row_start, block, kept, sampling, tables, kernels)
     assert not result.failed.any()
     committed: dict[Context, float] = {}
     for draft, weight, count, token in zip(drafts, weights, result.count.tolist(), result.token.tolist(), strict=True):
@@ -123,7 +136,7 @@ def judge(
     return committed
 
 
-def ratio_law(pair: Pair, lengths: Lengths) -> dict[Context, float]:
+def ratio_law(pair: Pair, lengths: Lengths, kernels: Kernels | None = None) -> dict[Context, float]:
     """Every draft, every pattern of coins, every cell of the last draw."""
     drafts, weights, coins, last = [], [], [], []
     for draft in itertools.product(range(pair.vocabulary), repeat=pair.gamma):
@@ -150,7 +163,7 @@ def ratio_law(pair: Pair, lengths: Lengths) -> dict[Context, float]:
                 last.append([(low + high) / 2] * (pair.gamma + 1))
     empty = torch.empty(0)
     tables = Tables(torch.tensor(coins, dtype=torch.float64), torch.tensor(last, dtype=torch.float64), empty)
-    return judge(pair, drafts, weights, tables, lengths, coupled=False)
+    return judge(pair, drafts, weights, tables, lengths, coupled=False, kernels=kernels)
 
 
 def race_cells(p: Law, q: Law) -> list[tuple[int, int, float, Law]]:
@@ -217,7 +230,12 @@ def coupled_law(pair: Pair, lengths: Lengths) -> dict[Context, float]:
 
 
 KINDS = ("random", "zeros", "opposed", "equal", "certain")
-LAWS = {"ratio": ratio_law, "coupled": coupled_law}
+LAWS = {
+    "ratio": ratio_law,
+    "coupled": coupled_law,
+    "ratio in native kernels": partial(ratio_law, kernels=load("native")),
+    "ratio in reference kernels": partial(ratio_law, kernels=load("reference")),
+}
 
 
 @pytest.mark.parametrize("rule", LAWS)

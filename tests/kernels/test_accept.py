@@ -1,0 +1,68 @@
+"""Acceptance in one native call against the plain loop; that the rule keeps the law is shown in tests/speculation."""
+
+import math
+
+import pytest
+import torch
+from dspark_kernels import load
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+NATIVE, REFERENCE = load("native"), load("reference")
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    vocabulary=st.sampled_from([2, 17, 256, 300, 1031]),
+    width=st.integers(0, 4),
+    law=st.sampled_from(["whole", "named", "expanded", "one-hot"]),
+    broken=st.booleans(),
+)
+def test_outcomes_are_those_of_the_plain_loop(seed: int, vocabulary: int, width: int, law: str, broken: bool) -> None:
+    noise = torch.Generator().manual_seed(seed)
+    requests, slots = 9, width + 1
+    lengths = torch.randint(0, width + 1, (requests,), generator=noise)
+    lengths[0] = width
+    start = torch.cat([torch.zeros(1, dtype=torch.int64), (lengths + 1).cumsum(0)[:-1]])
+    logits = torch.randn(int((lengths + 1).sum()), vocabulary, generator=noise) * 2
+    logits[logits > 3.5] = -math.inf
+    columns = max(1, vocabulary // 2) if law in ("named", "expanded") else vocabulary
+    rows = torch.randperm(requests, generator=noise)
+    q = (torch.randn(requests, slots, columns, generator=noise) * 2).softmax(-1)
+    names = None
+    if law == "named":
+        order = torch.rand(requests, slots, vocabulary, generator=noise).argsort(-1)
+        names = order[..., :columns].contiguous()
+    elif law == "expanded":
+        names = torch.randperm(vocabulary, generator=noise)[:columns].sort().values.expand(requests, slots, columns)
+    drawn = torch.multinomial(q.view(-1, columns), 1, generator=noise).view(requests, slots)
+    tokens = drawn if names is None else names.gather(2, drawn.unsqueeze(2)).squeeze(2)
+    tokens = tokens[rows][:, :width].contiguous()
+    coins = torch.rand(requests, width, generator=noise, dtype=torch.float64) if width else None
+    last = torch.rand(requests, width + 1, generator=noise, dtype=torch.float64)
+    if broken:
+        logits[3, 1], logits[5] = math.nan, -math.inf
+        logits[7, 0] = math.inf
+    scale = torch.rand(requests, generator=noise) + 0.5
+    given_q = None if law == "one-hot" else q
+    arguments = (logits, start, lengths, tokens, scale, given_q, rows, names, coins, last)
+    for ours, plain in zip(NATIVE.accept_by_ratio(*arguments), REFERENCE.accept_by_ratio(*arguments), strict=True):
+        assert ours.tolist() == plain.tolist()
+
+
+@pytest.mark.parametrize("kernels", [NATIVE, REFERENCE], ids=["native", "reference"])
+def test_ends_of_the_unit_interval(kernels: object) -> None:
+    """A coin of 0 lets no impossible token through, and no draw falls on a token without mass."""
+    law = torch.tensor([0.0, 0.25, 0.0, 0.75, 0.0])
+    logits = law.log().repeat(4, 1)
+    tokens = torch.tensor([[0], [3]])
+    q = torch.full((2, 1, 5), 0.2)
+    coins = torch.zeros(2, 1, dtype=torch.float64)
+    last = torch.tensor([[0.0, 0.0], [1 - 2.0**-53, 1 - 2.0**-53]], dtype=torch.float64)
+    count, token, failed = kernels.accept_by_ratio(  # type: ignore[attr-defined]
+        logits, torch.tensor([0, 2]), torch.tensor([1, 1]), tokens, torch.ones(2), q, torch.arange(2), None, coins, last
+    )
+    assert count.tolist() == [0, 1]
+    assert token.tolist() == [1, 3]
+    assert failed.tolist() == [False, False]
