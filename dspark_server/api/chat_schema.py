@@ -213,12 +213,14 @@ def _call(call: dict[str, Any], place: str) -> dict[str, Any]:
         or call.get("type", "function") != "function"
     ):
         raise RequestError(f"`{place}` must be a function call with a name.", param="messages")
-    arguments = function.get("arguments") or "{}"
+    arguments = function.get("arguments") or {}
     if isinstance(arguments, str):
         try:
             arguments = orjson.loads(arguments)
         except orjson.JSONDecodeError:
-            raise RequestError(f"`{place}.function.arguments` is not valid JSON.", param="messages") from None
+            arguments = None
+    if not isinstance(arguments, dict):
+        raise RequestError(f"`{place}.function.arguments` must be a JSON object.", param="messages")
     return {**call, "type": "function", "function": {**function, "arguments": arguments}}
 
 

@@ -78,11 +78,14 @@ class ChatTemplate:
             mark = secrets.token_hex(16) + " "
             turns[-1]["content"] += mark
         prompt = template.render(
-            **self._special_tokens | conversation.chat_template_kwargs,
-            messages=turns,
-            tools=tools,
-            documents=None,
-            add_generation_prompt=conversation.opens_answer,
+            {
+                **self._special_tokens,
+                **conversation.chat_template_kwargs,
+                "messages": turns,
+                "tools": tools,
+                "documents": None,
+                "add_generation_prompt": conversation.opens_answer,
+            }
         )
         return _cut_at(mark, prompt) if mark else prompt
 
@@ -103,11 +106,11 @@ class _Template:
             shown = ", ".join(repr(name[:40]) for name in unused[:8])
             logger.warning("the chat template does not use %s", shown)
 
-    def render(self, **variables: Any) -> str:
+    def render(self, variables: dict[str, Any]) -> str:
         """Its text. Raises RequestError if the template refuses, fails, or writes too much."""
         pieces, size = [], 0
         try:
-            for piece in self._template.generate(**variables):
+            for piece in self._template.generate(variables):
                 pieces.append(piece)
                 size += len(piece)
                 if size > MAX_PROMPT:

@@ -281,6 +281,8 @@ def test_messages_reach_the_template(server: Running) -> None:
 
 def test_what_the_template_is_told(server: Running) -> None:
     assert shown(server, SAY, tools=[WEATHER], tool_choice="none", chat_template_kwargs={"mood": 1})["tools"] is None
+    odd = {"mood": 1, "self": 2, "range": 3, "": 4, "no name": 5}
+    assert shown(server, SAY, chat_template_kwargs=odd)["mood"] == 1
     assert shown(server, SAY, add_generation_prompt=False, chat_template_kwargs={"mood": 1})["open"] is False
 
 
@@ -354,7 +356,8 @@ REFUSED = {
         [{"type": "text", "text": "a"}] * 1025,
     ]},
     **{f"call {call!r:.60}": called(call) for call in [
-        5, {}, {"function": {}}, {"function": {"name": 5}}, {"type": "x", "function": {"name": "a"}},
+        5, {}, {"function": {}}, {"function": {"name": "a", "arguments": "[1]"}},
+        {"function": {"name": "a", "arguments": 5}}, {"function": {"name": 5}}, {"type": "x", "function": {"name": "a"}},
         {"function": {"name": "a", "arguments": "{" + SECRET}}, {"function": {"name": "a", "arguments": NESTED}},
     ]},
     "no messages": {"max_tokens": 5},
