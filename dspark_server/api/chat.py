@@ -50,7 +50,7 @@ class Chat:
         intake, engine = self._intake, self._intake.engine
         with engine.reserve(body.n) as reservation:
             text = await self._template.render(body)
-            tokens = await engine.encode(text, add_special_tokens=body.add_special_tokens)
+            tokens = await intake.encode(text, body, add_special_tokens=body.add_special_tokens)
             prompt = Prompt(intake.cut(tokens, body))
             _, limit = body.limit
             max_tokens = limit or max(1, engine.room(len(prompt.tokens)))  # 1: refused by `submit`, with both lengths

@@ -57,7 +57,7 @@ class Completions:
         """Its tokens, and the text a choice begins with: the prompt as given, or its ids as text."""
         tokens = given
         if isinstance(tokens, str):
-            tokens = await self._intake.engine.encode(tokens, add_special_tokens=body.add_special_tokens)
+            tokens = await self._intake.encode(tokens, body, add_special_tokens=body.add_special_tokens)
         kept = self._intake.cut(tokens, body)
         if not body.echo:
             return Prompt(kept)

@@ -357,7 +357,8 @@ REFUSED = {
     ]},
     **{f"call {call!r:.60}": called(call) for call in [
         5, {}, {"function": {}}, {"function": {"name": "a", "arguments": "[1]"}},
-        {"function": {"name": "a", "arguments": 5}}, {"function": {"name": 5}}, {"type": "x", "function": {"name": "a"}},
+        {"function": {"name": "a", "arguments": 5}}, {"function": {"name": 5}},
+        {"type": "x", "function": {"name": "a"}},
         {"function": {"name": "a", "arguments": "{" + SECRET}}, {"function": {"name": "a", "arguments": NESTED}},
     ]},
     "no messages": {"max_tokens": 5},
