@@ -1,6 +1,6 @@
 """The ASGI application: routes, and what they need of the engine."""
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from time import time
 from typing import Any
@@ -10,11 +10,14 @@ from fastapi import FastAPI, Request, Response
 
 from dspark_server import __version__
 from dspark_server.api import errors
+from dspark_server.api.chat import Chat
+from dspark_server.api.chat_schema import ChatRequest
+from dspark_server.api.chat_template import ChatTemplate
 from dspark_server.api.completions import Completions
 from dspark_server.api.edge import Edge
 from dspark_server.api.intake import Intake
 from dspark_server.api.metrics import Metrics
-from dspark_server.api.schema import CompletionRequest, json_schema
+from dspark_server.api.schema import CompletionRequest, GenerationRequest, json_schema
 from dspark_server.api.settings import ServerSettings
 from dspark_server.engine.engine import AsyncEngine
 from dspark_server.errors import RequestError
@@ -29,21 +32,28 @@ def create_app(
     settings = settings or ServerSettings()
     metrics = Metrics(engine)
     intake = Intake(engine, metrics, settings)
+    template = ChatTemplate.load(engine.tokenizer, settings.chat_template)
     app = FastAPI(title="dspark-server", version=__version__, redirect_slashes=False, redoc_url=None, lifespan=lifespan)
     app.add_middleware(Edge, settings=settings)
     errors.install(app)
     app.state.intake = intake
-    body = {"required": True, "content": {"application/json": {"schema": json_schema(CompletionRequest, "prompt")}}}
-    app.add_api_route(
-        "/v1/completions",
-        Completions(intake).create,
-        methods=["POST"],
-        response_class=Response,
-        openapi_extra={"requestBody": body},
-    )
+    _add_generation(app, "/v1/completions", Completions(intake).create, CompletionRequest, "prompt")
+    _add_generation(app, "/v1/chat/completions", Chat(intake, template).create, ChatRequest, "messages")
     _add_probes(app, engine, metrics)
     _add_models(app, engine)
     return app
+
+
+def _add_generation(
+    app: FastAPI,
+    path: str,
+    create: Callable[[Request], Awaitable[Response]],
+    kind: type[GenerationRequest],
+    required: str,
+) -> None:
+    body = {"required": True, "content": {"application/json": {"schema": json_schema(kind, required)}}}
+    extra = {"requestBody": body}
+    app.add_api_route(path, create, methods=["POST"], response_class=Response, openapi_extra=extra)
 
 
 def _add_probes(app: FastAPI, engine: AsyncEngine, metrics: Metrics) -> None:

@@ -2,7 +2,7 @@
 
 import asyncio
 import uuid
-from time import monotonic, time
+from time import monotonic
 
 from fastapi import Request, Response
 
@@ -10,8 +10,9 @@ from dspark_server.api.generation import Generation
 from dspark_server.api.intake import Intake, Prompt
 from dspark_server.api.logprobs import CompletionLogprobs
 from dspark_server.api.prompts import prompts_of
-from dspark_server.api.responses import StreamResponse, WholeResponse
+from dspark_server.api.responses import answer
 from dspark_server.api.schema import CompletionRequest, parse
+from dspark_server.api.shapes import COMPLETION
 
 
 class Completions:
@@ -38,12 +39,8 @@ class Completions:
         except BaseException:
             generation.close()
             raise
-        engine = intake.engine
-        head = {"id": identifier, "object": "text_completion", "created": int(time()), "model": engine.model_name}
-        if not body.stream:
-            return WholeResponse(engine, generation, head, logprobs, best=(body.n, body.candidates))
-        usage = {"include_usage": body.include_usage, "continuous_usage": body.continuous_usage}
-        return StreamResponse(engine, generation, head, logprobs, **usage)
+        best = (body.n, body.candidates)
+        return answer(intake.engine, generation, body, COMPLETION, identifier, logprobs, best=best)
 
     async def _start(self, generation: Generation, body: CompletionRequest, identifier: str) -> None:
         """Reserve places, tokenize, submit every choice."""
@@ -60,7 +57,7 @@ class Completions:
         """Its tokens, and the text a choice begins with: the prompt as given, or its ids as text."""
         tokens = given
         if isinstance(tokens, str):
-            tokens = await self._intake.engine.encode(tokens, add_special_tokens=body.add_special_tokens)
+            tokens = await self._intake.encode(tokens, body, add_special_tokens=body.add_special_tokens)
         kept = self._intake.cut(tokens, body)
         if not body.echo:
             return Prompt(kept)

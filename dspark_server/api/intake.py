@@ -77,6 +77,22 @@ class Intake:
                 param="truncate_prompt_tokens",
             )
 
+    async def encode(self, text: str, body: GenerationRequest, *, add_special_tokens: bool) -> list[int]:
+        """Tokens of a prompt. Of one that cannot fit only what may be kept is read: tokenizing 30 MB takes a minute.
+
+        Raises RequestError if it cannot fit and must not be cut.
+        """
+        engine, longest = self.engine, self.detokenizer.longest_token
+        most = engine.max_model_len * longest
+        if len(text) > most and body.truncate_prompt_tokens is None:
+            raise RequestError(
+                f"This model's maximum context length is {engine.max_model_len} tokens, but the prompt has {len(text)} "
+                f"characters, and no token has more than {longest}.",
+                param="prompt",
+                code="context_length_exceeded",
+            )
+        return await engine.encode(text[-most:], add_special_tokens=add_special_tokens)
+
     def cut(self, tokens: list[int], body: GenerationRequest) -> list[int]:
         """The last `truncate_prompt_tokens` of a prompt; -1: as many as the context holds."""
         keep = body.truncate_prompt_tokens

@@ -1,24 +1,57 @@
-"""Log-probabilities as the completions API shows them (OpenAI's lists, vLLM's `prompt_logprobs`)."""
+"""Log-probabilities as the APIs show them: OpenAI's two forms, and vLLM's `prompt_logprobs`."""
 
 from typing import Any
 
+from dspark_server.api.chat_schema import ChatRequest
 from dspark_server.api.generation import Choice
-from dspark_server.api.schema import CompletionRequest
+from dspark_server.api.schema import CompletionRequest, GenerationRequest
 from dspark_server.engine.logprobs import TokenLogprob
 from dspark_server.engine.output import Detokenizer
 
 LOWEST = -9999.0  # JSON has no -inf
 
 
-class CompletionLogprobs:
-    """Renders what a request asked for."""
+class Logprobs:
+    """Renders what a request asked for. `count`: alternatives for each token of the answer, None if not asked for."""
+
+    def __init__(self, detokenizer: Detokenizer, body: GenerationRequest, count: int | None) -> None:
+        self._detokenizer = detokenizer
+        self._count = count
+        self._prompt_count = body.prompt_logprobs
+        self._as_ids = body.return_tokens_as_token_ids
+
+    def take(self, choice: Choice) -> dict[str, Any] | None:
+        """The log-probabilities of the tokens that are new."""
+        raise NotImplementedError
+
+    def of_prompt(self, choice: Choice) -> list[dict[str, Any] | None] | None:
+        """vLLM's list for the prompt: for every token its own entry and the likeliest ones, by token id."""
+        if self._prompt_count is None or choice.prompt_logprobs is None:
+            return None
+        return [None if each is None else self._entries(each, self._prompt_count) for each in choice.prompt_logprobs]
+
+    def _entries(self, each: TokenLogprob, count: int) -> dict[str, Any]:
+        ranked = [(each.token, each.logprob, each.rank)]
+        ranked += [(token, value, rank) for rank, (token, value) in enumerate(each.top[:count], start=1)]
+        return {
+            str(token): {
+                "logprob": max(value, LOWEST),
+                "rank": rank,
+                "decoded_token": self._detokenizer.text_of(token),
+            }
+            for token, value, rank in ranked
+        }
+
+    def _text(self, token: int) -> str:
+        return f"token_id:{token}" if self._as_ids else self._detokenizer.text_of(token)
+
+
+class CompletionLogprobs(Logprobs):
+    """Parallel lists, as completions have them."""
 
     def __init__(self, detokenizer: Detokenizer, body: CompletionRequest) -> None:
-        self._detokenizer = detokenizer
-        self._count = body.logprobs
-        self._prompt_count = body.prompt_logprobs
+        super().__init__(detokenizer, body, body.logprobs)
         self._echo = body.echo
-        self._as_ids = body.return_tokens_as_token_ids
 
     def take(self, choice: Choice) -> dict[str, Any] | None:
         """Lists for the tokens that are new; an echoed prompt's tokens come with the first. None if not asked for."""
@@ -39,24 +72,6 @@ class CompletionLogprobs:
             choice.text_offset += len(text)
         return {"tokens": tokens, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}
 
-    def of_prompt(self, choice: Choice) -> list[dict[str, Any] | None] | None:
-        """vLLM's list for the prompt: for every token its own entry and the likeliest ones, by token id."""
-        if self._prompt_count is None or choice.prompt_logprobs is None:
-            return None
-        return [None if each is None else self._entries(each, self._prompt_count) for each in choice.prompt_logprobs]
-
-    def _entries(self, each: TokenLogprob, count: int) -> dict[str, Any]:
-        ranked = [(each.token, each.logprob, each.rank)]
-        ranked += [(token, value, rank) for rank, (token, value) in enumerate(each.top[:count], start=1)]
-        return {
-            str(token): {
-                "logprob": max(value, LOWEST),
-                "rank": rank,
-                "decoded_token": self._detokenizer.text_of(token),
-            }
-            for token, value, rank in ranked
-        }
-
     def _top(self, each: TokenLogprob, count: int) -> dict[str, float]:
         """The token and the likeliest ones; where two share a text, the likelier."""
         best: dict[str, float] = {}
@@ -65,5 +80,28 @@ class CompletionLogprobs:
             best[text] = max(value, best.get(text, LOWEST))
         return best
 
-    def _text(self, token: int) -> str:
-        return f"token_id:{token}" if self._as_ids else self._detokenizer.text_of(token)
+
+class ChatLogprobs(Logprobs):
+    """One entry a token, as chat completions have them."""
+
+    def __init__(self, detokenizer: Detokenizer, body: ChatRequest) -> None:
+        super().__init__(detokenizer, body, body.wanted_logprobs)
+
+    def take(self, choice: Choice) -> dict[str, Any] | None:
+        """Entries of the tokens that are new. None if not asked for."""
+        if self._count is None:
+            return None
+        new, choice.pending_logprobs = choice.pending_logprobs, []
+        return {"content": [self._entry(each, self._count) for each in new]}
+
+    def _entry(self, each: TokenLogprob, count: int) -> dict[str, Any]:
+        top = [self._described(token, value) for token, value in each.top[:count]]
+        return {**self._described(each.token, each.logprob), "top_logprobs": top}
+
+    def _described(self, token: int, value: float) -> dict[str, Any]:
+        """`bytes` are exact even where a token is only part of a character."""
+        return {
+            "token": self._text(token),
+            "logprob": max(value, LOWEST),
+            "bytes": list(self._detokenizer.bytes_of(token)),
+        }

@@ -7,6 +7,7 @@ JSON around a text is made once per choice, and all that is new goes out in one 
 import asyncio
 from collections.abc import Sequence
 from contextlib import suppress
+from time import time
 from typing import Any
 
 import orjson
@@ -15,7 +16,9 @@ from starlette.types import Receive, Scope, Send
 
 from dspark_server.api.errors import GenerationError, describe
 from dspark_server.api.generation import Choice, Generation
-from dspark_server.api.logprobs import CompletionLogprobs
+from dspark_server.api.logprobs import Logprobs
+from dspark_server.api.schema import GenerationRequest
+from dspark_server.api.shapes import Shape
 from dspark_server.engine.engine import AsyncEngine
 from dspark_server.errors import CapacityError, EngineDeadError
 
@@ -39,11 +42,20 @@ class GenerationResponse(Response):
     A reader that stalls is server.Protocol's business: it cuts the connection, which is a client that leaves.
     """
 
-    def __init__(self, engine: AsyncEngine, generation: Generation, head: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        generation: Generation,
+        shape: Shape,
+        head: dict[str, Any],
+        logprobs: Logprobs | None,
+    ) -> None:
         super().__init__()
         self.engine = engine
         self.generation = generation
+        self.shape = shape
         self.head = head  # id, object, created, model
+        self.logprobs = logprobs
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -84,13 +96,13 @@ class WholeResponse(GenerationResponse):
         self,
         engine: AsyncEngine,
         generation: Generation,
+        shape: Shape,
         head: dict[str, Any],
-        logprobs: CompletionLogprobs | None = None,
+        logprobs: Logprobs | None,
         *,
         best: tuple[int, int] | None = None,
     ) -> None:
-        super().__init__(engine, generation, head)
-        self._logprobs = logprobs
+        super().__init__(engine, generation, shape, head, logprobs)
         self._best = best
 
     async def respond(self, send: Send) -> None:
@@ -104,22 +116,30 @@ class WholeResponse(GenerationResponse):
             return
         shown = generation.choices if self._best is None else best_of(generation.choices, *self._best)
         choices = [self._choice(index, choice) for index, choice in enumerate(shown)]
-        usage = usage_of(generation.choices)
-        await send_json(send, 200, {**self.head, "choices": choices, "usage": usage}, {})
+        body = {**self.head, "choices": choices, "usage": usage_of(generation.choices)}
+        if self.shape.one_prompt:
+            body |= self._prompt(generation.choices[0])
+        await send_json(send, 200, body, {})
 
     def _choice(self, index: int, choice: Choice) -> dict[str, Any]:
         fields = {
             "index": index,
-            "text": choice.pending_text,
-            "logprobs": None,
+            **self.shape.whole(choice.pending_text),
+            "logprobs": None if self.logprobs is None else self.logprobs.take(choice),
             "finish_reason": choice.finish_reason,
             "stop_reason": choice.stop_reason,
         }
-        if self._logprobs is not None:
-            fields["logprobs"] = self._logprobs.take(choice)
-            fields["prompt_logprobs"] = self._logprobs.of_prompt(choice)
         if self.generation.wants_tokens:
-            fields |= {"prompt_token_ids": choice.prompt, "token_ids": choice.pending_tokens}
+            fields["token_ids"] = choice.pending_tokens
+        return fields if self.shape.one_prompt else fields | self._prompt(choice)
+
+    def _prompt(self, choice: Choice) -> dict[str, Any]:
+        """What was asked about the prompt of a choice."""
+        fields: dict[str, Any] = {}
+        if self.logprobs is not None:
+            fields["prompt_logprobs"] = self.logprobs.of_prompt(choice)
+        if self.generation.wants_tokens:
+            fields["prompt_token_ids"] = choice.prompt
         return fields
 
 
@@ -130,19 +150,22 @@ class StreamResponse(GenerationResponse):
         self,
         engine: AsyncEngine,
         generation: Generation,
+        shape: Shape,
         head: dict[str, Any],
-        logprobs: CompletionLogprobs | None = None,
+        logprobs: Logprobs | None,
         *,
         include_usage: bool,
         continuous_usage: bool,
     ) -> None:
-        super().__init__(engine, generation, head)
-        self._logprobs = logprobs
+        super().__init__(engine, generation, shape, head, logprobs)
         self._include_usage = include_usage
         self._continuous_usage = continuous_usage
         self._head = b"data: " + orjson.dumps(self.head)[:-1] + b',"choices":['
         usage = b',"usage":null' if include_usage else b""
-        self._plain_tail = b',"logprobs":null,"finish_reason":null,"stop_reason":null}]' + usage + b"}\n\n"
+        self._plain = logprobs is None and not continuous_usage and not generation.wants_tokens
+        self._plain_tail = (
+            shape.after + b',"logprobs":null,"finish_reason":null,"stop_reason":null}]' + usage + b"}\n\n"
+        )
 
     async def respond(self, send: Send) -> None:
         """Send the whole answer."""
@@ -165,25 +188,30 @@ class StreamResponse(GenerationResponse):
         return b"".join([self._chunk(choice) for choice in self.generation.choices if choice.has_news])
 
     def _chunk(self, choice: Choice) -> bytes:
-        text = json_text(choice.pending_text)
-        choice.pending_text = ""
-        start = b'%b{"index":%d,"text":%b' % (self._head, choice.index, text)
-        plain = self._logprobs is None and not self._continuous_usage and not self.generation.wants_tokens
-        if plain and choice.finish_reason is None:
+        shape = self.shape
+        text, choice.pending_text = choice.pending_text, ""
+        before = shape.first if choice.first else shape.later
+        if self._plain and choice.finish_reason is None:
             choice.first = False
-            return start + self._plain_tail
-        return start + self._full_tail(choice)
+            return b'%b{"index":%d,%b%b%b' % (self._head, choice.index, before, json_text(text), self._plain_tail)
+        said = before + json_text(text) if text or choice.first else shape.nothing
+        return b'%b{"index":%d,%b%b' % (self._head, choice.index, said, shape.after) + self._full_tail(choice)
 
     def _full_tail(self, choice: Choice) -> bytes:
         """The end of a chunk that says more than text: the last of a choice, or one with usage or token ids."""
         fields: dict[str, Any] = {
-            "logprobs": None if self._logprobs is None else self._logprobs.take(choice),
+            "logprobs": None if self.logprobs is None else self.logprobs.take(choice),
             "finish_reason": choice.finish_reason,
             "stop_reason": choice.stop_reason,
         }
+        beside = b""
         if self.generation.wants_tokens:
-            fields["prompt_token_ids"] = choice.prompt if choice.first else None
             fields["token_ids"], choice.pending_tokens = choice.pending_tokens, []
+            prompt = {"prompt_token_ids": choice.prompt if choice.first else None}
+            if self.shape.one_prompt:
+                beside = b"," + orjson.dumps(prompt)[1:-1]
+            else:
+                fields |= prompt
         choice.first = False
         choice.finish_sent = choice.finish_reason is not None
         usage = b""
@@ -191,7 +219,7 @@ class StreamResponse(GenerationResponse):
             usage = b',"usage":' + orjson.dumps(usage_of([choice]))
         elif self._include_usage:
             usage = b',"usage":null'
-        return b"," + orjson.dumps(fields)[1:-1] + b"}]" + usage + b"}\n\n"
+        return b"," + orjson.dumps(fields)[1:-1] + b"}]" + beside + usage + b"}\n\n"
 
     def _ending(self) -> bytes:
         if self.generation.failure is not None:
@@ -199,6 +227,25 @@ class StreamResponse(GenerationResponse):
         if not self._include_usage:
             return DONE
         return self._head + b'],"usage":' + orjson.dumps(usage_of(self.generation.choices)) + b"}\n\n" + DONE
+
+
+def answer(
+    engine: AsyncEngine,
+    generation: Generation,
+    body: GenerationRequest,
+    shape: Shape,
+    identifier: str,
+    logprobs: Logprobs | None,
+    *,
+    best: tuple[int, int] | None = None,
+) -> GenerationResponse:
+    """The response to `body`, whole or streamed, of choices that the engine already has."""
+    name = shape.chunk_name if body.stream else shape.name
+    head = {"id": identifier, "object": name, "created": int(time()), "model": engine.model_name}
+    if not body.stream:
+        return WholeResponse(engine, generation, shape, head, logprobs, best=best)
+    usage = {"include_usage": body.include_usage, "continuous_usage": body.continuous_usage}
+    return StreamResponse(engine, generation, shape, head, logprobs, **usage)
 
 
 _STREAM_HEADERS = [

@@ -5,7 +5,7 @@ every list and string has a cap. A field that would change the output but has no
 """
 
 import logging
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -90,6 +90,8 @@ class ResponseFormat(Body):
 
 class GenerationRequest(Body):
     """What completions and chat completions have in common: everything but the prompt."""
+
+    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = UNSUPPORTED
 
     model: str | None = Field(None, max_length=1024)
     n: int = Field(1, ge=1, le=MAX_CHOICES)
@@ -256,7 +258,7 @@ def parse(body: bytes, kind: type[Kind]) -> Kind:
         raise RequestError(f"The body is not valid JSON: {error.msg} (at byte {error.pos}).") from None
     if not isinstance(values, dict):
         raise RequestError("The body must be a JSON object.")
-    _refuse_unsupported(values)
+    _refuse_unsupported(values, kind)
     _warn_unknown(values, kind)
     try:
         request = kind.model_validate(values)
@@ -292,8 +294,8 @@ def _allow_null(schema: dict[str, Any], *, except_for: str | None = None) -> Non
             schema["properties"][name] = {"anyOf": [value, {"type": "null"}]}
 
 
-def _refuse_unsupported(values: dict[str, Any]) -> None:
-    for name, harmless in UNSUPPORTED.items():
+def _refuse_unsupported(values: dict[str, Any], kind: type[GenerationRequest]) -> None:
+    for name, harmless in kind.unsupported.items():
         value = values.get(name)
         if value is None or any(
             value == same and isinstance(value, bool) == isinstance(same, bool) for same in harmless
@@ -305,7 +307,7 @@ def _refuse_unsupported(values: dict[str, Any]) -> None:
 
 
 def _warn_unknown(values: dict[str, Any], kind: type[GenerationRequest]) -> None:
-    unknown = [name for name in values if name not in kind.model_fields and name not in UNSUPPORTED]
+    unknown = [name for name in values if name not in kind.model_fields and name not in kind.unsupported]
     if unknown:
         shown = ", ".join(repr(name[:40]) for name in unknown[:8])
         logger.warning("ignoring %d unknown request field(s): %s", len(unknown), shown)

@@ -28,6 +28,9 @@ class ServerSettings:
     shutdown_timeout: float = setting(
         30.0, "Seconds that running requests get to finish after SIGTERM.", group="Server", minimum=0
     )
+    chat_template: str | None = setting(
+        None, "Jinja file in place of the model's chat template.", group="Server", metavar="FILE"
+    )
     max_body_bytes: int = setting(32 << 20, "Largest request body; beyond, clients get 413.", group="Limits", minimum=1)
     max_header_bytes: int = setting(
         64 << 10, "Largest sum of a request's headers; beyond, clients get 431.", group="Limits", minimum=1

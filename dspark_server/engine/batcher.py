@@ -80,14 +80,17 @@ class Batcher:
 
     # -- arrival and departure ---------------------------------------------------------------------------------------
 
+    @property
+    def capacity(self) -> int:
+        """Tokens, prompt and answer together, of the longest request that an empty pool can hold."""
+        return self.pool.num_blocks * self.pool.block_size - self.gamma
+
     def check_fits(self, prompt_length: int, max_tokens: int) -> None:
         """Raise RequestError for a request that could not finish even alone on an empty pool."""
-        longest = prompt_length + max_tokens + self.gamma
-        if self.pool.blocks_for(longest) > self.pool.num_blocks:
-            capacity = self.pool.num_blocks * self.pool.block_size - self.gamma
+        if prompt_length + max_tokens > self.capacity:
             raise RequestError(
                 f"The prompt has {prompt_length} tokens and asks for {max_tokens} more, "
-                f"but the KV cache holds {capacity} tokens in all. Shorten the prompt or lower max_tokens.",
+                f"but the KV cache holds {self.capacity} tokens in all. Shorten the prompt or lower max_tokens.",
                 param="max_tokens",
                 code="context_length_exceeded",
             )

@@ -172,6 +172,10 @@ class AsyncEngine:
         ids: list[int] = self._encoder_tokenizer.encode(text, add_special_tokens=add_special_tokens)
         return ids
 
+    def room(self, prompt_length: int) -> int:
+        """Most tokens that an answer to a prompt of this length may have; below 1: there is no place for one."""
+        return min(self.max_model_len, self.core.batcher.capacity) - prompt_length
+
     def submit(
         self,
         prompt: list[int],

@@ -244,6 +244,7 @@ class Detokenizer:
         vocabulary: dict[str, int] = self._backend.get_vocab(with_added_tokens=True)
         self._byte_tokens = frozenset(i for text, i in vocabulary.items() if _BYTE_TOKEN.fullmatch(text))
         self._size = max(vocabulary.values(), default=-1) + 1
+        self.longest_token = max(map(len, vocabulary), default=1)  # characters; no token is made of more
         self._table = _byte_table(self._backend, vocabulary, self._size)
         if self._table is not None:
             self._table_without_special = list(self._table)

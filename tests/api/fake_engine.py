@@ -3,6 +3,8 @@
     say TEXT      TEXT, then end of sequence      forever     "x " until max_tokens
     fail N        N tokens, then an error         nothing     end of sequence at once
 
+In a chat the last message is the prompt; "show" says what the chat template was given, "refuse" makes it refuse.
+
 `run_child` serves it in a process of its own, for tests that send signals.
 """
 
@@ -19,11 +21,23 @@ from transformers import PreTrainedTokenizerFast
 
 from dspark_server.api import ServerSettings, serve
 from dspark_server.engine.engine import TokenEvent
+from dspark_server.engine.logprobs import TokenLogprob
 from dspark_server.engine.request import FinishReason, SamplingParams
 from dspark_server.engine.stats import EngineStats
 from dspark_server.errors import CapacityError, EngineDeadError, RequestError
 
 EOS = 256
+
+CHAT_TEMPLATE = """
+{%- set last = messages[-1].content %}
+{%- if last == "show" %}
+    {{- "say " ~ {"messages": messages, "tools": tools, "open": add_generation_prompt, "mood": mood} | tojson }}
+{%- elif last == "refuse" %}
+    {{- raise_exception("Roles must alternate.") }}
+{%- else %}
+    {{- last }}
+{%- endif %}
+"""
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -66,12 +80,20 @@ class FakeReservation:
 class FakeEngine:
     """See the module. `per_step` tokens of every running choice each `step_seconds`."""
 
-    def __init__(self, *, capacity: int = 64, per_step: int = 1, step_seconds: float = 0.002) -> None:
+    def __init__(
+        self,
+        *,
+        capacity: int = 64,
+        per_step: int = 1,
+        step_seconds: float = 0.002,
+        chat_template: str | None = CHAT_TEMPLATE,
+    ) -> None:
         self.model_name = "fake"
         self.max_model_len = 2048
         self.vocab_size = 257
         self.backend = "none"
         self.tokenizer = build_tokenizer()
+        self.tokenizer.chat_template = chat_template
         self.stats = EngineStats(accepted_per_position=[3, 1])
         self.capacity = capacity
         self.per_step = per_step
@@ -119,10 +141,14 @@ class FakeEngine:
         self.encoded += 1
         return await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens=add_special_tokens)
 
+    def room(self, prompt_length: int) -> int:
+        return self.max_model_len - prompt_length
+
     def submit(self, prompt, params, *, reservation, request_id, on_tokens, choice=0, cache_salt="", leader=None):
         if len(prompt) + params.max_tokens > self.max_model_len:
             message = f"maximum context length is {self.max_model_len}, the prompt has {len(prompt)}"
-            raise RequestError(message, param="prompt", code="context_length_exceeded")
+            param = "max_tokens" if len(prompt) < self.max_model_len else "prompt"
+            raise RequestError(message, param=param, code="context_length_exceeded")
         word, _, rest = self.tokenizer.decode(prompt).partition(" ")
         forever = list(itertools.islice(itertools.cycle(self.tokenizer.encode("x ")), params.max_tokens))
         script = [*self.tokenizer.encode(rest), EOS] if word == "say" else [EOS] if word == "nothing" else forever
@@ -161,6 +187,7 @@ class FakeEngine:
             return
         room = min(self.per_step, handle.params.max_tokens - handle.sent)
         tokens = handle.script[handle.sent : handle.sent + room]
+        extra = {"cached_tokens": 2, **logprobs_of(handle, tokens)}
         handle.sent += len(tokens)
         self.stats.generation_tokens += len(tokens)
         self.stats.iteration_tokens.append(len(tokens))
@@ -168,11 +195,26 @@ class FakeEngine:
         stop = next((token for token in tokens if token in stops), None)
         if stop is not None:
             tokens = tokens[: tokens.index(stop) + 1]
-            self._finish(handle, TokenEvent(tokens, FinishReason.STOP, stop, cached_tokens=2))
+            self._finish(handle, TokenEvent(tokens, FinishReason.STOP, stop, **extra))
         elif handle.sent == handle.params.max_tokens or (handle.sent == len(handle.script) and not handle.fails):
-            self._finish(handle, TokenEvent(tokens, FinishReason.LENGTH, cached_tokens=2))
+            self._finish(handle, TokenEvent(tokens, FinishReason.LENGTH, **extra))
         else:
-            handle.on_tokens(TokenEvent(tokens, cached_tokens=2))
+            handle.on_tokens(TokenEvent(tokens, **extra))
+
+
+def logprobs_of(handle: FakeHandle, tokens: list[int]) -> dict[str, object]:
+    """Every token has -0.5 and rank 1; the alternatives are 0, 1, 2, ... with -1, -2, -3, ..."""
+
+    def described(token: int, count: int) -> TokenLogprob:
+        return TokenLogprob(token, -0.5, 1, [(token, -0.5), *((other, -1.0 - other) for other in range(20))][:count])
+
+    params, found = handle.params, {}
+    if params.logprobs is not None:
+        found["logprobs"] = [described(token, params.logprobs) for token in tokens]
+    if params.prompt_logprobs is not None and handle.sent == 0:
+        rest = [described(token, params.prompt_logprobs) for token in handle.prompt[1:]]
+        found["prompt_logprobs"] = [None, *rest]
+    return found
 
 
 def run_child(port: Connection, log: str, shutdown_timeout: float, step_seconds: float) -> None:

@@ -28,6 +28,12 @@ class Running:
     def complete(self, prompt, **fields) -> httpx.Response:
         return self.http.post("/v1/completions", json={"prompt": prompt, "max_tokens": 100, **fields})
 
+    def chat(self, messages, **fields) -> httpx.Response:
+        """A text is one user message."""
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        return self.http.post("/v1/chat/completions", json={"messages": messages, **fields})
+
     def canary(self) -> None:
         """The server still works."""
         assert self.complete("say fine").json()["choices"][0]["text"] == "fine"

@@ -155,6 +155,19 @@ def test_both_lengths_are_named(server: Running) -> None:
         assert error["code"] == "context_length_exceeded"
 
 
+def test_what_can_never_fit_is_not_tokenized(server: Running) -> None:
+    text = "say " + "é" * 1_000_000
+    encoded = server.engine.encoded
+    for response in (server.complete(text), server.complete(["say x", text]), server.chat(text)):
+        error = check(response)
+        assert "2048" in error["message"]
+        assert "1000004" in error["message"]
+        assert error["code"] == "context_length_exceeded"
+    assert server.engine.encoded == encoded + 1  # the short one
+    kept = server.complete(text, truncate_prompt_tokens=4, max_tokens=2, echo=True).json()["choices"][0]["text"]
+    assert kept == "ééx "
+
+
 def test_unknown_model(server: Running) -> None:
     error = check(server.complete("say x", model="other"), 404)
     assert error["code"] == "model_not_found"

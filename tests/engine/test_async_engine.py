@@ -118,6 +118,19 @@ def test_requests_that_can_never_be_served_are_refused_at_once() -> None:
     with_engine(test, num_blocks=128)
 
 
+@pytest.mark.parametrize("num_blocks", [128, 512])
+def test_an_answer_may_take_all_the_room_and_no_more(num_blocks: int) -> None:
+    async def test(engine: AsyncEngine) -> None:
+        assert engine.room(0) < 600 if num_blocks == 128 else engine.room(0) == engine.max_model_len
+        prompt = [5] * engine.room(3)
+        assert engine.room(len(prompt)) == 3
+        with pytest.raises(RequestError, match="KV cache" if num_blocks == 128 else "context length"):
+            Listener(engine, prompt, 4)
+        assert (await Listener(engine, prompt, 3).end()).finish_reason is FinishReason.LENGTH
+
+    with_engine(test, num_blocks=num_blocks)
+
+
 def test_a_failed_step_fails_its_requests_and_the_next_are_served(monkeypatch: pytest.MonkeyPatch) -> None:
     async def test(engine: AsyncEngine) -> None:
         victim = Listener(engine, prompts(1)[0], 500)

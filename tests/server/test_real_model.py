@@ -1,5 +1,6 @@
 """`dspark-server serve` with real weights, over a real socket, with the openai package."""
 
+import asyncio
 import json
 import os
 import re
@@ -15,6 +16,10 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from openai.types.chat import ChatCompletionMessageParam
+
+from dspark_server.engine.core import load_tokenizer
+from dspark_server.models.hub import resolve_model
 
 MODEL = "SmolLM2-135M-Instruct"
 
@@ -77,6 +82,66 @@ def test_streams_the_same_text_alone_and_in_company(client: openai.OpenAI) -> No
     assert together[0] == together[1]
     # bf16 ties aside, company changes nothing: the beginning at least is decided by wide margins.
     assert together[0][:20] == alone[:20]
+
+
+# In float32 every token of the greedy answer is at least half a logit ahead of the next: no near tie for bf16.
+WEEK: list[ChatCompletionMessageParam] = [{"role": "user", "content": "How many days are in a week?"}]
+
+
+def test_chats(client: openai.OpenAI) -> None:
+    """Whole, streamed, and as a completion of the prompt that transformers makes of it: the same greedy answer."""
+    answer = client.chat.completions.create(model=MODEL, messages=WEEK, temperature=0, seed=1)
+    text = answer.choices[0].message.content
+    assert text == "A week is approximately 7 days."
+    assert answer.choices[0].finish_reason == "stop"
+    with client.chat.completions.stream(model=MODEL, messages=WEEK, temperature=0, seed=1) as stream:
+        assert stream.get_final_completion().choices[0].message.content == text
+    tokenizer = load_tokenizer(resolve_model(MODEL))
+    prompt = str(tokenizer.apply_chat_template(WEEK, add_generation_prompt=True, tokenize=False))
+    completion = client.completions.create(model=MODEL, prompt=prompt, temperature=0, seed=1, max_tokens=100)
+    assert completion.choices[0].text == text
+    assert completion.usage is not None and answer.usage is not None
+    assert completion.usage.prompt_tokens == answer.usage.prompt_tokens
+
+
+def test_chats_with_logprobs(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(
+        model=MODEL, messages=WEEK, temperature=0, logprobs=True, top_logprobs=3, max_completion_tokens=8
+    )
+    logprobs = answer.choices[0].logprobs
+    assert logprobs is not None and logprobs.content is not None
+    assert "".join(entry.token for entry in logprobs.content) == answer.choices[0].message.content
+    for entry in logprobs.content:
+        assert entry.bytes == list(entry.token.encode())
+        assert len(entry.top_logprobs) == 3
+        assert entry.top_logprobs[0].token == entry.token  # greedy: the likeliest
+        assert entry.logprob == entry.top_logprobs[0].logprob <= 0
+        assert entry.logprob >= entry.top_logprobs[1].logprob >= entry.top_logprobs[2].logprob
+
+
+def test_chats_in_a_form(server: tuple[str, object]) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"days": {"enum": [7, 8]}, "certain": {"type": "boolean"}},
+        "required": ["days", "certain"],
+        "additionalProperties": False,
+    }
+
+    async def ask() -> str | None:
+        async with openai.AsyncOpenAI(base_url=f"{server[0]}/v1", api_key="none", max_retries=0) as client:
+            chunks = await client.chat.completions.create(
+                model=MODEL,
+                messages=[*WEEK, {"role": "user", "content": "Answer in JSON."}],
+                response_format={"type": "json_schema", "json_schema": {"name": "week", "schema": schema}},
+                max_completion_tokens=40,
+                seed=5,
+                stream=True,
+            )
+            return "".join([chunk.choices[0].delta.content or "" async for chunk in chunks])
+
+    told = json.loads(asyncio.run(ask()) or "")
+    assert told["days"] in (7, 8)
+    assert isinstance(told["certain"], bool)
 
 
 def test_the_metrics_count_and_a_bad_request_harms_nobody(server: tuple[str, object], client: openai.OpenAI) -> None:

@@ -1,0 +1,228 @@
+"""The body of a chat completion: a conversation, which a chat template renders, and how to answer it."""
+
+from typing import Annotated, Any, ClassVar, Literal
+
+import orjson
+from pydantic import Field
+
+from dspark_server.api.schema import LARGEST_COUNT, MAX_LOGPROBS, UNSUPPORTED, Body, GenerationRequest
+from dspark_server.errors import RequestError
+
+MAX_MESSAGES = 4096
+MAX_PARTS = 1024  # of one message
+MAX_TOOLS = 512
+MAX_TOOL_CALLS = 128  # of one message
+MAX_NAME = 256  # characters of a name or an id
+MAX_TEMPLATE_KWARGS = 64
+
+# Names that a template gets from the conversation itself, or that are no business of a request.
+RESERVED = frozenset(
+    {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "chat_template", "tokenize"}
+)
+
+TEXT_OR_PARTS: dict[str, Any] = {
+    "anyOf": [
+        {"type": "string"},
+        {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+                "required": ["type", "text"],
+            },
+        },
+        {"type": "null"},
+    ]
+}
+
+
+class Message(Body):
+    """One turn. `content` and `tool_calls` are checked by `Conversation.turns`, which can say what is wrong."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Any = Field(None, json_schema_extra=TEXT_OR_PARTS)
+    name: str | None = Field(None, max_length=MAX_NAME)
+    reasoning_content: str | None = None
+    tool_calls: Annotated[list[dict[str, Any]], Field(max_length=MAX_TOOL_CALLS, fail_fast=True)] | None = None
+    tool_call_id: str | None = Field(None, max_length=MAX_NAME)
+
+
+class Conversation(Body):
+    """What a chat template renders into a prompt."""
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+    tools: Annotated[list[dict[str, Any]], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
+    tool_choice: Any = Field(None, json_schema_extra={"enum": ["none", "auto", None]})
+    add_generation_prompt: bool | None = None  # true, unless the last message is to be continued
+    continue_final_message: bool = False
+    chat_template: Any = Field(None, description="Refused: a template is a program.")
+    chat_template_kwargs: dict[str, Any] = Field({}, max_length=MAX_TEMPLATE_KWARGS)
+    add_special_tokens: bool = False  # templates write them themselves
+
+    @property
+    def opens_answer(self) -> bool:
+        """Whether the prompt ends with the beginning of an assistant's turn."""
+        return not self.continue_final_message if self.add_generation_prompt is None else self.add_generation_prompt
+
+    @property
+    def shown_tools(self) -> list[dict[str, Any]] | None:
+        """The tools that the model sees: with `tool_choice: "none"` it sees none."""
+        return None if self.tool_choice == "none" else self.tools or None
+
+    def turns(self) -> list[dict[str, Any]]:
+        """The messages as a template takes them: plain dicts, content as one string, arguments of calls as objects.
+
+        Raises RequestError for what is no text, and for a turn that says nothing.
+        """
+        return [_turn(message, f"messages.{index}") for index, message in enumerate(self.messages)]
+
+    def check_conversation(self) -> None:
+        """Rules beyond types, all but those of `turns`. Raises RequestError."""
+        if self.chat_template is not None:
+            raise RequestError(
+                "`chat_template` is refused in requests: a template is a program. Start the server with "
+                "--chat-template FILE to use another one.",
+                param="chat_template",
+                code="unsupported",
+            )
+        if self.continue_final_message and self.add_generation_prompt:
+            raise RequestError(
+                "`continue_final_message` and `add_generation_prompt` exclude each other: the last message is either "
+                "continued or answered.",
+                param="continue_final_message",
+            )
+        if not RESERVED.isdisjoint(self.chat_template_kwargs):
+            raise RequestError(
+                "`chat_template_kwargs` must not hold what the request says elsewhere: "
+                f"{', '.join(sorted(RESERVED.intersection(self.chat_template_kwargs)))}.",
+                param="chat_template_kwargs",
+            )
+        if self.tool_choice not in (None, "none", "auto"):
+            forced = self.tool_choice == "required" or isinstance(self.tool_choice, dict)
+            raise RequestError(
+                'Forcing a tool call is not supported by this server; use `tool_choice: "auto"`.'
+                if forced
+                else '`tool_choice` must be "none" or "auto".',
+                param="tool_choice",
+                code="unsupported" if forced else None,
+            )
+        for index, tool in enumerate(self.tools or ()):
+            function = tool.get("function")
+            if tool.get("type") != "function" or not isinstance(function, dict) or not _is_name(function.get("name")):
+                raise RequestError(
+                    f'`tools.{index}` must be {{"type": "function", "function": {{"name": …}}}}, the name of at most '
+                    f"{MAX_NAME} characters.",
+                    param="tools",
+                )
+
+
+class ChatRequest(Conversation, GenerationRequest):
+    """A chat completion request."""
+
+    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {
+        **UNSUPPORTED,
+        "audio": (),
+        "best_of": (1,),
+        "echo": (False,),
+        "function_call": ("none", "auto"),
+        "functions": ([],),
+        "modalities": (["text"],),
+        "web_search_options": (),
+    }
+
+    max_tokens: int | None = Field(None, ge=1, le=LARGEST_COUNT)  # OpenAI's older name of the next
+    max_completion_tokens: int | None = Field(None, ge=1, le=LARGEST_COUNT)  # None: as many as the context holds
+    logprobs: bool = False
+    top_logprobs: int = Field(0, ge=0, le=MAX_LOGPROBS)
+
+    @property
+    def wanted_logprobs(self) -> int | None:
+        """See the base."""
+        return self.top_logprobs if self.logprobs else None
+
+    @property
+    def limit(self) -> tuple[str, int | None]:
+        """Most tokens of the answer, and the field that says so."""
+        if self.max_completion_tokens is None and self.max_tokens is not None:
+            return "max_tokens", self.max_tokens
+        return "max_completion_tokens", self.max_completion_tokens
+
+    def check(self) -> None:
+        """See the base."""
+        super().check()
+        self.check_conversation()
+        if self.top_logprobs and not self.logprobs:
+            raise RequestError("`top_logprobs` needs `logprobs: true`.", param="top_logprobs")
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            raise RequestError(
+                "`max_tokens` and `max_completion_tokens` mean the same and differ; send one of them.",
+                param="max_completion_tokens",
+            )
+        name, limit = self.limit
+        if limit is not None and self.min_tokens > limit:
+            raise RequestError(f"`min_tokens` must not exceed `{name}`.", param="min_tokens")
+
+
+def _turn(message: Message, place: str) -> dict[str, Any]:
+    turn: dict[str, Any] = {"role": message.role, "content": _text(message.content, place)}
+    if message.content is None and (message.role != "assistant" or not message.tool_calls):
+        needed = "content or tool calls" if message.role == "assistant" else "content"
+        raise RequestError(f"`{place}` needs {needed}.", param="messages")
+    for name in ("name", "reasoning_content", "tool_call_id"):
+        if (value := getattr(message, name)) is not None:
+            turn[name] = value
+    if message.tool_calls:
+        turn["tool_calls"] = [
+            _call(call, f"{place}.tool_calls.{index}") for index, call in enumerate(message.tool_calls)
+        ]
+    return turn
+
+
+def _text(content: Any, place: str) -> str:
+    """Text of a message; several parts stand on lines of their own (as in vLLM)."""
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise RequestError(f"`{place}.content` must be a string or a list of text parts.", param="messages")
+    if len(content) > MAX_PARTS:
+        raise RequestError(f"`{place}.content` may have at most {MAX_PARTS} parts.", param="messages")
+    texts = []
+    for part in content:
+        if not isinstance(part, dict) or not isinstance(part.get("type"), str):
+            raise RequestError(f'`{place}.content` must hold {{"type": "text", "text": …}} only.', param="messages")
+        if part["type"] != "text":
+            raise RequestError(
+                f"`{place}.content` has a part that is not text; this model takes text only.",
+                param="messages",
+                code="unsupported",
+            )
+        if not isinstance(part.get("text"), str):
+            raise RequestError(f"`{place}.content` has a text part without its `text`.", param="messages")
+        texts.append(part["text"])
+    return "\n".join(texts)
+
+
+def _call(call: dict[str, Any], place: str) -> dict[str, Any]:
+    """A tool call that the assistant made. OpenAI has its arguments as JSON text, templates want the object."""
+    function = call.get("function")
+    if (
+        not isinstance(function, dict)
+        or not _is_name(function.get("name"))
+        or call.get("type", "function") != "function"
+    ):
+        raise RequestError(f"`{place}` must be a function call with a name.", param="messages")
+    arguments = function.get("arguments") or {}
+    if isinstance(arguments, str):
+        try:
+            arguments = orjson.loads(arguments)
+        except orjson.JSONDecodeError:
+            arguments = None
+    if not isinstance(arguments, dict):
+        raise RequestError(f"`{place}.function.arguments` must be a JSON object.", param="messages")
+    return {**call, "type": "function", "function": {**function, "arguments": arguments}}
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and 0 < len(value) <= MAX_NAME
