@@ -1,4 +1,4 @@
-# make serve | test | check | mutants | bench — each sets up what it needs; a second run starts at once.
+# make serve | test | check | test-clients | mutants | bench — each sets up what it needs; a second run starts at once.
 PYTHON ?= python3
 PORT ?= 8000
 ARGS ?=
@@ -8,11 +8,12 @@ STAMP := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check mutants bench format
+.PHONY: help serve test test-clients check mutants bench format
 
 help:
 	@echo "make serve [PORT=8000] [ARGS='--max-num-seqs 32']   set up and serve SmolLM2-135M-Instruct on 127.0.0.1"
 	@echo "make test  [ARGS='-k blocks']                       set up and run the tests"
+	@echo "make test-clients [ARGS='-k guidellm']              real clients against a real server; each in its own venv"
 	@echo "make check                                          format, lint and types"
 	@echo "make mutants                                        plant known bugs; a test must catch each"
 	@echo "make bench                                          measure this machine; see docs/benchmarks.md"
@@ -40,6 +41,19 @@ serve: $(STAMP)
 test: $(DEV)
 	@$(BIN)/dspark-server pull
 	@$(BIN)/python -m pytest $(ARGS)
+
+CLIENTS := build/clients
+
+# A client has its own pins, and must not change what the server runs with.
+$(CLIENTS)/%/.installed: tests/clients/%.txt
+	@test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	@echo "installing $* into $(@D) ..." >&2
+	@$(@D)/bin/pip install --disable-pip-version-check --progress-bar on -r $<
+	@touch $@
+
+test-clients: $(DEV) $(CLIENTS)/guidellm/.installed $(CLIENTS)/lm-eval/.installed
+	@$(BIN)/dspark-server pull
+	@$(BIN)/python -m pytest tests/clients $(ARGS)
 
 check: $(DEV)
 	@$(BIN)/ruff format --check .

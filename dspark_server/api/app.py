@@ -17,8 +17,9 @@ from dspark_server.api.completions import Completions
 from dspark_server.api.edge import Edge
 from dspark_server.api.intake import Intake
 from dspark_server.api.metrics import Metrics
-from dspark_server.api.schema import CompletionRequest, GenerationRequest, json_schema
+from dspark_server.api.schema import Body, CompletionRequest, json_schema
 from dspark_server.api.settings import ServerSettings
+from dspark_server.api.tokens import DetokenizeRequest, TokenizeChatRequest, TokenizeRequest, Tokens
 from dspark_server.engine.engine import AsyncEngine
 from dspark_server.errors import RequestError
 
@@ -37,23 +38,25 @@ def create_app(
     app.add_middleware(Edge, settings=settings)
     errors.install(app)
     app.state.intake = intake
-    _add_generation(app, "/v1/completions", Completions(intake).create, CompletionRequest, "prompt")
-    _add_generation(app, "/v1/chat/completions", Chat(intake, template).create, ChatRequest, "messages")
+    tokens = Tokens(intake, template)
+    app.state.tokens = tokens
+    _add_post(app, "/v1/completions", Completions(intake).create, prompt=CompletionRequest)
+    _add_post(app, "/v1/chat/completions", Chat(intake, template).create, messages=ChatRequest)
+    _add_post(app, "/tokenize", tokens.tokenize, prompt=TokenizeRequest, messages=TokenizeChatRequest)
+    _add_post(app, "/detokenize", tokens.detokenize, tokens=DetokenizeRequest)
     _add_probes(app, engine, metrics)
     _add_models(app, engine)
     return app
 
 
-def _add_generation(
-    app: FastAPI,
-    path: str,
-    create: Callable[[Request], Awaitable[Response]],
-    kind: type[GenerationRequest],
-    required: str,
+def _add_post(
+    app: FastAPI, path: str, endpoint: Callable[[Request], Awaitable[Response]], **bodies: type[Body]
 ) -> None:
-    body = {"required": True, "content": {"application/json": {"schema": json_schema(kind, required)}}}
-    extra = {"requestBody": body}
-    app.add_api_route(path, create, methods=["POST"], response_class=Response, openapi_extra=extra)
+    """A route whose body is one of `bodies`, each under the name of the field it cannot do without."""
+    schemas = [json_schema(kind, required) for required, kind in bodies.items()]
+    schema = schemas[0] if len(schemas) == 1 else {"anyOf": schemas}
+    extra = {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+    app.add_api_route(path, endpoint, methods=["POST"], response_class=Response, openapi_extra=extra)
 
 
 def _add_probes(app: FastAPI, engine: AsyncEngine, metrics: Metrics) -> None:
@@ -69,9 +72,15 @@ def _add_probes(app: FastAPI, engine: AsyncEngine, metrics: Metrics) -> None:
         return _json({"status": "alive"})
 
     @app.get("/ping", response_class=Response)
+    @app.post("/ping", response_class=Response)
     async def ping(request: Request) -> Response:
         """The same as /health, for SageMaker."""
         return await health(request)
+
+    @app.get("/load", response_class=Response)
+    async def load(request: Request) -> Response:
+        """Choices in flight, waiting ones included."""
+        return _json({"server_load": engine.in_flight})
 
     @app.get("/metrics", response_class=Response)
     async def scrape(request: Request) -> Response:

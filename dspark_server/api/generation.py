@@ -8,7 +8,9 @@ One wake-up of the response serves all choices that got text in the same step.
 import asyncio
 import logging
 from time import monotonic
+from typing import Any
 
+from dspark_server.api.drafts import DraftRecord
 from dspark_server.api.metrics import Metrics
 from dspark_server.engine.engine import AsyncEngine, Handle, TokenEvent
 from dspark_server.engine.logprobs import TokenLogprob
@@ -26,6 +28,7 @@ class Choice:
     __slots__ = (
         "_arrival",
         "_drop_stop_token",
+        "_first",
         "_generation",
         "_last",
         "_metrics",
@@ -35,6 +38,7 @@ class Choice:
         "cached_tokens",
         "completion_tokens",
         "cumulative_logprob",
+        "drafts",
         "finish_reason",
         "finish_sent",
         "first",
@@ -64,7 +68,8 @@ class Choice:
         self._generation = generation
         self._metrics = generation.metrics
         self._arrival = generation.arrival
-        self._last = 0.0  # monotonic seconds of the newest tokens
+        self._first = 0.0  # monotonic seconds of the first tokens
+        self._last = 0.0  # and of the newest
         self._text = text
         self._stop_token_ids = stop_token_ids
         self._drop_stop_token = drop_stop_token
@@ -82,6 +87,7 @@ class Choice:
         self.text_offset = 0  # characters of the tokens whose log-probabilities have been sent
         self.completion_tokens = 0
         self.cached_tokens = 0
+        self.drafts = generation.draft_record()
         self.finish_reason: FinishReason | None = None
         self.stop_reason: str | int | None = None
 
@@ -113,6 +119,8 @@ class Choice:
         text = ""
         if tokens:
             self._observe(event)
+            if self.drafts is not None and event.drafted:
+                self.drafts.add(event.drafted, event.accepted)
             hide = event.stop_token is not None and self._drop_stop_token
             text = self._text.push(tokens[:-1] if hide else tokens)
             self.completion_tokens += len(tokens)
@@ -146,8 +154,10 @@ class Choice:
     def _observe(self, event: TokenEvent) -> None:
         now = monotonic()
         if self._last == 0.0:
+            self._first = now
             self.cached_tokens = event.cached_tokens
             self._metrics.time_to_first_token.observe(now - self._arrival)
+            self._metrics.prefill_time.observe(now - event.admitted)
         else:
             self._metrics.inter_token_latency.observe(now - self._last)
         self._last = now
@@ -156,7 +166,11 @@ class Choice:
         self.finish_reason = reason
         self._generation.open -= 1
         self._metrics.finished(
-            reason.value, monotonic() - self._arrival, prompt=len(self.prompt), generated=self.completion_tokens
+            reason.value,
+            monotonic() - self._arrival,
+            prompt=len(self.prompt),
+            generated=self.completion_tokens,
+            decode=self._last - self._first if self._first else None,
         )
 
     def abandon(self) -> None:
@@ -169,13 +183,22 @@ class Choice:
 class Generation:
     """The choices of one HTTP request and the one waiter for news of them."""
 
-    def __init__(self, engine: AsyncEngine, metrics: Metrics, arrival: float, *, wants_tokens: bool = False) -> None:
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        metrics: Metrics,
+        arrival: float,
+        *,
+        wants_tokens: bool = False,
+        draft_figures: str = "none",
+    ) -> None:
         self._engine = engine
         self._waiter: asyncio.Future[None] | None = None
         self._news = False
         self.metrics = metrics
         self.arrival = arrival  # monotonic seconds
         self.wants_tokens = wants_tokens
+        self.draft_figures = draft_figures  # "none", "summary" or "detailed"
         self.choices: list[Choice] = []
         self.open = 0  # choices not yet ended
         self.failure: str | None = None  # why the whole request failed
@@ -185,6 +208,24 @@ class Generation:
         """Register a choice before it is submitted."""
         self.choices.append(choice)
         self.open += 1
+
+    def draft_record(self) -> DraftRecord | None:
+        """A record for a new choice; None when nobody asked, or when nothing is ever drafted."""
+        longest = len(self._engine.stats.accepted_per_position)
+        if self.draft_figures == "none" or longest == 0:
+            return None
+        return DraftRecord(longest, detailed=self.draft_figures == "detailed")
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """What the answer says besides choices and usage: {} or {"metrics": ...}.
+
+        As in vLLM the figures describe one sequence, and are null for an answer with several choices.
+        """
+        if self.draft_figures == "none":
+            return {}
+        drafts = self.choices[0].drafts if len(self.choices) == 1 else None
+        return {"metrics": {"speculative_decoding": None if drafts is None else drafts.figures()}}
 
     @property
     def over(self) -> bool:

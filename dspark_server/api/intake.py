@@ -54,16 +54,20 @@ class Intake:
         except TimeoutError:
             raise RequestError("The body took too long to arrive.", status=408) from None
 
-    def check(self, body: GenerationRequest) -> None:
-        """What needs no tokenizer. Raises RequestError or CapacityError."""
-        engine = self.engine
-        if body.model is not None and body.model != engine.model_name:
+    def check_model(self, name: str | None) -> None:
+        """Raise RequestError (404) for a model that is not served; None is the one that is."""
+        if name is not None and name != self.engine.model_name:
             raise RequestError(
-                f"This server does not have that model; it serves {engine.model_name!r}.",
+                f"This server does not have that model; it serves {self.engine.model_name!r}.",
                 param="model",
                 status=404,
                 code="model_not_found",
             )
+
+    def check(self, body: GenerationRequest) -> None:
+        """What needs no tokenizer. Raises RequestError or CapacityError."""
+        engine = self.engine
+        self.check_model(body.model)
         if engine.health() == "loading":
             raise CapacityError("The model is still loading.", retry_after=5)
         for name in ("stop_token_ids", "allowed_token_ids"):

@@ -75,6 +75,17 @@ class Metrics(Collector):
         self.inter_token_latency = Histogram(
             "vllm:inter_token_latency_seconds", "Time between two chunks of one choice in seconds.", INTER_TOKEN_BUCKETS
         )
+        self.prefill_time = Histogram(
+            "vllm:request_prefill_time_seconds", "From admission to the first token in seconds.", REQUEST_BUCKETS
+        )
+        self._decode = Histogram(
+            "vllm:request_decode_time_seconds", "From the first token to the last in seconds.", REQUEST_BUCKETS
+        )
+        self._per_token = Histogram(
+            "vllm:request_time_per_output_token_seconds",
+            "Decode time by token after the first in seconds, one value for each choice.",
+            INTER_TOKEN_BUCKETS,
+        )
         self._e2e = Histogram(
             "vllm:e2e_request_latency_seconds", "From arrival to the last token in seconds.", REQUEST_BUCKETS
         )
@@ -85,12 +96,18 @@ class Metrics(Collector):
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
 
-    def finished(self, reason: str, seconds: float, *, prompt: int, generated: int) -> None:
-        """Count a choice that ended, for whatever reason."""
+    def finished(
+        self, reason: str, seconds: float, *, prompt: int, generated: int, decode: float | None = None
+    ) -> None:
+        """Count a choice that ended, for whatever reason; `decode` is its decode time if it got a token at all."""
         self._success[reason] += 1
         self._e2e.observe(seconds)
         self._prompt.observe(prompt)
         self._generated.observe(generated)
+        if decode is not None:
+            self._decode.observe(decode)
+            if generated > 1:
+                self._per_token.observe(decode / (generated - 1))
 
     def render(self) -> bytes:
         """The Prometheus text format."""
@@ -107,6 +124,12 @@ class Metrics(Collector):
         yield _gauge("num_requests_running", "Requests in the batch.", labels, stats.running)
         yield _gauge("num_requests_waiting", "Requests waiting to be admitted.", labels, stats.waiting)
         yield _gauge("kv_cache_usage_perc", "KV blocks in use; 1 is all of them.", labels, stats.kv_usage)
+        info = self._engine.cache_info
+        cache = GaugeMetricFamily(
+            "vllm:cache_config_info", "What the KV cache is, in its labels; always 1.", labels=(*LABELS, *info)
+        )
+        cache.add_metric((*labels, *info.values()), 1)
+        yield cache
         for name, documentation, value in (
             ("prompt_tokens", "Prompt tokens computed.", stats.prompt_tokens),
             ("generation_tokens", "Tokens generated.", stats.generation_tokens),
@@ -126,8 +149,9 @@ class Metrics(Collector):
         self._queue.drain(stats.queue_times)
         self._iteration.drain(stats.iteration_tokens)
         for histogram in (
-            *(self.time_to_first_token, self.inter_token_latency, self._e2e),
-            *(self._prompt, self._generated, self._queue, self._iteration),
+            *(self.time_to_first_token, self.inter_token_latency, self._per_token),
+            *(self._e2e, self._queue, self.prefill_time, self._decode),
+            *(self._prompt, self._generated, self._iteration),
         ):
             yield histogram.family(labels)
 

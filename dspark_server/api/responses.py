@@ -116,7 +116,7 @@ class WholeResponse(GenerationResponse):
             return
         shown = generation.choices if self._best is None else best_of(generation.choices, *self._best)
         choices = [self._choice(index, choice) for index, choice in enumerate(shown)]
-        body = {**self.head, "choices": choices, "usage": usage_of(generation.choices)}
+        body = {**self.head, "choices": choices, "usage": usage_of(generation.choices), **generation.figures}
         if self.shape.one_prompt:
             body |= self._prompt(generation.choices[0])
         await send_json(send, 200, body, {})
@@ -226,7 +226,8 @@ class StreamResponse(GenerationResponse):
             return b"data: " + orjson.dumps(describe(self.failure())[1]) + b"\n\n" + DONE
         if not self._include_usage:
             return DONE
-        return self._head + b'],"usage":' + orjson.dumps(usage_of(self.generation.choices)) + b"}\n\n" + DONE
+        figures = {"usage": usage_of(self.generation.choices), **self.generation.figures}
+        return self._head + b"]," + orjson.dumps(figures)[1:] + b"\n\n" + DONE
 
 
 def answer(

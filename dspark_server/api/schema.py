@@ -51,11 +51,15 @@ class Body(BaseModel):
     """Strict types; null is the same as absent."""
 
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
+    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {}  # fields that are refused but for these values
 
     @model_validator(mode="before")
     @classmethod
     def _drop_nulls(cls, values: Any) -> Any:
         return {k: v for k, v in values.items() if v is not None} if isinstance(values, dict) else values
+
+
+Valid = TypeVar("Valid", bound=Body)
 
 
 class StreamOptions(Body):
@@ -252,23 +256,34 @@ def parse(body: bytes, kind: type[Kind]) -> Kind:
 
     Raises RequestError (400) naming the field to blame.
     """
+    values = read_object(body)
+    _refuse_unsupported(values, kind)
+    request = validated(kind, values)
+    request.check()
+    return request
+
+
+def read_object(body: bytes) -> dict[str, Any]:
+    """The JSON object a body is. Raises RequestError (400) for anything else."""
     try:
         values = orjson.loads(body)  # refuses NaN, 1e309, lone surrogates, a BOM and deep nesting by itself
     except orjson.JSONDecodeError as error:
         raise RequestError(f"The body is not valid JSON: {error.msg} (at byte {error.pos}).") from None
     if not isinstance(values, dict):
         raise RequestError("The body must be a JSON object.")
-    _refuse_unsupported(values, kind)
+    return values
+
+
+def validated(kind: type[Valid], values: dict[str, Any]) -> Valid:
+    """Check fields one by one; unknown ones are ignored with a warning. Raises RequestError (400)."""
     _warn_unknown(values, kind)
     try:
-        request = kind.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
         raise _as_request_error(error) from None
-    request.check()
-    return request
 
 
-def json_schema(kind: type[GenerationRequest], required: str) -> dict[str, Any]:
+def json_schema(kind: type[Body], required: str) -> dict[str, Any]:
     """JSON schema of a body for /openapi.json; every field but `required` may be null."""
     schema = kind.model_json_schema(ref_template="#/$defs/{model}")
     definitions = schema.pop("$defs", {})
@@ -306,7 +321,7 @@ def _refuse_unsupported(values: dict[str, Any], kind: type[GenerationRequest]) -
         )
 
 
-def _warn_unknown(values: dict[str, Any], kind: type[GenerationRequest]) -> None:
+def _warn_unknown(values: dict[str, Any], kind: type[Body]) -> None:
     unknown = [name for name in values if name not in kind.model_fields and name not in kind.unsupported]
     if unknown:
         shown = ", ".join(repr(name[:40]) for name in unknown[:8])

@@ -7,6 +7,7 @@ from dspark_server.errors import ConfigError
 from dspark_server.settings import check, setting
 
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
+DRAFT_FIGURES = ("none", "summary", "detailed")
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,9 @@ class ServerSettings:
     body_timeout: float = setting(60.0, "Seconds in which a request's body must have arrived.", group="Limits", above=0)
     stall_timeout: float = setting(
         60.0, "Seconds after which a reader that takes nothing is dropped.", group="Limits", above=0
+    )
+    per_request_spec_decode_metrics: str = setting(
+        "none", "What an answer says of its drafts.", group="Speculation", choices=DRAFT_FIGURES
     )
     log_level: str = setting("info", "The least important messages shown.", group="Logging", choices=LOG_LEVELS)
     access_log: bool = setting(False, "One line per request.", group="Logging")

@@ -196,7 +196,8 @@ class Batcher:
         if request.cached_tokens is None:  # not a return after preemption
             request.cached_tokens = request.computed
             self.stats.prompt_tokens += request.prompt_length
-            self.stats.queue_times.append(self._clock() - request.arrival)
+            request.admitted = self._clock()
+            self.stats.queue_times.append(request.admitted - request.arrival)
         return True
 
     # -- after the pass ----------------------------------------------------------------------------------------------

@@ -38,6 +38,7 @@ class EngineCore:
     vocab_size: int
     eos_token_ids: frozenset[int]
     cache_identity: str
+    cache_dtype: str
     backend: str
     speculation: str  # which drafter, which policy, for people
 
@@ -45,6 +46,17 @@ class EngineCore:
     def batcher(self) -> Batcher:
         """Who waits and who runs."""
         return self.loop.batcher
+
+    @property
+    def cache_info(self) -> dict[str, str]:
+        """Facts about the KV cache, under vLLM's names (a block is a block, whatever it lies on)."""
+        pool = self.batcher.pool
+        return {
+            "block_size": str(pool.block_size),
+            "cache_dtype": self.cache_dtype,
+            "enable_prefix_caching": str(self.config.enable_prefix_caching),
+            "num_gpu_blocks": str(pool.num_blocks),
+        }
 
     @classmethod
     def load(cls, config: EngineConfig, costs: Profile | None = None, **loop_options: Any) -> "EngineCore":
@@ -114,6 +126,7 @@ class EngineCore:
             vocab_size=target.config.vocab_size,
             eos_token_ids=frozenset(target.config.eos_token_ids),
             cache_identity=cache_identity,
+            cache_dtype=str(dtype).removeprefix("torch."),
             backend=backend,
             speculation=f"drafter {config.speculative.model or 'of its own'}, selection {policy}"
             if drafter.gamma

@@ -33,7 +33,11 @@ MAX_FAILED_STEPS = 3
 
 @dataclass(frozen=True)
 class TokenEvent:
-    """Tokens one step committed to one choice. The last event, and only it, has a finish reason."""
+    """Tokens one step committed to one choice. The last event, and only it, has a finish reason.
+
+    `admitted` is when the choice first left the queue, in monotonic seconds. In this step the target verified `drafted`
+    draft tokens and accepted the first `accepted` of them.
+    """
 
     tokens: list[int]
     finish_reason: FinishReason | None = None
@@ -42,6 +46,9 @@ class TokenEvent:
     cached_tokens: int = 0
     logprobs: list[TokenLogprob] | None = None  # of `tokens`, where they were asked for
     prompt_logprobs: list[TokenLogprob | None] | None = None  # with the first tokens, where they were asked for
+    admitted: float = 0.0
+    drafted: int = 0
+    accepted: int = 0
 
 
 @dataclass(eq=False)
@@ -103,6 +110,16 @@ class AsyncEngine:
     def stats(self) -> EngineStats:
         """Counters kept by the step thread."""
         return self.core.loop.stats
+
+    @property
+    def in_flight(self) -> int:
+        """Choices waiting or running, and places reserved for more."""
+        return self._in_flight
+
+    @property
+    def cache_info(self) -> dict[str, str]:
+        """Facts about the KV cache, under vLLM's names."""
+        return self.core.cache_info
 
     # -- life --------------------------------------------------------------------------------------------------------
 
@@ -328,4 +345,7 @@ def _event(output: StepOutput) -> TokenEvent:
         cached_tokens=request.cached_tokens or 0,
         logprobs=output.logprobs,
         prompt_logprobs=output.prompt_logprobs,
+        admitted=request.admitted,
+        drafted=output.drafted,
+        accepted=output.accepted,
     )

@@ -104,6 +104,7 @@ class Request:
     nonce: int
     choice: int = 0
     arrival: float = 0.0  # monotonic seconds
+    admitted: float = 0.0  # the same, of the first admission
     status: Status = Status.WAITING
     finish_reason: FinishReason | None = None
     error: str | None = None

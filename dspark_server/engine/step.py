@@ -70,12 +70,15 @@ class StepOutput:
     """The tokens one step committed to one request; `request.finish_reason` says whether they are its last.
 
     logprobs of the tokens, and of the prompt together with the first of them, where the request asked for them.
+    `accepted` of its `drafted` draft tokens survived; both are 0 in a step without a draft.
     """
 
     request: Request
     tokens: list[int]
     logprobs: list[TokenLogprob] | None = None
     prompt_logprobs: list[TokenLogprob | None] | None = None
+    drafted: int = 0
+    accepted: int = 0
 
 
 Acceptance = Callable[[Verification, Drafted | None, SamplingBatch], Accepted]
@@ -322,7 +325,7 @@ class StepLoop:
             self._count_tokens(len(taken), len(prefix), kept)
             if request.finish_reason is not None:
                 self.batcher.remove(request)
-            outputs.append(_output(request, taken, verified.logits[row : row + len(taken)]))
+            outputs.append(_output(request, taken, verified.logits[row : row + len(taken)], len(prefix), kept))
         return outputs
 
     def _count_drafting(self, plan: Plan, drafted: Drafted | None) -> None:
@@ -366,13 +369,13 @@ def _score_prompts(plan: Plan, logits: Tensor, row_start: list[int]) -> tuple[Te
     return logits[kept], [*starts, len(kept)]
 
 
-def _output(request: Request, taken: list[int], logits: Tensor) -> StepOutput:
+def _output(request: Request, taken: list[int], logits: Tensor, drafted: int, accepted: int) -> StepOutput:
     """What a commit of `taken` [n] says; logits [n, V] are the target's rows they came from."""
     asked = request.params
     logprobs = None if asked.logprobs is None else token_logprobs(logits, taken, asked.logprobs)
     first = len(request.tokens) - len(taken) == request.prompt_length
     prompt = request.prompt_logprobs if first and asked.prompt_logprobs is not None else None
-    return StepOutput(request, taken, logprobs, prompt)
+    return StepOutput(request, taken, logprobs, prompt, drafted, accepted)
 
 
 def copied_alone(request: Request, match: Match) -> bool:

@@ -4,6 +4,7 @@
     fail N        N tokens, then an error         nothing     end of sequence at once
 
 In a chat the last message is the prompt; "show" says what the chat template was given, "refuse" makes it refuse.
+Every step but a choice's first is told as one that verified a draft of two tokens.
 
 `run_child` serves it in a process of its own, for tests that send signals.
 """
@@ -12,8 +13,9 @@ import asyncio
 import itertools
 import os
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
+from time import monotonic
 
 import uvloop
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -60,6 +62,7 @@ class FakeHandle:
     on_tokens: object
     fails: bool = False
     sent: int = 0
+    submitted: float = field(default_factory=monotonic)
     finished: bool = False
 
 
@@ -92,6 +95,7 @@ class FakeEngine:
         self.max_model_len = 2048
         self.vocab_size = 257
         self.backend = "none"
+        self.cache_info = {"block_size": "16", "num_gpu_blocks": "100"}
         self.tokenizer = build_tokenizer()
         self.tokenizer.chat_template = chat_template
         self.stats = EngineStats(accepted_per_position=[3, 1])
@@ -187,7 +191,14 @@ class FakeEngine:
             return
         room = min(self.per_step, handle.params.max_tokens - handle.sent)
         tokens = handle.script[handle.sent : handle.sent + room]
-        extra = {"cached_tokens": 2, **logprobs_of(handle, tokens)}
+        drafted = 2 if handle.sent else 0
+        extra = {
+            "cached_tokens": 2,
+            "admitted": handle.submitted,
+            "drafted": drafted,
+            "accepted": min(drafted, len(tokens) - 1),
+            **logprobs_of(handle, tokens),
+        }
         handle.sent += len(tokens)
         self.stats.generation_tokens += len(tokens)
         self.stats.iteration_tokens.append(len(tokens))

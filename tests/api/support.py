@@ -11,6 +11,7 @@ import uvloop
 
 from dspark_server.api import ServerSettings, create_app
 from dspark_server.api.server import Server, make_server
+from dspark_server.engine.engine import AsyncEngine
 
 from .fake_engine import FakeEngine
 
@@ -20,7 +21,7 @@ class Running:
     """A server under test."""
 
     url: str
-    engine: FakeEngine
+    engine: FakeEngine | AsyncEngine
     server: Server
     http: httpx.Client
     openai: openai.OpenAI
@@ -38,6 +39,11 @@ class Running:
         """The server still works."""
         assert self.complete("say fine").json()["choices"][0]["text"] == "fine"
 
+    def samples(self) -> dict[str, float]:
+        """Samples of /metrics by name and labels, as they stand there."""
+        lines = [line for line in self.http.get("/metrics").text.splitlines() if not line.startswith("#")]
+        return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
+
     def wait(self, condition, seconds: float = 20.0) -> None:
         end = time.monotonic() + seconds
         while not condition():
@@ -45,9 +51,9 @@ class Running:
             time.sleep(0.005)
 
 
-def start(settings: ServerSettings, **engine_options) -> Iterator[Running]:
-    """Serve in a thread; a generator, for fixtures."""
-    engine = FakeEngine(**engine_options)
+def start(settings: ServerSettings, engine: AsyncEngine | None = None, **engine_options) -> Iterator[Running]:
+    """Serve in a thread, a fake engine if none is given; a generator, for fixtures."""
+    engine = engine or FakeEngine(**engine_options)
     app = create_app(engine, settings)
     server = make_server(app, engine, settings)
 

@@ -34,7 +34,7 @@ def connect(server: Running, body: dict) -> socket.socket:
 def test_probes_and_models(server: Running) -> None:
     assert server.http.get("/health").json() == {"status": "ready"}
     assert server.http.get("/live").status_code == 200
-    assert server.http.get("/ping").status_code == 200
+    assert server.http.get("/ping").status_code == server.http.post("/ping").status_code == 200
     assert set(server.http.get("/version").json()) == {"version", "backend"}
     models = server.openai.models.list().data
     assert [model.id for model in models] == ["fake"]
@@ -88,6 +88,13 @@ def test_a_client_that_leaves_is_aborted(server: Running, streaming: bool, reset
     server.canary()
 
 
+def test_load_counts_what_is_in_flight(own_server: Running) -> None:
+    assert own_server.http.get("/load").json() == {"server_load": 0}
+    with connect(own_server, {"prompt": ["forever"] * 3, "max_tokens": 1500}):
+        own_server.wait(lambda: own_server.http.get("/load").json() == {"server_load": 3})
+    own_server.wait(lambda: own_server.http.get("/load").json() == {"server_load": 0})
+
+
 def test_openai_client_leaves_in_mid_stream(server: Running) -> None:
     aborted = server.engine.aborted
     with server.openai.completions.create(model="fake", prompt="forever", max_tokens=1500, stream=True) as stream:
@@ -115,13 +122,6 @@ def test_a_reader_that_stalls_is_dropped(own_server: Running, choices: int, per_
     own_server.canary()
 
 
-def series(server: Running) -> dict[str, float]:
-    """Samples of /metrics by name and labels."""
-    text = server.http.get("/metrics").text
-    lines = [line for line in text.splitlines() if not line.startswith("#")]
-    return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
-
-
 def value(samples: dict[str, float], name: str, extra: str = "") -> float:
     found = [
         v for key, v in samples.items() if key.startswith(name + "{") and extra in key and 'model_name="fake"' in key
@@ -131,7 +131,7 @@ def value(samples: dict[str, float], name: str, extra: str = "") -> float:
 
 
 def test_metrics_have_vllms_names(own_server: Running) -> None:
-    samples = series(own_server)
+    samples = own_server.samples()
     for name in (
         *("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"),
         *("prompt_tokens_total", "generation_tokens_total", "num_preemptions_total"),
@@ -144,6 +144,7 @@ def test_metrics_have_vllms_names(own_server: Running) -> None:
         label = f'position="{position}"'
         assert value(samples, "vllm:spec_decode_num_accepted_tokens_per_pos_total", label) == count
     assert value(samples, "vllm:request_success_total", 'finished_reason="stop"') == 0
+    assert value(samples, "vllm:cache_config_info", 'num_gpu_blocks="100"') == 1
 
 
 def test_metrics_show_what_speculation_decides(own_server: Running) -> None:
@@ -153,7 +154,7 @@ def test_metrics_show_what_speculation_decides(own_server: Running) -> None:
     stats.survival[7].judged, stats.survival[7].predicted, stats.survival[7].survived = 10, 7.4, 6
     stats.seconds["verify"] = 1.5
     stats.verify_seconds = {1: 0.02, 256: 0.5}
-    samples = series(own_server)
+    samples = own_server.samples()
     for decision, count in (("drafted", 5), ("copied", 2), ("skipped", 1)):
         assert value(samples, "dspark:draft_decisions_total", f'decision="{decision}"') == count
     assert value(samples, "dspark:verification_budget_bucket", 'le="1.0"') == 1
@@ -173,7 +174,7 @@ def test_metrics_count(own_server: Running) -> None:
     own_server.complete("say a.b", stop=".")
     own_server.complete("fail 2")
     assert own_server.complete("say x", max_tokens=9999).status_code == 400  # refused: counted nowhere
-    samples = series(own_server)
+    samples = own_server.samples()
     assert value(samples, "vllm:request_success_total", 'finished_reason="stop"') == 2
     assert value(samples, "vllm:request_success_total", 'finished_reason="length"') == 1
     assert value(samples, "vllm:request_success_total", 'finished_reason="error"') == 1
@@ -182,16 +183,23 @@ def test_metrics_count(own_server: Running) -> None:
     assert value(samples, "vllm:time_to_first_token_seconds_count") == 4
     assert value(samples, "vllm:inter_token_latency_seconds_count") == 5 + 9 + 1 + 1
     assert value(samples, "vllm:e2e_request_latency_seconds_count") == 4
+    for name in ("prefill", "decode", "queue"):
+        assert value(samples, f"vllm:request_{name}_time_seconds_count") == 4
+    assert value(samples, "vllm:request_time_per_output_token_seconds_count") == 4
+    # E2E has what comes before admission too: it begins when the request arrives.
+    parts = [value(samples, f"vllm:request_{name}_time_seconds_sum") for name in ("prefill", "decode")]
+    assert 0 < parts[0] < value(samples, "vllm:time_to_first_token_seconds_sum")
+    assert 16 * 0.002 <= parts[1] < sum(parts) < value(samples, "vllm:e2e_request_latency_seconds_sum")
     assert value(samples, "vllm:request_prompt_tokens_sum") == 9 + 7 + 7 + 6
     assert value(samples, "vllm:request_generation_tokens_sum") == 20
-    assert value(samples, "vllm:request_queue_time_seconds_count") == 4
     assert value(samples, "vllm:iteration_tokens_total_count") == 20
     assert value(samples, "vllm:time_to_first_token_seconds_bucket", 'le="+Inf"') == 4
-    assert value(series(own_server), "vllm:iteration_tokens_total_count") == 20  # drained once
+    assert value(own_server.samples(), "vllm:iteration_tokens_total_count") == 20  # drained once
 
 
 def test_settings_are_checked() -> None:
-    for wrong in ({"port": 70000}, {"max_body_bytes": 0}, {"shutdown_timeout": -1.0}, {"stall_timeout": 0.0}):
+    for wrong in ({"port": 70000}, {"max_body_bytes": 0}, {"shutdown_timeout": -1.0}, {"stall_timeout": 0.0},
+                  {"per_request_spec_decode_metrics": "all"}):  # fmt: skip
         with pytest.raises(ConfigError):
             ServerSettings(**wrong)
 

@@ -1,0 +1,125 @@
+"""POST /tokenize and POST /detokenize, in vLLM's shapes.
+
+They run on a thread and a tokenizer of their own: a long text delays neither the event loop nor the prompts of
+completions, whose tokens are the same.
+"""
+
+import asyncio
+import copy
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Annotated, Any
+
+import orjson
+from fastapi import Request, Response
+from pydantic import Field
+
+from dspark_server.api.chat_schema import Conversation
+from dspark_server.api.chat_template import ChatTemplate
+from dspark_server.api.intake import Intake
+from dspark_server.api.schema import Body, TokenId, read_object, validated
+from dspark_server.errors import CapacityError, RequestError
+
+MAX_TEXT = 4 << 20  # characters
+MAX_TOKENS = 1 << 20
+MAX_WAITING = 64  # texts at once
+
+
+class TokenizeRequest(Body):
+    """A text to tokenize."""
+
+    model: str | None = Field(None, max_length=1024)
+    prompt: str = Field(max_length=MAX_TEXT)
+    add_special_tokens: bool = True
+    return_token_strs: bool = False
+
+
+class TokenizeChatRequest(Conversation):
+    """A conversation to tokenize, with what the chat template puts around it."""
+
+    model: str | None = Field(None, max_length=1024)
+    prompt: Any = Field(None, exclude=True)
+    return_token_strs: bool = False
+
+
+class DetokenizeRequest(Body):
+    """Tokens to turn into text, special ones included."""
+
+    model: str | None = Field(None, max_length=1024)
+    tokens: Annotated[list[TokenId], Field(max_length=MAX_TOKENS, fail_fast=True)]
+
+
+class Tokens:
+    """Both endpoints of one engine."""
+
+    def __init__(self, intake: Intake, template: ChatTemplate) -> None:
+        self._intake = intake
+        self._template = template
+        self._engine = intake.engine
+        self._tokenizer = copy.deepcopy(intake.engine.tokenizer)  # a tokenizer serves one thread
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
+        self._waiting = 0
+
+    async def tokenize(self, request: Request) -> Response:
+        """Token ids of a text as /v1/completions would see it, or of messages as /v1/chat/completions would.
+
+        Raises RequestError, and CapacityError when too many texts are waiting.
+        """
+        return await self._answer(request, self._tokenize)
+
+    async def detokenize(self, request: Request) -> Response:
+        """Text of token ids. Raises as `tokenize` does."""
+        return await self._answer(request, self._detokenize)
+
+    async def _answer(self, request: Request, work: Callable[[bytes], dict[str, Any]]) -> Response:
+        if self._waiting >= MAX_WAITING:
+            raise CapacityError("Too many texts are waiting to be tokenized. Try again later.")
+        self._waiting += 1
+        try:
+            body = await self._intake.read(request)
+            loop = asyncio.get_running_loop()
+            content = await loop.run_in_executor(self._thread, lambda: orjson.dumps(work(body)))
+        finally:
+            self._waiting -= 1
+        return Response(content, media_type="application/json")
+
+    def _tokenize(self, body: bytes) -> dict[str, Any]:
+        values = read_object(body)
+        asked: TokenizeRequest | TokenizeChatRequest
+        if values.get("messages") is None:
+            asked = validated(TokenizeRequest, values)
+            self._intake.check_model(asked.model)
+            text = asked.prompt
+        else:
+            asked = validated(TokenizeChatRequest, values)
+            self._intake.check_model(asked.model)
+            text = self._render(asked)
+        tokens: list[int] = self._tokenizer.encode(text, add_special_tokens=asked.add_special_tokens)
+        return {
+            "count": len(tokens),
+            "max_model_len": self._engine.max_model_len,
+            "tokens": tokens,
+            "token_strs": self._tokenizer.convert_ids_to_tokens(tokens) if asked.return_token_strs else None,
+        }
+
+    def _render(self, asked: TokenizeChatRequest) -> str:
+        """The prompt of a conversation, as /v1/chat/completions would have it."""
+        asked.check_conversation()
+        if asked.prompt is not None:
+            raise RequestError("`prompt` and `messages` exclude each other.", param="messages")
+        text = self._template.render_now(asked)
+        if len(text) > MAX_TEXT:
+            message = f"The conversation is too long: over {MAX_TEXT} characters."
+            raise RequestError(message, param="messages", code="context_length_exceeded")
+        return text
+
+    def _detokenize(self, body: bytes) -> dict[str, Any]:
+        asked = validated(DetokenizeRequest, read_object(body))
+        self._intake.check_model(asked.model)
+        if max(asked.tokens, default=0) >= self._engine.vocab_size:
+            message = f"A token id is outside the vocabulary (0 to {self._engine.vocab_size - 1})."
+            raise RequestError(message, param="tokens")
+        # The backend's own decode: transformers' may tidy spaces, and the text would not give the tokens again. As a
+        # batch, because only that lets other threads run meanwhile.
+        (text,) = self._tokenizer.backend_tokenizer.decode_batch([asked.tokens], skip_special_tokens=False)
+        return {"prompt": text}
