@@ -7,8 +7,8 @@ from starlette.types import Scope
 
 from dspark_server.errors import RequestError
 
-# What probes and scrapers read, and the dashboard's page, which is no secret: its figures come from other paths.
-OPEN_PATHS = frozenset({"/", "/health", "/live", "/ping", "/metrics", "/version"})
+# What probes, scrapers and balancers read; and the dashboard's page, no secret: its figures come from other paths.
+OPEN_PATHS = frozenset({"/", "/health", "/live", "/load", "/ping", "/metrics", "/version"})
 OPEN_FOLDER = "/static/"
 READING = ("GET", "HEAD")
 

@@ -14,7 +14,7 @@ from .fake_engine import FakeEngine
 from .support import Running, start
 
 KEYS = ("first-key", "second-key")
-OPEN = {("GET", path) for path in ("/", "/health", "/live", "/ping", "/metrics", "/version")}
+OPEN = {("GET", path) for path in ("/", "/health", "/live", "/load", "/ping", "/metrics", "/version")}
 
 
 @pytest.fixture(scope="module")
