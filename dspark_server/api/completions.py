@@ -32,13 +32,7 @@ class Completions:
         logprobs = None
         if body.logprobs is not None or body.prompt_logprobs is not None:
             logprobs = CompletionLogprobs(intake.detokenizer, body)
-        generation = Generation(
-            intake.engine,
-            intake.metrics,
-            arrival,
-            wants_tokens=body.return_token_ids,
-            draft_figures=intake.settings.per_request_spec_decode_metrics,
-        )
+        generation = Generation(intake.engine, intake.metrics, arrival, wants_tokens=body.return_token_ids)
         identifier = f"cmpl-{uuid.uuid4().hex}"
         try:
             await self._start(generation, body, identifier)

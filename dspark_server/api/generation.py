@@ -183,22 +183,14 @@ class Choice:
 class Generation:
     """The choices of one HTTP request and the one waiter for news of them."""
 
-    def __init__(
-        self,
-        engine: AsyncEngine,
-        metrics: Metrics,
-        arrival: float,
-        *,
-        wants_tokens: bool = False,
-        draft_figures: str = "none",
-    ) -> None:
+    def __init__(self, engine: AsyncEngine, metrics: Metrics, arrival: float, *, wants_tokens: bool = False) -> None:
         self._engine = engine
         self._waiter: asyncio.Future[None] | None = None
         self._news = False
         self.metrics = metrics
         self.arrival = arrival  # monotonic seconds
         self.wants_tokens = wants_tokens
-        self.draft_figures = draft_figures  # "none", "summary" or "detailed"
+        self.draft_figures = "none"  # or "summary" or "detailed": what the answer says of its drafts
         self.choices: list[Choice] = []
         self.open = 0  # choices not yet ended
         self.failure: str | None = None  # why the whole request failed

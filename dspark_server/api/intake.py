@@ -141,6 +141,7 @@ class Intake:
         identifier: str,
     ) -> None:
         """Hand `choices` choices for each prompt to the engine. Raises RequestError for what can never be served."""
+        generation.draft_figures = self.settings.per_request_spec_decode_metrics
         matcher = StopMatcher(body.stops) if body.stops else None
         scoring = params.max_tokens == 0 and (params.prompt_logprobs is not None or params.logprobs is not None)
         for number, prompt in enumerate(prompts):

@@ -72,11 +72,11 @@ class Tokens:
         return await self._answer(request, self._detokenize)
 
     async def _answer(self, request: Request, work: Callable[[bytes], dict[str, Any]]) -> Response:
+        body = await self._intake.read(request)
         if self._waiting >= MAX_WAITING:
             raise CapacityError("Too many texts are waiting to be tokenized. Try again later.")
         self._waiting += 1
         try:
-            body = await self._intake.read(request)
             loop = asyncio.get_running_loop()
             content = await loop.run_in_executor(self._thread, lambda: orjson.dumps(work(body)))
         finally:

@@ -1,4 +1,4 @@
-"""Log-probabilities of a prompt, over the real engine: those its tokens had when they were generated."""
+"""The real engine behind HTTP: what the fake one cannot say."""
 
 from collections.abc import Iterator
 
@@ -29,3 +29,24 @@ def test_a_prompt_is_scored_as_it_was_generated(tiny_server: Running, max_tokens
         assert len(logprobs) == len(tokens) + max_tokens
         expected = before["logprobs"]["token_logprobs"]
         assert logprobs[len(prompt) : len(tokens)] == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_parts_of_a_requests_time_add_up(tiny_server: Running) -> None:
+    def times() -> dict[str, float]:
+        names = ("request_queue_time", "request_prefill_time", "request_decode_time")
+        names += ("time_to_first_token", "e2e_request_latency")
+        samples = tiny_server.samples()
+        return {
+            name: next(v for key, v in samples.items() if key.startswith(f"vllm:{name}_seconds_sum{{"))
+            for name in names
+        }
+
+    before = times()
+    for _ in range(5):
+        assert tiny_server.complete([5, 9, 11], max_tokens=40, ignore_eos=True).status_code == 200
+    after = times()
+    queue, prefill, decode, first, whole = (after[name] - before[name] for name in after)
+    assert min(queue, prefill, decode) > 0
+    # The clocks of the two threads are one; what is left is tokenizing before, and the way between the threads.
+    assert queue + prefill < first < queue + prefill + 0.5
+    assert queue + prefill + decode < whole < queue + prefill + decode + 0.5
