@@ -73,6 +73,7 @@ def selectors(node: object, function: str | None = None, grouped: frozenset[str]
         for argument in node.args:
             yield from selectors(argument, node.func.name, frozenset() if node.func.name == "scalar" else grouped)
     elif isinstance(node, promql_parser.AggregateExpr):
+        assert node.modifier is None or node.modifier.type == promql_parser.AggModifierType.By, "`by` alone"
         kept = frozenset(node.modifier.labels if node.modifier else ())
         assert grouped <= kept, f"{grouped - kept} is aggregated away before it is grouped by"
         yield from selectors(node.expr, None, kept)
