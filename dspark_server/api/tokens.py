@@ -38,7 +38,6 @@ class TokenizeChatRequest(Conversation):
     """A conversation to tokenize, with what the chat template puts around it."""
 
     model: str | None = Field(None, max_length=1024)
-    prompt: Any = Field(None, exclude=True)
     return_token_strs: bool = False
 
 
@@ -85,15 +84,12 @@ class Tokens:
 
     def _tokenize(self, body: bytes) -> dict[str, Any]:
         values = read_object(body)
-        asked: TokenizeRequest | TokenizeChatRequest
-        if values.get("messages") is None:
-            asked = validated(TokenizeRequest, values)
-            self._intake.check_model(asked.model)
-            text = asked.prompt
-        else:
-            asked = validated(TokenizeChatRequest, values)
-            self._intake.check_model(asked.model)
-            text = self._render(asked)
+        is_chat = values.get("messages") is not None
+        if is_chat and values.get("prompt") is not None:
+            raise RequestError("`prompt` and `messages` exclude each other.", param="messages")
+        asked = validated(TokenizeChatRequest, values) if is_chat else validated(TokenizeRequest, values)
+        self._intake.check_model(asked.model)
+        text = self._render(asked) if isinstance(asked, TokenizeChatRequest) else asked.prompt
         tokens: list[int] = self._tokenizer.encode(text, add_special_tokens=asked.add_special_tokens)
         return {
             "count": len(tokens),
@@ -105,8 +101,6 @@ class Tokens:
     def _render(self, asked: TokenizeChatRequest) -> str:
         """The prompt of a conversation, as /v1/chat/completions would have it."""
         asked.check_conversation()
-        if asked.prompt is not None:
-            raise RequestError("`prompt` and `messages` exclude each other.", param="messages")
         text = self._template.render_now(asked)
         if len(text) > MAX_TEXT:
             message = f"The conversation is too long: over {MAX_TEXT} characters."

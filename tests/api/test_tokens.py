@@ -10,6 +10,7 @@ from dspark_server.api import tokens as module
 
 from .support import Running
 from .test_bad_input import RAW, SECRET, check
+from .test_chat import WEATHER
 from .test_completions import EMOJI
 
 
@@ -47,6 +48,51 @@ def test_its_tokens_are_those_of_completions(server: Running) -> None:
     assert answer["choices"][0]["prompt_token_ids"] == tokens
 
 
+def test_messages_have_the_tokens_of_chat_completions(server: Running) -> None:
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "show"}]
+    for extra in ({}, {"add_generation_prompt": False}, {"continue_final_message": True}, {"tools": [WEATHER]}):
+        said = {"chat_template_kwargs": {"mood": 1}, **extra}
+        answer = server.http.post("/tokenize", json={"messages": messages, "return_token_strs": True, **said}).json()
+        chat = server.chat(messages, return_token_ids=True, **said)
+        assert chat.json()["prompt_token_ids"] == answer["tokens"]
+        assert len(answer["token_strs"]) == answer["count"] == len(answer["tokens"])
+
+
+CHATS = {
+    "text": {"messages": SECRET},
+    "empty": {"messages": []},
+    "a role nobody has": {"messages": [{"role": "judge", "content": "hi"}]},
+    "refused by the template": {"messages": [{"role": "user", "content": "refuse"}]},
+    "nothing said": {"messages": [{"role": "user"}]},
+    "both": {"messages": [{"role": "user", "content": "hi"}], "prompt": "x"},
+    "a template": {"messages": [{"role": "user", "content": "hi"}], "chat_template": "{{ messages }}"},
+    "two endings": {
+        "messages": [{"role": "user", "content": "hi"}],
+        "add_generation_prompt": True,
+        "continue_final_message": True,
+    },
+}
+
+
+@pytest.mark.parametrize("case", CHATS)
+def test_messages_are_refused_as_in_a_chat(server: Running, case: str) -> None:
+    error = check(server.http.post("/tokenize", json={"user": SECRET, **CHATS[case]}))
+    assert error["param"] in ("messages", "chat_template", "continue_final_message")
+
+
+def test_a_long_conversation_is_refused(own_server: Running) -> None:
+    messages = [{"role": "user", "content": "x" * (module.MAX_TEXT + 1)}]
+    error = check(own_server.http.post("/tokenize", json={"messages": messages}))
+    assert error["code"] == "context_length_exceeded"
+
+
+@pytest.mark.parametrize("own_server", [{"chat_template": None}], indirect=True)
+def test_a_model_without_a_template_takes_no_messages(own_server: Running) -> None:
+    error = check(own_server.http.post("/tokenize", json={"messages": [{"role": "user", "content": "hi"}]}))
+    assert error["code"] == "no_chat_template"
+    assert own_server.http.post("/tokenize", json={"prompt": "hi"}).json()["count"] == 2
+
+
 def test_special_tokens_are_added_unless_not_wanted(own_server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
@@ -63,7 +109,7 @@ def test_special_tokens_are_added_unless_not_wanted(own_server: Running, monkeyp
 TOKENIZE = {f"{name}={value!r}"[:60]: {"prompt": "x", "user": SECRET, name: value} for name, value in [
     ("prompt", None), ("prompt", 3), ("prompt", ["x"]), ("prompt", [1, 2]), ("prompt", True), ("prompt", {}),
     ("prompt", "x" * (module.MAX_TEXT + 1)), ("model", 5), ("add_special_tokens", 1), ("add_special_tokens", "no"),
-    ("return_token_strs", 0), ("messages", [{"role": "user", "content": "hi"}]), ("messages", SECRET),
+    ("return_token_strs", 0),
 ]}  # fmt: skip
 
 DETOKENIZE = {f"{name}={value!r}"[:60]: {"tokens": [1], "user": SECRET, name: value} for name, value in [
