@@ -29,9 +29,10 @@ typedef struct {
   int causal, dtype;
 } Attention;
 
-// Float scratch of a task. Rows are (query, head of the group); dim is head_dim padded to DEPTH.
+// Scratch of a task. Where bfloat16 is multiplied in pairs, so are query and key along the head and numerators and
+// values along the keys: half as many rows or columns, each a word. Values are then in the order of `pair_values`. Rows are (query, head of the group); dim is head_dim padded to DEPTH.
 typedef struct {
-  float *query;   // [rows, dim], scaled by scale * log2(e)
+  float *query;   // [rows, dim]
   float *score;   // [rows, KEYS], then the softmax's numerators
   float *sum;     // [rows, dim] of numerator * value
   float *key;     // [dim, KEYS]
@@ -64,9 +65,10 @@ ALWAYS_INLINE void interleave(words *to, const words *from) {
 #endif
 }
 
-// 2 * LANES consecutive bfloat16 of each of LANES rows at base + offsets -> column [2 * LANES][KEYS] float32; base +
-// next is fetched.
-static void transpose_bfloat16(const char *base, const long *offsets, const long *next, float *column) {
+// 2 * LANES consecutive bfloat16 of each of LANES rows at base + offsets -> column [2 * LANES][KEYS] float32, or
+// [LANES][KEYS] pairs; base + next is fetched.
+ALWAYS_INLINE void transpose_bfloat16(const char *base, const long *offsets, const long *next, int pairs,
+                                      float *column) {
   words a[LANES], b[LANES];
 #pragma GCC unroll 16
   for (int i = 0; i < LANES; i++) {
@@ -84,21 +86,25 @@ static void transpose_bfloat16(const char *base, const long *offsets, const long
 #endif
 #pragma GCC unroll 16
   for (int i = 0; i < LANES; i++) {
+    if (pairs) {
+      store(column + i * KEYS, (floats)done[i]);
+      continue;
+    }
     store(column + 2 * i * KEYS, (floats)(done[i] << 16));
     store(column + (2 * i + 1) * KEYS, (floats)(done[i] & 0xffff0000u));
   }
 }
 #endif
 
-// Keys at base + offsets [count] -> key [head_dim, KEYS] float32, while those at base + next are fetched. What columns
+// Keys at base + offsets [count] -> key [head_dim, KEYS] float32, or [head_dim / 2, KEYS] pairs, while those at base + next are fetched. What columns
 // past `count` hold does not matter: they are masked.
-static void pack_keys(const char *base, const long *offsets, const long *next, long count, long head_dim, int dtype,
-                      float *key) {
+ALWAYS_INLINE void pack_keys(const char *base, const long *offsets, const long *next, long count, long head_dim,
+                             int dtype, int pairs, float *key) {
 #ifdef TRANSPOSES
   if (dtype == BFLOAT16 && head_dim % (2 * LANES) == 0) {
     for (long first = 0; first < count; first += LANES) {
       for (long j = 0; j < head_dim; j += 2 * LANES)
-        transpose_bfloat16(base + 2 * j, offsets + first, next + first, key + j * KEYS + first);
+        transpose_bfloat16(base + 2 * j, offsets + first, next + first, pairs, key + (j >> pairs) * KEYS + first);
     }
     return;
   }
@@ -112,8 +118,47 @@ static void pack_keys(const char *base, const long *offsets, const long *next, l
   }
 }
 
-// Scores of one row against the keys at [position, position + KEYS) -> softmax numerators; `sum` [dim] is rescaled.
-ALWAYS_INLINE void soften_row(const Scratch *scratch, long i, long position, long columns, long dim) {
+// Values at base + offsets [count] -> value [(count + 1) / 2, head_dim] pairs of two keys' values. Of every 32 columns
+// the words come in the order in which unpacking leaves them: `in_order` undoes that for sums.
+static void pair_values(const char *base, const long *offsets, long count, long head_dim, float *value) {
+#if DOT
+  for (long i = 0; i < count; i += 2) {
+    const char *even = base + offsets[i], *odd = base + offsets[i + 1];
+    for (long j = 0; j < head_dim; j += 2 * LANES) {
+      __m512i a = (__m512i)load_words(even + 2 * j);
+      __m512i b = i + 1 < count ? (__m512i)load_words(odd + 2 * j) : _mm512_setzero_si512();
+      store(value + i / 2 * head_dim + j, (floats)_mm512_unpacklo_epi16(a, b));
+      store(value + i / 2 * head_dim + j + LANES, (floats)_mm512_unpackhi_epi16(a, b));
+    }
+  }
+#endif
+}
+
+static void in_order(float *sum, long head_dim) {
+#if DOT
+  const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+  const __m512i high = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+  for (long j = 0; j < head_dim; j += 2 * LANES) {
+    __m512 a = (__m512)load(sum + j), b = (__m512)load(sum + j + LANES);
+    store(sum + j, (floats)_mm512_permutex2var_ps(a, low, b));
+    store(sum + j + LANES, (floats)_mm512_permutex2var_ps(a, high, b));
+  }
+#endif
+}
+
+// Numerators [columns] float32 -> [columns / 2] pairs of bfloat16, in place.
+static void pair_numerators(float *score, long columns) {
+#if DOT
+  for (long j = 0; j < columns; j += 2 * LANES) {
+    __m512 a = (__m512)load(score + j), b = (__m512)load(score + j + LANES);
+    store(score + j / 2, (floats)_mm512_cvtne2ps_pbh(b, a));
+  }
+#endif
+}
+
+// Scores of one row against the keys at [position, position + KEYS), times `scale` -> softmax numerators; `sum` [dim]
+// is rescaled.
+ALWAYS_INLINE void soften_row(const Scratch *scratch, long i, long position, long columns, long dim, float scale) {
   float *score = scratch->score + i * KEYS, *sum = scratch->sum + i * dim;
   long begin = scratch->begin[i] - position, end = scratch->end[i] - position;
   for (long j = 0; j < smaller(begin, columns); j++) score[j] = -INFINITY;
@@ -127,7 +172,7 @@ ALWAYS_INLINE void soften_row(const Scratch *scratch, long i, long position, lon
     floats v = load(score + j);
     best = choose(v > best, v, best);
   }
-  float old = scratch->peak[i], tile_peak = max_lanes(best);
+  float old = scratch->peak[i], tile_peak = max_lanes(best) * scale;
   floats weight = load(scratch->weight + i * LANES);
   if (tile_peak > old) {
     scratch->peak[i] = tile_peak;
@@ -137,7 +182,7 @@ ALWAYS_INLINE void soften_row(const Scratch *scratch, long i, long position, lon
   }
   floats peak = splat(scratch->peak[i]);
   for (long j = 0; j < columns; j += LANES) {
-    floats numerator = exp2_lanes(load(score + j) - peak);
+    floats numerator = exp2_lanes(load(score + j) * scale - peak);
     weight += numerator;
     store(score + j, numerator);
   }
@@ -158,8 +203,8 @@ static void locate_keys(const Attention *attention, long run, long head, long po
   for (; i < KEYS; i++) offsets[i] = 0;
 }
 
-static void attend_tile(const Attention *attention, const Scratch *scratch, long run, long head, long query,
-                        long queries) {
+ALWAYS_INLINE void attend_tile(const Attention *attention, const Scratch *scratch, long run, long head, long query,
+                               long queries, int pairs) {
   long group = attention->q_heads / attention->kv_heads, head_dim = attention->head_dim;
   long dim = round_up(head_dim, DEPTH), rows = queries * group, first_token = attention->query_start[run];
   long context = attention->context_len[run], run_queries = attention->query_start[run + 1] - first_token;
@@ -169,9 +214,11 @@ static void attend_tile(const Attention *attention, const Scratch *scratch, long
     long token = query + i / group, position = context + token;
     float *row = scratch->query + i * dim;
     long column = (head * group + i % group) * head_dim;
-    read_floats(row, element(attention->queries, dtype, (first_token + token) * attention->stride + column), dtype,
-                head_dim);
-    for (long j = 0; j < head_dim; j++) row[j] *= attention->scale * 1.44269504f;
+    const void *from = element(attention->queries, dtype, (first_token + token) * attention->stride + column);
+    if (pairs)
+      memcpy(row, from, head_dim * sizeof(uint16_t));
+    else
+      read_floats(row, from, dtype, head_dim);
     scratch->end[i] = attention->causal ? position + 1 : total;
     scratch->begin[i] = attention->window ? larger(0, position + 1 - attention->window) : 0;
     begin = smaller(begin, scratch->begin[i]);
@@ -191,17 +238,24 @@ static void attend_tile(const Attention *attention, const Scratch *scratch, long
       locate_keys(attention, run, head + 1, first, end, offsets[(tile + 1) % 2]);
     long count = smaller(KEYS, end - position), columns = round_up(count, 32);
     const char *keys = attention->keys, *values = attention->values;
-    for (long i = 0; i < count; i++) read_floats(scratch->value + i * dim, values + here[i], dtype, head_dim);
-    pack_keys(keys, here, next, count, head_dim, dtype, scratch->key);
-    multiply_tiles(rows, columns, scratch->query, dim, scratch->key, KEYS, head_dim, scratch->score, KEYS, 0,
-                   (Ahead){values, next, 0});
-    for (long i = 0; i < rows; i++) soften_row(scratch, i, position, columns, dim);
-    multiply_tiles(rows, dim, scratch->score, KEYS, scratch->value, dim, count, scratch->sum, dim, 1,
-                   (Ahead){values, next, element_size(dtype)});
+    if (pairs)
+      pair_values(values, here, count, head_dim, scratch->value);
+    else
+      for (long i = 0; i < count; i++) read_floats(scratch->value + i * dim, values + here[i], dtype, head_dim);
+    pack_keys(keys, here, next, count, head_dim, dtype, pairs, scratch->key);
+    multiply_tiles(pairs, rows, columns, scratch->query, dim, scratch->key, KEYS, head_dim >> pairs, scratch->score,
+                   KEYS, 0, (Ahead){values, next, 0});
+    for (long i = 0; i < rows; i++) {
+      soften_row(scratch, i, position, columns, dim, attention->scale * 1.44269504f);
+      if (pairs) pair_numerators(scratch->score + i * KEYS, columns);
+    }
+    multiply_tiles(pairs, rows, dim, scratch->score, KEYS, scratch->value, dim, (count + pairs) >> pairs, scratch->sum,
+                   dim, 1, (Ahead){values, next, element_size(dtype)});
   }
 
   for (long i = 0; i < rows; i++) {
     float *sum = scratch->sum + i * dim;
+    if (pairs) in_order(sum, head_dim);
     floats inverse = splat(1.0f / sum_lanes(load(scratch->weight + i * LANES)));
     for (long j = 0; j < dim; j += LANES) store(sum + j, load(sum + j) * inverse);
     long to = (first_token + query + i / group) * attention->q_heads * head_dim;
@@ -243,8 +297,11 @@ static void attend(void *context) {
       }
       long query = (tile - attention->tile_start[low]) * tile_queries;
       long run_queries = attention->query_start[low + 1] - attention->query_start[low];
-      attend_tile(attention, &scratch, low, task % attention->kv_heads, query,
-                  smaller(tile_queries, run_queries - query));
+      long queries = smaller(tile_queries, run_queries - query), head = task % attention->kv_heads;
+      if (DOT && attention->dtype == BFLOAT16 && attention->head_dim % (2 * LANES) == 0)
+        attend_tile(attention, &scratch, low, head, query, queries, DOT);
+      else
+        attend_tile(attention, &scratch, low, head, query, queries, 0);
     }
   }
 }

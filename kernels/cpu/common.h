@@ -27,6 +27,13 @@
 #define TILE_ROWS 6
 #endif
 
+// Whether bfloat16 is multiplied in pairs (VDPBF16PS), where that is the faster way: build.py says so.
+#if defined(DSPARK_BFLOAT16_DOT) && defined(__AVX512BF16__)
+#define DOT 1
+#else
+#define DOT 0
+#endif
+
 #define EXPORT __attribute__((visibility("default")))
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
 
@@ -55,6 +62,13 @@ ALWAYS_INLINE words load_words(const void *p) {
 }
 
 ALWAYS_INLINE void store(float *p, floats v) { memcpy(p, &v, sizeof v); }
+
+#if DOT
+// sum + a pair of bfloat16, the same in every lane, times a pair of each lane.
+ALWAYS_INLINE floats add_pairs(floats sum, int32_t pair, words pairs) {
+  return (floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(pair), (__m512bh)pairs);
+}
+#endif
 
 ALWAYS_INLINE floats splat(float x) { return x - (floats){0}; }
 

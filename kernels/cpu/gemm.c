@@ -15,12 +15,10 @@ enum {
 };
 
 // How rows of x are kept while they are multiplied.
-#if defined(DSPARK_BFLOAT16_DOT) && defined(__AVX512BF16__)
+#if DOT
 typedef uint16_t input;
-#define DOT 1
 #else
 typedef float input;
-#define DOT 0
 #endif
 
 // out [rows, PANEL] = x [rows, 2 * pairs] times one panel of a packed block, while `ahead` [pairs, LINE] is fetched.
@@ -40,9 +38,8 @@ ALWAYS_INLINE void multiply(int rows, const input *x, long x_stride, const uint1
     for (int i = 0; i < rows; i++) {
       int32_t pair;
       memcpy(&pair, x + i * x_stride + 2 * k, sizeof pair);
-      __m512bh value = (__m512bh)_mm512_set1_epi32(pair);
-      sum[i][0] = (floats)_mm512_dpbf16_ps((__m512)sum[i][0], value, (__m512bh)first);
-      sum[i][1] = (floats)_mm512_dpbf16_ps((__m512)sum[i][1], value, (__m512bh)second);
+      sum[i][0] = add_pairs(sum[i][0], pair, first);
+      sum[i][1] = add_pairs(sum[i][1], pair, second);
     }
 #else
     floats even[2] = {(floats)(first << 16), (floats)(second << 16)};

@@ -1,4 +1,5 @@
-// Products of small float32 matrices in scratch, for attention: queries with keys, softmax numerators with values.
+// Products of small matrices in scratch, for attention: queries with keys, softmax numerators with values. They hold
+// float32, or pairs of bfloat16 along the depth, one in a word of float32's size.
 #ifndef DSPARK_PRODUCT_H
 #define DSPARK_PRODUCT_H
 
@@ -18,8 +19,19 @@ typedef struct {
   long column_bytes;    // bytes further along the row for each column of the product
 } Ahead;
 
+ALWAYS_INLINE floats add_product(floats sum, const float *x, floats w, int pairs) {
+#if DOT
+  if (pairs) {
+    int32_t pair;
+    memcpy(&pair, x, sizeof pair);
+    return add_pairs(sum, pair, (words)w);
+  }
+#endif
+  return sum + *x * w;
+}
+
 // out [rows, width * LANES] (+)= x [rows, depth] * w [depth, width * LANES], which begins at `column` of its matrix.
-ALWAYS_INLINE void multiply(int rows, int width, const float *x, long x_stride, const float *w, long w_stride,
+ALWAYS_INLINE void multiply(int rows, int width, int pairs, const float *x, long x_stride, const float *w, long w_stride,
                             long depth, float *out, long out_stride, int accumulate, long column, Ahead ahead) {
   floats sum[TILE_ROWS][WIDE];
 #pragma GCC unroll 16
@@ -30,13 +42,13 @@ ALWAYS_INLINE void multiply(int rows, int width, const float *x, long x_stride, 
     floats row[WIDE];
 #pragma GCC unroll 4
     for (int j = 0; j < width; j++) row[j] = load(w + k * w_stride + j * LANES);
-    __builtin_prefetch(ahead.base + ahead.offsets[k % AHEAD_ROWS] + ahead.column_bytes * (column + width * LANES - 1));
+    for (int each = 0; each <= pairs; each++)
+      __builtin_prefetch(ahead.base + ahead.offsets[((k << pairs) + each) % AHEAD_ROWS] +
+                         ahead.column_bytes * (column + width * LANES - 1));
 #pragma GCC unroll 16
-    for (int i = 0; i < rows; i++) {
-      float value = x[i * x_stride + k];
+    for (int i = 0; i < rows; i++)
 #pragma GCC unroll 4
-      for (int j = 0; j < width; j++) sum[i][j] += value * row[j];
-    }
+      for (int j = 0; j < width; j++) sum[i][j] = add_product(sum[i][j], x + i * x_stride + k, row[j], pairs);
   }
 #pragma GCC unroll 16
   for (int i = 0; i < rows; i++)
@@ -45,12 +57,12 @@ ALWAYS_INLINE void multiply(int rows, int width, const float *x, long x_stride, 
 }
 
 // out [rows, columns] (+)= x [rows, depth] * w [depth, columns]; columns is a multiple of 32.
-ALWAYS_INLINE void multiply_tiles(long rows, long columns, const float *x, long x_stride, const float *w,
+ALWAYS_INLINE void multiply_tiles(int pairs, long rows, long columns, const float *x, long x_stride, const float *w,
                                   long w_stride, long depth, float *out, long out_stride, int accumulate,
                                   Ahead ahead) {
 #define TILE(height, width)                                                                                    \
   case height:                                                                                                 \
-    multiply(height, width, x, x_stride, w + column, w_stride, depth, out + column, out_stride, accumulate,    \
+    multiply(height, width, pairs, x, x_stride, w + column, w_stride, depth, out + column, out_stride, accumulate,    \
              column, ahead);                                                                                   \
     break;
   long count = (rows + TILE_ROWS - 1) / TILE_ROWS;
