@@ -1,0 +1,41 @@
+"""Makes the screenshots of docs/dashboard.md from a running server.
+
+dspark-server serve --port 8000 &
+python -m tests.dashboard.screenshot http://127.0.0.1:8000 docs/figures
+"""
+
+import sys
+from pathlib import Path
+
+from playwright.sync_api import Browser
+
+from .browser import browsing
+
+
+def shoot(browser: Browser, url: str, path: Path, *, width: int, height: int, dark: bool, load: int) -> None:
+    """One prompt of the code domain beside `load` background requests, taken while it streams."""
+    context = browser.new_context(viewport={"width": width, "height": height}, color_scheme="dark" if dark else "light")
+    page = context.new_page()
+    page.goto(url)
+    page.get_by_label("code").check(force=True)
+    slider = page.locator("#load")
+    for requests in [1, load // 4, load // 2, load]:
+        slider.fill(str(requests))
+        page.wait_for_timeout(6000)
+    page.locator("#length").select_option("512")
+    page.locator("#run").click()
+    page.wait_for_timeout(6000)
+    page.screenshot(path=path, full_page=True)
+    context.close()
+    print(path)
+
+
+def main(url: str, directory: str) -> None:
+    """Light on a desk, dark on a phone."""
+    with browsing() as browser:
+        shoot(browser, url, Path(directory) / "dashboard.png", width=1280, height=900, dark=False, load=16)
+        shoot(browser, url, Path(directory) / "dashboard-phone.png", width=390, height=844, dark=True, load=8)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
