@@ -32,8 +32,9 @@ MAX_POINTS = 48  # of the Theta curve
 class Block:
     """One step of one followed request. Token ids; survival a_k of every draft token, 0 to 1.
 
-    The first `verified` of `draft` were looked at by the target and the first `accepted` of these stood; `committed`
-    are the tokens the step gave, of which one past the accepted ones is the target's own.
+    The first `verified` of `draft` were looked at by the target and the first `accepted` of these committed. `committed`
+    are the tokens the step gave; one past the accepted ones is the target's own, and missing where a draft token ended
+    the request.
     """
 
     draft: list[int]
@@ -190,7 +191,8 @@ def _block(request: Request, drafted: Drafted | None, row: int | None, accepted:
     chances = _chances(drafted, row)
     draft = drafted.block.tokens[row, : len(chances)].tolist()
     committed = _until_end([*draft[:accepted], token], request.stop_ids)
-    return Block(draft, chances, row >= drafted.backbone, drafted.lengths[row], accepted, committed)
+    copied, verified = row >= drafted.backbone, drafted.lengths[row]
+    return Block(draft, chances, copied, verified, min(accepted, len(committed)), committed)
 
 
 def _until_end(tokens: Sequence[int], stop_ids: frozenset[int]) -> list[int]:

@@ -12,14 +12,14 @@ from playwright.sync_api import Browser
 from .browser import browsing
 
 
-def shoot(browser: Browser, url: str, path: Path, *, width: int, height: int, dark: bool, load: int) -> None:
-    """One prompt of the code domain beside `load` background requests, taken while it streams."""
+def shoot(browser: Browser, url: str, path: Path, *, width: int, height: int, dark: bool, loads: list[int]) -> None:
+    """A prompt of the code domain while it streams; `loads` come before it, six seconds each, the last beside it."""
     context = browser.new_context(viewport={"width": width, "height": height}, color_scheme="dark" if dark else "light")
     page = context.new_page()
     page.goto(url)
     page.get_by_label("code").check(force=True)
     slider = page.locator("#load")
-    for requests in [1, load // 4, load // 2, load]:
+    for requests in loads:
         slider.fill(str(requests))
         page.wait_for_timeout(6000)
     page.locator("#length").select_option("512")
@@ -33,8 +33,10 @@ def shoot(browser: Browser, url: str, path: Path, *, width: int, height: int, da
 def main(url: str, directory: str) -> None:
     """Light on a desk, dark on a phone."""
     with browsing() as browser:
-        shoot(browser, url, Path(directory) / "dashboard.png", width=1280, height=900, dark=False, load=16)
-        shoot(browser, url, Path(directory) / "dashboard-phone.png", width=390, height=844, dark=True, load=8)
+        shoot(
+            browser, url, Path(directory) / "dashboard.png", width=1280, height=900, dark=False, loads=[1, 3, 8, 16, 1]
+        )
+        shoot(browser, url, Path(directory) / "dashboard-phone.png", width=390, height=844, dark=True, loads=[1, 8, 1])
 
 
 if __name__ == "__main__":

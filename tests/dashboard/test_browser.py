@@ -82,7 +82,6 @@ def test_a_typed_prompt_streams_and_shows_its_blocks(open_page: Open, server: Ru
     blocks = page.locator("#blocks li")
     gained = [int(text) for text in blocks.locator(".step b").all_inner_texts()]
     assert sum(gained) == 64
-    assert blocks.locator(".cell.correction, .cell.bonus").count() >= len(gained) - 3
     assert blocks.locator(".cell.accepted, .cell.rejected, .cell.unverified").count() > 10
     assert blocks.locator(".cell small").first.inner_text().isdigit()
     expect(page.locator("#sps .theta")).to_have_count(1)
@@ -135,8 +134,7 @@ def test_policy_and_drafter_are_picked(open_page: Open, server: Running) -> None
     page.get_by_label("Drafter").select_option("none")
     expect(page.get_by_label("Selection policy")).to_be_disabled()
     page.get_by_role("button", name="Run").click()
-    expect(page.locator("#blocks li")).to_have_count(64)
-    assert page.locator("#blocks .cell.plain").count() == 64
+    expect(page.locator("#blocks .cell.plain")).to_have_count(64)
 
 
 def test_domains_bring_their_prompts(open_page: Open) -> None:
@@ -155,7 +153,7 @@ def test_the_keyboard_reaches_everything(open_page: Open) -> None:
     for _ in range(24):
         page.keyboard.press("Tab")
         reached.append(page.evaluate("document.activeElement.id || document.activeElement.textContent.trim()"))
-    wanted = ["prompt", "temperature", "length", "run", "answer", "load", "policy", "drafter", "blocks", "/metrics"]
+    wanted = ["prompt", "temperature", "length", "run", "answer", "blocks", "load", "policy", "drafter", "/metrics"]
     assert [name for name in reached if name in wanted] == wanted
     unnamed = page.evaluate(
         """[...document.querySelectorAll("input, select, textarea, button")]

@@ -114,6 +114,24 @@ export function drawAcceptance(element, rates) {
   }
 }
 
+/** One step's seconds as one bar; parts {draft, verify, host} in milliseconds. */
+export function drawParts(element, parts) {
+  const [width, height] = [440, 44];
+  const entries = Object.entries(parts);
+  const all = entries.reduce((sum, [, ms]) => sum + ms, 0);
+  const words = entries.map(([name, ms]) => `${name} ${ms.toFixed(1)} ms`);
+  const svg = canvas(element, width, height, `A step: ${words.join(", ") || "none yet"}.`);
+  svg.append(node("rect", { class: "bar-back", width, height: 14, y: 4, rx: 4 }));
+  let left = 0;
+  entries.forEach(([name, ms], index) => {
+    const wide = all ? (width * ms) / all : 0;
+    svg.append(node("rect", { class: `part-${name}`, x: left, y: 4, width: Math.max(0, wide - 1.5), height: 14, rx: 2 }));
+    left += wide;
+    svg.append(node("rect", { class: `part-${name}`, x: index * 150, y: 28, width: 9, height: 9, rx: 2 }));
+    svg.append(node("text", { x: index * 150 + 14, y: 37 }, all ? words[index] : name));
+  });
+}
+
 /** Budget per request (line) over requests running (area); samples [{at, budget, running}], the newest last. */
 export function drawHistory(element, samples, seconds) {
   const [width, height, left, right, top, bottom] = [440, 150, 26, 30, 20, 18];

@@ -1,6 +1,6 @@
 // State, the feed, and the controls. The feed is read with fetch, not EventSource, which cannot send a key.
 
-import { drawAcceptance, drawHistory, drawScheduler } from "./charts.js";
+import { drawAcceptance, drawHistory, drawParts, drawScheduler } from "./charts.js";
 import { OwnView, drawBatch } from "./views.js";
 
 const $ = (id) => document.getElementById(id);
@@ -159,6 +159,8 @@ function over(seconds) {
     generated: b.generation_tokens - a.generation_tokens,
     accepted: b.accepted_tokens - a.accepted_tokens,
     able,
+    steps: b.steps - a.steps,
+    seconds: Object.fromEntries(Object.entries(b.seconds).map(([part, value]) => [part, value - a.seconds[part]])),
     budget: able ? budgets.reduce((sum, count, i) => sum + i * count, 0) / able : null,
     // Verified at position k: every request whose budget 1 + l has l > k.
     verified: a.accepted_per_position.map((_, k) => budgets.slice(k + 2).reduce((sum, count) => sum + count, 0)),
@@ -169,6 +171,7 @@ function over(seconds) {
 // -- drawing -----------------------------------------------------------------------------------------------------------
 
 let acceptance = [];
+let parts = { draft: 0, verify: 0, host: 0 }; // milliseconds of a step
 
 function draw() {
   const now = over(WINDOW);
@@ -183,7 +186,10 @@ function draw() {
     $("tau").textContent = now.able ? number(1 + now.accepted / now.able, 2) : "–";
     $("budget").textContent = number(now.budget, 2);
     remember(now);
+    if (now.steps)
+      parts = Object.fromEntries(Object.entries(now.seconds).map(([part, s]) => [part, (1000 * s) / now.steps]));
   }
+  drawParts($("parts"), parts);
   const longer = over(MEMORY);
   if (longer?.verified[0] || !acceptance.length)
     acceptance = (longer?.verified ?? []).map((verified, k) => [longer.accepted_at[k], verified]);

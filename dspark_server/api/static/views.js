@@ -1,6 +1,7 @@
 // Views of the own prompt and of the batch. Every text goes in as textContent: what a model says is never markup.
 
 const MOST_BLOCKS = 120;
+const MOST_PLAIN = 40; // steps without a draft that share a line
 
 /** A piece of text with its spaces and line ends made visible. */
 function visible(piece) {
@@ -26,26 +27,30 @@ function cell(piece, kind, words, chance) {
   return made;
 }
 
+/** What a line gained, in which steps. */
+function stepLabel(gained, words, more = "") {
+  const label = element("span", "step", words);
+  label.prepend(element("b", "", `+${gained}`));
+  if (more) label.append(element("br"), more);
+  return label;
+}
+
 /** One step of the own prompt as a list item. */
 function blockItem(block, number) {
   const item = element("li", "new");
   const gained = block.accepted + (block.own === null ? 0 : 1);
-  const step = element("span", "step", `step ${number}${block.copied ? ", copied" : ""}`);
-  step.prepend(element("b", "", `+${gained}`));
-  item.append(step);
+  item.append(stepLabel(gained, `step ${number}`, block.copied ? "copied" : ""));
   block.draft.forEach(([piece, chance], position) => {
     if (position === block.verified) item.append(element("span", "cut-mark", "│"));
     if (position < block.accepted) item.append(cell(piece, "accepted", "accepted", chance));
     else if (position >= block.verified) item.append(cell(piece, "unverified", "not verified", chance));
-    else if (position === block.accepted) item.append(cell(piece, "rejected", "rejected", chance));
-    else item.append(cell(piece, "void", "verified behind a rejection", chance));
+    else if (position === block.accepted && block.own !== null) item.append(cell(piece, "rejected", "rejected", chance));
+    else item.append(cell(piece, "void", "verified in vain, behind a rejection or the end", chance));
   });
   if (block.draft.length && block.verified === block.draft.length) item.append(element("span", "cut-mark", "│"));
   if (block.own !== null) {
-    const bonus = block.draft.length > 0 && block.accepted === block.verified;
-    const kind = !block.draft.length ? "plain" : bonus ? "bonus" : "correction";
-    const words = { plain: "the target’s token", bonus: "bonus token", correction: "the target’s correction" }[kind];
-    item.append(cell(block.own, kind, words));
+    const bonus = block.accepted === block.verified;
+    item.append(bonus ? cell(block.own, "bonus", "bonus token") : cell(block.own, "correction", "the target’s correction"));
   }
   return item;
 }
@@ -54,13 +59,32 @@ function blockItem(block, number) {
 export class OwnView {
   constructor(answer, list, empty) {
     [this.answer, this.list, this.empty] = [answer, list, empty];
-    this.steps = 0;
+    this.clear();
   }
 
   clear() {
     this.steps = 0;
+    this.plain = null; // the line that gathers steps without a draft, if it is the newest
     this.answer.replaceChildren();
     this.list.replaceChildren();
+  }
+
+  add(block, number) {
+    if (block.draft.length) {
+      this.plain = null;
+      this.list.prepend(blockItem(block, number));
+      return;
+    }
+    if (!this.plain || this.plain.count === MOST_PLAIN) {
+      this.plain = { item: element("li", "new"), from: number, count: 0 };
+      this.plain.item.append(stepLabel(0, ""));
+      this.list.prepend(this.plain.item);
+    }
+    const { item, from } = this.plain;
+    this.plain.count++;
+    const words = number === from ? `step ${number}` : `steps ${from}–${number}`;
+    item.firstElementChild.replaceWith(stepLabel(this.plain.count, words));
+    if (block.own !== null) item.append(cell(block.own, "plain", "no draft, the target’s token"));
   }
 
   show(own) {
@@ -72,9 +96,8 @@ export class OwnView {
     }
     if (following) this.answer.scrollTop = this.answer.scrollHeight;
     this.steps += own.skipped;
-    const items = own.blocks.map((block) => blockItem(block, ++this.steps));
     for (const item of this.list.querySelectorAll(".new")) item.classList.remove("new");
-    this.list.prepend(...items.reverse());
+    for (const block of own.blocks) this.add(block, ++this.steps);
     while (this.list.children.length > MOST_BLOCKS) this.list.lastElementChild.remove();
     this.empty.hidden = this.list.children.length > 0;
   }
@@ -86,12 +109,12 @@ const css = (name) => getComputedStyle(document.documentElement).getPropertyValu
 export function drawBatch(canvas, note, picture) {
   const rows = picture?.rows ?? [];
   const width = canvas.clientWidth;
-  const size = 12;
+  const size = rows.length <= 8 ? 18 : rows.length <= 18 ? 15 : 12;
   const gap = 3;
   const slots = Math.max(8, ...rows.map((row) => row.survival.length)) + 1;
   const rowWidth = 34 + slots * (size + gap) + 14;
   const columns = Math.max(1, Math.floor((width + 14) / rowWidth));
-  const lines = Math.max(9, Math.ceil(rows.length / columns));
+  const lines = Math.max(Math.min(rows.length, 8), Math.ceil(rows.length / columns), 4);
   const height = lines * (size + 5) + 2;
   const scale = window.devicePixelRatio || 1;
   if (canvas.width !== Math.round(width * scale) || canvas.height !== Math.round(height * scale)) {
@@ -113,7 +136,8 @@ export function drawBatch(canvas, note, picture) {
     pen.fillText(row.number, left + 26, top + size / 2 + 0.5);
     const square = (slot, paint) => paint(left + 34 + slot * (size + gap), top);
     row.survival.forEach((chance, slot) => {
-      square(slot, (x, y) => {
+      // The target's own token stands behind the kept prefix, so what was not verified moves on by one.
+      square(slot < row.verified ? slot : slot + 1, (x, y) => {
         if (slot < row.accepted) {
           pen.fillStyle = yes;
           pen.fillRect(x, y, size, size);
@@ -121,16 +145,15 @@ export function drawBatch(canvas, note, picture) {
           pen.strokeStyle = pen.fillStyle = no;
           pen.lineWidth = 1.5;
           pen.strokeRect(x + 1, y + 1, size - 2, size - 2);
-          if (slot === row.accepted) pen.fillRect(x + 4, y + 4, size - 8, size - 8);
+          if (slot === row.accepted) pen.fillRect(x + size / 3, y + size / 3, size / 3, size / 3);
         } else {
           pen.fillStyle = soft;
-          pen.fillRect(x + 3, y + 3, size - 6, size - 6);
+          pen.fillRect(x + size / 4, y + size / 4, size / 2, size / 2);
         }
       });
     });
     pen.fillStyle = spark;
-    square(Math.max(row.verified, 0), (x, y) => {
-      pen.clearRect(x, y, size, size);
+    square(row.verified, (x, y) => {
       pen.beginPath();
       pen.arc(x + size / 2, y + size / 2, size / 2 - 1.5, 0, 7);
       pen.fill();
