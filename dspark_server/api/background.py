@@ -18,13 +18,16 @@ logger = logging.getLogger(__name__)
 SHORTEST, LONGEST = 64, 192  # tokens of an answer
 TEMPERATURE = 0.7
 RETRY_AFTER = 0.25  # seconds until a request that found no place tries again
+LAST_PRIORITY = 2**31 - 1
+ENOUGH = 0.5  # share of the KV cache that may be in use when another request starts
 
 
 class BackgroundLoad:
     """A closed loop of `wanted` users with prompts of one domain.
 
-    A client's request counts more than one of these: one starts only while fewer than `limit` (max_num_seqs) requests
-    are in flight, and `make_room`, called often, aborts as many as stand in a client's way.
+    A client's request counts more than one of these: they have the last priority, one starts only while fewer than
+    `limit` (max_num_seqs) requests are in flight and half of the KV cache is free, and `make_room`, called often,
+    aborts those in a client's way.
     """
 
     def __init__(self, engine: AsyncEngine, prompting: Prompting, limit: int) -> None:
@@ -60,8 +63,11 @@ class BackgroundLoad:
         self.set(0, self.domain)
 
     def make_room(self) -> None:
-        """Abort the youngest requests for clients that would else wait behind them."""
+        """Abort the youngest requests for clients that would else wait for a place, or for blocks, behind them."""
+        stats = self._engine.stats
         excess = self._engine.in_flight - self.limit
+        if stats.waiting and stats.kv_usage > ENOUGH and self._engine.in_flight > self.running:
+            excess = max(excess, 1)
         young = [user for user in reversed(self._running) if not user.cancelling()]
         for user in young[: max(0, excess)]:
             place = self._users.index(user)
@@ -73,7 +79,7 @@ class BackgroundLoad:
         task = asyncio.current_task()
         assert task is not None
         while True:
-            if self._engine.in_flight >= self.limit:
+            if self._engine.in_flight >= self.limit or self._engine.stats.kv_usage > ENOUGH:
                 await asyncio.sleep(RETRY_AFTER)
                 continue
             try:
@@ -89,6 +95,7 @@ class BackgroundLoad:
         params = SamplingParams(
             max_tokens=min(self._random.randint(SHORTEST, LONGEST), self._engine.max_model_len // 4),
             temperature=TEMPERATURE,
+            priority=LAST_PRIORITY,
         )
         prompt = next(self._prompts)
         self._running[task] = None

@@ -32,7 +32,7 @@ MAX_POINTS = 48  # of the Theta curve
 class Block:
     """One step of one followed request. Token ids; survival a_k of every draft token, 0 to 1.
 
-    The first `verified` of `draft` were looked at by the target and the first `accepted` of these committed. `committed`
+    The first `verified` of `draft` were looked at by the target, the first `accepted` of these committed. `committed`
     are the tokens the step gave; one past the accepted ones is the target's own, and missing where a draft token ended
     the request.
     """

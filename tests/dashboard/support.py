@@ -40,14 +40,14 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<|end|>")
 
 
-def core(*, selection: str = "causal", max_num_seqs: int = 16) -> EngineCore:
+def core(*, selection: str = "causal", max_num_seqs: int = 16, num_blocks: int = 800) -> EngineCore:
     """The vanilla fixture pair."""
     pair = FIXTURES / "dspark_qwen3_vanilla"
     config = EngineConfig(
         model=str(pair / "target"),
         served_model_name="tiny",
         dtype="float32",
-        num_blocks=800,
+        num_blocks=num_blocks,
         block_size=8,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=192,

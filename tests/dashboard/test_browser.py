@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, Page, Route, expect
 
+from dspark_server.api import feed
+
 from .browser import browsing
 from .support import Running
 
@@ -28,6 +30,12 @@ Open = Callable[..., Page]
 def browser() -> Iterator[Browser]:
     with browsing() as opened:
         yield opened
+
+
+@pytest.fixture(autouse=True)
+def every_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tiny model takes more steps in a tenth of a second than the feed would show."""
+    monkeypatch.setattr(feed, "MAX_BLOCKS", 1000)
 
 
 @pytest.fixture
@@ -135,6 +143,7 @@ def test_policy_and_drafter_are_picked(open_page: Open, server: Running) -> None
     expect(page.get_by_label("Selection policy")).to_be_disabled()
     page.get_by_role("button", name="Run").click()
     expect(page.locator("#blocks .cell.plain")).to_have_count(64)
+    expect(page.locator("#blocks .cell")).to_have_count(64)
 
 
 def test_domains_bring_their_prompts(open_page: Open) -> None:

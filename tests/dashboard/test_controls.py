@@ -126,6 +126,15 @@ def test_the_load_gives_way_to_clients() -> None:
         feed.until(lambda state: state["load"]["running"] == 4)
 
 
+def test_the_load_gives_way_where_blocks_are_short() -> None:
+    with serving(core(num_blocks=48)) as server, server.feed() as feed:
+        server.post("load", requests=16, domain="chat")
+        feed.until(lambda state: state["kv_usage"] > 0.5)
+        answer = server.complete("x" * 200, max_tokens=100, temperature=1, ignore_eos=True)
+        assert answer.json()["usage"]["completion_tokens"] == 100
+        assert server.metrics()['vllm:request_success_total{finished_reason="abort"}'] > 0
+
+
 def test_stop_ends_the_prompt(server: Running) -> None:
     with server.feed() as feed:
         server.post("prompt", feed=feed.id, prompt="Once", max_tokens=900)

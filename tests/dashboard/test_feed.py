@@ -62,7 +62,8 @@ def test_counters_equal_a_difference_of_metrics(server: Running) -> None:
     assert sum(b * n for b, n in enumerate(budgets)) == difference("dspark:verification_budget_sum{}")
 
 
-def test_the_own_prompt_is_shown_block_by_block(server: Running) -> None:
+def test_the_own_prompt_is_shown_block_by_block(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feed_module, "MAX_BLOCKS", 1000)
     expected = server.complete(PROMPT, max_tokens=44).json()
     with server.feed() as feed:
         number = server.post("prompt", feed=feed.id, prompt=PROMPT, max_tokens=44).json()["number"]
