@@ -4,6 +4,7 @@ dspark-server serve --port 8000 &
 python -m tests.dashboard.screenshot http://127.0.0.1:8000 docs/figures
 """
 
+import re
 import sys
 from pathlib import Path
 
@@ -24,7 +25,11 @@ def shoot(browser: Browser, url: str, path: Path, *, width: int, height: int, da
         page.wait_for_timeout(6000)
     page.locator("#length").select_option("512")
     page.locator("#run").click()
-    page.wait_for_timeout(6000)
+    page.wait_for_timeout(3000)
+    for _ in range(100):  # a step in which several drafted shows most
+        if re.search("[2-9] drafted", page.locator("#sps-note").inner_text()):
+            break
+        page.wait_for_timeout(50)
     page.screenshot(path=path, full_page=True)
     context.close()
     print(path)
@@ -34,7 +39,7 @@ def main(url: str, directory: str) -> None:
     """Light on a desk, dark on a phone."""
     with browsing() as browser:
         shoot(
-            browser, url, Path(directory) / "dashboard.png", width=1280, height=900, dark=False, loads=[1, 3, 8, 16, 1]
+            browser, url, Path(directory) / "dashboard.png", width=1280, height=900, dark=False, loads=[1, 3, 8, 16, 2]
         )
         shoot(browser, url, Path(directory) / "dashboard-phone.png", width=390, height=844, dark=True, loads=[1, 8, 1])
 

@@ -243,6 +243,21 @@ def test_rules_hold_and_the_best_of_several_is_returned(server: tuple[str, objec
     assert best["usage"]["completion_tokens"] == 180  # all that was generated
     means = [sum(choice["logprobs"]["token_logprobs"]) for choice in best["choices"]]
     assert means == sorted(means, reverse=True)
+def test_the_dashboard_shows_a_chat_prompt_block_by_block(server: tuple[str, object]) -> None:
+    url = server[0]
+    with httpx.stream("GET", f"{url}/dashboard/feed", timeout=60) as feed:
+        events = (json.loads(line[6:]) for line in feed.iter_lines() if line.startswith("data: "))
+        body = {"feed": next(events)["feed"], "prompt": "Count from one to twenty in words.", "max_tokens": 48}
+        assert httpx.post(f"{url}/dashboard/prompt", json=body).status_code == 200
+        told = []
+        while not told or told[-1]["finish_reason"] is None:
+            state = next(events)
+            told += [state["own"]] if state["own"] else []
+    text = "".join(text for own in told for text, _ in own["text"])
+    assert "three" in text.lower() and "<|im_end|>" not in text
+    assert any(kind == "draft" for own in told for _, kind in own["text"])
+    assert sum(block["accepted"] for own in told for block in own["blocks"]) > 5
+    assert state["picture"]["theta"] or state["costs"]
 
 
 def test_zz_sigterm_finishes_what_runs_and_exits_0(server: tuple[str, subprocess.Popen[bytes]]) -> None:

@@ -96,7 +96,7 @@ export function drawScheduler(element, costs, picture) {
 /** Bars of acceptance; rates [[accepted, verified]] by position. */
 export function drawAcceptance(element, rates) {
   const shown = rates.filter(([, verified]) => verified > 0);
-  const [width, height, top, bottom] = [440, 170, 18, 20];
+  const [width, height, top, bottom] = [440, 220, 18, 20];
   const count = Math.max(shown.length, 7);
   const text = shown.map(([a, v], i) => `${i + 1}: ${Math.round((100 * a) / v)} %`).join(", ");
   const svg = canvas(element, width, height, `Acceptance by position. ${text || "Nothing verified yet."}`);
