@@ -247,16 +247,16 @@ def test_the_dashboard_shows_a_chat_prompt_block_by_block(server: tuple[str, obj
     url = server[0]
     with httpx.stream("GET", f"{url}/dashboard/feed", timeout=60) as feed:
         events = (json.loads(line[6:]) for line in feed.iter_lines() if line.startswith("data: "))
-        body = {"feed": next(events)["feed"], "prompt": "Count from one to twenty in words.", "max_tokens": 48}
+        body = {"feed": next(events)["feed"], "prompt": "What is the capital of France?", "max_tokens": 48}
         assert httpx.post(f"{url}/dashboard/prompt", json=body).status_code == 200
         told = []
         while not told or told[-1]["finish_reason"] is None:
             state = next(events)
             told += [state["own"]] if state["own"] else []
     text = "".join(text for own in told for text, _ in own["text"])
-    assert "three" in text.lower() and "<|im_end|>" not in text
+    assert text.startswith("The capital of France is Paris.") and "<|im_end|>" not in text
     assert any(kind == "draft" for own in told for _, kind in own["text"])
-    assert sum(block["accepted"] for own in told for block in own["blocks"]) > 5
+    assert sum(block["accepted"] for own in told for block in own["blocks"]) > 0
     assert state["picture"]["theta"] or state["costs"]
 
 
