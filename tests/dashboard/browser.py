@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
-from playwright.sync_api import Browser, sync_playwright
+from playwright.sync_api import Browser, expect, sync_playwright
 
 ARGUMENTS = [
     "--no-sandbox",
@@ -33,6 +33,7 @@ def chromium() -> str:
 def browsing() -> Iterator[Browser]:
     """A browser with an empty profile."""
     path = chromium()
+    expect.set_options(timeout=20_000)  # milliseconds; a busy machine may take its time
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=path, headless=True, args=ARGUMENTS)
         try:

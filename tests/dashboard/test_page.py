@@ -8,7 +8,7 @@ import pytest
 
 from dspark_server.api.dashboard import PAGES, STATIC
 
-from .support import Running
+from .support import Running, serving
 
 ROOT = Path(__file__).parents[2]
 
@@ -38,3 +38,14 @@ def test_nothing_comes_from_elsewhere_and_no_text_becomes_markup() -> None:
     page = (STATIC / "index.html").read_text()
     assert not re.search(r"<script(?![^>]*src=)|<style|\sstyle=|\son[a-z]+=", page)
     assert sum((STATIC / name).stat().st_size for name, _ in PAGES.values()) < 60_000
+
+
+def test_with_a_key_the_page_is_open_and_all_that_it_shows_is_closed() -> None:
+    with serving(api_key=("sesame",)) as server:
+        assert all(server.http.get(path).status_code == 200 for path in PAGES)
+        assert server.http.get("/dashboard/feed").status_code == 401
+        for name in ("prompt", "stop", "load", "policy"):
+            assert server.post(name).status_code == 401
+        server.http.headers["Authorization"] = "Bearer sesame"
+        with server.feed() as feed:
+            assert feed.state()["health"] == "ready"

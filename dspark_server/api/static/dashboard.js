@@ -114,7 +114,7 @@ function onHello(message) {
 
 function onState(message) {
   state = message;
-  first ??= message.counters;
+  if (!first || message.counters.steps < first.steps) first = message.counters; // opened, or the server began anew
   samples.push(message);
   while (samples.length > 2 && message.at - samples[1].at > MEMORY) samples.shift();
   if (message.own) onOwn(message.own);
@@ -123,7 +123,8 @@ function onState(message) {
   if (document.activeElement !== $("policy")) $("policy").value = message.policy;
   if (document.activeElement !== $("drafter")) $("drafter").value = message.drafter;
   $("policy").disabled = message.drafter === "none" || hello.policies.length < 2;
-  requestAnimationFrame(draw);
+  if (!drawing) requestAnimationFrame(draw); // a hidden page draws nothing, and once when it is seen again
+  drawing = true;
 }
 
 function onOwn(message) {
@@ -173,7 +174,10 @@ function over(seconds) {
 let acceptance = [];
 let parts = { draft: 0, verify: 0, host: 0 }; // milliseconds of a step
 
+let drawing = false;
+
 function draw() {
+  drawing = false;
   const now = over(WINDOW);
   const active = state.running > 0;
   const number = (value, digits) => (value === null || !Number.isFinite(value) ? "–" : value.toFixed(digits));
