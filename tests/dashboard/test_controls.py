@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from dspark_server.api.background import LAST_PRIORITY
 from tests.engine.support import greedy, prompts
 
 from .support import Running, core, serving
@@ -119,6 +120,8 @@ def test_the_load_gives_way_to_clients() -> None:
     with serving(core(max_num_seqs=4)) as server, server.feed() as feed, ThreadPoolExecutor(6) as pool:
         server.post("load", requests=4, domain="chat")
         feed.until(lambda state: state["load"]["running"] == 4)
+        waiting_behind_clients = {handle.request.params.priority for handle in list(server.engine._handles.values())}
+        assert waiting_behind_clients == {LAST_PRIORITY}
         clients = [pool.submit(server.complete, f"client {n}", max_tokens=300) for n in range(4)]
         feed.until(lambda state: state["load"]["running"] == 0 and state["running"] == 4)
         assert server.metrics()['vllm:request_success_total{finished_reason="abort"}'] >= 4

@@ -97,6 +97,7 @@ def strings(value: Any) -> Iterator[str]:
 
 
 def test_nobody_sees_the_texts_of_others(server: Running) -> None:
+    expected = server.complete("their secret", max_tokens=80).json()["choices"][0]["text"]
     with server.feed() as mine, server.feed() as theirs, ThreadPoolExecutor(2) as pool:
         clients = [pool.submit(server.complete, "a secret", max_tokens=80) for _ in range(2)]
         server.post("prompt", feed=theirs.id, prompt="their secret", max_tokens=80)
@@ -107,7 +108,7 @@ def test_nobody_sees_the_texts_of_others(server: Running) -> None:
     assert rows, "the requests were there to be seen"
     assert set(strings(seen)) <= {"ready", "causal", "dspark", "chat", "code", "math"}
     assert not mine.own
-    assert theirs.text(theirs.own[0]["number"])
+    assert theirs.text(theirs.own[0]["number"]) == expected, "theirs alone, though others ran beside it"
 
 
 def test_a_prompt_needs_the_id_of_an_open_feed(server: Running) -> None:

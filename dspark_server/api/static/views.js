@@ -49,8 +49,9 @@ function blockItem(block, number) {
   });
   if (block.draft.length && block.verified === block.draft.length) item.append(element("span", "cut-mark", "│"));
   if (block.own !== null) {
-    const bonus = block.accepted === block.verified;
-    item.append(bonus ? cell(block.own, "bonus", "bonus token") : cell(block.own, "correction", "the target’s correction"));
+    if (!block.verified) item.append(cell(block.own, "plain", "nothing was kept, the target’s token"));
+    else if (block.accepted === block.verified) item.append(cell(block.own, "bonus", "bonus token"));
+    else item.append(cell(block.own, "correction", "the target’s correction"));
   }
   return item;
 }
