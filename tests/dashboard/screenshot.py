@@ -26,8 +26,9 @@ def shoot(browser: Browser, url: str, path: Path, *, width: int, height: int, da
     page.locator("#length").select_option("512")
     page.locator("#run").click()
     page.wait_for_timeout(3000)
-    for _ in range(100):  # a step in which several drafted shows most
-        if re.search("[2-9] drafted", page.locator("#sps-note").inner_text()):
+    for _ in range(200):  # a moment that shows much: several draft, and some of the newest blocks stood
+        several = re.search("[2-9] drafted", page.locator("#sps-note").inner_text())
+        if several and page.locator("#blocks li:nth-child(-n+7) .cell.accepted").count() > 8:
             break
         page.wait_for_timeout(50)
     page.screenshot(path=path, full_page=True)
