@@ -243,21 +243,31 @@ def test_rules_hold_and_the_best_of_several_is_returned(server: tuple[str, objec
     assert best["usage"]["completion_tokens"] == 180  # all that was generated
     means = [sum(choice["logprobs"]["token_logprobs"]) for choice in best["choices"]]
     assert means == sorted(means, reverse=True)
-def test_the_dashboard_shows_a_chat_prompt_block_by_block(server: tuple[str, object]) -> None:
+
+
+def test_the_dashboard_shows_a_chat_prompt_block_by_block(server: tuple[str, object], client: openai.OpenAI) -> None:
     url = server[0]
+    question = "List the first ten square numbers, one a line."
+    system = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+    rendered = (
+        f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
+    )
+    answer = client.completions.create(model=MODEL, prompt=rendered, max_tokens=64, temperature=0)
     with httpx.stream("GET", f"{url}/dashboard/feed", timeout=60) as feed:
         events = (json.loads(line[6:]) for line in feed.iter_lines() if line.startswith("data: "))
-        body = {"feed": next(events)["feed"], "prompt": "What is the capital of France?", "max_tokens": 48}
+        body = {"feed": next(events)["feed"], "prompt": question, "max_tokens": 64}
         assert httpx.post(f"{url}/dashboard/prompt", json=body).status_code == 200
         told = []
         while not told or told[-1]["finish_reason"] is None:
             state = next(events)
             told += [state["own"]] if state["own"] else []
     text = "".join(text for own in told for text, _ in own["text"])
-    assert text.startswith("The capital of France is Paris.") and "<|im_end|>" not in text
+    assert text[:40] == answer.choices[0].text[:40]  # bf16 ties aside, all of it
     assert any(kind == "draft" for own in told for _, kind in own["text"])
-    assert sum(block["accepted"] for own in told for block in own["blocks"]) > 0
-    assert state["picture"]["theta"] or state["costs"]
+    blocks = [block for own in told for block in own["blocks"]]
+    assert sum(block["accepted"] for block in blocks) > 0
+    assert any(chance > 0 for block in blocks for _, chance in block["draft"])
+    assert state["costs"], "the curve"
 
 
 def test_zz_sigterm_finishes_what_runs_and_exits_0(server: tuple[str, subprocess.Popen[bytes]]) -> None:
