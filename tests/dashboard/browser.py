@@ -20,12 +20,12 @@ ARGUMENTS = [
 
 
 def chromium() -> str:
-    """Its path. Without one the tests are skipped, unless DSPARK_REQUIRE_BROWSER says that they must run."""
+    """Its path. Without one the tests are skipped, unless REQUIRE_BROWSER says that they must run."""
     for name in ("chromium", "chromium-browser", "google-chrome"):
         if (path := shutil.which(name)) is not None:
             return path
-    if os.environ.get("DSPARK_REQUIRE_BROWSER"):
-        pytest.fail("no Chromium found, and DSPARK_REQUIRE_BROWSER asks for one: apt-get install chromium")
+    if os.environ.get("REQUIRE_BROWSER"):
+        pytest.fail("no Chromium found, and REQUIRE_BROWSER asks for one: apt-get install chromium")
     pytest.skip("no Chromium found (apt-get install chromium)")
 
 
