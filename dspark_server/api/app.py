@@ -43,7 +43,7 @@ def create_app(
     _add_probes(app, engine, metrics)
     _add_models(app, engine)
     if settings.dashboard:
-        Dashboard(engine, metrics, settings).add_to(app)
+        Dashboard(intake, template).add_to(app)
     return app
 
 

@@ -4,7 +4,6 @@ It turns what cannot change an answer: the policy (all are lossless) and a backg
 Its routes exist only with `--dashboard`. PAGES need no key (they hold nothing of the server); all of /dashboard/ does.
 """
 
-import asyncio
 import itertools
 import uuid
 from pathlib import Path
@@ -15,13 +14,12 @@ from fastapi import FastAPI, Request, Response
 from pydantic import Field, ValidationError
 
 from dspark_server.api.background import BackgroundLoad
+from dspark_server.api.chat_template import ChatTemplate
 from dspark_server.api.feed import Feed, FeedResponse, OwnPrompt, Viewer
-from dspark_server.api.metrics import Metrics
+from dspark_server.api.intake import Intake
 from dspark_server.api.prompting import Prompting
 from dspark_server.api.sample_prompts import SAMPLE_PROMPTS
 from dspark_server.api.schema import Body
-from dspark_server.api.settings import ServerSettings
-from dspark_server.engine.engine import AsyncEngine
 from dspark_server.engine.request import SamplingParams
 from dspark_server.errors import RequestError
 
@@ -77,10 +75,11 @@ class LoadBody(Body):
 class Dashboard:
     """Routes and state; see the module."""
 
-    def __init__(self, engine: AsyncEngine, metrics: Metrics, settings: ServerSettings) -> None:
+    def __init__(self, intake: Intake, template: ChatTemplate) -> None:
+        engine = intake.engine
         self._engine = engine
-        self._settings = settings
-        self._prompting = Prompting(engine, metrics)
+        self._intake = intake
+        self._prompting = Prompting(intake, template)
         self._load = BackgroundLoad(engine, self._prompting, engine.max_num_seqs)
         self._feed = Feed(engine, hello=self._hello, state=self._state, tick=self._tick, on_leave=self._on_leave)
         self._policy = engine.selection
@@ -214,11 +213,7 @@ class Dashboard:
         # A type that forms cannot send: other sites' pages cannot turn anything here behind their visitor's back.
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise RequestError("The body must be sent as content-type application/json.", status=415)
-        try:
-            async with asyncio.timeout(self._settings.body_timeout):
-                text = await request.body()
-        except TimeoutError:
-            raise RequestError("The body took too long to arrive.", status=408) from None
+        text = await self._intake.read(request)
         try:
             return kind.model_validate(orjson.loads(text))
         except orjson.JSONDecodeError as error:

@@ -1,18 +1,20 @@
 """What the feed says: the truth, no more than the viewer may know, and not too often."""
 
-import asyncio
 import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
 
 from dspark_server.api import feed as feed_module
+from dspark_server.api.chat_template import ChatTemplate
 from dspark_server.api.feed import MAX_BLOCKS, MAX_VIEWERS, OwnPrompt
 from dspark_server.api.prompting import Prompting
+from dspark_server.engine.output import Detokenizer
 from dspark_server.engine.watch import Block
 
 from .support import Running, serving, tokenizer
@@ -140,8 +142,8 @@ def test_a_quiet_feed_still_says_that_it_lives(server: Running) -> None:
 
 
 def test_a_slow_reader_gets_all_the_text_and_the_newest_blocks() -> None:
-    prompting = Prompting(type("Engine", (), {"tokenizer": tokenizer()}), None)  # type: ignore[arg-type]
-    asyncio.run(prompting.warm_up())
+    intake: Any = SimpleNamespace(detokenizer=Detokenizer(tokenizer()))
+    prompting = Prompting(intake, ChatTemplate(None))
     ids = tokenizer().encode("abc")
     blocks = deque(Block([ids[0], ids[1]], [0.9, 0.5], False, 1, 1, [ids[0], ids[2]]) for _ in range(100))
     told = OwnPrompt(1, "id", blocks, prompting).news()

@@ -248,11 +248,9 @@ def test_rules_hold_and_the_best_of_several_is_returned(server: tuple[str, objec
 def test_the_dashboard_shows_a_chat_prompt_block_by_block(server: tuple[str, object], client: openai.OpenAI) -> None:
     url = server[0]
     question = "List the first ten square numbers, one a line."
-    system = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
-    rendered = (
-        f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
-    )
-    answer = client.completions.create(model=MODEL, prompt=rendered, max_tokens=64, temperature=0)
+    messages: Any = [{"role": "user", "content": question}]
+    answer = client.chat.completions.create(model=MODEL, messages=messages, max_tokens=64, temperature=0)
+    expected = answer.choices[0].message.content
     with httpx.stream("GET", f"{url}/dashboard/feed", timeout=60) as feed:
         events = (json.loads(line[6:]) for line in feed.iter_lines() if line.startswith("data: "))
         body = {"feed": next(events)["feed"], "prompt": question, "max_tokens": 64}
@@ -262,7 +260,7 @@ def test_the_dashboard_shows_a_chat_prompt_block_by_block(server: tuple[str, obj
             state = next(events)
             told += [state["own"]] if state["own"] else []
     text = "".join(text for own in told for text, _ in own["text"])
-    assert text[:40] == answer.choices[0].text[:40]  # bf16 ties aside, all of it
+    assert expected and text[:40] == expected[:40]  # bf16 ties aside, all of it
     assert any(kind == "draft" for own in told for _, kind in own["text"])
     blocks = [block for own in told for block in own["blocks"]]
     assert sum(block["accepted"] for block in blocks) > 0
