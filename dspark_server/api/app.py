@@ -14,6 +14,7 @@ from dspark_server.api.chat import Chat
 from dspark_server.api.chat_schema import ChatRequest
 from dspark_server.api.chat_template import ChatTemplate
 from dspark_server.api.completions import Completions
+from dspark_server.api.dashboard import Dashboard
 from dspark_server.api.edge import Edge
 from dspark_server.api.intake import Intake
 from dspark_server.api.metrics import Metrics
@@ -46,6 +47,8 @@ def create_app(
     _add_post(app, "/detokenize", tokens.detokenize, tokens=DetokenizeRequest)
     _add_probes(app, engine, metrics)
     _add_models(app, engine)
+    if settings.dashboard:
+        Dashboard(intake, template).add_to(app)
     return app
 
 

@@ -59,6 +59,11 @@ class ChatTemplate:
             logger.error("the model's chat template cannot be used: line %d: %s", error.lineno, error.message)
             return cls(None, special_tokens)
 
+    @property
+    def exists(self) -> bool:
+        """Whether there is one that plain messages can be rendered by."""
+        return "default" in self._templates
+
     async def render(self, conversation: Conversation) -> str:
         """The prompt of a conversation, made off the event loop. Raises RequestError, with the template's own words."""
         return await asyncio.to_thread(self.render_now, conversation)

@@ -24,7 +24,7 @@ from dspark_server.runtime.kv import KVPool
 from dspark_server.speculation.capacity import Capacity, Profile
 from dspark_server.speculation.drafter import Drafter, NoDrafter
 from dspark_server.speculation.dspark import DSparkDrafter
-from dspark_server.speculation.selection import build_selection
+from dspark_server.speculation.selection import POLICIES, Selection, build_selection
 
 
 @dataclass(eq=False)
@@ -104,12 +104,7 @@ class EngineCore:
         loop = StepLoop(
             batcher,
             executor,
-            build_selection(
-                policy,
-                capacity,
-                threshold=config.speculative.threshold,
-                floor=config.speculative.min_user_tokens_per_second,
-            ),
+            _selection(policy, capacity, config.speculative),
             capacity=capacity,
             max_draft_tokens=config.speculative.num_speculative_tokens,
             block=drafter.gamma,
@@ -148,6 +143,26 @@ class EngineCore:
                 "it belongs to another model."
             )
         return tokenizer
+
+    @property
+    def drafter(self) -> str | None:
+        """The method of the drafter in use, None without one."""
+        if not self.loop.executor.gamma:
+            return None
+        method = self.config.speculative.method
+        return "dspark" if method == "auto" else method
+
+    @property
+    def policies(self) -> tuple[str, ...]:
+        """What `select` takes: without a drafter only "none", without a cost model none that goes by costs."""
+        if not self.loop.executor.gamma:
+            return ("none",)
+        return POLICIES if self.loop.capacity else ("fixed", "threshold", "none")
+
+    def select(self, policy: str) -> None:
+        """Select by another policy from the next step on; it starts without any history. Step thread only."""
+        assert policy in self.policies
+        self.loop.select_by(_selection(policy, self.loop.capacity, self.config.speculative))
 
     def new_request(
         self,
@@ -244,6 +259,10 @@ def _drafter(
     if config.method == "dflash" and drafter.config.markov_rank:
         raise ConfigError("method dflash expects a drafter without a Markov head; use method dspark for this one.")
     return drafter
+
+
+def _selection(policy: str, capacity: Capacity | None, config: SpeculativeConfig) -> Selection:
+    return build_selection(policy, capacity, threshold=config.threshold, floor=config.min_user_tokens_per_second)
 
 
 def _check_pool(config: EngineConfig, num_blocks: int, gamma: int) -> None:

@@ -22,7 +22,7 @@ from dspark_server.engine.core import EngineCore
 from dspark_server.engine.logprobs import TokenLogprob
 from dspark_server.engine.request import FinishReason, Request, SamplingParams, Status
 from dspark_server.engine.stats import EngineStats
-from dspark_server.engine.step import StepOutput
+from dspark_server.engine.step import StepOutput, StepTrace
 from dspark_server.errors import CapacityError, EngineDeadError, RequestError
 
 logger = logging.getLogger(__name__)
@@ -82,6 +82,20 @@ class _Abort:
     request: Request
 
 
+@dataclass(frozen=True)
+class _Select:
+    """Message to the step thread: select by this policy."""
+
+    policy: str
+
+
+@dataclass(frozen=True)
+class _Watch:
+    """Message to the step thread: show steps to this observer."""
+
+    trace: Callable[[StepTrace], None] | None
+
+
 class AsyncEngine:
     """Runs an EngineCore on a thread of its own and streams what it produces to the event loop."""
 
@@ -92,7 +106,13 @@ class AsyncEngine:
         self.max_model_len = core.max_model_len
         self.vocab_size = core.vocab_size
         self.backend = core.backend
-        self._inbox: queue.SimpleQueue[Request | _Abort | None] = queue.SimpleQueue()
+        self.max_num_seqs = core.config.max_num_seqs
+        self.drafter = core.drafter
+        self.gamma = core.loop.executor.gamma
+        self.policies = core.policies
+        self.selection = core.loop.selection  # the policy asked for last
+        self.costs = core.loop.capacity  # its tables are replaced whole: safe to read
+        self._inbox: queue.SimpleQueue[Request | _Abort | _Select | _Watch | None] = queue.SimpleQueue()
         self._handles: dict[Request, Handle] = {}
         self._in_flight = 0
         self._capacity = core.config.max_num_seqs + core.config.max_num_queued_reqs
@@ -120,6 +140,20 @@ class AsyncEngine:
     def cache_info(self) -> dict[str, str]:
         """Facts about the KV cache, under vLLM's names."""
         return self.core.cache_info
+
+    # -- what the dashboard may turn and see -------------------------------------------------------------------------
+
+    def select(self, policy: str) -> None:
+        """Select by `policy` (one of `core.policies`) from the next step on; outputs stay lossless."""
+        self.selection = policy
+        self._inbox.put(_Select(policy))
+
+    def watch(self, trace: Callable[[StepTrace], None] | None) -> None:
+        """Let `trace` see every step that samples, on the step thread; None ends it, and then it costs nothing.
+
+        It must not raise, and must not keep tensors.
+        """
+        self._inbox.put(_Watch(trace))
 
     # -- life --------------------------------------------------------------------------------------------------------
 
@@ -316,6 +350,10 @@ class AsyncEngine:
                 if message.request.status is not Status.FINISHED:
                     self.core.batcher.remove(message.request)
                     self.core.batcher.update_gauges()
+            elif isinstance(message, _Select):
+                self.core.select(message.policy)
+            elif isinstance(message, _Watch):
+                self.core.loop.watch(message.trace)
             else:
                 self.core.batcher.add(message)
 

@@ -32,7 +32,7 @@ class Drafted:
     """A step's draft block: `requests[i]` owns row i and has the first `lengths[i]` of its tokens verified.
 
     survival [R, gamma] float32 is what selection went by: the block's own, or each request's record. The drafter made
-    the first `backbone` rows, the others are copies.
+    the first `backbone` rows, the others are copies. At most `limits[i]` tokens of row i could have been verified.
     """
 
     requests: list[Request]
@@ -40,6 +40,7 @@ class Drafted:
     survival: Tensor
     lengths: list[int]
     backbone: int
+    limits: list[int]
 
     def prefix_of(self) -> dict[Request, list[int]]:
         """The draft tokens to verify, by request."""
@@ -58,11 +59,13 @@ class Verification:
 
 @dataclass(frozen=True)
 class StepTrace:
-    """Everything a sampling step saw, for conformance and tests."""
+    """Everything a sampling step saw, before it is committed: for conformance, measures, tests and the dashboard."""
 
     drafted: Drafted | None
     verified: Verification
     accepted: Accepted
+    load: Load
+    selection: str  # the policy's name
 
 
 @dataclass(frozen=True)
@@ -130,6 +133,19 @@ class StepLoop:
         """Some request is waiting or running."""
         return bool(self.batcher.running or self.batcher.waiting)
 
+    @property
+    def selection(self) -> str:
+        """Name of the policy in force."""
+        return self._selection.name
+
+    def select_by(self, selection: Selection) -> None:
+        """Another policy from the next step on; between steps no draft exists that it could judge by its tokens."""
+        self._selection = selection
+
+    def watch(self, trace: Callable[[StepTrace], None] | None) -> None:
+        """Show every step that samples to `trace` from the next one on; None: to nobody."""
+        self._trace = trace
+
     @torch.inference_mode()
     def step(self) -> list[StepOutput]:
         """One cycle for every scheduled request. Nothing of a request changes before commit but its draft number."""
@@ -146,7 +162,7 @@ class StepLoop:
         if verified.requests:
             accepted = self._acceptance(verified, drafted, sampling_batch(verified.requests))
             if self._trace:
-                self._trace(StepTrace(drafted, verified, accepted))
+                self._trace(StepTrace(drafted, verified, accepted, load, self.selection))
         if drafted and accepted:
             self._learn(drafted, verified, accepted)
         self._count_drafting(plan, drafted)
@@ -215,7 +231,7 @@ class StepLoop:
         # A NaN at slot k cuts the prefix to k - 1, never shorter: earlier tokens were sampled without knowing of it.
         usable = [min(limits[index], usable) for index, usable in zip(order, block.usable.tolist(), strict=True)]
         lengths = self._selection.lengths(survival, usable, load, backbone)
-        return Drafted(requests, block, survival, lengths, backbone)
+        return Drafted(requests, block, survival, lengths, backbone, usable)
 
     def _allowance(self, request: Request, alone: bool) -> int:
         """Most draft tokens of a request's block, copied alone or not."""

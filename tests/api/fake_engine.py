@@ -96,6 +96,11 @@ class FakeEngine:
         self.vocab_size = 257
         self.backend = "none"
         self.cache_info = {"block_size": "16", "num_gpu_blocks": "100"}
+        self.max_num_seqs = 64
+        self.drafter = self.costs = None
+        self.gamma = 2
+        self.policies = ("none",)
+        self.selection = "none"
         self.tokenizer = build_tokenizer()
         self.tokenizer.chat_template = chat_template
         self.stats = EngineStats(accepted_per_position=[3, 1])
@@ -126,6 +131,12 @@ class FakeEngine:
         while self.in_flight and asyncio.get_running_loop().time() < end:
             await asyncio.sleep(0.01)
         return self.in_flight == 0
+
+    def select(self, policy: str) -> None:
+        self.selection = policy
+
+    def watch(self, trace: object) -> None:
+        """Its steps have nothing to show."""
 
     def fail_all(self, message: str) -> None:
         for handle in list(self.running):

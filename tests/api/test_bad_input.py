@@ -185,7 +185,7 @@ def test_openai_sees_a_bad_request(server: Running) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["/", "/v1", "/v1/completion", "/v1/completions/", "//v1/completions", "/v1%2fcompletions/x"]
+    "path", ["/index.html", "/v1", "/v1/completion", "/v1/completions/", "//v1/completions", "/v1%2fcompletions/x"]
 )
 def test_unknown_route(server: Running, path: str) -> None:
     check(server.http.post(server.url + path, json={}), 404)

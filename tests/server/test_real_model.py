@@ -245,6 +245,29 @@ def test_rules_hold_and_the_best_of_several_is_returned(server: tuple[str, objec
     assert means == sorted(means, reverse=True)
 
 
+def test_the_dashboard_shows_a_chat_prompt_block_by_block(server: tuple[str, object], client: openai.OpenAI) -> None:
+    url = server[0]
+    question = "List the first ten square numbers, one a line."
+    messages: Any = [{"role": "user", "content": question}]
+    answer = client.chat.completions.create(model=MODEL, messages=messages, max_tokens=64, temperature=0)
+    expected = answer.choices[0].message.content
+    with httpx.stream("GET", f"{url}/dashboard/feed", timeout=60) as feed:
+        events = (json.loads(line[6:]) for line in feed.iter_lines() if line.startswith("data: "))
+        body = {"feed": next(events)["feed"], "prompt": question, "max_tokens": 64}
+        assert httpx.post(f"{url}/dashboard/prompt", json=body).status_code == 200
+        told = []
+        while not told or told[-1]["finish_reason"] is None:
+            state = next(events)
+            told += [state["own"]] if state["own"] else []
+    text = "".join(text for own in told for text, _ in own["text"])
+    assert expected and text[:40] == expected[:40]  # bf16 ties aside, all of it
+    assert any(kind == "draft" for own in told for _, kind in own["text"])
+    blocks = [block for own in told for block in own["blocks"]]
+    assert sum(block["accepted"] for block in blocks) > 0
+    assert any(chance > 0 for block in blocks for _, chance in block["draft"])
+    assert state["costs"], "the curve"
+
+
 def test_zz_sigterm_finishes_what_runs_and_exits_0(server: tuple[str, subprocess.Popen[bytes]]) -> None:
     url, process = server
     body = {"model": MODEL, "prompt": "Tell me a story.", "max_tokens": 40, "stream": True, "ignore_eos": True}

@@ -1,0 +1,201 @@
+"""What steps look like to somebody who watches: small plain records, made on the step thread.
+
+`StepWatch` is the observer that `AsyncEngine.watch` takes. Nobody watching, it is not called at all. It writes; the
+event loop only reads what it wrote, by whole objects, so that no lock is needed.
+
+Texts stay with their owners: of a request that is not followed, a record has lengths and chances, never a token.
+"""
+
+import itertools
+import logging
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from time import monotonic
+from weakref import WeakKeyDictionary
+
+import numpy as np
+
+from dspark_server.engine.request import Request
+from dspark_server.engine.step import Drafted, StepTrace
+from dspark_server.speculation.capacity import Capacity
+from dspark_server.speculation.selection import Ranked, step_seconds, theta_by_count
+
+logger = logging.getLogger(__name__)
+
+PICTURE_EVERY = 0.08  # seconds between two pictures of the whole batch
+MAX_ROWS = 64  # requests of a picture
+MAX_POINTS = 48  # of the Theta curve
+
+
+@dataclass(frozen=True)
+class Block:
+    """One step of one followed request. Token ids; survival a_k of every draft token, 0 to 1.
+
+    The first `verified` of `draft` were looked at by the target, the first `accepted` of these committed. `committed`
+    are the tokens the step gave; one past the accepted ones is the target's own, and missing where a draft token ended
+    the request.
+    """
+
+    draft: list[int]
+    survival: list[float]
+    copied: bool
+    verified: int
+    accepted: int
+    committed: list[int]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One request in a picture, by a number that means nothing elsewhere; survival in percent, of each draft token."""
+
+    number: int
+    length: int
+    copied: bool
+    survival: list[int]
+    verified: int
+    accepted: int
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One step of the whole batch.
+
+    tokens: B of the pass, `prefill` of them of prompts; `sampling` requests get a token each whatever is drafted.
+    theta: (B, tokens a second expected) if the best drafts up to B were verified; `expected` is that of the choice.
+    The first MAX_ROWS of the requests that sampled are shown.
+    """
+
+    policy: str
+    tokens: int
+    prefill: int
+    sampling: int
+    drafting: int
+    drafts: int
+    committed: int
+    expected: float | None
+    theta: list[tuple[int, float]]
+    rows: list[Row]
+
+
+class StepWatch:
+    """Makes the records; see the module. `picture` is the newest one, None before the first."""
+
+    def __init__(self, capacity: Capacity | None, clock: Callable[[], float] = monotonic) -> None:
+        self.picture: Picture | None = None
+        self._capacity = capacity
+        self._clock = clock
+        self._drawn = -PICTURE_EVERY
+        self._followed: dict[str, deque[Block]] = {}
+        self._numbers: WeakKeyDictionary[Request, int] = WeakKeyDictionary()
+        self._next_number = itertools.count(1)
+        self._failed = False
+
+    # -- event loop --------------------------------------------------------------------------------------------------
+
+    def follow(self, request_id: str) -> deque[Block]:
+        """Keep every step of the request with this id, its tokens too. The reader takes from the left.
+
+        It grows to one block per token of the request at most.
+        """
+        return self._followed.setdefault(request_id, deque())
+
+    def unfollow(self, request_id: str) -> None:
+        """Forget the request."""
+        self._followed.pop(request_id, None)
+
+    # -- step thread -------------------------------------------------------------------------------------------------
+
+    def __call__(self, trace: StepTrace) -> None:
+        """Look at a step. Never raises: watching must not fail the step."""
+        try:
+            now = self._clock()
+            due = now - self._drawn >= PICTURE_EVERY
+            if due or self._followed:
+                self._look(trace, due)
+            if due:
+                self._drawn = now
+        except Exception:
+            if not self._failed:
+                logger.exception("a step could not be shown")
+            self._failed = True
+
+    def _look(self, trace: StepTrace, due: bool) -> None:
+        row_of = {request: row for row, request in enumerate(trace.drafted.requests)} if trace.drafted else {}
+        accepted = trace.accepted.count.tolist()
+        requests = trace.verified.requests
+        for index, request in enumerate(requests):
+            blocks = self._followed.get(request.id)
+            if blocks is not None and not bool(trace.accepted.failed[index]):
+                token = int(trace.accepted.token[index])
+                blocks.append(_block(request, trace.drafted, row_of.get(request), accepted[index], token))
+        if due:
+            rows = [
+                self._row(request, trace.drafted, row_of.get(request), count)
+                for request, count in zip(requests[:MAX_ROWS], accepted, strict=False)
+            ]
+            self.picture = self._picture(trace, rows, sum(accepted))
+
+    def _row(self, request: Request, drafted: Drafted | None, row: int | None, accepted: int) -> Row:
+        number = self._numbers.get(request)
+        if number is None:
+            number = self._numbers[request] = next(self._next_number)
+        length = len(request.tokens)
+        if drafted is None or row is None:
+            return Row(number, length, False, [], 0, 0)
+        survival = [round(100 * chance) for chance in _chances(drafted, row)]
+        return Row(number, length, row >= drafted.backbone, survival, drafted.lengths[row], accepted)
+
+    def _picture(self, trace: StepTrace, rows: list[Row], accepted: int) -> Picture:
+        drafted, load = trace.drafted, trace.load
+        drafts = sum(drafted.lengths) if drafted else 0
+        theta, expected = self._theta(trace, drafted, drafts) if drafted and self._capacity else ([], None)
+        return Picture(
+            policy=trace.selection,
+            tokens=load.tokens + drafts,
+            prefill=load.tokens - load.sampling,
+            sampling=load.sampling,
+            drafting=len(drafted.requests) if drafted else 0,
+            drafts=drafts,
+            committed=load.sampling + accepted,
+            expected=expected,
+            theta=theta,
+            rows=rows,
+        )
+
+    def _theta(self, trace: StepTrace, drafted: Drafted, chosen: int) -> tuple[list[tuple[int, float]], float | None]:
+        """Theta over B for this step's blocks, on the curve its policy looks at, and its value at the choice."""
+        assert self._capacity is not None
+        ranked = Ranked.of(drafted.survival, drafted.limits)
+        convex = trace.selection != "lagged"
+        count = len(ranked.values)
+        seconds = step_seconds(self._capacity, trace.load, count, drafted.backbone, convex=convex)
+        theta = theta_by_count(ranked.values, seconds, trace.load)
+        points = np.unique(np.linspace(0, count, min(count + 1, MAX_POINTS)).round().astype(int))
+        # Only a policy that ranks all drafts together stands on this curve; fixed and threshold stand near it.
+        return (
+            [(trace.load.tokens + int(point), round(float(theta[point]), 2)) for point in points],
+            round(float(theta[min(chosen, count)]), 2),
+        )
+
+
+def _chances(drafted: Drafted, row: int) -> list[float]:
+    """Survivals of the slots that could have been verified."""
+    chances: list[float] = drafted.survival[row, : drafted.limits[row]].nan_to_num().tolist()
+    return chances
+
+
+def _block(request: Request, drafted: Drafted | None, row: int | None, accepted: int, token: int) -> Block:
+    if drafted is None or row is None:
+        return Block([], [], False, 0, 0, [token])
+    chances = _chances(drafted, row)
+    draft = drafted.block.tokens[row, : len(chances)].tolist()
+    committed = _until_end([*draft[:accepted], token], request.stop_ids)
+    copied, verified = row >= drafted.backbone, drafted.lengths[row]
+    return Block(draft, chances, copied, verified, min(accepted, len(committed)), committed)
+
+
+def _until_end(tokens: Sequence[int], stop_ids: frozenset[int]) -> list[int]:
+    """What commit will take of them."""
+    end = next((index for index, token in enumerate(tokens, 1) if token in stop_ids), len(tokens))
+    return list(tokens[:end])
