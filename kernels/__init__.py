@@ -9,6 +9,7 @@ import sys
 import warnings
 
 from dspark_kernels.cpu.build import KernelBuildError, build
+from dspark_kernels.cpu.memory import huge_zeros
 from dspark_kernels.cpu.native import NativeKernels
 from dspark_kernels.interface import UNNAMED, DraftedTokens, Favour, FusedLayer, Kernels, LayerParts, PackedLinear
 from dspark_kernels.reference import ReferenceKernels
@@ -22,6 +23,7 @@ __all__ = [
     "Kernels",
     "LayerParts",
     "PackedLinear",
+    "huge_zeros",
     "load",
 ]
 

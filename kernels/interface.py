@@ -105,7 +105,7 @@ class DraftedTokens:
 
 
 class Kernels(Protocol):
-    """The operations a decoder needs. Implementations hold no mutable state: one instance serves all threads."""
+    """The operations a decoder needs. Instances hold nothing that calls change: one serves all threads."""
 
     @property
     def name(self) -> str:

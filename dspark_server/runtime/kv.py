@@ -1,8 +1,10 @@
 """KV pool tensors: the target's and the drafter's layers under one block table (ARCHITECTURE, decision 2)."""
 
 from dataclasses import dataclass
+from math import prod
 
 import torch
+from dspark_kernels import huge_zeros
 from torch import Tensor
 
 
@@ -25,7 +27,7 @@ class KVPool:
         self._layers: list[list[tuple[Tensor, Tensor]]] = []
         for group in groups:
             shape = (group.layers, 2, slots, group.kv_heads, group.head_dim)
-            rows = torch.zeros(shape, dtype=dtype)
+            rows = huge_zeros(prod(shape) * dtype.itemsize).view(dtype).view(shape)
             self._layers.append([(rows[i, 0], rows[i, 1]) for i in range(group.layers)])
 
     def layers(self, group: int) -> list[tuple[Tensor, Tensor]]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from dspark_kernels.cpu.memory import Arena
 from dspark_kernels.interface import DraftedTokens, Favour, LayerParts, PackedLinear
 from torch import Tensor, empty, get_num_threads
 
@@ -124,6 +125,7 @@ class NativeKernels:
             getattr(native, function).argtypes = arguments
             getattr(native, function).restype = None
         threaded = _use_torch_threads(native)
+        self._arena = Arena()
         self.lanes = int(native.dspark_lanes())
         self.name = "native-avx512" if self.lanes == 16 else "native-generic"
         if not threaded:
@@ -229,7 +231,7 @@ class NativeKernels:
         out_features, in_features = weight.shape
         weight = weight.contiguous()
         blocks = (out_features + _BLOCK - 1) // _BLOCK
-        packed = empty((blocks, (in_features + 1) // 2, _BLOCK, 2), dtype=torch.bfloat16)
+        packed = self._arena.empty((blocks, (in_features + 1) // 2, _BLOCK, 2), torch.bfloat16)
         self._pack_linear(weight.data_ptr(), packed.data_ptr(), in_features, out_features, get_num_threads())
         padded_bias = None
         if bias is not None:
