@@ -112,6 +112,11 @@ class Kernels(Protocol):
         """What runs, for `/version`, metrics and benchmarks: "native-avx512bf16", …, "reference"."""
         ...
 
+    @property
+    def build(self) -> str:
+        """Changes with the kernels' code and how it was compiled: what was measured with another build does not hold."""
+        ...
+
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """x / rms(x) * weight. x [N, D] (rows may be strided), weight [D] -> [N, D]."""
         ...

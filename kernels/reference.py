@@ -31,6 +31,7 @@ class ReferenceKernels:
     """`interface.Kernels` in plain PyTorch."""
 
     name = "reference"
+    build = "reference"
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return _rms_norm(x.float(), weight, eps).to(x.dtype)

@@ -97,7 +97,7 @@ class EngineCore:
                 max_tokens=config.max_num_batched_tokens,
                 max_requests=config.max_num_seqs,
                 directory=cache_dir() / "profiles",
-                identity=f"{cache_identity}|{backend}|{config.speculative.shortlist}",
+                identity=f"{cache_identity}|{backend}|{kernels.build}|{config.speculative.shortlist}",
                 again=config.measure_costs_again,
             )
             capacity = Capacity(measured, config.max_num_batched_tokens, config.max_num_seqs)

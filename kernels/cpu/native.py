@@ -125,6 +125,7 @@ class NativeKernels:
             getattr(native, function).argtypes = arguments
             getattr(native, function).restype = None
         threaded = _use_torch_threads(native)
+        self.build = library.parent.name
         self._arena = Arena()
         self.lanes = int(native.dspark_lanes())
         self.name = "native-avx512" if self.lanes == 16 else "native-generic"
