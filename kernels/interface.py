@@ -114,7 +114,7 @@ class Kernels(Protocol):
 
     @property
     def build(self) -> str:
-        """Changes with the kernels' code and how it was compiled: what was measured with another build does not hold."""
+        """Changes with the kernels' code and how it was compiled: costs measured with another do not hold."""
         ...
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -46,7 +46,8 @@ def choose_backend(dtype: torch.dtype, kernels: Kernels) -> str:
     """Which matrix product weights of `dtype` get on this machine; DSPARK_LINEAR overrides the choice for bfloat16.
 
     With AMX, oneDNN's tiles are about ten times faster than vector instructions. Without, our own are faster: by
-    VDPBF16PS on AMD, by float32 FMA elsewhere on AVX-512; on older processors oneDNN has no bfloat16 product at all. Raises ConfigError if the override cannot work.
+    VDPBF16PS on AMD, by float32 FMA elsewhere on AVX-512; on older processors oneDNN has no bfloat16 product at all.
+    Raises ConfigError if the override cannot work.
     """
     wanted = os.environ.get("DSPARK_LINEAR") or "auto"
     if wanted not in ("auto", *BACKENDS):
