@@ -113,7 +113,7 @@ def _replay_case(directory: Path, case: str, expected: dict[str, Tensor], report
     executor = core.loop.executor
     assert isinstance(executor, TorchExecutor)
     assert isinstance(executor.drafter, DSparkDrafter)
-    executor.drafter.keep_logits = True
+    executor.drafter.sampler.keep_logits = True
     rounds = sum(1 for key in expected if key.endswith(".accepted"))
     forced.counts = iter([int(expected[f"round{r}.accepted"]) for r in range(rounds)])
     prompt = expected["prompt"].tolist()

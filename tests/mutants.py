@@ -35,13 +35,14 @@ def _one(name: str, file: str, text: str, replacement: str, killer: str) -> Muta
 
 
 STEP, DSPARK = "dspark_server/engine/step.py", "dspark_server/speculation/dspark.py"
+SEQUENTIAL = "dspark_server/speculation/sequential.py"
 ACCEPTANCE, SELECTION = "dspark_server/speculation/acceptance.py", "dspark_server/speculation/selection.py"
 MONTE_CARLO = "tests/engine/test_monte_carlo.py::test_the_law_is_the_targets"
 
 MUTANTS = (
     _one("draft and acceptance share noise", "dspark_server/speculation/noise.py", "COIN = 2", "COIN = 1",
          "tests/speculation/test_streams.py::test_everything_in_the_key_gives_another_number"),
-    _one("q is not the law drafts were drawn from", DSPARK, "laws.append(law)", "laws.append(torch.sqrt(law))",
+    _one("q is not the law drafts were drawn from", SEQUENTIAL, "laws.append(law)", "laws.append(torch.sqrt(law))",
          MONTE_CARLO),
     _one("residual softmaxed instead of normalised", ACCEPTANCE,
          "return torch.where(left.sum(-1, keepdim=True) > 0, left, p)", "return torch.softmax(left, -1)",
@@ -54,7 +55,7 @@ MUTANTS = (
          "return ranked.first(best_count(ranked.values, seconds * (1 + np.arange(len(seconds)) % 2), load))",
          "tests/speculation/test_selection.py::test_whether_a_token_is_kept_does_not_depend_on_it_or_on_later_ones"),
     Mutant("prefix cut at a forbidden token", (
-        (DSPARK, "                here = permitted(here, at, columns)\n", ""),
+        (SEQUENTIAL, "                here = permitted(here, at, columns)\n", ""),
         (STEP, "        return Drafted(requests, block, survival,",
          "        limits = [next((k for k, x in enumerate(row[:limit]) if x in r.stop_ids), limit)\n"
          "                  for r, row, limit in zip(requests, block.tokens.tolist(), limits, strict=True)]\n"
@@ -79,7 +80,7 @@ MUTANTS = (
          "for (long j = 0; j < columns; j++) weights[j] *= weights[j];\n"
          "        choice = draw_column(weights, columns, head->uniforms[at], cells);",
          f"{MONTE_CARLO}[causal-None-bfloat16-False]"),
-    _one("block cut where it leaves the copy it was favoured with", DSPARK,
+    _one("block cut where it leaves the copy it was favoured with", SEQUENTIAL,
          "                copies.follow(k, previous)\n",
          "                copies.follow(k, previous)\n"
          "                left = copies.on[:, k] & (previous != copies.tokens[:, k])\n"

@@ -1,4 +1,4 @@
-"""The DSpark drafter: a parallel backbone over the target's features, then a tiny sequential head (DSpark §3.1-3.2).
+"""The DSpark drafter: a parallel backbone over the target's features (DSpark §3.1); `sequential` has its other half.
 
 DFlash is the same with Markov rank 0 and no confidence head. Checkpoints are DeepSpec's format A (DSPARK.md).
 Shapes: R drafting requests, gamma = block_size, D hidden size, V vocabulary, N tokens of a target pass, m taps.
@@ -23,13 +23,12 @@ from dspark_server.runtime.batch import Batch, Run
 from dspark_server.runtime.kv import KVPool, LayerGroup
 from dspark_server.runtime.linear import Linear
 from dspark_server.speculation.calibration import Calibration
-from dspark_server.speculation.copying import CopyBias
+from dspark_server.speculation.copying import CopyBias, CopyTables
 from dspark_server.speculation.drafter import DraftBlock, DraftRequest
-from dspark_server.speculation.heads import ConfidenceHead, SequentialHead, build_head
-from dspark_server.speculation.law import permitted, sample
-from dspark_server.speculation.noise import Purpose, Streams
-from dspark_server.speculation.sampling import Rule, SamplingBatch
-from dspark_server.speculation.shortlist import Shortlist
+from dspark_server.speculation.heads import ConfidenceHead, build_head
+from dspark_server.speculation.noise import Streams
+from dspark_server.speculation.sampling import SamplingBatch
+from dspark_server.speculation.sequential import BlockSampler
 
 ARCHITECTURE = "Qwen3DSparkModel"
 
@@ -125,38 +124,27 @@ class DSparkDrafter:
         config: DSparkConfig,
         layers: list[DecoderLayer],
         context: "ContextProjection",
-        head: SequentialHead | None,
-        confidence: ConfidenceHead | None,
+        sampler: BlockSampler,
         final_norm: Tensor,
         embedding: Tensor,
         lm_head: Linear,
-        draft_tokens: Tensor | None,
-        calibration: Calibration,
         cos_sin: Tensor,
         kernels: Kernels,
-        identity: str,
-        shortlist: int | None = None,
-        copying: bool = True,
+        copying: CopyTables | None,
     ) -> None:
         self.config = config
         self.gamma = config.block_size
         self.taps = config.taps
-        self.identity = identity
-        self.keep_logits = False  # conformance wants every intermediate
+        self.identity = context.digest
+        self.sampler = sampler
+        self.copying = copying
         self._layers = layers
         self._context = context
-        self._head = head
-        self._confidence = confidence
         self._final_norm = final_norm
         self._embedding = embedding
         self._lm_head = lm_head
-        self._draft_tokens = draft_tokens
-        self._calibration = calibration
         self._cos_sin = cos_sin
         self._kernels = kernels
-        self.copying = calibration.copying if copying else None
-        self._in_one_call = not shortlist and (head is None or head.packed is not None)
-        self._shortlist = Shortlist(head, shortlist) if shortlist and shortlist < lm_head.out_features else None
 
     @property
     def kv_group(self) -> LayerGroup:
@@ -217,22 +205,21 @@ class DSparkDrafter:
             )
         final_norm = reader.take("norm.weight", (hidden,))
         reader.finish()
+        calibration = Calibration.load(directory, config.block_size)
+        vocabulary = decoder.vocab_size
         return cls(
             config,
             [DecoderLayer(decoder, i, layer, kernels) for i, layer in enumerate(weights)],
             context,
-            head,
-            confidence,
+            BlockSampler(
+                config.block_size, vocabulary, head, confidence, calibration, draft_tokens, kernels, shortlist
+            ),
             final_norm,
             embedding,
             lm_head,
-            draft_tokens,
-            Calibration.load(directory, config.block_size),
             cos_sin,
             kernels,
-            identity=context.digest,
-            shortlist=shortlist,
-            copying=copying,
+            copying=calibration.copying if copying else None,
         )
 
     def observe(self, taps: list[Tensor], batch: Batch, pool: KVPool) -> None:
@@ -252,7 +239,7 @@ class DSparkDrafter:
         copies = None
         if self.copying is not None and any(request.match is not None for request in requests):
             copies = CopyBias([r.match for r in requests], self.gamma, sampling.temperature, self.copying)
-        return self._sample(hidden.view(shape), base.view(shape), anchors, sampling, streams, copies)
+        return self.sampler.sample(hidden.view(shape), base.view(shape), anchors, sampling, streams, copies)
 
     def _backbone(self, batch: Batch, pool: KVPool) -> Tensor:
         """h_k of every slot [R * gamma, D], after the final norm."""
@@ -262,132 +249,6 @@ class DSparkDrafter:
             delta = layer.forward(delta, residual, batch, keys, values, self._cos_sin, causal=False)
         assert delta is not None
         return self._kernels.add_rms_norm(delta, residual, self._final_norm, self.config.decoder.rms_norm_eps)
-
-    def _sample(
-        self,
-        hidden: Tensor,
-        base: Tensor,
-        anchors: Tensor,
-        sampling: SamplingBatch,
-        streams: Streams,
-        copies: CopyBias | None,
-    ) -> DraftBlock:
-        """Left to right: correct the base logits for the token before, score its chance, sample (DSpark §3.2)."""
-        if self._in_one_call and _plain(sampling) and not self.keep_logits:
-            return self._sample_at_once(hidden, base, anchors, sampling, streams, copies)
-        requests = len(anchors)
-        uniforms = streams.uniform(Purpose.DRAFT, sampling, torch.arange(self.gamma))
-        state = self._head.start(requests) if self._head else None
-        best = self._shortlist.best(base) if self._shortlist else None
-        everything = None if self._draft_tokens is None else self._draft_tokens.expand(requests, -1)
-        previous, embedding, latent = anchors, None, None
-        columns: Tensor | None
-        usable = torch.full((requests,), self.gamma)
-        tokens: list[Tensor] = []
-        laws, names, confidences, kept_logits = [], [], [], []
-        for k in range(self.gamma):
-            if self._head is not None:
-                embedding = self._head.embedding(previous)
-                latent, state = self._head.latent(embedding, hidden[:, k], state)
-            if self._shortlist is not None and best is not None:
-                columns, logits = self._shortlist.logits(base[:, k], best[:, k], previous, latent)
-                columns = columns if self._draft_tokens is None else self._draft_tokens[columns]
-            else:
-                columns, logits = everything, base[:, k]
-                if self._head is not None and latent is not None:
-                    logits = logits + self._head.bias(latent)
-            finite = torch.isfinite(logits.amax(dim=-1))
-            if self._confidence is not None:
-                confidences.append(self._confidence.logit(hidden[:, k], embedding))
-                finite &= ~torch.isnan(confidences[-1])
-            usable = torch.where(finite, usable, usable.clamp(max=k))
-            here = torch.nan_to_num(logits, neginf=-torch.inf)
-            vocabulary = self.config.decoder.vocab_size
-            if copies is not None:
-                here, columns = copies.favour(k, here, columns)
-            at = sampling.ahead(k, tokens)
-            if at.controls:
-                here = permitted(here, at, columns)
-                # The rules may leave nothing that can be drafted. Known before this slot is sampled, so ending the
-                # block here depends on no token's own value (a law: DSPARK.md, "No value-dependent drop").
-                dead = here.amax(dim=-1) == -torch.inf
-                usable = torch.where(dead, usable.clamp(max=k), usable)
-                here[dead] = 0.0
-                at = at.without_controls()
-            previous, law = sample(here, at, uniforms[:, k], streams, columns, vocabulary)
-            if copies is not None:
-                copies.follow(k, previous)
-            tokens.append(previous)
-            if law is not None:
-                laws.append(law)
-                names.append(columns)
-            if self.keep_logits:
-                kept_logits.append(logits)
-        confidence = torch.stack(confidences, dim=1) if confidences else None
-        return DraftBlock(
-            tokens=torch.stack(tokens, dim=1),
-            q=torch.stack(laws, dim=1) if laws else None,
-            columns=torch.stack([c for c in names if c is not None], dim=1) if names and names[0] is not None else None,
-            confidence=confidence,
-            survival=self._survival(confidence, sampling, copies),
-            usable=usable,
-            copies=copies,
-            hidden=hidden if self.keep_logits else None,
-            base_logits=base if self.keep_logits else None,
-            logits=torch.stack(kept_logits, dim=1) if kept_logits else None,
-        )
-
-    def _sample_at_once(
-        self,
-        hidden: Tensor,
-        base: Tensor,
-        anchors: Tensor,
-        sampling: SamplingBatch,
-        streams: Streams,
-        copies: CopyBias | None,
-    ) -> DraftBlock:
-        """The same in one native call, where the head is vanilla and nobody's law is filtered."""
-        requests, vocabulary = len(anchors), base.shape[2]
-        favour, columns = copies.whole_block(base, self._draft_tokens) if copies is not None else (None, None)
-        if columns is None and self._draft_tokens is not None:
-            columns = self._draft_tokens.expand(requests, self.gamma, vocabulary)
-        slots = torch.arange(self.gamma)
-        drawn = self._kernels.draft_tokens(
-            base,
-            anchors,
-            self._draft_tokens,
-            None if self._head is None else self._head.packed,
-            (1 / sampling.temperature).masked_fill(sampling.greedy, 0.0),
-            None if sampling.all_greedy else streams.uniform(Purpose.DRAFT, sampling, slots),
-            favour,
-        )
-        if copies is not None:
-            copies.on, copies.odds = drawn.on, drawn.odds
-        usable, confidence = drawn.usable, None
-        if self._confidence is not None:
-            before = torch.cat([anchors.unsqueeze(1), drawn.tokens[:, :-1]], dim=1)
-            embedding = None if self._head is None else self._head.embedding(before)
-            confidence = self._confidence.logit(hidden, embedding)
-            usable = usable.minimum((~confidence.isnan()).long().cumprod(1).sum(1))
-        return DraftBlock(
-            tokens=drawn.tokens,
-            q=drawn.law,
-            columns=None if drawn.law is None else columns,
-            confidence=confidence,
-            survival=self._survival(confidence, sampling, copies),
-            usable=usable,
-            copies=copies,
-        )
-
-    def _survival(self, confidence: Tensor | None, sampling: SamplingBatch, copies: CopyBias | None) -> Tensor | None:
-        return None if confidence is None else self._calibration.survival(confidence, sampling.temperature, copies)
-
-
-def _plain(sampling: SamplingBatch) -> bool:
-    """Greedy or by inverse CDF from the bare softmax, all of them."""
-    return (
-        Rule.COUPLED not in sampling.traits.rules and not sampling.controls and (sampling.all_greedy or sampling.plain)
-    )
 
 
 class ContextProjection:

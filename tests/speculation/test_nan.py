@@ -28,7 +28,7 @@ def test_a_nan_at_a_slot_keeps_exactly_the_slots_before_it(
     calls = 0
 
     if source == "logits":
-        bias = drafter._head.bias
+        bias = drafter.sampler.head.bias
 
         def broken_bias(*arguments: torch.Tensor) -> torch.Tensor:
             nonlocal calls
@@ -36,7 +36,7 @@ def test_a_nan_at_a_slot_keeps_exactly_the_slots_before_it(
             calls += 1
             return value * float("nan") if (calls - 1) % drafter.gamma == slot else value
 
-        monkeypatch.setattr(drafter._head, "bias", broken_bias)
+        monkeypatch.setattr(drafter.sampler.head, "bias", broken_bias)
     else:
         logit = ConfidenceHead.logit
 

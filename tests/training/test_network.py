@@ -39,7 +39,7 @@ def test_trained_network_is_the_engines(kind: str) -> None:
     assert isinstance(executor, TorchExecutor)
     drafter, target = executor.drafter, executor.target
     assert isinstance(drafter, DSparkDrafter)
-    drafter.keep_logits = True
+    drafter.sampler.keep_logits = True
     core.generate([PROMPT], SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True))
     assert len(seen) >= 3
 

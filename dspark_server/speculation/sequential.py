@@ -1,0 +1,176 @@
+"""The sequential half of a draft: left to right, each slot's logits are corrected for the token before it, its chance
+is scored and a token sampled (DSpark §3.2). In one native call where that can be.
+
+Shapes: R drafting requests, gamma slots, D hidden size, C draft tokens (all of V, or a part), r Markov rank.
+"""
+
+import torch
+from dspark_kernels import Kernels
+from torch import Tensor
+
+from dspark_server.speculation.calibration import Calibration
+from dspark_server.speculation.copying import CopyBias
+from dspark_server.speculation.drafter import DraftBlock
+from dspark_server.speculation.heads import ConfidenceHead, SequentialHead
+from dspark_server.speculation.law import permitted, sample
+from dspark_server.speculation.noise import Purpose, Streams
+from dspark_server.speculation.sampling import Rule, SamplingBatch
+from dspark_server.speculation.shortlist import Shortlist
+
+
+class BlockSampler:
+    """From a backbone's hidden states to draft blocks.
+
+    draft_tokens [C] names the tokens that may be drafted (None: all of `vocabulary`); `shortlist` is K of Shortlist.
+    """
+
+    def __init__(
+        self,
+        gamma: int,
+        vocabulary: int,
+        head: SequentialHead | None,
+        confidence: ConfidenceHead | None,
+        calibration: Calibration,
+        draft_tokens: Tensor | None,
+        kernels: Kernels,
+        shortlist: int | None = None,
+    ) -> None:
+        self.head = head
+        self.keep_logits = False  # conformance wants every intermediate
+        self._gamma = gamma
+        self._vocabulary = vocabulary
+        self._confidence = confidence
+        self._calibration = calibration
+        self._draft_tokens = draft_tokens
+        self._kernels = kernels
+        columns = vocabulary if draft_tokens is None else len(draft_tokens)
+        self._shortlist = Shortlist(head, shortlist) if shortlist and shortlist < columns else None
+        self._in_one_call = self._shortlist is None and (head is None or head.packed is not None)
+
+    def sample(
+        self,
+        hidden: Tensor,
+        base: Tensor,
+        anchors: Tensor,
+        sampling: SamplingBatch,
+        streams: Streams,
+        copies: CopyBias | None,
+    ) -> DraftBlock:
+        """Blocks of R requests, row i of `sampling` belonging to request i.
+
+        hidden [R, gamma, D], base [R, gamma, C] float32 logits, anchors [R] int64.
+        """
+        if self._in_one_call and _plain(sampling) and not self.keep_logits:
+            return self._at_once(hidden, base, anchors, sampling, streams, copies)
+        requests = len(anchors)
+        uniforms = streams.uniform(Purpose.DRAFT, sampling, torch.arange(self._gamma))
+        state = self.head.start(requests) if self.head else None
+        best = self._shortlist.best(base) if self._shortlist else None
+        everything = None if self._draft_tokens is None else self._draft_tokens.expand(requests, -1)
+        previous, embedding, latent = anchors, None, None
+        columns: Tensor | None
+        usable = torch.full((requests,), self._gamma)
+        tokens: list[Tensor] = []
+        laws, names, confidences, kept_logits = [], [], [], []
+        for k in range(self._gamma):
+            if self.head is not None:
+                embedding = self.head.embedding(previous)
+                latent, state = self.head.latent(embedding, hidden[:, k], state)
+            if self._shortlist is not None and best is not None:
+                columns, logits = self._shortlist.logits(base[:, k], best[:, k], previous, latent)
+                columns = columns if self._draft_tokens is None else self._draft_tokens[columns]
+            else:
+                columns, logits = everything, base[:, k]
+                if self.head is not None and latent is not None:
+                    logits = logits + self.head.bias(latent)
+            finite = torch.isfinite(logits.amax(dim=-1))
+            if self._confidence is not None:
+                confidences.append(self._confidence.logit(hidden[:, k], embedding))
+                finite &= ~torch.isnan(confidences[-1])
+            usable = torch.where(finite, usable, usable.clamp(max=k))
+            here = torch.nan_to_num(logits, neginf=-torch.inf)
+            if copies is not None:
+                here, columns = copies.favour(k, here, columns)
+            at = sampling.ahead(k, tokens)
+            if at.controls:
+                here = permitted(here, at, columns)
+                # The rules may leave nothing that can be drafted. Known before this slot is sampled, so ending the
+                # block here depends on no token's own value (a law: DSPARK.md, "No value-dependent drop").
+                dead = here.amax(dim=-1) == -torch.inf
+                usable = torch.where(dead, usable.clamp(max=k), usable)
+                here[dead] = 0.0
+                at = at.without_controls()
+            previous, law = sample(here, at, uniforms[:, k], streams, columns, self._vocabulary)
+            if copies is not None:
+                copies.follow(k, previous)
+            tokens.append(previous)
+            if law is not None:
+                laws.append(law)
+                names.append(columns)
+            if self.keep_logits:
+                kept_logits.append(logits)
+        confidence = torch.stack(confidences, dim=1) if confidences else None
+        return DraftBlock(
+            tokens=torch.stack(tokens, dim=1),
+            q=torch.stack(laws, dim=1) if laws else None,
+            columns=torch.stack([c for c in names if c is not None], dim=1) if names and names[0] is not None else None,
+            confidence=confidence,
+            survival=self._survival(confidence, sampling, copies),
+            usable=usable,
+            copies=copies,
+            hidden=hidden if self.keep_logits else None,
+            base_logits=base if self.keep_logits else None,
+            logits=torch.stack(kept_logits, dim=1) if kept_logits else None,
+        )
+
+    def _at_once(
+        self,
+        hidden: Tensor,
+        base: Tensor,
+        anchors: Tensor,
+        sampling: SamplingBatch,
+        streams: Streams,
+        copies: CopyBias | None,
+    ) -> DraftBlock:
+        """The same in one native call, where the head is vanilla and nobody's law is filtered."""
+        requests, vocabulary = len(anchors), base.shape[2]
+        favour, columns = copies.whole_block(base, self._draft_tokens) if copies is not None else (None, None)
+        if columns is None and self._draft_tokens is not None:
+            columns = self._draft_tokens.expand(requests, self._gamma, vocabulary)
+        slots = torch.arange(self._gamma)
+        drawn = self._kernels.draft_tokens(
+            base,
+            anchors,
+            self._draft_tokens,
+            None if self.head is None else self.head.packed,
+            (1 / sampling.temperature).masked_fill(sampling.greedy, 0.0),
+            None if sampling.all_greedy else streams.uniform(Purpose.DRAFT, sampling, slots),
+            favour,
+        )
+        if copies is not None:
+            copies.on, copies.odds = drawn.on, drawn.odds
+        usable, confidence = drawn.usable, None
+        if self._confidence is not None:
+            before = torch.cat([anchors.unsqueeze(1), drawn.tokens[:, :-1]], dim=1)
+            embedding = None if self.head is None else self.head.embedding(before)
+            confidence = self._confidence.logit(hidden, embedding)
+            usable = usable.minimum((~confidence.isnan()).long().cumprod(1).sum(1))
+        return DraftBlock(
+            tokens=drawn.tokens,
+            q=drawn.law,
+            columns=None if drawn.law is None else columns,
+            confidence=confidence,
+            survival=self._survival(confidence, sampling, copies),
+            usable=usable,
+            copies=copies,
+        )
+
+    def _survival(self, confidence: Tensor | None, sampling: SamplingBatch, copies: CopyBias | None) -> Tensor | None:
+        return None if confidence is None else self._calibration.survival(confidence, sampling.temperature, copies)
+
+
+def _plain(sampling: SamplingBatch) -> bool:
+    """Greedy or by inverse CDF from the bare softmax, all of them."""
+    return (
+        Rule.COUPLED not in sampling.traits.rules and not sampling.controls and (sampling.all_greedy or sampling.plain)
+    )
