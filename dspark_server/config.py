@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from dspark_server.errors import ConfigError
 from dspark_server.settings import build, check, read_object, setting
 
-METHODS = ("auto", "dspark", "dflash", "none")
+METHODS = ("auto", "dspark", "dflash", "ngram", "none")
 SELECTIONS = ("causal", "lagged", "fixed", "threshold", "none")
 DTYPES = ("auto", "bfloat16", "float32")
 
@@ -16,8 +16,8 @@ class SpeculativeConfig:
 
     method: str = setting(
         "auto",
-        "Where drafts come from: the drafter that ships for the model if there is one (auto), a DSpark or DFlash "
-        "drafter, or nowhere (none).",
+        "Where drafts come from: a DSpark or DFlash drafter, a greedy request's own text where it repeats itself "
+        "(ngram), the drafter that ships for the model or else ngram (auto), or nowhere (none).",
         group="Speculation",
         choices=METHODS,
     )
@@ -52,7 +52,9 @@ class SpeculativeConfig:
 
     def __post_init__(self) -> None:
         check(self, prefix="")
-        if self.method in ("auto", "none") and self.model:
+        if self.method == "ngram" and not self.copying:
+            raise ConfigError("method ngram drafts by copying: leave out copying, or say method none.")
+        if self.method in ("auto", "ngram", "none") and self.model:
             raise ConfigError(f'method {self.method!r} takes no drafter: say {{"method": "dspark", "model": "DIR"}}.')
 
     @classmethod

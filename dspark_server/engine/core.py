@@ -22,6 +22,7 @@ from dspark_server.models.decoder import Decoder
 from dspark_server.models.hub import cache_dir, resolve_model, shipped_drafter
 from dspark_server.runtime.kv import KVPool
 from dspark_server.speculation.capacity import Capacity, Profile
+from dspark_server.speculation.copying import CopyTables
 from dspark_server.speculation.drafter import Drafter, NoDrafter
 from dspark_server.speculation.dspark import DSparkDrafter
 from dspark_server.speculation.selection import POLICIES, Selection, build_selection
@@ -84,7 +85,7 @@ class EngineCore:
             max_num_batched_tokens=config.max_num_batched_tokens,
             gamma=executor.gamma,
         )
-        policy = config.speculative.selection if drafter.gamma else "none"
+        policy = config.speculative.selection if executor.gamma else "none"
         cache_identity = f"{directory}|{dtype}|{drafter.identity}"
         backend = f"{kernels.name}, {target.lm_head.backend} linear, {str(dtype).removeprefix('torch.')}"
         capacity = None
@@ -107,7 +108,6 @@ class EngineCore:
             _selection(policy, capacity, config.speculative),
             capacity=capacity,
             max_draft_tokens=config.speculative.num_speculative_tokens,
-            block=drafter.gamma,
             kernels=kernels,
             copying=drafter.copying is not None and policy != "none",
             check_invariants=config.check_invariants,
@@ -123,9 +123,7 @@ class EngineCore:
             cache_identity=cache_identity,
             cache_dtype=str(dtype).removeprefix("torch."),
             backend=backend,
-            speculation=f"drafter {config.speculative.model or 'of its own'}, selection {policy}"
-            if drafter.gamma
-            else "no drafter",
+            speculation=_described(config.speculative, drafter, policy),
         )
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
@@ -150,7 +148,7 @@ class EngineCore:
         if not self.loop.executor.gamma:
             return None
         method = self.config.speculative.method
-        return "dspark" if method == "auto" else method
+        return method if method != "auto" else "dspark" if self.loop.executor.block else "ngram"
 
     @property
     def policies(self) -> tuple[str, ...]:
@@ -238,12 +236,15 @@ def _drafter(
 ) -> Drafter:
     if config.method == "none":
         return NoDrafter()
+    copies_only = NoDrafter(CopyTables() if config.copying else None)
+    if config.method == "ngram":
+        return copies_only
     if config.model:
         where = resolve_model(config.model)
     else:
         shipped = shipped_drafter(directory)
         if shipped is None and config.method == "auto":
-            return NoDrafter()
+            return copies_only
         if shipped is None:
             raise ConfigError(
                 f'no drafter ships for this model: name one, {{"method": "{config.method}", "model": "DIR"}}.'
@@ -259,6 +260,12 @@ def _drafter(
     if config.method == "dflash" and drafter.config.markov_rank:
         raise ConfigError("method dflash expects a drafter without a Markov head; use method dspark for this one.")
     return drafter
+
+
+def _described(config: SpeculativeConfig, drafter: Drafter, policy: str) -> str:
+    if drafter.gamma:
+        return f"drafter {config.model or 'of its own'}, selection {policy}"
+    return "no drafter" if drafter.copying is None else f"copies of the context, selection {policy}"
 
 
 def _selection(policy: str, capacity: Capacity | None, config: SpeculativeConfig) -> Selection:

@@ -21,6 +21,10 @@ class Executor(Protocol):
 
     gamma: int  # most draft tokens of a block
 
+    @property
+    def block(self) -> int:
+        """Most that the drafter itself makes of a block; what is longer is a copy."""
+
     def draft(self, requests: list[DraftRequest], sampling: SamplingBatch, streams: Streams) -> DraftBlock:
         """Draft up to gamma tokens after each anchor. KV slots for anchor and block are reserved.
 
@@ -39,6 +43,10 @@ class TorchExecutor:
         self.target = target
         self.drafter = drafter
         self.pool = pool
+
+    @property
+    def block(self) -> int:
+        return self.drafter.gamma
 
     def draft(self, requests: list[DraftRequest], sampling: SamplingBatch, streams: Streams) -> DraftBlock:
         copied = [

@@ -47,7 +47,7 @@ class Profiler:
         near = max(1, min(near, min(share, self._longest) - self._run_length))
         far = min(far, self._longest - self._run_length)
         sizes = _sizes(max_tokens)
-        requests = _sizes(max_requests) if self._executor.gamma else []
+        requests = _sizes(max_requests) if self._executor.block else []
         with tqdm(total=len(sizes) + len(requests) + 4, desc="measuring costs", unit="size", leave=False) as bar:
 
             def timed(work: Callable[[], object]) -> float:

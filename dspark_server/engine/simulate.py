@@ -127,6 +127,11 @@ class SimulatedExecutor:
     log: list[Pass] = field(default_factory=list)
     _drafting: int = 0
 
+    @property
+    def block(self) -> int:
+        """All of a block is the drafter's."""
+        return self.gamma
+
     def __post_init__(self) -> None:
         self._noise = np.random.default_rng((self.seed, 1))
         self._effects = np.zeros(0)

@@ -90,9 +90,8 @@ Acceptance = Callable[[Verification, Drafted | None, SamplingBatch], Accepted]
 class StepLoop:
     """Owns every request and block; one thread calls it.
 
-    `block` is how many tokens the drafter itself drafts (None: executor.gamma, which counts copies too). `kernels`
-    make acceptance faster. `acceptance` may be replaced (conformance forces counts); `trace` is shown every step that
-    sampled.
+    `kernels` make acceptance faster. `acceptance` may be replaced (conformance forces counts); `trace` is shown every
+    step that sampled.
     """
 
     def __init__(
@@ -103,7 +102,6 @@ class StepLoop:
         *,
         capacity: Capacity | None = None,
         max_draft_tokens: int | None = None,
-        block: int | None = None,
         copying: bool = False,
         kernels: Kernels | None = None,
         acceptance: Acceptance | None = None,
@@ -119,7 +117,7 @@ class StepLoop:
         self._selection = selection
         self._survival = FIRST_GUESS  # of all requests together
         self._max_draft_tokens = min(executor.gamma, max_draft_tokens or executor.gamma)
-        self._block = min(self._max_draft_tokens, block or executor.gamma)
+        self._block = min(self._max_draft_tokens, executor.block)
         self._copying = copying
         self._kernels = kernels
         self._streams = CounterStreams()

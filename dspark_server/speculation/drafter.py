@@ -112,12 +112,14 @@ class Drafter(Protocol):
 
 
 class NoDrafter:
-    """Plain decoding: one token a step, nothing to remember."""
+    """No model drafts. With `copying`, greedy requests still copy what followed the same tokens in their own text."""
 
     gamma = 0
     taps: tuple[int, ...] = ()
     identity = "none"
-    copying: CopyTables | None = None
+
+    def __init__(self, copying: CopyTables | None = None) -> None:
+        self.copying = copying
 
     @property
     def kv_group(self) -> LayerGroup | None:

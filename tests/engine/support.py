@@ -12,10 +12,12 @@ FIXTURES = Path(__file__).parents[1] / "fixtures"
 HEADS = ("vanilla", "gated", "rnn")
 
 
-def tiny_core(head: str = "vanilla", *, drafter: bool = True, selection: str = "fixed", **settings: Any) -> EngineCore:
-    """An engine over a fixture pair, checking its invariants after every step."""
+def tiny_core(
+    head: str = "vanilla", *, drafter: bool = True, selection: str = "fixed", method: str = "none", **settings: Any
+) -> EngineCore:
+    """An engine over a fixture pair, checking its invariants after every step. `method` is what it has instead."""
     pair = FIXTURES / f"dspark_qwen3_{head}"
-    speculative = SpeculativeConfig(method="none")
+    speculative = SpeculativeConfig(method=method, selection=selection)
     if drafter:
         speculative = SpeculativeConfig(method="dspark", model=str(pair / "draft"), selection=selection)
     values: dict[str, Any] = {"num_blocks": 256, "block_size": 4, "check_invariants": True} | settings

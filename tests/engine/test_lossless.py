@@ -34,6 +34,19 @@ def test_a_drafter_changes_no_token(head: str) -> None:
     assert core.loop.stats.draft_tokens > core.loop.stats.accepted_tokens
 
 
+@pytest.mark.parametrize("selection", ["fixed", "causal"])
+def test_copies_alone_change_no_token(selection: str) -> None:
+    """Without a drafter greedy requests copy from their own text; the others draft nothing."""
+    own = [greedy(240) if index % 2 == 0 else seeded(index, 20) for index in range(6)]
+    without = tiny_core(drafter=False).generate(prompts(6), own)
+    core = tiny_core(drafter=False, method="ngram", selection=selection, max_num_seqs=4, max_num_batched_tokens=64)
+    assert core.generate(prompts(6), own) == without
+    assert core.drafter == "ngram"
+    assert core.loop.stats.drafting["copied"] > 0
+    assert core.loop.stats.drafting["drafted"] == 0
+    assert core.loop.stats.accepted_tokens > 0
+
+
 @pytest.mark.parametrize("drafter", [False, True])
 @pytest.mark.parametrize(
     "settings",
