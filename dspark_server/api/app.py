@@ -18,7 +18,8 @@ from dspark_server.api.dashboard import Dashboard
 from dspark_server.api.edge import Edge
 from dspark_server.api.intake import Intake
 from dspark_server.api.metrics import Metrics
-from dspark_server.api.schema import Body, CompletionRequest, json_schema
+from dspark_server.api.openapi import body_schema
+from dspark_server.api.schema import Body, CompletionRequest
 from dspark_server.api.settings import ServerSettings
 from dspark_server.api.tokens import DetokenizeRequest, TokenizeChatRequest, TokenizeRequest, Tokens
 from dspark_server.engine.engine import AsyncEngine
@@ -41,10 +42,17 @@ def create_app(
     app.state.intake = intake
     tokens = Tokens(intake, template)
     app.state.tokens = tokens
-    _add_post(app, "/v1/completions", Completions(intake).create, prompt=CompletionRequest)
-    _add_post(app, "/v1/chat/completions", Chat(intake, template).create, messages=ChatRequest)
-    _add_post(app, "/tokenize", tokens.tokenize, prompt=TokenizeRequest, messages=TokenizeChatRequest)
-    _add_post(app, "/detokenize", tokens.detokenize, tokens=DetokenizeRequest)
+    completions, chat = Completions(intake), Chat(intake, template)
+    about = "Continue prompts."
+    _add_post(app, "/v1/completions", about, completions.create, prompt=CompletionRequest)
+    about = "Answer a conversation, by the model's chat template."
+    _add_post(app, "/v1/chat/completions", about, chat.create, messages=ChatRequest)
+    about = (
+        "Tokens of a text as a completion sees it, or of messages as a chat does: `tokens`, `count`, `max_model_len`."
+    )
+    _add_post(app, "/tokenize", about, tokens.tokenize, prompt=TokenizeRequest, messages=TokenizeChatRequest)
+    about = "Text of tokens, special ones included: `prompt`."
+    _add_post(app, "/detokenize", about, tokens.detokenize, tokens=DetokenizeRequest)
     _add_probes(app, engine, metrics)
     _add_models(app, engine)
     if settings.dashboard:
@@ -53,19 +61,19 @@ def create_app(
 
 
 def _add_post(
-    app: FastAPI, path: str, endpoint: Callable[[Request], Awaitable[Response]], **bodies: type[Body]
+    app: FastAPI, path: str, about: str, endpoint: Callable[[Request], Awaitable[Response]], **bodies: type[Body]
 ) -> None:
     """A route whose body is one of `bodies`, each under the name of the field it cannot do without."""
-    schemas = [json_schema(kind, required) for required, kind in bodies.items()]
+    schemas = [body_schema(kind, required) for required, kind in bodies.items()]
     schema = schemas[0] if len(schemas) == 1 else {"anyOf": schemas}
     extra = {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
-    app.add_api_route(path, endpoint, methods=["POST"], response_class=Response, openapi_extra=extra)
+    app.add_api_route(path, endpoint, methods=["POST"], description=about, response_class=Response, openapi_extra=extra)
 
 
 def _add_probes(app: FastAPI, engine: AsyncEngine, metrics: Metrics) -> None:
     @app.get("/health", response_class=Response)
     async def health(request: Request) -> Response:
-        """Readiness: 200 when a request sent now would be served."""
+        """Readiness: 200 when a request sent now would be served, else 503; `status` says why."""
         state = engine.health()
         return _json({"status": state}, 200 if state == "ready" else 503)
 
@@ -82,7 +90,7 @@ def _add_probes(app: FastAPI, engine: AsyncEngine, metrics: Metrics) -> None:
 
     @app.get("/load", response_class=Response)
     async def load(request: Request) -> Response:
-        """Choices in flight, waiting ones included."""
+        """Choices in flight, waiting ones included: `server_load`."""
         return _json({"server_load": engine.in_flight})
 
     @app.get("/metrics", response_class=Response)

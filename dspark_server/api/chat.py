@@ -1,12 +1,12 @@
 """POST /v1/chat/completions: messages become a prompt by the chat template; from there on it is a completion."""
 
-import uuid
 from time import monotonic
 
 from fastapi import Request, Response
 
 from dspark_server.api.chat_schema import ChatRequest
 from dspark_server.api.chat_template import ChatTemplate
+from dspark_server.api.edge import REQUEST_ID
 from dspark_server.api.generation import Generation
 from dspark_server.api.intake import Intake, Prompt
 from dspark_server.api.logprobs import ChatLogprobs
@@ -35,7 +35,7 @@ class Chat:
         if body.logprobs or body.prompt_logprobs is not None:
             logprobs = ChatLogprobs(intake.detokenizer, body)
         generation = Generation(intake.engine, intake.metrics, arrival, wants_tokens=body.return_token_ids)
-        identifier = f"chatcmpl-{uuid.uuid4().hex}"
+        identifier = f"chatcmpl-{body.request_id or request.scope[REQUEST_ID]}"
         try:
             await self._start(generation, body, identifier)
         except BaseException as error:
@@ -51,8 +51,8 @@ class Chat:
         with engine.reserve(body.n) as reservation:
             text = await self._template.render(body)
             tokens = await intake.encode(text, body, add_special_tokens=body.add_special_tokens)
-            prompt = Prompt(intake.cut(tokens, body))
             _, limit = body.limit
+            prompt = Prompt(intake.cut(tokens, body, limit or max(1, body.min_tokens)))
             max_tokens = limit or max(1, engine.room(len(prompt.tokens)))  # 1: refused by `submit`, with both lengths
             if body.min_tokens > max_tokens:
                 raise RequestError(f"`min_tokens`: only {max_tokens} tokens fit after this prompt.", param="min_tokens")

@@ -27,7 +27,10 @@ TEXT_OR_PARTS: dict[str, Any] = {
             "type": "array",
             "items": {
                 "type": "object",
-                "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+                "properties": {
+                    "type": {"const": "text", "description": "Other kinds are refused."},
+                    "text": {"type": "string", "description": "The text."},
+                },
                 "required": ["type", "text"],
             },
         },
@@ -40,24 +43,38 @@ class Message(Body):
     """One turn. `content` and `tool_calls` are checked by `Conversation.turns`, which can say what is wrong."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
+    """Who speaks; a template that does not know `developer` gets `system`."""
     content: Any = Field(None, json_schema_extra=TEXT_OR_PARTS)
+    """Text, or a list of text parts, which stand on lines of their own."""
     name: str | None = Field(None, max_length=MAX_NAME)
+    """Handed to the template."""
     reasoning_content: str | None = None
+    """Handed to the template."""
     tool_calls: Annotated[list[dict[str, Any]], Field(max_length=MAX_TOOL_CALLS, fail_fast=True)] | None = None
+    """Calls the assistant made, as OpenAI has them; `arguments` is a JSON object as text, or the object."""
     tool_call_id: str | None = Field(None, max_length=MAX_NAME)
+    """The call that a `tool` message answers; handed to the template."""
 
 
 class Conversation(Body):
     """What a chat template renders into a prompt."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+    """The conversation, oldest first."""
     tools: Annotated[list[dict[str, Any]], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
+    """Functions that the template shows to the model. Calls in its answer are not parsed: they come as text."""
     tool_choice: Any = Field(None, json_schema_extra={"enum": ["none", "auto", None]})
-    add_generation_prompt: bool | None = None  # true, unless the last message is to be continued
+    """`"none"` hides the tools from the model; to force a call is refused."""
+    add_generation_prompt: bool | None = None
+    """The prompt ends with the beginning of an answer; absent: true unless the last message is continued."""
     continue_final_message: bool = False
-    chat_template: Any = Field(None, description="Refused: a template is a program.")
+    """The answer goes on where the last message ends."""
+    chat_template: Any = None
+    """Refused: a template is a program. `--chat-template FILE` gives the server another one."""
     chat_template_kwargs: dict[str, Any] = Field({}, max_length=MAX_TEMPLATE_KWARGS)
-    add_special_tokens: bool = False  # templates write them themselves
+    """Further variables of the template."""
+    add_special_tokens: bool = False
+    """Add the tokenizer's special tokens to the rendered prompt; templates write them themselves."""
 
     @property
     def opens_answer(self) -> bool:
@@ -130,10 +147,14 @@ class ChatRequest(Conversation, GenerationRequest):
         "web_search_options": (),
     }
 
-    max_tokens: int | None = Field(None, ge=1, le=LARGEST_COUNT)  # OpenAI's older name of the next
-    max_completion_tokens: int | None = Field(None, ge=1, le=LARGEST_COUNT)  # None: as many as the context holds
+    max_tokens: int | None = Field(None, ge=1, le=LARGEST_COUNT)
+    """OpenAI's older name of `max_completion_tokens`."""
+    max_completion_tokens: int | None = Field(None, ge=1, le=LARGEST_COUNT)
+    """Most tokens of the answer; absent: as many as the context holds."""
     logprobs: bool = False
+    """Log-probabilities of the answer's tokens."""
     top_logprobs: int = Field(0, ge=0, le=MAX_LOGPROBS)
+    """So many alternatives for each token; with `logprobs` only."""
 
     @property
     def wanted_logprobs(self) -> int | None:

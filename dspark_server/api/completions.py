@@ -1,11 +1,11 @@
 """POST /v1/completions: from a body to choices in the engine, to the response that reads them."""
 
 import asyncio
-import uuid
 from time import monotonic
 
 from fastapi import Request, Response
 
+from dspark_server.api.edge import REQUEST_ID
 from dspark_server.api.generation import Generation
 from dspark_server.api.intake import Intake, Prompt
 from dspark_server.api.logprobs import CompletionLogprobs
@@ -33,7 +33,7 @@ class Completions:
         if body.logprobs is not None or body.prompt_logprobs is not None:
             logprobs = CompletionLogprobs(intake.detokenizer, body)
         generation = Generation(intake.engine, intake.metrics, arrival, wants_tokens=body.return_token_ids)
-        identifier = f"cmpl-{uuid.uuid4().hex}"
+        identifier = f"cmpl-{body.request_id or request.scope[REQUEST_ID]}"
         try:
             await self._start(generation, body, identifier)
         except BaseException:
@@ -58,7 +58,7 @@ class Completions:
         tokens = given
         if isinstance(tokens, str):
             tokens = await self._intake.encode(tokens, body, add_special_tokens=body.add_special_tokens)
-        kept = self._intake.cut(tokens, body)
+        kept = self._intake.cut(tokens, body, max(1, body.max_tokens))  # the engine adds one to a prompt it only scores
         if not body.echo:
             return Prompt(kept)
         if isinstance(given, str) and len(kept) == len(tokens):

@@ -14,6 +14,7 @@ from dspark_server.errors import RequestError
 
 logger = logging.getLogger(__name__)
 
+REQUEST_ID = "dspark_server.request_id"  # where the scope has it
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 
 
@@ -31,6 +32,7 @@ class Edge:
             await self._app(scope, receive, send)
             return
         request_id = _request_id(scope)
+        scope[REQUEST_ID] = request_id.decode()
         started = False
 
         async def send_with_id(message: Message) -> None:

@@ -97,14 +97,14 @@ class Intake:
             )
         return await engine.encode(text[-most:], add_special_tokens=add_special_tokens)
 
-    def cut(self, tokens: list[int], body: GenerationRequest) -> list[int]:
-        """The last `truncate_prompt_tokens` of a prompt; -1: as many as the context holds."""
+    def cut(self, tokens: list[int], body: GenerationRequest, answer: int) -> list[int]:
+        """The last `truncate_prompt_tokens` of a prompt; -1: as many as leave room for `answer` tokens."""
         keep = body.truncate_prompt_tokens
         if keep is None:
             return tokens
         if keep == 0:
             raise RequestError("`truncate_prompt_tokens` must be -1 or at least 1.", param="truncate_prompt_tokens")
-        return tokens[-(self.engine.max_model_len if keep == -1 else keep) :]
+        return tokens[-(max(1, self.engine.room(answer)) if keep == -1 else keep) :]
 
     async def params(self, body: GenerationRequest, max_tokens: int) -> SamplingParams:
         """Everything the engine must know of how to sample. Raises RequestError."""

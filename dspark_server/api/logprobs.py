@@ -58,7 +58,7 @@ class CompletionLogprobs(Logprobs):
         if self._count is None:
             return None
         rows: list[tuple[int, TokenLogprob | None]] = []
-        if self._echo and choice.text_offset == 0 and choice.prompt_logprobs is not None:
+        if self._echo and choice.first and choice.prompt_logprobs is not None:
             rows = list(zip(choice.prompt, choice.prompt_logprobs, strict=True))
         rows += [(each.token, each) for each in choice.pending_logprobs]
         choice.pending_logprobs = []

@@ -39,6 +39,15 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "guided_regex": (),
     "guided_choice": (),
     "guided_grammar": (),
+    "guided_json_object": (False,),
+    "structural_tag": (),
+}
+# vLLM's old names of what is served under another one.
+RENAMED = {
+    "guided_json": '`structured_outputs: {"json": …}`',
+    "guided_regex": '`structured_outputs: {"regex": …}`',
+    "guided_choice": '`structured_outputs: {"choice": […]}`',
+    "guided_json_object": '`response_format: {"type": "json_object"}`',
 }
 
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
@@ -50,7 +59,7 @@ Bias = Annotated[float, Field(ge=-100, le=100)]
 class Body(BaseModel):
     """Strict types; null is the same as absent."""
 
-    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
+    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False, use_attribute_docstrings=True)
     unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {}  # fields that are refused but for these values
 
     @model_validator(mode="before")
@@ -66,30 +75,48 @@ class StreamOptions(Body):
     """What a stream says besides the text."""
 
     include_usage: bool = False
+    """The stream ends with a chunk that has `usage` and no choices."""
     continuous_usage_stats: bool = False
+    """Every chunk has the usage of its choice so far; together with `include_usage` only."""
 
 
 class Speculation(Body):
     """How one request speculates; its output is the same with any of this."""
 
     enabled: bool = True
+    """False: decode without drafts."""
     max_draft_tokens: int | None = Field(None, ge=0, le=LARGEST_COUNT)
+    """Most tokens drafted at once; absent: as the server likes."""
 
 
 class StructuredOutputs(Body):
     """The form an answer must have: exactly one of these."""
 
-    json_: dict[str, Any] | str | None = Field(None, alias="json")  # a JSON schema
+    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "grammar": (),
+        "structural_tag": (),
+        "whitespace_pattern": (),
+        "disable_any_whitespace": (False,),
+        "disable_additional_properties": (False,),
+    }
+
+    json_: dict[str, Any] | str | None = Field(None, alias="json")
+    """A JSON schema, as an object or as text."""
     json_object: bool | None = None
+    """Any JSON object."""
     regex: str | None = Field(None, min_length=1, max_length=MAX_GRAMMAR)
+    """A regular expression for the whole answer."""
     choice: Annotated[list[str], Field(min_length=1, max_length=1024, fail_fast=True)] | None = None
+    """The answer is one of these."""
 
 
 class ResponseFormat(Body):
     """OpenAI's way to say the same: text, json_object or json_schema."""
 
     type: Literal["text", "json_object", "json_schema"]
+    """What the answer is: free text, any JSON object, or JSON after a schema."""
     json_schema: dict[str, Any] | None = None
+    """`{"name": …, "schema": {…}}`; `name` and `strict` change nothing: the schema is always kept to."""
 
 
 class GenerationRequest(Body):
@@ -98,40 +125,73 @@ class GenerationRequest(Body):
     unsupported: ClassVar[dict[str, tuple[Any, ...]]] = UNSUPPORTED
 
     model: str | None = Field(None, max_length=1024)
+    """Name of the model, as in /v1/models; absent: the one that is served."""
     n: int = Field(1, ge=1, le=MAX_CHOICES)
+    """Answers to each prompt; they share its KV blocks."""
     min_tokens: int = Field(0, ge=0, le=LARGEST_COUNT)
+    """Tokens before which neither end of sequence nor a stop ends the answer."""
     temperature: float = Field(1.0, ge=0, le=2)
+    """0 is greedy: always the likeliest token."""
     top_p: float = Field(1.0, gt=0, le=1)
+    """Sample from the likeliest tokens that together have this probability."""
     top_k: int = Field(0, ge=-1, le=LARGEST_COUNT)
+    """Sample from so many of the likeliest tokens; 0 and -1: from all."""
     min_p: float = Field(0.0, ge=0, le=1)
+    """Leave out tokens less likely than this share of the likeliest."""
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    """Lowers a token's logit by this for each time the answer has it."""
     presence_penalty: float = Field(0.0, ge=-2, le=2)
+    """Lowers the logits of tokens that the answer has by this."""
     repetition_penalty: float = Field(1.0, gt=0, le=1000)
+    """Divides positive logits (multiplies negative ones) of tokens in prompt and answer; 1: off."""
     logit_bias: dict[str, Bias] = Field({}, max_length=MAX_BIASES)
+    """Adds to the logits of tokens: `{"1234": -100}`, keys are token ids."""
     allowed_token_ids: Annotated[list[TokenId], Field(min_length=1, max_length=MAX_ALLOWED, fail_fast=True)] | None = (
         None
     )
+    """Sample from these tokens only."""
     bad_words: Annotated[list[BadWord], Field(max_length=MAX_BAD_WORDS, fail_fast=True)] = []
+    """Texts that must not come up in the answer."""
     seed: int | None = Field(None, ge=0, le=LARGEST_SEED)
+    """The same seed gives the same answer, drafted or not; absent: a random one."""
     stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS, fail_fast=True)] = []
+    """Ends the answer where one of these comes up; `stop_reason` says which."""
     stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKENS, fail_fast=True)] = []
+    """Tokens that end the answer."""
     ignore_eos: bool = False
+    """Go on after end of sequence."""
     include_stop_str_in_output: bool = False
+    """Keep what ended the answer in its text."""
     skip_special_tokens: bool = True
-    spaces_between_special_tokens: bool = True  # matters to slow tokenizers only, of which none is served
+    """Leave special tokens out of the text."""
+    spaces_between_special_tokens: bool = True
+    """Matters to slow tokenizers only, of which none is served."""
     truncate_prompt_tokens: int | None = Field(None, ge=-1, le=LARGEST_COUNT)
+    """Keep so many tokens of the prompt's end; -1: as many as leave room for the answer."""
     prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    """Log-probabilities of the prompt's tokens, with so many alternatives each; not in streams."""
     return_token_ids: bool = False
+    """Add `token_ids` and `prompt_token_ids`."""
     return_tokens_as_token_ids: bool = False
+    """Log-probabilities name tokens `token_id:1234` in place of their text."""
     response_format: ResponseFormat | None = None
+    """OpenAI's way to ask for an answer of a given form."""
     structured_outputs: StructuredOutputs | None = None
+    """vLLM's way to ask for an answer of a given form; exactly one of its fields."""
     speculation: Speculation | None = None
+    """How this request is drafted for; what comes out is the same."""
     priority: int = Field(0, ge=-LARGEST_COUNT, le=LARGEST_COUNT)
+    """Of those that wait the requests with less are admitted first; what runs is not preempted for them."""
     stream: bool = False
+    """Send server-sent events, one for each step that gave text."""
     stream_options: StreamOptions | None = None
+    """Only with `stream`."""
     cache_salt: str = Field("", max_length=256)
+    """Prefixes are shared in the cache only among requests with the same salt."""
     user: str | None = Field(None, max_length=1024)
+    """Accepted for OpenAI's clients; without effect."""
     request_id: str | None = Field(None, max_length=256)
+    """The answer's `id` ends with it; absent: with the X-Request-Id."""
 
     @property
     def stops(self) -> list[str]:
@@ -210,11 +270,17 @@ class CompletionRequest(GenerationRequest):
             ]
         },
     )
+    """One prompt or several, as text or token ids."""
     best_of: int | None = Field(None, ge=1, le=MAX_CHOICES)
+    """Answers generated for each prompt, of which the `n` likeliest per token are returned; not in streams."""
     max_tokens: int = Field(16, ge=0, le=LARGEST_COUNT)
+    """Most tokens of an answer. 0, with `echo`, scores the prompt."""
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    """Log-probabilities of the answer's tokens, with so many alternatives each."""
     echo: bool = False
+    """The text begins with the prompt; with `logprobs` so do they."""
     add_special_tokens: bool = True
+    """Add the tokenizer's special tokens to prompts that are text."""
 
     @property
     def wanted_logprobs(self) -> int | None:
@@ -278,51 +344,31 @@ def validated(kind: type[Valid], values: dict[str, Any]) -> Valid:
     """Check fields one by one; unknown ones are ignored with a warning. Raises RequestError (400)."""
     _warn_unknown(values, kind)
     try:
-        return kind.model_validate(values)
+        body = kind.model_validate(values)
     except ValidationError as error:
         raise _as_request_error(error) from None
+    for name, part in body:
+        if isinstance(part, Body):
+            _warn_unknown(values[name], type(part))
+            _refuse_unsupported(values[name], type(part), within=f"{name}.")
+    return body
 
 
-def json_schema(kind: type[Body], required: str) -> dict[str, Any]:
-    """JSON schema of a body for /openapi.json; every field but `required` may be null."""
-    schema = kind.model_json_schema(ref_template="#/$defs/{model}")
-    definitions = schema.pop("$defs", {})
-
-    def resolve(value: Any) -> Any:
-        if isinstance(value, dict):
-            if "$ref" in value:
-                return resolve(definitions[value["$ref"].rsplit("/", 1)[1]])
-            return {name: resolve(inner) for name, inner in value.items()}
-        return [resolve(inner) for inner in value] if isinstance(value, list) else value
-
-    schema = resolve(schema)
-    _allow_null(schema, except_for=required)
-    schema["required"] = [required]
-    return dict(schema)
-
-
-def _allow_null(schema: dict[str, Any], *, except_for: str | None = None) -> None:
-    for name, value in schema.get("properties", {}).items():
-        for part in (value, *value.get("anyOf", ())):
-            _allow_null(part)
-        if name != except_for:
-            schema["properties"][name] = {"anyOf": [value, {"type": "null"}]}
-
-
-def _refuse_unsupported(values: dict[str, Any], kind: type[GenerationRequest]) -> None:
+def _refuse_unsupported(values: dict[str, Any], kind: type[Body], *, within: str = "") -> None:
     for name, harmless in kind.unsupported.items():
         value = values.get(name)
         if value is None or any(
             value == same and isinstance(value, bool) == isinstance(same, bool) for same in harmless
         ):
             continue
-        raise RequestError(
-            f"`{name}` is not supported by this server yet; leave it out.", param=name, code="unsupported"
-        )
+        instead = f"use {RENAMED[name]}" if name in RENAMED else "leave it out"
+        message = f"`{within}{name}` is not supported by this server; {instead}."
+        raise RequestError(message, param=within.rstrip(".") or name, code="unsupported")
 
 
 def _warn_unknown(values: dict[str, Any], kind: type[Body]) -> None:
-    unknown = [name for name in values if name not in kind.model_fields and name not in kind.unsupported]
+    known = {field.alias or name for name, field in kind.model_fields.items()}
+    unknown = [name for name in values if name not in known and name not in kind.unsupported]
     if unknown:
         shown = ", ".join(repr(name[:40]) for name in unknown[:8])
         logger.warning("ignoring %d unknown request field(s): %s", len(unknown), shown)

@@ -29,23 +29,31 @@ class TokenizeRequest(Body):
     """A text to tokenize."""
 
     model: str | None = Field(None, max_length=1024)
+    """Name of the model, as in /v1/models; absent: the one that is served."""
     prompt: str = Field(max_length=MAX_TEXT)
+    """The text."""
     add_special_tokens: bool = True
+    """Add the tokenizer's special tokens, as a completion would."""
     return_token_strs: bool = False
+    """Also say how the vocabulary writes each token, in `token_strs`."""
 
 
 class TokenizeChatRequest(Conversation):
     """A conversation to tokenize, with what the chat template puts around it."""
 
     model: str | None = Field(None, max_length=1024)
+    """Name of the model, as in /v1/models; absent: the one that is served."""
     return_token_strs: bool = False
+    """Also say how the vocabulary writes each token, in `token_strs`."""
 
 
 class DetokenizeRequest(Body):
     """Tokens to turn into text, special ones included."""
 
     model: str | None = Field(None, max_length=1024)
+    """Name of the model, as in /v1/models; absent: the one that is served."""
     tokens: Annotated[list[TokenId], Field(max_length=MAX_TOKENS, fail_fast=True)]
+    """The token ids."""
 
 
 class Tokens:

@@ -146,6 +146,12 @@ def test_the_answer_may_fill_the_context(server: Running) -> None:
         assert server.chat("forever", **fields).json()["usage"]["completion_tokens"] == 5
 
 
+@pytest.mark.parametrize(("limit", "kept"), [({"max_completion_tokens": 100}, 1948), ({}, 2047)])
+def test_a_cut_conversation_leaves_room_for_the_answer(server: Running, limit: dict, kept: int) -> None:
+    answer = server.chat("a" * 5000 + " forever", truncate_prompt_tokens=-1, **limit).json()
+    assert answer["usage"] == {**answer["usage"], "prompt_tokens": kept, "completion_tokens": 2048 - kept}
+
+
 def test_sampling_parameters_reach_the_engine(server: Running) -> None:
     server.chat(
         "say x",

@@ -124,6 +124,31 @@ def test_prompts_times_n(server: Running, streaming: bool) -> None:
     assert usage["prompt_tokens_details"]["cached_tokens"] == 4
 
 
+@pytest.mark.parametrize("max_tokens", [100, 0])
+def test_a_cut_prompt_leaves_room_for_the_answer(server: Running, max_tokens: int) -> None:
+    prompt = "a" * 5000 + " forever"
+    answer = server.complete(prompt, max_tokens=max_tokens, echo=not max_tokens, truncate_prompt_tokens=-1).json()
+    assert answer["usage"]["prompt_tokens"] == 2048 - (max_tokens or 1)
+    assert answer["usage"]["completion_tokens"] == max_tokens
+
+
+def test_the_id_is_the_requests_own(server: Running) -> None:
+    header = {"x-request-id": "mine"}
+    body = {"prompt": "say x"}
+    assert server.http.post("/v1/completions", json=body, headers=header).json()["id"] == "cmpl-mine"
+    named = server.http.post("/v1/completions", json={**body, "request_id": "other"}, headers=header)
+    assert (named.json()["id"], named.headers["x-request-id"]) == ("cmpl-other", "mine")
+    plain = server.http.post("/v1/completions", json=body)
+    assert plain.json()["id"] == "cmpl-" + plain.headers["x-request-id"]
+
+
+def test_unknown_fields_are_logged(server: Running, caplog: pytest.LogCaptureFixture) -> None:
+    options = {"include_usage": True, "include_obfuscation": False}
+    assert text_of(stream(server, "say x", unheard_of=1, stream_options=options)) == "x"
+    assert "'unheard_of'" in caplog.text
+    assert "'include_obfuscation'" in caplog.text
+
+
 def test_prompts_as_token_ids(server: Running) -> None:
     ids = server.engine.tokenizer.encode("say hi")
     assert server.complete(ids).json()["choices"][0]["text"] == "hi"
