@@ -162,7 +162,8 @@ is `data: [DONE]`. What fails in mid-stream is `data: {"error": ...}` and then `
 _ERRORS = """\
 ## Errors
 
-`{"error": {"message", "type", "param", "code"}}`, never with content of the request.
+`{"error": {"message", "type", "param", "code"}}`, bounded, and without content of the request but for the
+place where a form (a schema, an expression) cannot be compiled.
 
 | status | `type` | when |
 | --- | --- | --- |

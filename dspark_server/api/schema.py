@@ -159,7 +159,7 @@ class GenerationRequest(Body):
     stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKENS, fail_fast=True)] = []
     """Tokens that end the answer."""
     ignore_eos: bool = False
-    """Go on after end of sequence."""
+    """Go on after end of sequence; without effect where the answer has a form."""
     include_stop_str_in_output: bool = False
     """Keep what ended the answer in its text."""
     skip_special_tokens: bool = True

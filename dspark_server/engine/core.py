@@ -174,7 +174,8 @@ class EngineCore:
         leader: Request | None = None,
     ) -> Request:
         """A request ready to be queued; its fit has been checked elsewhere."""
-        eos = frozenset[int]() if params.ignore_eos else self.eos_token_ids
+        goes_on = params.ignore_eos and params.grammar is None  # a form says itself where an answer ends
+        eos = frozenset[int]() if goes_on else self.eos_token_ids
         stop_ids = params.stop_token_ids | eos
         return Request(
             id=id,

@@ -216,6 +216,8 @@ def test_answers_have_the_form_asked_for(server: tuple[str, object], temperature
     assert all(
         text in ("red", "green or blue") for text in ask(structured_outputs={"choice": ["red", "green or blue"]})
     )
+    colours = ask(structured_outputs={"choice": ["red", "blue"]}, ignore_eos=True)  # there is nothing to go on with
+    assert set(colours) <= {"red", "blue"}
     assert all(re.fullmatch(r"\d{3}-[a-f]{4}", text) for text in ask(structured_outputs={"regex": r"\d{3}-[a-f]{4}"}))
     seeded = ask(structured_outputs={"json": SCHEMA}, seed=3)
     assert seeded == ask(structured_outputs={"json": SCHEMA}, seed=3, speculation={"enabled": False})
