@@ -131,7 +131,7 @@ class Metrics(Collector):
         cache.add_metric((*labels, *info.values()), 1)
         yield cache
         for name, documentation, value in (
-            ("prompt_tokens", "Prompt tokens computed.", stats.prompt_tokens),
+            ("prompt_tokens", "Prompt tokens, those found in the prefix cache included.", stats.prompt_tokens),
             ("generation_tokens", "Tokens generated.", stats.generation_tokens),
             ("num_preemptions", "Requests preempted.", stats.preemptions),
             ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", stats.prefix_queries),
