@@ -129,9 +129,11 @@ _PREFACE = """\
 <!-- Made from /openapi.json by `python -m dspark_server.api.reference`; a test says when it is out of date. -->
 
 OpenAI's completions and chat completions with vLLM's further fields. The server describes itself at `/openapi.json`,
-and at `/docs` for the eye. Bodies are JSON, whatever their content type. `null` is the same as leaving a field out.
-Types are strict: `"16"` and `true` are no numbers. A field that nobody knows is ignored, with a warning in the server's
-log; one that is known and cannot be served is refused, so that no answer is silently another one than was asked for.
+and at `/docs` for the eye (that page loads Swagger UI from the net). Bodies are JSON, whatever their content type.
+`null` is the same as leaving a field out. Types are strict: `"16"` and `true` are no numbers. A field that nobody knows
+is ignored, with a warning in the server's log; one that is known and cannot be served is refused, so that no answer is
+silently another one than was asked for.
+
 [From vLLM](from-vllm.md) has what differs, [structured output](structured-output.md) the ways to ask for a form."""
 
 _ANSWERS = """\

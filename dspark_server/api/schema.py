@@ -387,4 +387,6 @@ def _as_request_error(error: ValidationError) -> RequestError:
     first = error.errors(include_url=False, include_input=False, include_context=False)[0]
     place = [str(part) for part in first["loc"] if not str(part).startswith(("constrained-", "list[", "function-"))]
     name = ".".join(place)
-    return RequestError(f"`{name}`: {first['msg']}.", param=place[0] if place else None)
+    is_object = first["type"] in ("model_type", "dict_type")  # pydantic's words are about Python
+    message = "Input should be an object" if is_object else first["msg"]
+    return RequestError(f"`{name}`: {message}.", param=place[0] if place else None)

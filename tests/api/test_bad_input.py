@@ -134,6 +134,12 @@ def test_refused_bytes(server: Running, case: str) -> None:
     check(server.http.post("/v1/completions", content=RAW[case], headers=headers))
 
 
+@pytest.mark.parametrize("name", ["response_format", "stream_options", "logit_bias", "speculation"])
+def test_what_must_be_an_object_is_called_one(server: Running, name: str) -> None:
+    error = check(server.http.post("/v1/completions", json=body(**{name: "x"})))
+    assert error["message"] == f"`{name}`: Input should be an object."
+
+
 def test_odd_but_fine(server: Running) -> None:
     for raw in (
         b'{"prompt": "no", "prompt": "say x"}',
