@@ -12,6 +12,7 @@ ARG CUDA_BASE=nvidia/cuda:12.9.1-base-ubuntu24.04
 FROM ${CPU_BASE} AS base-cpu
 FROM ${CUDA_BASE} AS base-cuda
 
+# hadolint ignore=DL3006
 FROM base-${TARGET} AS base
 SHELL ["/bin/sh", "-eu", "-c"]
 # A C compiler stays in the image: the native kernels are built at the first start, for the very processor that runs them,
@@ -33,6 +34,7 @@ ARG TORCH_VERSION=2.13.0
 # Where pip finds torch. PyTorch has an index of wheels without CUDA, 3 GB smaller; deploy/README.md says how to give it.
 ARG TORCH_INDEX=
 ARG SMOLLM2_VERSION=0.1.2
+# hadolint ignore=DL3013
 RUN pip install --no-cache-dir ${TORCH_INDEX:+--index-url "${TORCH_INDEX}"} "torch==${TORCH_VERSION}"
 WORKDIR /src
 COPY requirements.txt ./

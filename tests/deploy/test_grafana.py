@@ -2,17 +2,12 @@
 
 import json
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
-import promql_parser
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 
-from dspark_server.api import ServerSettings
-from tests.api.conftest import tiny_engine
-from tests.api.support import start
+from . import promql
+from .promql import Series, parse, selectors
 
 DASHBOARD = Path(__file__).parents[2] / "deploy" / "grafana" / "dspark-server.json"
 PANELS = json.loads(DASHBOARD.read_text())["panels"]
@@ -22,81 +17,11 @@ VARIABLES = {variable["name"]: variable for variable in json.loads(DASHBOARD.rea
 # Series that no panel shows, and why. A new series must be shown, or said here.
 NOT_SHOWN: dict[str, str] = {}
 
-COUNTED = ("rate", "increase")
-
-
-@dataclass(frozen=True)
-class Series:
-    """What /metrics says of one sample name."""
-
-    family: str
-    kind: str  # counter, gauge or histogram
-    labels: frozenset[str]
-
-
-@dataclass(frozen=True)
-class Selector:
-    """A series in a query: the function around it, the labels it is matched by, and those that must outlive it."""
-
-    name: str
-    function: str | None
-    matched: frozenset[str]
-    grouped: frozenset[str]
-
-
-@pytest.fixture(scope="module")
-def live() -> Iterator[dict[str, Series]]:
-    """Series of a server with the real engine, a drafter and measured costs, after some requests."""
-    for server in start(ServerSettings(port=0), tiny_engine("causal")):
-        for number in range(4):
-            assert server.complete([7 + number, 9], max_tokens=12, temperature=number % 2).status_code == 200
-        found = {}
-        for family in text_string_to_metric_families(server.http.get("/metrics").text):
-            for sample in family.samples:
-                found[sample.name] = Series(family.name, family.type, frozenset(sample.labels))
-        yield found
-
-
-def parse(query: str) -> promql_parser.Expr:
-    """A query as Prometheus gets it. Raises ValueError."""
-    return promql_parser.parse(query.replace("$__rate_interval", "1m").replace("$__range", "30m"))
-
-
-def selectors(node: object, function: str | None = None, grouped: frozenset[str] = frozenset()) -> Iterator[Selector]:
-    """Everything a query asks for."""
-    if isinstance(node, promql_parser.VectorSelector):
-        assert node.name, "a selector without a series name"
-        yield Selector(node.name, function, frozenset(m.name for m in node.matchers.matchers), grouped)
-    elif isinstance(node, promql_parser.MatrixSelector):
-        yield from selectors(node.vector_selector, function, grouped)
-    elif isinstance(node, promql_parser.Call):
-        for argument in node.args:
-            yield from selectors(argument, node.func.name, frozenset() if node.func.name == "scalar" else grouped)
-    elif isinstance(node, promql_parser.AggregateExpr):
-        assert node.modifier is None or node.modifier.type == promql_parser.AggModifierType.By, "`by` alone"
-        kept = frozenset(node.modifier.labels if node.modifier else ())
-        assert grouped <= kept, f"{grouped - kept} is aggregated away before it is grouped by"
-        yield from selectors(node.expr, None, kept)
-    elif isinstance(node, promql_parser.BinaryExpr):
-        yield from selectors(node.lhs, None, grouped)
-        yield from selectors(node.rhs, None, grouped)
-    elif isinstance(node, promql_parser.ParenExpr):
-        yield from selectors(node.expr, function, grouped)
-    else:
-        assert isinstance(node, promql_parser.NumberLiteral), f"{type(node).__name__} is new here: check it too"
-
 
 def check(live: dict[str, Series], query: str) -> None:
-    """Fail unless the server has what a query asks for, and it is asked for as what it is."""
-    found = list(selectors(parse(query)))
-    assert found
-    for each in found:
-        assert each.name in live, f"no series {each.name}"
-        series = live[each.name]
-        missing = (each.matched | each.grouped) - series.labels
-        assert not missing, f"{each.name} has no label {missing}"
-        grows = series.kind in ("counter", "histogram")
-        assert grows == (each.function in COUNTED), f"{each.name} is a {series.kind}, but stands in {each.function}"
+    """Fail unless the server has what a panel asks for, and it asks for the chosen models alone."""
+    promql.check(live, query)
+    for each in selectors(parse(query)):
         assert "model_name" in each.matched, f"{each.name} of all models"
     for variable in re.findall(r"\$\{?(\w+)", query):
         assert variable in VARIABLES or variable in ("__rate_interval", "__range")
