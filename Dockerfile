@@ -12,6 +12,7 @@ ARG CUDA_BASE=nvidia/cuda:12.9.1-base-ubuntu24.04
 FROM ${CPU_BASE} AS base-cpu
 FROM ${CUDA_BASE} AS base-cuda
 
+# checkov:skip=CKV_DOCKER_7: the base is one of the two stages above, and their images have tags.
 # hadolint ignore=DL3006
 FROM base-${TARGET} AS base
 SHELL ["/bin/sh", "-eu", "-c"]

@@ -1,4 +1,4 @@
-# make serve | test | check | test-clients | mutants | bench — each sets up what it needs; a second run starts at once.
+# make serve | test | check | test-clients | check-deploy | mutants | bench — each sets up what it needs; a second run starts at once.
 PYTHON ?= python3
 PORT ?= 8000
 ARGS ?=
@@ -8,13 +8,15 @@ STAMP := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-clients check mutants bench format
+.PHONY: help serve test test-clients check check-deploy check-image mutants bench format
 
 help:
 	@echo "make serve [PORT=8000] [ARGS='--max-num-seqs 32']   set up and serve SmolLM2-135M-Instruct on 127.0.0.1"
 	@echo "make test  [ARGS='-k blocks']                       set up and run the tests"
 	@echo "make test-clients [ARGS='-k guidellm']              real clients against a real server; each in its own venv"
 	@echo "make check                                          format, lint and types"
+	@echo "make check-deploy                                   render and validate deploy/ and the Dockerfile (needs kubectl)"
+	@echo "make check-image [ARGS='--mirror URL']              the Dockerfile's steps in a bare Debian (root, debootstrap)"
 	@echo "make mutants                                        plant known bugs; a test must catch each"
 	@echo "make bench                                          measure this machine; see docs/benchmarks.md"
 
@@ -60,6 +62,23 @@ check: $(DEV)
 	@$(BIN)/ruff check .
 	@mkdir -p build/types && ln -sfn ../../kernels build/types/dspark_kernels
 	@MYPYPATH=build/types $(BIN)/mypy -p dspark_server -p dspark_kernels
+
+DEPLOY := build/deploy-venv
+
+# Validators have many dependencies of their own, and must not change what the server runs with.
+$(DEPLOY)/.installed: tests/deploy/validators.txt
+	@test -x $(DEPLOY)/bin/python || $(PYTHON) -m venv $(DEPLOY)
+	@echo "installing validators into $(DEPLOY) ..." >&2
+	@$(DEPLOY)/bin/pip install --disable-pip-version-check --progress-bar on -r $<
+	@touch $@
+
+check-deploy: $(DEV) $(DEPLOY)/.installed
+	@$(BIN)/dspark-server pull >/dev/null
+	@REQUIRE_KUSTOMIZE=1 $(BIN)/python -m pytest tests/deploy
+	@$(DEPLOY)/bin/python tests/deploy/validate.py $(ARGS)
+
+check-image: $(DEV)
+	@$(BIN)/python tests/deploy/image.py $(ARGS)
 
 mutants: $(DEV)
 	@$(BIN)/python tests/mutants.py $(ARGS)

@@ -1,7 +1,7 @@
 """The config.json of each served pair, as far as the server reads it.
 
-Qwen3: the models' published configurations. Drafters: what DeepSpec writes (the target's decoder fields, five layers, and
-config/dspark/dspark_qwen3_*.py for the rest). Written down, not downloaded: configs/serve/README.md.
+Qwen3: the models' published configurations. Drafters: what DeepSpec writes (the target's decoder fields, five layers,
+and config/dspark/dspark_qwen3_*.py for the rest). Written down, not downloaded: configs/serve/README.md.
 """
 
 from typing import Any

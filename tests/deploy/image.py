@@ -1,9 +1,9 @@
-"""`make check-image`: the Dockerfile's steps in a bare Debian, without a container daemon. Root, debootstrap, 15 minutes.
+"""`make check-image`: the Dockerfile's steps in a bare Debian, without a container daemon. Needs root and debootstrap.
 
-Each stage is a directory: debootstrap's minimal bookworm stands for `debian:bookworm-slim`, a copy of its parent for any
-other. ENV, ARG, WORKDIR, USER, COPY and RUN are carried out with chroot as they stand in the Dockerfile; then the image's
-entrypoint serves, as its user and as an id without an account, on a root that it cannot write to. What this leaves open
-is in deploy/README.md.
+Each stage is a directory: debootstrap's minimal bookworm stands for `debian:bookworm-slim`, a copy of its parent for
+any other. ENV, ARG, WORKDIR, USER, COPY and RUN are carried out with chroot as they stand in the Dockerfile; then the
+image's entrypoint serves on a root that it cannot write to: as the image's user, and as an id without an account with
+the arguments of the Kubernetes base, under a short load test. What this leaves open is in deploy/README.md.
 """
 
 import argparse
@@ -22,6 +22,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from string import Template
+
+import yaml
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))  # for `python tests/deploy/image.py`
 
@@ -43,7 +45,7 @@ class Stage:
 
 
 class Builder:
-    """Carries instructions out. `binds` are paths of this machine and where steps see them, `shown` variables for RUN."""
+    """Carries instructions out. `binds`: paths of this machine and where steps see them; `shown`: variables for RUN."""
 
     def __init__(self, work: Path, mirror: str | None, binds: dict[Path, Path], shown: dict[str, str]) -> None:
         self._work = work
@@ -148,9 +150,9 @@ def _ignored(origin: Path):
 
 
 @contextlib.contextmanager
-def serving(builder: Builder, stage: Stage, port: int) -> Iterator[subprocess.Popen[bytes]]:
-    """The image's entrypoint and command, on a read-only root."""
-    words = exec_form("server", "ENTRYPOINT") + exec_form("server", "CMD")
+def serving(builder: Builder, stage: Stage, port: int, arguments: list[str]) -> Iterator[subprocess.Popen[bytes]]:
+    """The image's entrypoint on a read-only root."""
+    words = exec_form("server", "ENTRYPOINT") + arguments
     process = subprocess.Popen(builder.command(stage, words, {"DSPARK_PORT": str(port)}, read_only=True))
     try:
         yield process
@@ -164,12 +166,14 @@ def children(pid: int) -> list[int]:
     return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def try_out(builder: Builder, stage: Stage, port: int) -> None:
+def try_out(builder: Builder, stage: Stage, port: int, arguments: list[str], *, load: bool) -> None:
     """Start it, wait until its own health check passes, ask it something, stop it as a container runtime does."""
     check = exec_form("server", "HEALTHCHECK")
     started = time.monotonic()
-    with serving(builder, stage, port) as process:
-        while subprocess.run(builder.command(stage, check, {"DSPARK_PORT": str(port)}), stderr=subprocess.DEVNULL).returncode:
+    with serving(builder, stage, port, arguments) as process:
+        while subprocess.run(
+            builder.command(stage, check, {"DSPARK_PORT": str(port)}), stderr=subprocess.DEVNULL
+        ).returncode:
             assert process.poll() is None, "the server ended while starting"
             assert time.monotonic() - started < START_TIMEOUT, "not healthy in time"
             time.sleep(2)
@@ -182,9 +186,20 @@ def try_out(builder: Builder, stage: Stage, port: int) -> None:
         connection.request("GET", "/version")
         print(f"answered; {connection.getresponse().read().decode()}", flush=True)
         connection.close()
+        if load:
+            options = ["--url", f"http://127.0.0.1:{port}", "--concurrency", "4", "--out", "/tmp/results"]
+            program = ["python", "/opt/dspark-server/loadtest/run.py", *options]
+            variables = {"MPLCONFIGDIR": "/tmp/matplotlib"}
+            subprocess.run(builder.command(stage, program, variables, read_only=True), check=True)
         [server] = children(process.pid)  # unshare's child became the server
         os.kill(server, signal.SIGTERM)
         assert process.wait(60) == 0, f"ended with {process.returncode} after SIGTERM"
+
+
+def kubernetes_arguments() -> list[str]:
+    """Those of deploy/base."""
+    deployment = yaml.safe_load((ROOT / "deploy" / "base" / "deployment.yaml").read_text())
+    return list(deployment["spec"]["template"]["spec"]["containers"][0]["args"])
 
 
 def main() -> None:
@@ -205,9 +220,11 @@ def main() -> None:
     stage = builder.build()
     size = subprocess.run(["du", "--summarize", "--human-readable", stage.root], capture_output=True, text=True)
     print(f"image: {size.stdout.split()[0]}")
-    try_out(builder, stage, options.port)
+    try_out(builder, stage, options.port, exec_form("server", "CMD"), load=False)
+    for made in (stage.root / "cache").iterdir():  # another id gets another volume
+        shutil.rmtree(made)
     stage.user = "12345:0"  # as OpenShift would
-    try_out(builder, stage, options.port)
+    try_out(builder, stage, options.port, kubernetes_arguments(), load=True)
     print("check-image: passed")
 
 

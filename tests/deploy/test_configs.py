@@ -1,8 +1,15 @@
 """configs/serve: each file loads as `serve` loads it, and fits the checkpoints it names."""
 
+import os
 import re
+import signal
+import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import httpx
 import pytest
 
 from dspark_server.api.settings import ServerSettings
@@ -92,3 +99,34 @@ def test_a_field_that_a_checkpoint_must_have_is_missed(field: str) -> None:
     del fields[field]
     with pytest.raises(CheckpointError, match=field):
         DSparkConfig.parse(fields, target)
+
+
+def test_smollm2_on_a_cpu_is_served() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-c", "from dspark_server.cli import main; main()", "serve"]
+    file = str(DIRECTORY / "smollm2-cpu.yaml")
+    process = subprocess.Popen([*command, "--config", file], env=os.environ | {"DSPARK_PORT": str(port)})
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as http:
+            for _ in range(1800):  # a busy machine measures its costs slowly
+                assert process.poll() is None, "the server ended while starting"
+                try:
+                    if http.get("/health").status_code == 200:
+                        break
+                except httpx.ConnectError:
+                    time.sleep(0.1)
+            body = {"prompt": "The capital of France is", "max_tokens": 12, "temperature": 0}
+            assert http.post("/v1/completions", json=body).json()["choices"][0]["text"].startswith(" Paris")
+            [card] = http.get("/v1/models").json()["data"]
+            assert card["max_model_len"] == 8192
+            drafts = re.search(
+                r"^vllm:spec_decode_num_drafts_total\{.*\} (\S+)$", http.get("/metrics").text, re.MULTILINE
+            )
+            assert float(drafts[1]) > 0
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+    finally:
+        process.kill()
+        process.wait()

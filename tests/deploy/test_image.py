@@ -1,4 +1,4 @@
-"""Dockerfile and compose file: what they say agrees with the project; the health check runs. Builds are not for here."""
+"""Dockerfile and compose file: what they say agrees with the project; the health check runs. image.py builds."""
 
 import fnmatch
 import os
@@ -75,11 +75,11 @@ def test_the_health_check_tells_ready_from_draining(shared_server: Running) -> N
         return subprocess.run([sys.executable, *words], env=surroundings, capture_output=True, timeout=20).returncode
 
     assert status() == 0
-    shared_server.engine._draining = True
+    shared_server.engine.state = "draining"
     try:
         assert status() == 1
     finally:
-        shared_server.engine._draining = False
+        shared_server.engine.state = "ready"
     surroundings["DSPARK_PORT"] = "1"
     assert status() == 1
 

@@ -16,7 +16,18 @@ from tests.api.support import Running
 
 from .checkpoints import TARGETS
 from .dockerfile import environment, stage
-from .manifests import APPLIED, COMPONENTS, OVERLAYS, ROOT, labels_of_pods, of_kind, overlay, pod_templates, render, servers
+from .manifests import (
+    APPLIED,
+    COMPONENTS,
+    OVERLAYS,
+    ROOT,
+    labels_of_pods,
+    of_kind,
+    overlay,
+    pod_templates,
+    render,
+    servers,
+)
 
 IMAGE = environment("server")
 ENGINE_STOP = 10  # seconds beyond all drain times for the engine to stop
@@ -98,12 +109,12 @@ def test_probes_ask_the_server_for_what_it_answers(name: str, shared_server: Run
             assert container[probe]["timeoutSeconds"] <= container[probe]["periodSeconds"]
             assert shared_server.http.get(paths[probe]).status_code == 200
         # A draining server is not ready, but must not be killed for it.
-        shared_server.engine._draining = True
+        shared_server.engine.state = "draining"
         try:
             assert shared_server.http.get(paths["readinessProbe"]).status_code == 503
             assert shared_server.http.get(paths["livenessProbe"]).status_code == 200
         finally:
-            shared_server.engine._draining = False
+            shared_server.engine.state = "ready"
 
 
 def test_a_rollout_is_more_patient_than_the_startup_probe() -> None:

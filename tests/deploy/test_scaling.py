@@ -1,4 +1,4 @@
-"""Alerts, autoscaling and endpoint picking: what they ask for is what the server has, and limits agree with its flags."""
+"""Alerts, autoscaling, endpoint picking: they ask for what the server has, and limits agree with its flags."""
 
 import re
 from pathlib import Path
@@ -92,7 +92,9 @@ def test_the_endpoint_picker_reads_series_that_the_server_has(live: dict[str, Se
     [pool] = of_kind(manifests, "InferencePool")
     assert given["--pool-name"] == pool["metadata"]["name"]
     [(server, _)] = servers(manifests)
-    assert picker["spec"]["template"]["spec"]["terminationGracePeriodSeconds"] == server["terminationGracePeriodSeconds"]
+    assert (
+        picker["spec"]["template"]["spec"]["terminationGracePeriodSeconds"] == server["terminationGracePeriodSeconds"]
+    )
     [config] = [each for each in of_kind(manifests, "ConfigMap") if "plugins.yaml" in each["data"]]
     plugins = yaml.safe_load(config["data"]["plugins.yaml"])
     names = {plugin["type"] for plugin in plugins["plugins"]}
