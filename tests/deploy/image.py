@@ -15,6 +15,7 @@ import os
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -166,8 +167,16 @@ def children(pid: int) -> list[int]:
     return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def try_out(builder: Builder, stage: Stage, port: int, arguments: list[str], *, load: bool) -> None:
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def try_out(builder: Builder, stage: Stage, arguments: list[str], *, load: bool) -> None:
     """Start it, wait until its own health check passes, ask it something, stop it as a container runtime does."""
+    port = free_port()
     check = exec_form("server", "HEALTHCHECK")
     started = time.monotonic()
     with serving(builder, stage, port, arguments) as process:
@@ -209,7 +218,6 @@ def main() -> None:
     parser.add_argument("--mirror", help="Debian mirror for debootstrap; default: its own")
     parser.add_argument("--bind", action="append", default=[], metavar="PATH[:SEEN]", help="a path that steps may see")
     parser.add_argument("--env", action="append", default=[], metavar="NAME=VALUE", help="a variable of the RUN steps")
-    parser.add_argument("--port", type=int, default=8000, help="where the server listens (default 8000)")
     options = parser.parse_args()
     options.work.mkdir(parents=True)
     binds = {}
@@ -220,11 +228,11 @@ def main() -> None:
     stage = builder.build()
     size = subprocess.run(["du", "--summarize", "--human-readable", stage.root], capture_output=True, text=True)
     print(f"image: {size.stdout.split()[0]}")
-    try_out(builder, stage, options.port, exec_form("server", "CMD"), load=False)
+    try_out(builder, stage, exec_form("server", "CMD"), load=False)
     for made in (stage.root / "cache").iterdir():  # another id gets another volume
         shutil.rmtree(made)
     stage.user = "12345:0"  # as OpenShift would
-    try_out(builder, stage, options.port, kubernetes_arguments(), load=True)
+    try_out(builder, stage, kubernetes_arguments(), load=True)
     print("check-image: passed")
 
 

@@ -32,6 +32,14 @@ def test_an_alert_says_what_to_do_by_labels_it_has(rule: dict) -> None:
         assert label in has
 
 
+def test_every_alert_is_made_to_fire() -> None:
+    """By promtool, in `make check-deploy`."""
+    tests = yaml.safe_load((DEPLOY / "prometheus" / "alerts_test.yaml").read_text())["tests"]
+    assert "exp_samples" not in {test["name"]: test for test in tests}["healthy"]["promql_expr_test"][0]
+    expected = [sample["labels"] for test in tests for sample in test["promql_expr_test"][0].get("exp_samples", ())]
+    assert {re.search(r'alertname="(\w+)"', labels)[1] for labels in expected} == {rule["alert"] for rule in RULES}
+
+
 def test_the_operator_gets_the_same_alerts() -> None:
     [rule] = of_kind(overlay("single-gpu"), "PrometheusRule")
     assert rule["spec"]["groups"] == ALERTS

@@ -74,6 +74,10 @@ def main() -> int:
         failed |= run("yamllint", "--strict", "--config-file", str(ROOT / "deploy" / ".yamllint.yaml"),
                       *(str(ROOT / place) for place in ("deploy", "configs")))  # fmt: skip
         failed |= run("hadolint", "--no-color", str(ROOT / "Dockerfile"))
+        if promtool := shutil.which("promtool"):
+            failed |= run(promtool, "test", "rules", str(ROOT / "deploy" / "prometheus" / "alerts_test.yaml"))
+        else:
+            print("promtool: not on PATH, so nothing shows when alerts fire (Debian's package prometheus has it)")
         if not options.no_checkov:
             skip = ["--skip-check", ",".join(SKIPPED), "--quiet", "--compact", "--skip-download"]
             failed |= run("checkov", "--framework", "kubernetes", "--directory", rendered, *skip)
@@ -146,9 +150,9 @@ def problems(manifest: dict[str, Any]) -> Iterator[str]:
 
 
 def run(program: str, *arguments: str) -> bool:
-    """Run a validator of this environment; whether it complained."""
+    """Run a validator of this environment, or one given by its path; whether it complained."""
     done = subprocess.run([str(BIN / program), *arguments], capture_output=True, text=True)
-    print(f"{program}: {'passed' if done.returncode == 0 else 'FAILED'}", flush=True)
+    print(f"{Path(program).name}: {'passed' if done.returncode == 0 else 'FAILED'}", flush=True)
     if done.returncode:
         print(done.stdout + done.stderr)
     return done.returncode != 0
