@@ -4,6 +4,7 @@ Kept in the user's cache for each machine, model, drafter and version, so that o
 """
 
 import hashlib
+import logging
 import os
 import time
 from collections.abc import Callable
@@ -19,6 +20,8 @@ from dspark_server.runtime.batch import Run
 from dspark_server.speculation.capacity import Profile
 from dspark_server.speculation.noise import CounterStreams
 from dspark_server.speculation.sampling import SamplingBatch
+
+logger = logging.getLogger(__name__)
 
 VERSION = 2  # of what is measured; another one makes every kept profile stale
 REPEATS = 5
@@ -126,10 +129,13 @@ def profile(
         except ConfigError:
             pass  # damaged: measure anew
     measured = Profiler(executor, num_blocks, block_size, max_model_len).measure(max_tokens, max_requests)
-    directory.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    measured.save(partial)
-    partial.replace(path)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}.partial")
+        measured.save(partial)
+        partial.replace(path)
+    except OSError as error:  # a volume of another user, a full disk: measuring again next time is all it costs
+        logger.warning("what steps cost could not be kept (%s): it is measured again at the next start", error)
     return measured
 
 
