@@ -53,69 +53,86 @@ class GrammarCompiler:
             raise FormError(str(error)) from None
         if matcher.is_error():
             raise FormError(matcher.get_error())
-        return CompiledForm(matcher, self._tokenizer.eos_token, self._vocabulary)
+        return CompiledForm(matcher, self._tokenizer, self._vocabulary)
 
 
 class CompiledForm:
     """See `engine.request.CompiledGrammar`."""
 
-    def __init__(self, matcher: LLMatcher, end: int, vocabulary: int) -> None:
+    def __init__(self, matcher: LLMatcher, tokenizer: LLTokenizer, vocabulary: int) -> None:
         self._matcher = matcher
-        self._end = end
+        self._tokenizer = tokenizer
         self._vocabulary = vocabulary
 
     def start(self, stop_ids: frozenset[int]) -> "FormMatcher":
         """At the beginning of an answer that any of `stop_ids` may end."""
-        return FormMatcher(self._matcher.deep_copy(), self._end, stop_ids, self._vocabulary)
+        return FormMatcher(self._matcher.deep_copy(), self._tokenizer, stop_ids, self._vocabulary)
 
 
 class FormMatcher:
-    """See `speculation.controls.Grammar`. Masks [V] bool are kept until the next commit: draft and target ask alike."""
+    """See `speculation.controls.Grammar`. What it says of a prefix is kept, as draft and target ask alike."""
 
-    def __init__(self, matcher: LLMatcher, end: int, stop_ids: frozenset[int], vocabulary: int) -> None:
+    def __init__(self, matcher: LLMatcher, tokenizer: LLTokenizer, stop_ids: frozenset[int], vocabulary: int) -> None:
         self._matcher = matcher
-        self._end = end
-        self._stops = torch.zeros(vocabulary, dtype=torch.bool)
-        self._stops[list(stop_ids)] = True
-        self._stop_ids = stop_ids
-        self._masks: dict[tuple[int, ...], Tensor] = {}
+        self._size = tokenizer.vocab_size  # tokens that the matcher knows
+        self._end = end = tokenizer.eos_token
+        self._may_stop = bool(stop_ids)
+        # Behind a complete form stands an end, also where none may stop the answer: it is not committed then.
+        self._end_ids = stop_ids or frozenset({end})
+        self._ends = torch.zeros(vocabulary, dtype=torch.bool)
+        self._ends[list(self._end_ids)] = True
+        self._known: dict[tuple[int, ...], tuple[Tensor, bool]] = {}  # by prefix: its mask, and whether it is over
 
     def mask(self, drafted: Sequence[int]) -> Tensor:
-        """The tokens that may follow; none if `drafted` cannot follow; ends only, behind an end."""
+        """The tokens [V] bool that may follow; none if `drafted` cannot follow; ends only, behind an end."""
+        return self._look(drafted)[0]
+
+    def over(self, drafted: Sequence[int] = ()) -> bool:
+        """Nothing but an end can follow."""
+        return self._look(drafted)[1]
+
+    def _look(self, drafted: Sequence[int]) -> tuple[Tensor, bool]:
         prefix = tuple(drafted)
-        found = self._masks.get(prefix)
+        found = self._known.get(prefix)
         if found is None:
-            found = self._masks[prefix] = self._compute(prefix)
+            mask = self._compute(prefix)
+            found = self._known[prefix] = mask, bool(mask.any()) and not bool((mask & ~self._ends).any())
         return found
 
     def _compute(self, prefix: tuple[int, ...]) -> Tensor:
-        if not self._stop_ids.isdisjoint(prefix) or (not prefix and self._matcher.is_stopped()):
-            return self._stops
+        nothing = torch.zeros_like(self._ends)
+        # A matcher that has failed calls itself stopped; its answer is broken off, not complete.
+        if self._matcher.is_error():
+            return nothing
+        if not self._end_ids.isdisjoint(prefix):
+            return self._ends
+        # A row of the padded embedding is no token to the matcher: it would fail for good.
+        if any(token >= self._size for token in prefix):
+            return nothing
         taken = self._matcher.try_consume_tokens(list(prefix)) if prefix else 0
         try:
             if taken < len(prefix):
-                return torch.zeros_like(self._stops)
+                return nothing
             if self._matcher.is_stopped():
-                return self._stops
+                return self._ends
             accepting = self._matcher.is_accepting()
             bits = np.unpackbits(np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8), bitorder="little")
-            mask = torch.zeros_like(self._stops)
+            mask = nothing
             count = min(len(bits), len(mask))
             mask[:count] = torch.from_numpy(bits[:count]).bool()
             mask[self._end] = False
-            return mask | self._stops if accepting else mask
+            return mask | self._ends if accepting and (self._may_stop or not bool(mask.any())) else mask
         finally:
             if taken:
                 self._matcher.rollback(taken)
 
     def commit(self, tokens: Sequence[int]) -> None:
         """The answer went on with `tokens`; an end among them is the last."""
-        self._masks.clear()
-        inside = [token for token in tokens if token not in self._stop_ids]
+        said = tuple(tokens)
+        # What follows a prefix is the same whether it is drafted or committed.
+        self._known = {
+            prefix[len(said) :]: known for prefix, known in self._known.items() if prefix[: len(said)] == said
+        }
+        inside = [token for token in tokens if token not in self._end_ids]
         if inside and not self._matcher.is_stopped():
             self._matcher.consume_tokens(inside)
-
-    @property
-    def complete(self) -> bool:
-        """Nothing but an end can follow."""
-        return not bool((self.mask(()) & ~self._stops).any())

@@ -166,20 +166,20 @@ class Request:
         return self.keys
 
     def commit(self, tokens: Sequence[int]) -> list[int]:
-        """Append tokens up to the first that ends the request; returns those appended."""
+        """Append tokens up to the first that ends the request, or completes its grammar; returns those appended."""
         taken: list[int] = []
+        controls = self.controls if isinstance(self.controls, Controls) else None
+        grammar = None if controls is None else controls.grammar
         for token in tokens:
             self.tokens.append(token)
             taken.append(token)
-            if token in self.stop_ids:
+            if controls is not None:
+                controls.commit([token])
+            # After each token: where an answer ends must not depend on how many were committed at once.
+            if token in self.stop_ids or (grammar is not None and grammar.over()):
                 self.finish_reason = FinishReason.STOP
             elif self.remaining == 0:
                 self.finish_reason = FinishReason.LENGTH
             if self.finish_reason is not None:
                 break
-        if isinstance(self.controls, Controls):
-            self.controls.commit(taken)
-            grammar = self.controls.grammar
-            if self.finish_reason is None and grammar is not None and grammar.complete:
-                self.finish_reason = FinishReason.STOP
         return taken

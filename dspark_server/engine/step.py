@@ -327,7 +327,7 @@ class StepLoop:
                 request.finish_reason = FinishReason.ERROR
                 request.error = (
                     "No token has a probability here: the model's logits hold NaN, or the request's own constraints "
-                    "(allowed_token_ids, bad_words, logit_bias) leave nothing."
+                    "(form, allowed_token_ids, bad_words, logit_bias) leave nothing."
                 )
                 self.batcher.remove(request)
                 outputs.append(StepOutput(request, []))

@@ -72,9 +72,9 @@ class _Pass:
     sampling: SamplingBatch
 
     def prefixes(self) -> list[list[int]]:
-        """The draft tokens before each row of every request, request by request, as if all had L of them."""
-        width = self.tokens.shape[1]
-        return [row[:slot] for row in self.tokens.tolist() for slot in range(width + 1)]
+        """The draft tokens before rows 0 .. L of every request, request by request; behind its last row, all it has."""
+        slots, rows = range(self.tokens.shape[1] + 1), zip(self.tokens.tolist(), self.lengths.tolist(), strict=True)
+        return [row[: min(slot, length)] for row, length in rows for slot in slots]
 
     def select(self, indices: Tensor, sampling: SamplingBatch) -> "_Pass":
         lengths = self.lengths[indices]

@@ -54,9 +54,8 @@ class Grammar(Protocol):
     def commit(self, tokens: Sequence[int]) -> None:
         """The answer went on with `tokens`."""
 
-    @property
-    def complete(self) -> bool:
-        """Nothing can follow any more."""
+    def over(self, drafted: Sequence[int] = ()) -> bool:
+        """The form is complete behind the committed tokens and `drafted`: nothing but an end can follow."""
 
 
 @dataclass(frozen=True)
@@ -119,22 +118,20 @@ class Controls:
             self.grammar.commit(tokens)
 
     def apply(self, logits: Tensor, drafted: Sequence[int], position: int, columns: Tensor | None) -> None:
-        """See `Control.apply`. A grammar outweighs the minimum length where only an end is left to say."""
+        """See `Control.apply`. Where a grammar leaves only an end to say, no other mask has a say."""
 
         def of(values: Tensor) -> Tensor:
             return values if columns is None else values[columns]
 
         if self.grammar is not None:
             logits.masked_fill_(~of(self.grammar.mask(drafted)), -torch.inf)
-        if self._allowed is not None:
-            logits.masked_fill_(~of(self._allowed), -torch.inf)
-        if self._bad_words:
-            self._ban(logits, drafted, columns)
-        if self._early is not None:
-            before = logits.clone() if self.grammar is not None else logits
-            self._early.apply(logits, drafted, position, columns)
-            if self.grammar is not None and not bool((logits > -torch.inf).any()):
-                logits.copy_(before)
+        if self.grammar is None or not self.grammar.over(drafted):
+            if self._allowed is not None:
+                logits.masked_fill_(~of(self._allowed), -torch.inf)
+            if self._bad_words:
+                self._ban(logits, drafted, columns)
+            if self._early is not None:
+                self._early.apply(logits, drafted, position, columns)
         if self._bias is not None:
             logits += of(self._bias)
         if self._counts is not None and self._seen is not None:

@@ -13,8 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from dspark_server.speculation.acceptance import DraftTokens, accept
 from dspark_server.speculation.controls import Controls, Forbidden, Penalties
 from dspark_server.speculation.law import distribution
+from dspark_server.speculation.noise import CounterStreams
+from dspark_server.speculation.sampling import SamplingBatch
 from tests.speculation.test_exact import LAWS, Context, Pair, batch, logits, total_variation
 
 
@@ -70,8 +73,7 @@ class Alternating:
     def commit(self, tokens: Sequence[int]) -> None:
         self.said += tokens
 
-    @property
-    def complete(self) -> bool:
+    def over(self, drafted: Sequence[int] = ()) -> bool:
         return False
 
 
@@ -130,12 +132,16 @@ def test_rules_are_the_reference(
     torch.testing.assert_close(row, wanted if names is None else wanted[names])
 
 
-def test_a_grammar_that_can_only_end_outweighs_the_minimum_length() -> None:
+@pytest.mark.parametrize("rule", [{"early": Forbidden((2,), 100)}, {"allowed": [1]}, {"bad_words": [(2,)]}])
+def test_a_grammar_that_can_only_end_outweighs_other_masks(rule: dict[str, Any]) -> None:
     class Over(Alternating):
         def mask(self, drafted: Sequence[int]) -> Tensor:
             return torch.arange(4) == 2
 
-    controls = Controls(4, [0], early=Forbidden((2,), 100), grammar=Over(4))
+        def over(self, drafted: Sequence[int] = ()) -> bool:
+            return True
+
+    controls = Controls(4, [0], grammar=Over(4), **rule)
     row = torch.zeros(4)
     controls.apply(row, (), 1, None)
     assert row.isfinite().tolist() == [False, False, True, False]
@@ -198,3 +204,24 @@ def test_the_joint_law_is_the_ruled_targets(rule: str, name: str) -> None:
         committed = LAWS[rule](pair, lambda draft, gamma=gamma: gamma)
         assert sum(committed.values()) == pytest.approx(1, abs=1e-12)
         assert total_variation(pair, committed) <= 1e-12
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_request_is_asked_about_its_own_draft_only(temperature: float) -> None:
+    """Another's tokens, or its own that are not verified, could be ones that its grammar does not know."""
+
+    class Recording:
+        def __init__(self) -> None:
+            self.asked: set[tuple[int, ...]] = set()
+
+        def apply(self, logits: Tensor, drafted: Sequence[int], position: int, columns: Tensor | None) -> None:
+            self.asked.add(tuple(drafted))
+
+    rules = [Recording(), Recording(), Recording()]
+    sampling = SamplingBatch.of(position=[0] * 3, key=[0, 1, 2], temperature=[temperature] * 3, controls=rules)
+    draft = DraftTokens(torch.tensor([[3, 4, 5], [6, 7, 8]]), None, torch.tensor([0, -1, 1]))
+    scores = torch.full((7, 9), -9.0)
+    scores[[0, 1, 2, 5], [3, 4, 5, 6]] = 9.0
+    accept(scores, [0, 4, 5, 7], draft, [3, 0, 1], sampling, CounterStreams())
+    own: list[set[tuple[int, ...]]] = [{(), (3,), (3, 4), (3, 4, 5)}, {()}, {(), (6,)}]
+    assert [rule.asked for rule in rules] == own
