@@ -316,7 +316,7 @@ class StepLoop:
         tokens = iter(accepted.token.tolist() if accepted else [])
         failed = iter(accepted.failed.tolist() if accepted else [])
         rows = iter(verified.row_start)
-        outputs = []
+        outputs, ended = [], []
         for entry in plan.scheduled:
             request = entry.request
             if not entry.samples:
@@ -329,7 +329,7 @@ class StepLoop:
                     "No token has a probability here: the model's logits hold NaN, or the request's own constraints "
                     "(form, allowed_token_ids, bad_words, logit_bias) leave nothing."
                 )
-                self.batcher.remove(request)
+                ended.append(request)
                 outputs.append(StepOutput(request, []))
                 continue
             prefix = prefixes.get(request, [])
@@ -338,8 +338,11 @@ class StepLoop:
             self.batcher.advance(request, min(entry.count + kept, request.pending))
             self._count_tokens(len(taken), len(prefix), kept)
             if request.finish_reason is not None:
-                self.batcher.remove(request)
+                ended.append(request)
             outputs.append(_output(request, taken, verified.logits[row : row + len(taken)], len(prefix), kept))
+        # Only now: should this step fail on the way here, all of them still run, and so all are told.
+        for request in ended:
+            self.batcher.remove(request)
         return outputs
 
     def _count_drafting(self, plan: Plan, drafted: Drafted | None) -> None:

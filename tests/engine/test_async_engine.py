@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from dspark_server.engine import step
 from dspark_server.engine.engine import AsyncEngine, Handle, TokenEvent
-from dspark_server.engine.request import FinishReason
+from dspark_server.engine.request import FinishReason, Request
 from dspark_server.errors import CapacityError, EngineDeadError, RequestError
 from tests.api.fake_engine import build_tokenizer
 
@@ -201,3 +202,22 @@ def test_a_callback_may_abort_another_choice_while_all_are_failed() -> None:
         assert await engine.wait_idle(1)
 
     with_engine(test)
+
+
+def test_a_step_that_fails_while_it_commits_leaves_nobody_without_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even the request that has just been found to be finished."""
+    real = step._output
+
+    def failing(request: Request, *rest: Any) -> step.StepOutput:
+        if request.params.max_tokens == 500 and len(request.output) == 8:
+            raise RuntimeError("planted")
+        return real(request, *rest)
+
+    async def test(engine: AsyncEngine) -> None:
+        monkeypatch.setattr(step, "_output", failing)
+        first, second = Listener(engine, prompts(1)[0], 8), Listener(engine, prompts(2)[1], 500)
+        assert (await first.end()).finish_reason in (FinishReason.ERROR, FinishReason.LENGTH)
+        assert (await second.end()).finish_reason is FinishReason.ERROR
+        assert await engine.wait_idle(1)
+
+    with_engine(test, drafter=False)
