@@ -120,3 +120,15 @@ def test_an_answer_ends_where_its_form_is_complete(kind: str, end: str, compiler
             assert core.loop.stats.accepted_tokens > 0
     if kind != "free":
         assert answers[0] == answers[1]
+
+
+def test_an_answer_that_is_complete_with_its_last_token_was_not_cut_short(compiler: GrammarCompiler) -> None:
+    core = tiny_core()
+    own = SamplingParams(max_tokens=8, temperature=0.0, grammar=compiler.regex("[a-d]{8}"))
+    cut = replace(own, grammar=compiler.regex("[a-d]{9}"))
+    requests = [core.new_request(prompts(1)[0], params, nonce=0) for params in (own, cut)]
+    for request in requests:
+        core.batcher.add(request)
+    while core.loop.has_work:
+        core.loop.step()
+    assert [request.finish_reason for request in requests] == [FinishReason.STOP, FinishReason.LENGTH]
