@@ -232,8 +232,16 @@ def test_rules_hold_and_the_best_of_several_is_returned(server: tuple[str, objec
         answer: dict[str, Any] = httpx.post(f"{server[0]}/v1/completions", json=body, timeout=60).json()
         return answer
 
-    choices = ask(n=6, bad_words=["sea", "the"])["choices"]
-    assert all(" sea" not in choice["text"] and " the " not in choice["text"] for choice in choices)
+    def spelled(text: str) -> list[int]:
+        body = {"prompt": text, "add_special_tokens": False}
+        tokens: list[int] = httpx.post(f"{server[0]}/tokenize", json=body).json()["tokens"]
+        return tokens
+
+    # By tokens, not by text: " seas" is another token, and may be said.
+    banned = [spelled(text) for text in ("sea", " sea", "the", " the")]
+    assert all(len(tokens) == 1 for tokens in banned)
+    choices = ask(n=6, bad_words=["sea", "the"], return_token_ids=True)["choices"]
+    assert all(tokens[0] not in choice["token_ids"] for choice in choices for tokens in banned)
     assert ask(logit_bias={"28": 100}, max_tokens=3, temperature=0)["choices"][0]["text"] == ",,,"
     allowed = ask(allowed_token_ids=[28, 30], n=3, logprobs=0)["choices"]
     assert {token for choice in allowed for token in choice["logprobs"]["tokens"]} <= {",", "."}
