@@ -1,4 +1,4 @@
-# make serve | test | check | test-clients | check-deploy | mutants | bench — each sets up what it needs; a second run starts at once.
+# make serve | test | check | test-clients | test-reliability | check-deploy | mutants | bench — each sets up what it needs; a second run starts at once.
 PYTHON ?= python3
 PORT ?= 8000
 ARGS ?=
@@ -8,12 +8,13 @@ STAMP := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-clients check check-deploy check-image mutants bench format
+.PHONY: help serve test test-clients test-reliability check check-deploy check-image mutants bench format
 
 help:
 	@echo "make serve [PORT=8000] [ARGS='--max-num-seqs 32']   set up and serve SmolLM2-135M-Instruct on 127.0.0.1"
 	@echo "make test  [ARGS='-k blocks']                       set up and run the tests"
 	@echo "make test-clients [ARGS='-k guidellm']              real clients against a real server; each in its own venv"
+	@echo "make test-reliability [SOAK=300]                    faults on a live server, fuzzers, schemathesis, a soak; a table"
 	@echo "make check                                          format, lint and types"
 	@echo "make check-deploy                                   render and validate deploy/ and the Dockerfile (needs kubectl)"
 	@echo "make check-image [ARGS='--mirror URL']              the Dockerfile's steps in a bare Debian (root, debootstrap)"
@@ -56,6 +57,16 @@ $(CLIENTS)/%/.installed: tests/clients/%.txt
 test-clients: $(DEV) $(CLIENTS)/guidellm/.installed $(CLIENTS)/lm-eval/.installed
 	@$(BIN)/dspark-server pull
 	@$(BIN)/python -m pytest tests/clients $(ARGS)
+
+SOAK ?= 300
+
+# atheris has wheels for some platforms only; without it hypothesis makes the fuzzers' inputs.
+test-reliability: $(DEV) $(CLIENTS)/schemathesis/.installed
+	@$(BIN)/pip install --disable-pip-version-check --only-binary :all: atheris==3.0.0 || echo "no atheris here" >&2
+	@$(BIN)/python -m pytest tests/reliability tests/engine/test_supervision.py tests/engine/test_machine.py \
+		tests/engine/test_blocks.py tests/api/test_limits.py
+	@$(BIN)/python -m tests.reliability.fuzz
+	@$(BIN)/python -m tests.reliability.chaos --soak $(SOAK) --markdown build/reliability.md $(ARGS)
 
 check: $(DEV)
 	@$(BIN)/ruff format --check .

@@ -95,6 +95,21 @@ class EngineConfig:
     max_num_queued_reqs: int = setting(
         1024, "Requests that may wait; beyond, clients get 503.", group="Limits", minimum=0
     )
+    max_num_queued_tokens: int = setting(
+        1 << 20, "Prompt tokens that may wait; beyond, clients get 503.", group="Limits", minimum=1
+    )
+    queue_timeout: float | None = setting(
+        None, "Seconds a request may wait for its start; then 503. Default: any.", group="Limits", above=0
+    )
+    request_timeout: float | None = setting(
+        None, "Seconds a request may take in all; then 504. Default: any.", group="Limits", above=0
+    )
+    step_timeout: float = setting(
+        60.0,
+        "Seconds a single step may take; then the engine has hung and the process ends.",
+        group="Limits",
+        above=0,
+    )
     enable_prefix_caching: bool = setting(True, "Reuse KV blocks of common prefixes.", group="Engine")
     enforce_eager: bool = setting(False, "No CUDA graphs; on CPU there are none anyway.", group="Engine")
     tensor_parallel_size: int = setting(1, "Devices that share the model; on CPU only 1.", group="Engine", minimum=1)

@@ -34,5 +34,17 @@ class CapacityError(DSparkServerError):
         self.retry_after = retry_after
 
 
+class LimitError(DSparkServerError):
+    """A client has used up what it may use (HTTP 429 with Retry-After, in seconds)."""
+
+    def __init__(self, message: str, *, retry_after: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class DeadlineError(DSparkServerError):
+    """A request took longer than the server gives one (HTTP 504)."""
+
+
 class EngineDeadError(DSparkServerError):
     """The engine stopped; nothing can be served until the process is restarted (HTTP 503)."""

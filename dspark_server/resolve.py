@@ -17,6 +17,7 @@ CONFIG_VARIABLE = "DSPARK_CONFIG"
 OTHER_VARIABLES = {
     CONFIG_VARIABLE: "The configuration file, if `--config` is not given.",
     "DSPARK_CACHE_DIR": "Keeps converted models, built kernels, profiles; default `~/.cache/dspark-server`.",
+    "DSPARK_FAILPOINTS": "Faults to inject, for tests only (docs/reliability.md).",
     "DSPARK_KERNELS": "Which kernels run: `auto`, `native` or `reference` (plain PyTorch).",
     "DSPARK_LINEAR": "Which matrix product bfloat16 weights get: `auto`, `native`, `onednn` or `plain`.",
 }

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 from dspark_server.api.prompting import Prompting
 from dspark_server.api.sample_prompts import SAMPLE_PROMPTS
+from dspark_server.engine.batcher import LAST_PRIORITY
 from dspark_server.engine.engine import AsyncEngine
 from dspark_server.engine.request import SamplingParams
 from dspark_server.errors import DSparkServerError
@@ -18,7 +19,6 @@ logger = logging.getLogger(__name__)
 SHORTEST, LONGEST = 64, 192  # tokens of an answer
 TEMPERATURE = 0.7
 RETRY_AFTER = 0.25  # seconds until a request that found no place tries again
-LAST_PRIORITY = 2**31 - 1
 ENOUGH = 0.5  # share of the KV cache that may be in use when another request starts
 
 

@@ -29,15 +29,16 @@ class Chat:
         Raises RequestError, CapacityError or EngineDeadError; once the response is made it reports failures itself.
         """
         intake, arrival = self._intake, monotonic()
-        body = parse(await intake.read(request), ChatRequest)
+        content = await intake.read(request)
+        body = parse(content, ChatRequest)
         intake.check(body)
         logprobs = None
         if body.logprobs or body.prompt_logprobs is not None:
             logprobs = ChatLogprobs(intake.detokenizer, body)
-        generation = Generation(intake.engine, intake.metrics, arrival, wants_tokens=body.return_token_ids)
+        generation = intake.generation(request, arrival, wants_tokens=body.return_token_ids)
         identifier = f"chatcmpl-{body.request_id or request.scope[REQUEST_ID]}"
         try:
-            await self._start(generation, body, identifier)
+            await self._start(generation, body, identifier, intake.likely_tokens(content))
         except BaseException as error:
             generation.close()
             if isinstance(error, RequestError):
@@ -45,10 +46,10 @@ class Chat:
             raise
         return answer(intake.engine, generation, body, CHAT, identifier, logprobs)
 
-    async def _start(self, generation: Generation, body: ChatRequest, identifier: str) -> None:
+    async def _start(self, generation: Generation, body: ChatRequest, identifier: str, likely: int) -> None:
         """Reserve places, render, tokenize, submit every choice."""
         intake, engine = self._intake, self._intake.engine
-        with engine.reserve(body.n) as reservation:
+        with engine.reserve(body.n, likely) as reservation:
             text = await self._template.render(body)
             tokens = await intake.encode(text, body, add_special_tokens=body.add_special_tokens)
             _, limit = body.limit

@@ -27,26 +27,27 @@ class Completions:
         Raises RequestError, CapacityError or EngineDeadError; once the response is made it reports failures itself.
         """
         intake, arrival = self._intake, monotonic()
-        body = parse(await intake.read(request), CompletionRequest)
+        content = await intake.read(request)
+        body = parse(content, CompletionRequest)
         intake.check(body)
         logprobs = None
         if body.logprobs is not None or body.prompt_logprobs is not None:
             logprobs = CompletionLogprobs(intake.detokenizer, body)
-        generation = Generation(intake.engine, intake.metrics, arrival, wants_tokens=body.return_token_ids)
+        generation = intake.generation(request, arrival, wants_tokens=body.return_token_ids)
         identifier = f"cmpl-{body.request_id or request.scope[REQUEST_ID]}"
         try:
-            await self._start(generation, body, identifier)
+            await self._start(generation, body, identifier, intake.likely_tokens(content))
         except BaseException:
             generation.close()
             raise
         best = (body.n, body.candidates)
         return answer(intake.engine, generation, body, COMPLETION, identifier, logprobs, best=best)
 
-    async def _start(self, generation: Generation, body: CompletionRequest, identifier: str) -> None:
+    async def _start(self, generation: Generation, body: CompletionRequest, identifier: str, likely: int) -> None:
         """Reserve places, tokenize, submit every choice."""
         intake, engine = self._intake, self._intake.engine
         given = prompts_of(body, vocab_size=engine.vocab_size, max_model_len=engine.max_model_len)
-        with engine.reserve(len(given) * body.candidates) as reservation:
+        with engine.reserve(len(given) * body.candidates, likely) as reservation:
             params = await intake.params(body, body.max_tokens)
             prompts = [await self._prompt(each, body) for each in given]
             intake.submit(

@@ -1,14 +1,17 @@
-"""The outermost layer: request ids, API keys, caps on what is read, no exception past this point. Plain ASGI."""
+"""The outermost layer: request ids, keys and their limits, caps on what is read, no exception past it. Plain ASGI."""
 
 import logging
 import re
 import uuid
+from contextlib import nullcontext
 
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dspark_server.api.auth import ApiKeys
 from dspark_server.api.errors import error_response
+from dspark_server.api.limits import KeyLimits
+from dspark_server.api.logs import request_id as logged_request_id
 from dspark_server.api.settings import ServerSettings
 from dspark_server.errors import RequestError
 
@@ -25,6 +28,7 @@ class Edge:
         self._app = app
         self._settings = settings
         self._keys = ApiKeys(settings.all_api_keys())
+        self._limits = KeyLimits(settings.key_max_requests, settings.key_requests_per_minute)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -33,6 +37,7 @@ class Edge:
             return
         request_id = _request_id(scope)
         scope[REQUEST_ID] = request_id.decode()
+        logged_request_id.set(request_id.decode())
         started = False
 
         async def send_with_id(message: Message) -> None:
@@ -43,9 +48,11 @@ class Edge:
             await send(message)
 
         try:
-            self._keys.check(scope)
+            tenant = self._keys.check(scope)
+            scope.setdefault("state", {})["tenant"] = tenant
             self._check_sizes(scope)
-            await self._app(scope, self._counted(receive), send_with_id)
+            with self._limits.admit(tenant) if scope["method"] == "POST" else nullcontext():
+                await self._app(scope, self._counted(receive), send_with_id)
         except ClientDisconnect:
             return
         except Exception as error:

@@ -10,12 +10,18 @@ import orjson
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 
-from dspark_server.errors import CapacityError, EngineDeadError, RequestError
+from dspark_server.errors import CapacityError, DeadlineError, EngineDeadError, LimitError, RequestError
 
 logger = logging.getLogger(__name__)
 
 LONGEST_MESSAGE = 500  # characters
-_TYPES = {404: "not_found_error", 500: "server_error", 503: "service_unavailable_error"}
+_TYPES = {
+    404: "not_found_error",
+    429: "rate_limit_error",
+    500: "server_error",
+    503: "service_unavailable_error",
+    504: "timeout_error",
+}
 
 
 def error_object(status: int, message: str, *, param: str | None = None, code: str | None = None) -> dict[str, Any]:
@@ -34,6 +40,11 @@ def describe(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
     if isinstance(error, CapacityError):
         body = error_object(503, str(error), code="no_capacity")
         return 503, body, {"Retry-After": str(error.retry_after)}
+    if isinstance(error, LimitError):
+        body = error_object(429, str(error), code="rate_limit_exceeded")
+        return 429, body, {"Retry-After": str(error.retry_after)}
+    if isinstance(error, DeadlineError):
+        return 504, error_object(504, str(error), code="deadline_exceeded"), {}
     if isinstance(error, EngineDeadError):
         return 503, error_object(503, str(error), code="engine_dead"), {}
     if isinstance(error, GenerationError):

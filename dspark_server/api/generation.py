@@ -10,12 +10,14 @@ import logging
 from time import monotonic
 from typing import Any
 
+from dspark_server import failpoints
 from dspark_server.api.drafts import DraftRecord
 from dspark_server.api.metrics import Metrics
 from dspark_server.engine.engine import AsyncEngine, Handle, TokenEvent
 from dspark_server.engine.logprobs import TokenLogprob
 from dspark_server.engine.output import TextStream
 from dspark_server.engine.request import FinishReason
+from dspark_server.errors import DSparkServerError
 
 logger = logging.getLogger(__name__)
 
@@ -122,12 +124,13 @@ class Choice:
             if self.drafts is not None and event.drafted:
                 self.drafts.add(event.drafted, event.accepted)
             hide = event.stop_token is not None and self._drop_stop_token
+            failpoints.hit("text.push")
             text = self._text.push(tokens[:-1] if hide else tokens)
             self.completion_tokens += len(tokens)
         if self._text.stopped is None and event.finish_reason is not None:
             if event.finish_reason in _FAILED:
                 self._end(event.finish_reason)
-                self._generation.fail(event.error or "The request was aborted.")
+                self._generation.fail(event.error or "The request was aborted.", event.cause)
                 return
             text += self._text.finish()
         kept = tokens
@@ -183,17 +186,21 @@ class Choice:
 class Generation:
     """The choices of one HTTP request and the one waiter for news of them."""
 
-    def __init__(self, engine: AsyncEngine, metrics: Metrics, arrival: float, *, wants_tokens: bool = False) -> None:
+    def __init__(
+        self, engine: AsyncEngine, metrics: Metrics, arrival: float, *, wants_tokens: bool = False, tenant: str = ""
+    ) -> None:
         self._engine = engine
         self._waiter: asyncio.Future[None] | None = None
         self._news = False
         self.metrics = metrics
         self.arrival = arrival  # monotonic seconds
+        self.tenant = tenant  # whose it is
         self.wants_tokens = wants_tokens
         self.draft_figures = "none"  # or "summary" or "detailed": what the answer says of its drafts
         self.choices: list[Choice] = []
         self.open = 0  # choices not yet ended
         self.failure: str | None = None  # why the whole request failed
+        self.cause: DSparkServerError | None = None  # the same with its status, where the engine knows it
         self.disconnected = False
 
     def add(self, choice: Choice) -> None:
@@ -242,10 +249,10 @@ class Generation:
         while not self.over:
             await self.wait()
 
-    def fail(self, message: str) -> None:
+    def fail(self, message: str, cause: DSparkServerError | None = None) -> None:
         """The request cannot go on. Other choices end in `close`: this may run inside an engine callback."""
         if self.failure is None:
-            self.failure = message
+            self.failure, self.cause = message, cause
         self.wake()
 
     def disconnect(self) -> None:

@@ -11,10 +11,13 @@ from dspark_server.api.metrics import Metrics
 from dspark_server.api.schema import GenerationRequest
 from dspark_server.api.settings import ServerSettings
 from dspark_server.api.structured import StructuredForms
-from dspark_server.engine.engine import AsyncEngine, Reservation, TokenEvent
+from dspark_server.engine.admission import Reservation
+from dspark_server.engine.engine import AsyncEngine, TokenEvent
 from dspark_server.engine.output import Detokenizer, StopMatcher
 from dspark_server.engine.request import FinishReason, SamplingParams
 from dspark_server.errors import CapacityError, RequestError
+
+BYTES_PER_TOKEN = 4  # of text, on average; of token ids in JSON too
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,15 @@ class Intake:
                 return await request.body()
         except TimeoutError:
             raise RequestError("The body took too long to arrive.", status=408) from None
+
+    def generation(self, request: Request, arrival: float, *, wants_tokens: bool) -> Generation:
+        """An empty one for a request that arrived at `arrival` (monotonic seconds), on its tenant's account."""
+        tenant = request.state.tenant
+        return Generation(self.engine, self.metrics, arrival, wants_tokens=wants_tokens, tenant=tenant)
+
+    def likely_tokens(self, content: bytes) -> int:
+        """About how many tokens the prompts of a body have; `submit` counts them, but a place is taken before."""
+        return len(content) // BYTES_PER_TOKEN
 
     def check_model(self, name: str | None) -> None:
         """Raise RequestError (404) for a model that is not served; None is the one that is."""
@@ -177,5 +189,6 @@ class Intake:
                     on_tokens=choice.on_tokens,
                     cache_salt=body.cache_salt,
                     leader=leader,
+                    tenant=generation.tenant,
                 )
                 leader = leader or choice.handle

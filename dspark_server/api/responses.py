@@ -77,6 +77,8 @@ class GenerationResponse(Response):
 
     def failure(self) -> Exception:
         """What became of the request, as the error that the client is told."""
+        if self.generation.cause is not None:
+            return self.generation.cause
         message = self.generation.failure or "The request was aborted."
         health = self.engine.health()
         if health == "dead":

@@ -2,7 +2,7 @@
 
 SIGTERM: readiness turns 503 and new requests are refused while the listener stays open; running requests may finish
 within `shutdown_timeout`; those that do not are ended with one error event; the exit code is 0. A second signal does
-not wait.
+not wait. When the engine is dead, readiness is 503, and a second later `serve` ends with an error.
 """
 
 import asyncio
@@ -20,12 +20,15 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from dspark_server.api.app import create_app
+from dspark_server.api.logs import JsonFormatter
 from dspark_server.api.settings import ServerSettings
 from dspark_server.engine.engine import AsyncEngine
+from dspark_server.errors import EngineDeadError
 
 logger = logging.getLogger(__name__)
 
 HEADER_TIMEOUT = 30.0  # seconds in which a request's headers must have arrived
+LAST_LOOK = 1.0  # seconds a server with a dead engine still answers: readiness shows it, requests get their error
 LAST_WORDS_TIMEOUT = 5  # seconds for the last chunks to reach their readers
 
 
@@ -86,6 +89,7 @@ class Server(uvicorn.Server):
         self._shutdown_timeout = shutdown_timeout
         self._signals = 0
         self._drain: asyncio.Task[None] | None = None
+        self._died: float | None = None  # monotonic seconds
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Signal handler. Not uvicorn's, which raises the signal again at the end: the exit code would not be 0."""
@@ -97,6 +101,12 @@ class Server(uvicorn.Server):
             self._drain = asyncio.create_task(self._drain_engine())
         if self._drain is not None and self._drain.done():
             self._drain.result()
+            self.should_exit = True
+        if self._engine.health() != "dead":
+            self._died = None
+        elif self._died is None:
+            self._died = monotonic()
+        elif monotonic() > self._died + LAST_LOOK:
             self.should_exit = True
         return await super().on_tick(counter)
 
@@ -151,6 +161,8 @@ def _log_config(settings: ServerSettings) -> dict[str, Any]:
     config = copy.deepcopy(uvicorn.config.LOGGING_CONFIG)
     config["filters"] = {"paths": {"()": PathFilter, "paths": settings.disable_access_log_for_endpoints}}
     config["handlers"]["access"]["filters"] = ["paths"]
+    if settings.log_format == "json":
+        config["formatters"] = {name: {"()": JsonFormatter} for name in config["formatters"]}
     return config
 
 
@@ -160,6 +172,8 @@ async def serve(
     """Start the engine, serve until SIGTERM or SIGINT has been honoured, stop the engine.
 
     Run it on a uvloop (`uvloop.run`): uvicorn's loop setting does not apply inside a coroutine.
+
+    Raises EngineDeadError if the engine died: the process cannot serve any more and should end.
     """
     settings = settings or ServerSettings()
     app = create_app(engine, settings)
@@ -169,10 +183,12 @@ async def serve(
         await make_server(app, engine, settings).serve(sockets)
     finally:
         await engine.stop()
+    if engine.failure is not None:
+        raise EngineDeadError(f"The engine has stopped: {engine.failure}.")
 
 
 def run(engine: AsyncEngine, settings: ServerSettings | None = None) -> None:
-    """Serve on a uvloop of its own; returns after a graceful shutdown."""
+    """Serve on a uvloop of its own; returns after a graceful shutdown. Raises EngineDeadError."""
     import uvloop
 
     uvloop.run(serve(engine, settings))

@@ -6,6 +6,7 @@ from pathlib import Path
 from dspark_server.errors import ConfigError
 from dspark_server.settings import check, setting
 
+LOG_FORMATS = ("text", "json")
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
 DRAFT_FIGURES = ("none", "summary", "detailed")
 
@@ -43,10 +44,17 @@ class ServerSettings:
     stall_timeout: float = setting(
         60.0, "Seconds after which a reader that takes nothing is dropped.", group="Limits", above=0
     )
+    key_max_requests: int | None = setting(
+        None, "Requests an API key may have running; beyond, it gets 429. Default: any.", group="Limits", minimum=1
+    )
+    key_requests_per_minute: int | None = setting(
+        None, "Requests an API key may send a minute; beyond, it gets 429. Default: any.", group="Limits", minimum=1
+    )
     per_request_spec_decode_metrics: str = setting(
         "none", "What an answer says of its drafts.", group="Speculation", choices=DRAFT_FIGURES
     )
     log_level: str = setting("info", "The least important messages shown.", group="Logging", choices=LOG_LEVELS)
+    log_format: str = setting("text", "json: one object a line.", group="Logging", choices=LOG_FORMATS)
     access_log: bool = setting(False, "One line per request.", group="Logging")
     disable_access_log_for_endpoints: tuple[str, ...] = setting(
         (), "Paths left out of the access log, such as /health,/metrics.", group="Logging", metavar="PATHS"

@@ -1,24 +1,32 @@
 """`serve`, and `config`, which says what it would serve with."""
 
 import logging
+import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated
 
 import typer
 
+from dspark_server import failpoints
+from dspark_server.api.logs import set_up
 from dspark_server.api.settings import ServerSettings
 from dspark_server.cli.options import takes_settings
 from dspark_server.config import EngineConfig
+from dspark_server.errors import EngineDeadError
 from dspark_server.resolve import Resolution
+
+EXIT_DEAD = 70  # EX_SOFTWARE: the engine died, and with it the server
 
 
 @takes_settings()
 def serve(resolution: Resolution) -> None:
     """Serve MODEL over HTTP."""
     config, settings = resolution.make(EngineConfig), resolution.make(ServerSettings)
-    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    set_up(settings.log_level, settings.log_format)
     log = logging.getLogger("dspark_server")
     log.info("settings: %s", resolution)
+    if armed := failpoints.arm_from_environment():
+        log.warning("failpoints are armed, this server will fail on purpose: %s", ", ".join(armed))
     # Imported here: torch takes seconds, and a wrong setting should not.
     from dspark_server.api.server import run
     from dspark_server.engine.core import EngineCore
@@ -31,7 +39,13 @@ def serve(resolution: Resolution) -> None:
         core = loader.submit(EngineCore.load, config).result()
     engine = AsyncEngine(core, core.load_tokenizer())
     log.info("%s ready: %s; %s", core.model_name, core.backend, core.speculation)
-    run(engine, settings)
+    try:
+        run(engine, settings)
+    except EngineDeadError as error:
+        log.critical("%s The process ends; start it again.", error)
+        # Not sys.exit: it waits for threads, and the one to blame may never end.
+        logging.shutdown()
+        os._exit(EXIT_DEAD)
 
 
 @takes_settings()

@@ -5,7 +5,7 @@ exists, only selection may drop it (DSPARK, "No value-dependent drop").
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from time import monotonic
 
@@ -14,6 +14,8 @@ from dspark_server.engine.request import Request, Status
 from dspark_server.engine.stats import EngineStats
 from dspark_server.errors import RequestError
 from dspark_server.speculation.selection import Load
+
+LAST_PRIORITY = 2**31 - 1  # of what must never be in anybody's way
 
 
 @dataclass(frozen=True)
@@ -96,11 +98,22 @@ class Batcher:
             )
 
     def add(self, request: Request) -> None:
-        """Queue a request that `check_fits` let through: behind all of its priority."""
-        place = len(self.waiting)
-        while place and self.waiting[place - 1].params.priority > request.params.priority:
-            place -= 1
-        self.waiting.insert(place, request)
+        """Queue a request that `check_fits` let through. Tenants take turns; each one's own by priority, then arrival.
+
+        Only the last priority of all counts between tenants: it is behind everybody.
+        """
+        returned = [each for each in self.waiting if each.cached_tokens is not None]  # after preemption: stay in front
+        line = [each for each in self.waiting if each.cached_tokens is None]
+        peers = [each for each in line if _is_last(each) == _is_last(request)]
+        own = [each for each in peers if each.tenant == request.tenant]
+        request.turn = own[-1].turn + 1 if own else min((each.turn for each in peers), default=0)
+        line = sorted([*line, request], key=lambda each: (_is_last(each), each.turn))
+        mine = set(own)
+        places = {index: each.turn for index, each in enumerate(line) if each is request or each in mine}
+        best_first = sorted([*own, request], key=lambda each: each.params.priority)
+        for (index, turn), each in zip(places.items(), best_first, strict=True):
+            line[index], each.turn = each, turn
+        self.waiting = deque([*returned, *line])
 
     def remove(self, request: Request) -> None:
         """Take a request out for good: finished, failed or aborted. Its blocks are released."""
@@ -118,6 +131,24 @@ class Batcher:
         request.status = Status.WAITING
         self.waiting.appendleft(request)
         self.stats.preemptions += 1
+
+    def recover(self, held: Sequence[Request]) -> list[Request]:
+        """After a step that failed, wherever it stopped: those of `held`, the requests it began with, that it touched.
+
+        They are let go. No row that the step may have written is trusted: the pool is empty and the cache forgotten.
+        """
+        untouched = [request for request in self.waiting if request.status is Status.WAITING]
+        self.running.clear()
+        self.waiting = deque(untouched)
+        kept = set(untouched)
+        touched = [request for request in held if request not in kept]
+        self.pool.reset()
+        for request in held:
+            request.blocks = []
+            request.computed = request.published = 0
+        for request in touched:
+            request.status = Status.FINISHED
+        return touched
 
     def _release(self, request: Request) -> None:
         self.pool.release(request.blocks)
@@ -224,3 +255,7 @@ class Batcher:
         self.pool.check([request.blocks for request in self.running])
         assert all(request.status is Status.RUNNING for request in self.running)
         assert all(request.status is Status.WAITING and not request.blocks for request in self.waiting)
+
+
+def _is_last(request: Request) -> bool:
+    return request.params.priority == LAST_PRIORITY

@@ -10,6 +10,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from dspark_server import failpoints
 from dspark_server.errors import CapacityError
 
 
@@ -70,6 +71,7 @@ class BlockPool:
 
         Raises CapacityError, and takes nothing, if fewer are available.
         """
+        failpoints.hit("blocks.allocate")
         if count > self.available:
             raise CapacityError(f"{count} KV blocks wanted, {self.available} available")
         return [self._take() for _ in range(count)]
@@ -82,6 +84,11 @@ class BlockPool:
             self._forget(block)
         self._references[block] = 1
         return block
+
+    def distrust(self, blocks: Sequence[int]) -> None:
+        """Take the identity of held blocks away: what they contain must not be found."""
+        for block in blocks:
+            self._forget(block)
 
     def _forget(self, block: int) -> None:
         key = self._key_of[block]
@@ -125,6 +132,14 @@ class BlockPool:
         if self.prefix_caching and self._key_of[block] is None and key.digest not in self._block_of:
             self._key_of[block] = key
             self._block_of[key.digest] = block
+
+    def reset(self) -> None:
+        """Everything free and nothing known, whatever was held: for when nobody holds anything any more."""
+        self._free = list(range(self.num_blocks - 1, -1, -1))
+        self._references = [0] * self.num_blocks
+        self._evictable.clear()
+        self._key_of = [None] * self.num_blocks
+        self._block_of.clear()
 
     def reset_cache(self) -> None:
         """Forget every identity; blocks held stay held."""

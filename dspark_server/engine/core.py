@@ -172,6 +172,7 @@ class EngineCore:
         choice: int = 0,
         salt: str = "",
         leader: Request | None = None,
+        tenant: str = "",
     ) -> Request:
         """A request ready to be queued; its fit has been checked elsewhere."""
         goes_on = params.ignore_eos and params.grammar is None  # a form says itself where an answer ends
@@ -185,7 +186,8 @@ class EngineCore:
             stop_ids=stop_ids,
             controls=params.controls(self.vocab_size, prompt, stop_ids),
             leader=leader,
-            chain_root=chain_root(self.cache_identity, salt),
+            chain_root=chain_root(self.cache_identity, tenant, salt),
+            tenant=tenant,
             nonce=nonce,
             choice=choice,
         )
@@ -204,14 +206,17 @@ class EngineCore:
             self.loop.step()
         return [request.output for request in requests]
 
-    def fail_running(self, message: str) -> list[StepOutput]:
-        """After a failed step: end every running request with an error; those waiting were not part of it."""
-        failed = list(self.batcher.running)
-        for request in failed:
+    def fail_step(self, held: list[Request], message: str) -> list[StepOutput]:
+        """After a failed step that began with `held`: end each request it touched with an error.
+
+        Those that were waiting and still are had no part in it.
+        """
+        touched = self.batcher.recover(held)
+        for request in touched:
             request.finish_reason = FinishReason.ERROR
             request.error = message
-            self.batcher.remove(request)
-        return [StepOutput(request, []) for request in failed]
+        self.batcher.update_gauges()
+        return [StepOutput(request, []) for request in touched]
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:

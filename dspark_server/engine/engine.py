@@ -13,17 +13,20 @@ import secrets
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from time import monotonic
 
 from transformers import PreTrainedTokenizerBase
 
+from dspark_server import failpoints
+from dspark_server.engine.admission import Admission, Reservation
 from dspark_server.engine.core import EngineCore
 from dspark_server.engine.logprobs import TokenLogprob
 from dspark_server.engine.request import FinishReason, Request, SamplingParams, Status
 from dspark_server.engine.stats import EngineStats
 from dspark_server.engine.step import StepOutput, StepTrace
-from dspark_server.errors import CapacityError, EngineDeadError, RequestError
+from dspark_server.engine.watchdog import Heartbeat, watch
+from dspark_server.errors import CapacityError, DeadlineError, DSparkServerError, EngineDeadError, RequestError
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +39,7 @@ class TokenEvent:
     """Tokens one step committed to one choice. The last event, and only it, has a finish reason.
 
     `admitted` is when the choice first left the queue, in monotonic seconds. In this step the target verified `drafted`
-    draft tokens and accepted the first `accepted` of them.
+    draft tokens and accepted the first `accepted` of them. An `error` may have a `cause` that says its HTTP status.
     """
 
     tokens: list[int]
@@ -49,6 +52,7 @@ class TokenEvent:
     admitted: float = 0.0
     drafted: int = 0
     accepted: int = 0
+    cause: DSparkServerError | None = None
 
 
 @dataclass(eq=False)
@@ -58,21 +62,8 @@ class Handle:
     request: Request
     on_tokens: Callable[[TokenEvent], None]
     finished: bool = False
-
-
-@dataclass(eq=False)
-class Reservation:
-    """Places in the engine for `choices` submissions; a context manager that returns those not used."""
-
-    engine: "AsyncEngine"
-    places: int
-
-    def __enter__(self) -> "Reservation":
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.engine.release(self.places)
-        self.places = 0
+    queued_tokens: int = 0  # of the prompt, until the first event
+    timers: list[asyncio.TimerHandle] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -114,13 +105,13 @@ class AsyncEngine:
         self.costs = core.loop.capacity  # its tables are replaced whole: safe to read
         self._inbox: queue.SimpleQueue[Request | _Abort | _Select | _Watch | None] = queue.SimpleQueue()
         self._handles: dict[Request, Handle] = {}
-        self._in_flight = 0
-        self._capacity = core.config.max_num_seqs + core.config.max_num_queued_reqs
+        places = core.config.max_num_seqs + core.config.max_num_queued_reqs
+        self._admission = Admission(places, core.config.max_num_queued_tokens)
+        self._config = core.config
+        self._heart = Heartbeat()
+        self._watchdog: asyncio.Task[None] | None = None
         self._random = random.Random(core.config.seed) if core.config.seed is not None else None
-        self._draining = False
         self._dead: str | None = None
-        self._idle = asyncio.Event()
-        self._idle.set()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._encoder = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
@@ -134,7 +125,12 @@ class AsyncEngine:
     @property
     def in_flight(self) -> int:
         """Choices waiting or running, and places reserved for more."""
-        return self._in_flight
+        return self._admission.in_flight
+
+    @property
+    def queued_tokens(self) -> int:
+        """Prompt tokens that have no answer yet, and those reserved for more."""
+        return self._admission.queued_tokens
 
     @property
     def cache_info(self) -> dict[str, str]:
@@ -162,57 +158,56 @@ class AsyncEngine:
         self._loop = asyncio.get_running_loop()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
+        timeout = self._config.step_timeout
+        self._watchdog = asyncio.create_task(watch(self._thread, self._heart, timeout, self._mourn))
 
     async def stop(self) -> None:
         """End the step thread. Requests still in flight get their terminal event first."""
         self.fail_all("The server is shutting down.")
         self._inbox.put(None)
-        if self._thread is not None:
+        if self._watchdog is not None:
+            self._watchdog.cancel()
+        if self._thread is not None and self._dead is None:  # a dead one may hang
             await asyncio.get_running_loop().run_in_executor(None, self._thread.join, 5.0)
         self._encoder.shutdown(wait=False, cancel_futures=True)
+
+    @property
+    def failure(self) -> str | None:
+        """Why the engine is dead; None while it is not."""
+        return self._dead
 
     def health(self) -> str:
         """ "ready", "draining" or "dead"."""
         if self._dead is not None:
             return "dead"
-        return "draining" if self._draining else "ready"
+        return "draining" if self._admission.draining else "ready"
 
     def begin_drain(self) -> None:
         """Refuse new requests from now on; those in flight go on."""
-        self._draining = True
+        self._admission.draining = True
 
     async def wait_idle(self, timeout: float) -> bool:
         """Wait until nothing is in flight, at most `timeout` seconds; False if something still is."""
-        try:
-            await asyncio.wait_for(self._idle.wait(), timeout)
-        except TimeoutError:
-            return False
-        return True
+        return await self._admission.wait_idle(timeout)
 
     def fail_all(self, message: str) -> None:
-        """End every request in flight with one error event."""
+        """End every request in flight with one error event; in a drain, refuse those that are still being tokenized."""
+        self._admission.closed = self._admission.draining
         for handle in list(self._handles.values()):
             self._finish(handle, TokenEvent([], FinishReason.ERROR, error=message))
             self._inbox.put(_Abort(handle.request))
 
     # -- requests ----------------------------------------------------------------------------------------------------
 
-    def reserve(self, choices: int = 1) -> Reservation:
-        """Take places before any work is done for a request.
+    def reserve(self, choices: int = 1, tokens: int = 0) -> Reservation:
+        """Take places before any work is done for a request. `tokens`: a guess, as its prompts are not tokenized yet.
 
-        Raises CapacityError when the queue is full or the server is draining, EngineDeadError when it is dead.
+        Raises CapacityError when the queue is full or the server is draining, EngineDeadError when it is dead,
+        RequestError for more choices than there are places.
         """
         if self._dead is not None:
             raise EngineDeadError(f"The engine has stopped: {self._dead}")
-        if self._draining:
-            raise CapacityError("The server is shutting down; send the request to another replica.", retry_after=5)
-        if self._in_flight + choices > self._capacity:
-            raise CapacityError(
-                f"The queue is full ({self._in_flight} requests in flight, {self._capacity} allowed). Try again later."
-            )
-        self._in_flight += choices
-        self._idle.clear()
-        return Reservation(self, choices)
+        return self._admission.reserve(choices, tokens)
 
     async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Tokenize off the event loop."""
@@ -220,6 +215,7 @@ class AsyncEngine:
         return await self._loop.run_in_executor(self._encoder, self._encode, text, add_special_tokens)
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        failpoints.hit("tokenizer.encode")
         ids: list[int] = self._encoder_tokenizer.encode(text, add_special_tokens=add_special_tokens)
         return ids
 
@@ -238,15 +234,19 @@ class AsyncEngine:
         choice: int = 0,
         cache_salt: str = "",
         leader: Handle | None = None,
+        tenant: str = "",
     ) -> Handle:
         """Queue one choice. `on_tokens` is called on the event loop, once per step that has tokens for it.
 
-        `leader` is an earlier choice for the same prompt, whose blocks this one shares.
+        `leader` is an earlier choice for the same prompt, whose blocks this one shares. Tenants take turns in the
+        queue, and find only their own prefixes in the cache.
 
-        Raises RequestError for a request that can never be served.
+        Raises RequestError for a request that can never be served, EngineDeadError or CapacityError if the engine died
+        or a drain ended after the place was reserved.
         """
+        if self._dead is not None:
+            raise EngineDeadError(f"The engine has stopped: {self._dead}.")
         self._check(prompt, params)
-        assert reservation.places > 0, "more submissions than reserved places"
         nonce = self._random.getrandbits(63) if self._random else secrets.randbits(63)
         request = self.core.new_request(
             prompt,
@@ -256,11 +256,14 @@ class AsyncEngine:
             choice=choice,
             salt=cache_salt,
             leader=None if leader is None else leader.request,
+            tenant=tenant,
         )
+        queued = len(prompt) if leader is None else 0
+        self._admission.enter(reservation, queued)  # nothing may fail between here and the handle
         request.arrival = monotonic()
-        handle = Handle(request, on_tokens)
+        handle = Handle(request, on_tokens, queued_tokens=queued)
+        self._set_deadlines(handle)
         self._handles[request] = handle
-        reservation.places -= 1  # the place now belongs to the request, until it ends
         self._inbox.put(request)
         return handle
 
@@ -281,6 +284,29 @@ class AsyncEngine:
             )
         self.core.batcher.check_fits(len(prompt), params.max_tokens)
 
+    def _set_deadlines(self, handle: Handle) -> None:
+        assert self._loop is not None
+        for seconds, expire in (
+            (self._config.queue_timeout, self._expire_queued),
+            (self._config.request_timeout, self._expire),
+        ):
+            if seconds is not None:
+                handle.timers.append(self._loop.call_later(seconds, expire, handle))
+
+    def _expire_queued(self, handle: Handle) -> None:
+        if handle.request.admitted == 0.0:
+            message = f"The request waited {self._config.queue_timeout:g} s and got no place. Try again later."
+            self._end(handle, CapacityError(message, retry_after=5))
+
+    def _expire(self, handle: Handle) -> None:
+        message = f"The request did not end within {self._config.request_timeout:g} s, the most this server gives one."
+        self._end(handle, DeadlineError(message))
+
+    def _end(self, handle: Handle, cause: DSparkServerError) -> None:
+        if not handle.finished:
+            self._finish(handle, TokenEvent([], FinishReason.ERROR, error=str(cause), cause=cause))
+            self._inbox.put(_Abort(handle.request))
+
     def abort(self, handle: Handle) -> None:
         """Stop a choice; its blocks are free again within a step. Does nothing if it has ended."""
         if not handle.finished:
@@ -289,11 +315,19 @@ class AsyncEngine:
 
     # -- event-loop side of the step thread --------------------------------------------------------------------------
 
+    def _mourn(self, reason: str) -> None:
+        """The engine cannot go on: fail all, now. The first reason stands."""
+        if self._dead is None:
+            self._dead = reason
+            logger.critical("the engine has stopped: %s", reason)
+            self.fail_all(f"The engine has stopped: {reason}.")
+
     def _dispatch(self, outputs: list[tuple[Request, TokenEvent]]) -> None:
         for request, event in outputs:
             handle = self._handles.get(request)
             if handle is None:
                 continue  # aborted while the step ran
+            self._dequeue(handle)
             if event.finish_reason is None:
                 handle.on_tokens(event)
             else:
@@ -303,46 +337,60 @@ class AsyncEngine:
         if handle.finished:  # ended by another choice's callback
             return
         handle.finished = True
+        for timer in handle.timers:
+            timer.cancel()
+        self._dequeue(handle)
         del self._handles[handle.request]
-        self.release(1)
+        self._admission.release(1, 0)
         handle.on_tokens(event)
 
-    def release(self, places: int) -> None:
-        """Give back places taken by `reserve`."""
-        self._in_flight -= places
-        if self._in_flight == 0:
-            self._idle.set()
+    def _dequeue(self, handle: Handle) -> None:
+        self._admission.release(0, handle.queued_tokens)
+        handle.queued_tokens = 0
 
     # -- the step thread ---------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        failures = 0
+        try:
+            self._steps()
+        except BaseException as error:
+            logger.critical("the engine's thread ended", exc_info=error)
+            self._die(f"its thread ended with {type(error).__name__}")
+
+    def _steps(self) -> None:
+        batcher, failures = self.core.batcher, 0
         while self._receive():
+            failpoints.hit("engine.thread")
             if not self.core.loop.has_work:
                 continue
+            held = [*batcher.running, *batcher.waiting]
             try:
                 outputs = self.core.loop.step()
                 failures = 0
             except Exception as error:
                 logger.exception("a step failed")
                 failures += 1
-                outputs = self.core.fail_running(
-                    f"The engine failed while running this request ({type(error).__name__})."
+                outputs = self.core.fail_step(
+                    held, f"The engine failed while running this request ({type(error).__name__})."
                 )
                 if failures == MAX_FAILED_STEPS:
-                    self._post([(output.request, _event(output)) for output in outputs])
+                    self._post(outputs)
                     self._die(f"{failures} steps in a row failed, the last with {type(error).__name__}")
                     return
-            self._post([(output.request, _event(output)) for output in outputs])
+            self._post(outputs)
 
     def _receive(self) -> bool:
         """Take what is in the inbox, waiting if there is nothing else to do; False when told to stop."""
         block = not self.core.loop.has_work
         while True:
+            if block:
+                self._heart.wait()
             try:
                 message = self._inbox.get(block=block)
             except queue.Empty:
                 return True
+            finally:
+                self._heart.beat()
             block = False
             if message is None:
                 return False
@@ -357,19 +405,18 @@ class AsyncEngine:
             else:
                 self.core.batcher.add(message)
 
-    def _post(self, outputs: list[tuple[Request, TokenEvent]]) -> None:
-        assert self._loop is not None
-        if outputs and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._dispatch, outputs)
+    def _post(self, outputs: list[StepOutput]) -> None:
+        failpoints.hit("engine.post")
+        if outputs:
+            self._on_loop(self._dispatch, [(output.request, _event(output)) for output in outputs])
 
     def _die(self, reason: str) -> None:
+        self._on_loop(self._mourn, reason)
+
+    def _on_loop(self, function: Callable[..., None], *arguments: object) -> None:
         assert self._loop is not None
-
-        def on_loop() -> None:
-            self._dead = reason
-            self.fail_all(f"The engine has stopped: {reason}")
-
-        self._loop.call_soon_threadsafe(on_loop)
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(function, *arguments)
 
 
 def _event(output: StepOutput) -> TokenEvent:

@@ -103,6 +103,8 @@ class Request:
     chain_root: bytes
     nonce: int
     choice: int = 0
+    tenant: str = ""  # whose it is: tenants take turns, and share no cached prefix
+    turn: int = 0  # the batcher's: equal turns of all tenants come before later ones
     arrival: float = 0.0  # monotonic seconds
     admitted: float = 0.0  # the same, of the first admission
     status: Status = Status.WAITING

@@ -28,6 +28,7 @@ class EngineStats:
     preemptions: int = 0
     prefix_queries: int = 0
     prefix_hits: int = 0
+    failed_drafts: int = 0  # times the drafter raised; the step then goes on without
     drafts: int = 0
     draft_tokens: int = 0
     accepted_tokens: int = 0

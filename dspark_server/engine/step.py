@@ -1,5 +1,6 @@
 """The step loop: plan, draft, select, verify, accept, commit (DSpark §3; DSPARK.md "One decoding cycle")."""
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ import torch
 from dspark_kernels import Kernels
 from torch import Tensor
 
+from dspark_server import failpoints
 from dspark_server.engine.batcher import Batcher, Plan
 from dspark_server.engine.executor import DraftRequest, Executor
 from dspark_server.engine.logprobs import TokenLogprob, token_logprobs
@@ -23,6 +25,8 @@ from dspark_server.speculation.drafter import DraftBlock
 from dspark_server.speculation.noise import CounterStreams
 from dspark_server.speculation.sampling import GREEDY_BELOW, SamplingBatch
 from dspark_server.speculation.selection import Candidate, Load, Selection
+
+logger = logging.getLogger(__name__)
 
 FIRST_GUESS = 0.6  # survival of a draft token before any was judged
 
@@ -148,6 +152,7 @@ class StepLoop:
     def step(self) -> list[StepOutput]:
         """One cycle for every scheduled request. Nothing of a request changes before commit but its draft number."""
         began = self._clock()
+        failpoints.hit("step.plan")
         plan = self.batcher.plan()
         load = plan.load
         planned = self._clock()
@@ -158,12 +163,14 @@ class StepLoop:
         judged = self._clock()
         accepted = None
         if verified.requests:
+            failpoints.hit("step.sample")
             accepted = self._acceptance(verified, drafted, sampling_batch(verified.requests))
             if self._trace:
                 self._trace(StepTrace(drafted, verified, accepted, load, self.selection))
         if drafted and accepted:
             self._learn(drafted, verified, accepted)
         self._count_drafting(plan, drafted)
+        failpoints.hit("step.commit")
         outputs = self._commit(plan, prefixes, verified, accepted)
         tokens = load.tokens + sum(map(len, prefixes.values()))
         self.stats.steps += 1
@@ -217,15 +224,24 @@ class StepLoop:
         order = sorted(choice.drafting, key=lambda index: candidates[index] in alone)
         requests = [candidates[index] for index in order]
         backbone = sum(request not in alone for request in requests)
-        block = self.executor.draft(
-            [
-                DraftRequest(r.tokens[-1], len(r.tokens) - 1, r.blocks, matches.get(r), r in alone, r.copied)
-                for r in requests
-            ],
-            sampling_batch(requests),
-            self._streams,
-        )
-        survival = self._survival_of(block, requests)
+        try:
+            failpoints.hit("step.draft")
+            block = self.executor.draft(
+                [
+                    DraftRequest(r.tokens[-1], len(r.tokens) - 1, r.blocks, matches.get(r), r in alone, r.copied)
+                    for r in requests
+                ],
+                sampling_batch(requests),
+                self._streams,
+            )
+        except Exception:  # tokens do not need a draft, they only come slower without one
+            self.stats.failed_drafts += 1
+            if self.stats.failed_drafts.bit_count() == 1:  # the 1st, 2nd, 4th, ...: one that always fails fills no disk
+                logger.exception(
+                    "drafting failed, for the %d. time; the step goes on without", self.stats.failed_drafts
+                )
+            return None
+        survival = failpoints.passed("draft.survival", self._survival_of(block, requests))
         # A NaN at slot k cuts the prefix to k - 1, never shorter: earlier tokens were sampled without knowing of it.
         usable = [min(limits[index], usable) for index, usable in zip(order, block.usable.tolist(), strict=True)]
         lengths = self._selection.lengths(survival, usable, load, backbone)
@@ -264,7 +280,9 @@ class StepLoop:
             if request.scores_prompt:
                 rows = entry.count
             runs.append(Run(committed + prefix, request.computed, request.blocks, rows))
+        failpoints.hit("step.verify")
         logits, row_start = self.executor.verify(runs)
+        logits = failpoints.passed("target.logits", logits)
         if any(entry.request.scores_prompt for entry in plan.scheduled):
             logits, row_start = _score_prompts(plan, logits, row_start)
         sampled = [(entry.request, row) for entry, row in zip(plan.scheduled, row_start, strict=False) if entry.samples]
@@ -319,6 +337,7 @@ class StepLoop:
         outputs, ended = [], []
         for entry in plan.scheduled:
             request = entry.request
+            failpoints.hit("commit.request")
             if not entry.samples:
                 self.batcher.advance(request, entry.count)
                 continue
@@ -329,6 +348,8 @@ class StepLoop:
                     "No token has a probability here: the model's logits hold NaN, or the request's own constraints "
                     "(form, allowed_token_ids, bad_words, logit_bias) leave nothing."
                 )
+                if not bool(verified.logits[row : row + 1 + len(prefixes.get(request, ()))].isfinite().all()):
+                    self.batcher.pool.distrust(request.blocks)  # its rows may hold NaN, the prompt's too
                 ended.append(request)
                 outputs.append(StepOutput(request, []))
                 continue

@@ -64,6 +64,7 @@ class FakeHandle:
     sent: int = 0
     submitted: float = field(default_factory=monotonic)
     finished: bool = False
+    tenant: str = ""
 
 
 @dataclass(eq=False)
@@ -109,6 +110,7 @@ class FakeEngine:
         self.step_seconds = step_seconds
         self.in_flight = 0
         self.state = "ready"
+        self.failure = None
         self.running: list[FakeHandle] = []
         self.submitted: list[FakeHandle] = []
         self.encoded = 0
@@ -142,11 +144,13 @@ class FakeEngine:
         for handle in list(self.running):
             self._finish(handle, TokenEvent([], FinishReason.ERROR, error=message))
 
-    def reserve(self, choices: int = 1) -> FakeReservation:
+    def reserve(self, choices: int = 1, tokens: int = 0) -> FakeReservation:
         if self.state == "dead":
             raise EngineDeadError("The engine has stopped.")
         if self.state == "draining":
             raise CapacityError("The server is shutting down.", retry_after=5)
+        if choices > self.capacity:
+            raise RequestError("More choices than the server holds.", param="n")
         if self.in_flight + choices > self.capacity:
             raise CapacityError("The queue is full.", retry_after=1)
         self.in_flight += choices
@@ -159,7 +163,9 @@ class FakeEngine:
     def room(self, prompt_length: int) -> int:
         return self.max_model_len - prompt_length
 
-    def submit(self, prompt, params, *, reservation, request_id, on_tokens, choice=0, cache_salt="", leader=None):
+    def submit(
+        self, prompt, params, *, reservation, request_id, on_tokens, choice=0, cache_salt="", leader=None, tenant=""
+    ):
         if len(prompt) + params.max_tokens > self.max_model_len:
             message = f"maximum context length is {self.max_model_len}, the prompt has {len(prompt)}"
             param = "max_tokens" if len(prompt) < self.max_model_len else "prompt"
@@ -169,7 +175,7 @@ class FakeEngine:
         script = [*self.tokenizer.encode(rest), EOS] if word == "say" else [EOS] if word == "nothing" else forever
         if word == "fail":
             script = forever[: int(rest)]
-        handle = FakeHandle(prompt, params, script, on_tokens, fails=word == "fail")
+        handle = FakeHandle(prompt, params, script, on_tokens, fails=word == "fail", tenant=tenant)
         reservation.places -= 1
         self.running.append(handle)
         self.submitted.append(handle)

@@ -90,6 +90,8 @@ def test_abort_frees_blocks_and_ends_once() -> None:
 
 def test_a_full_queue_refuses_and_a_place_comes_back() -> None:
     async def test(engine: AsyncEngine) -> None:
+        with pytest.raises(RequestError, match="4 choices over all its prompts, and this server holds 3"):
+            engine.reserve(4)  # to come again would not help
         running = [Listener(engine, prompt, 200) for prompt in prompts(3)]
         with pytest.raises(CapacityError, match="queue is full"):
             engine.reserve()

@@ -1,0 +1,184 @@
+"""Batcher, pool and step loop through any sequence of arrivals, steps, aborts, faults, over a model that reads the KV.
+
+The fake target's next token is a hash of the tokens it finds in the KV pool through the block table. A block that is
+shared while someone writes it, found under a wrong name, lost, or kept from a rejected draft gives other tokens.
+"""
+
+import hashlib
+from typing import Any
+
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from dspark_server import failpoints
+from dspark_server.engine.batcher import LAST_PRIORITY, Batcher
+from dspark_server.engine.blocks import BlockPool, chain_root
+from dspark_server.engine.executor import DraftRequest
+from dspark_server.engine.request import FinishReason, Request, SamplingParams
+from dspark_server.engine.stats import EngineStats
+from dspark_server.engine.step import StepLoop
+from dspark_server.errors import RequestError
+from dspark_server.runtime.batch import Run
+from dspark_server.speculation.drafter import DraftBlock
+from dspark_server.speculation.selection import build_selection
+
+SIZE, BLOCKS, GAMMA, VOCABULARY, END = 2, 14, 3, 8, 0
+
+
+def hashed(tokens: tuple[int | None, ...], kind: str = "") -> int:
+    return hashlib.sha256(f"{kind}{tokens}".encode()).digest()[0]
+
+
+def next_token(tokens: tuple[int | None, ...]) -> int:
+    return hashed(tokens) % VOCABULARY
+
+
+def reference(prompt: list[int], max_tokens: int) -> list[int]:
+    """What the model says to a prompt, without any engine."""
+    tokens = list(prompt)
+    while len(tokens) < len(prompt) + max_tokens:
+        tokens.append(next_token(tuple(tokens)))
+        if tokens[-1] == END:
+            break
+    return tokens[len(prompt) :]
+
+
+class HashingExecutor:
+    """Rows of the KV pool are the tokens written there; nothing else is known to it."""
+
+    gamma = GAMMA
+
+    def __init__(self) -> None:
+        self.rows: list[int | None] = [None] * (BLOCKS * SIZE)
+
+    def _slot(self, table: list[int], position: int) -> int:
+        return table[position // SIZE] * SIZE + position % SIZE
+
+    def _read(self, table: list[int], length: int) -> tuple[int | None, ...]:
+        return tuple(self.rows[self._slot(table, position)] for position in range(length))
+
+    def verify(self, runs: list[Run]) -> tuple[torch.Tensor, list[int]]:
+        for run in runs:  # all are written before any is read: two that share a writable block see each other
+            for index, token in enumerate(run.tokens):
+                self.rows[self._slot(run.block_table, run.context_len + index)] = token
+        tokens, row_start = [], [0]
+        for run in runs:
+            end = run.context_len + len(run.tokens)
+            for length in range(end - run.logits_rows + 1, end + 1):
+                tokens.append(next_token(self._read(run.block_table, length)))
+            row_start.append(len(tokens))
+        return torch.nn.functional.one_hot(torch.tensor(tokens, dtype=torch.int64), VOCABULARY).float(), row_start
+
+    def draft(self, requests: list[DraftRequest], sampling: Any, streams: Any) -> DraftBlock:
+        """Right for a while, then wrong; both, and how much of it is usable, by the context's hash."""
+        blocks, usable = [], []
+        for request in requests:
+            known = (*self._read(request.block_table, request.position), request.anchor)
+            right, block = hashed(known, "right") % (GAMMA + 1), list[int]()
+            for index in range(GAMMA):
+                token = next_token((*known, *block))
+                block.append(token if index < right else (token + 1) % VOCABULARY)
+            blocks.append(block)
+            usable.append(hashed(known, "usable") % (GAMMA + 1))
+        return DraftBlock(torch.tensor(blocks), None, None, None, None, torch.tensor(usable))
+
+
+class EngineMachine(RuleBasedStateMachine):
+    """Prompts over two tokens, so that prefixes coincide; a pool that holds two or three requests."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stats = EngineStats()
+        pool = BlockPool(BLOCKS, SIZE)
+        self.batcher = Batcher(pool, self.stats, max_num_seqs=4, max_num_batched_tokens=12, gamma=GAMMA)
+        selection = build_selection("fixed", None, threshold=0.5, floor=None)
+        self.loop = StepLoop(self.batcher, HashingExecutor(), selection, check_invariants=True)
+        self.live: dict[Request, list[int]] = {}  # and what each must say
+
+    @rule(
+        prompt=st.lists(st.integers(1, 2), min_size=1, max_size=14),
+        max_tokens=st.integers(1, 10),
+        tenant=st.sampled_from(["a", "b"]),
+        priority=st.sampled_from([0, 0, 1, LAST_PRIORITY]),
+    )
+    def arrive(self, prompt: list[int], max_tokens: int, tenant: str, priority: int) -> None:
+        try:
+            self.batcher.check_fits(len(prompt), max_tokens)
+        except RequestError:
+            return
+        params = SamplingParams(max_tokens=max_tokens, temperature=0.0, priority=priority)
+        root = chain_root("machine", tenant)
+        made = Request("", len(prompt), list(prompt), params, frozenset({END}), root, nonce=0, tenant=tenant)
+        self.batcher.add(made)
+        self.live[made] = reference(prompt, max_tokens)
+
+    @precondition(lambda self: self.loop.has_work)
+    @rule()
+    def step(self) -> None:
+        for output in self.loop.step():
+            if output.request.finish_reason is not None:
+                expected = self.live.pop(output.request)  # a second end would not find it
+                if output.request.finish_reason is not FinishReason.ERROR:
+                    assert output.request.output == expected
+
+    @precondition(lambda self: self.loop.has_work)
+    @rule(
+        point=st.sampled_from(
+            ["step.plan", "blocks.allocate", "step.verify", "step.sample", "step.commit", "commit.request"]
+        ),
+        after=st.integers(0, 3),
+    )
+    def fail(self, point: str, after: int) -> None:
+        """A step that fails somewhere, and what the engine makes of it."""
+        held = [*self.batcher.running, *self.batcher.waiting]
+        failpoints.arm({point: f"raise:MemoryError*1@{after}"})
+        try:
+            self.step()
+        except MemoryError:
+            for request in self.batcher.recover(held):
+                del self.live[request]
+        finally:
+            failpoints.disarm()
+
+    @precondition(lambda self: self.loop.has_work)
+    @rule()
+    def broken_row(self) -> None:
+        """The first row of the pass is NaN: its request fails, the others do not."""
+        failpoints.arm({"target.logits": "nan:0*1"})
+        try:
+            self.step()
+        finally:
+            failpoints.disarm()
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        request = data.draw(st.sampled_from(list(self.live)))
+        self.batcher.remove(request)
+        del self.live[request]
+
+    @rule()
+    def forget_prefixes(self) -> None:
+        self.batcher.pool.reset_cache()
+
+    @invariant()
+    def said_so_far(self) -> None:
+        self.batcher.check()
+        held = {*self.batcher.running, *self.batcher.waiting}
+        assert held == set(self.live), "a request was lost, or kept after its end"
+        for request, expected in self.live.items():
+            assert request.output == expected[: len(request.output)]
+
+    def teardown(self) -> None:
+        for _ in range(2000):
+            if not self.loop.has_work:
+                break
+            self.step()
+        assert not self.live, "somebody starves"
+        assert self.batcher.pool.usage == 0.0
+
+
+TestEngine = EngineMachine.TestCase
+TestEngine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
