@@ -175,8 +175,10 @@ place where a form (a schema, an expression) cannot be compiled.
 | 405 | `invalid_request_error` | the path does not take this method |
 | 408 | `invalid_request_error` | the body did not arrive in time |
 | 413, 431 | `invalid_request_error` | body or headers are too large |
+| 429 | `rate_limit_error` | the API key has too many requests running, or sent too many in a minute: with `Retry-After` (`rate_limit_exceeded`) |
 | 500 | `server_error` | the server's fault |
-| 503 | `service_unavailable_error` | loading, full or shutting down: with `Retry-After` (`no_capacity`); the engine has stopped (`engine_dead`) |
+| 503 | `service_unavailable_error` | loading, full, not started within `--queue-timeout`, or shutting down: with `Retry-After` (`no_capacity`); the engine has stopped (`engine_dead`) |
+| 504 | `timeout_error` | the request did not end within `--request-timeout` (`deadline_exceeded`) |
 
 Every answer has an `X-Request-Id`: the request's own, if that is one printable word of at most 128 characters."""  # noqa: E501
 

@@ -202,9 +202,13 @@ def test_failures(server: Running) -> None:
 
 @pytest.mark.parametrize("own_server", [{"capacity": 2}], indirect=True)
 def test_a_full_queue_is_refused_before_rendering(own_server: Running) -> None:
-    answer = own_server.chat("refuse", n=3)
+    own_server.engine.in_flight += 1  # somebody has a place
+    answer = own_server.chat("refuse", n=2)
     assert answer.status_code == 503
     assert "retry-after" in answer.headers
+    own_server.engine.in_flight -= 1
+    never = own_server.chat("refuse", n=3)  # to come again would not help
+    assert (never.status_code, never.json()["error"]["param"]) == (400, "n")
     own_server.canary()
 
 

@@ -520,7 +520,7 @@ def _soak(bench: Bench) -> str:
     before, began, number, sent, failed = server.figures(), time.monotonic(), 0, 0, 0
     with bench.canaries(server) as canaries, ThreadPoolExecutor(4) as pool:
         while time.monotonic() < began + bench.soak:
-            server.arm(**{faults[number % len(faults)]: "raise:RuntimeError*1"})
+            server.arm(**{faults[number % len(faults)]: "raise:RuntimeError*1@10"})  # once the eight run
             answers = list(pool.map(server.ask, [body(number * 8 + index, 60) for index in range(8)]))
             leaver = raw(server, body(number, 500, stream=True))
             time.sleep(0.05)
@@ -533,7 +533,8 @@ def _soak(bench: Bench) -> str:
     megabytes = grown["rss"] / 2**20
     assert after["kv_usage"] == 0 and grown["files"] <= 8 and grown["threads"] <= 8 and megabytes < 100, grown
     return (
-        f"{bench.soak:.0f} s, {number} faults, {sent} requests, {failed} failed; {canaries.equal} canaries equal; KV 0"
+        f"{bench.soak:.0f} s, {number} faults, {sent} requests, {failed} failed; {canaries.equal} canaries equal, "
+        f"{canaries.refused} failed; KV 0"
         f", files {grown['files']:+.0f}, threads {grown['threads']:+.0f}, RSS {megabytes:+.0f} MB"
     )
 
