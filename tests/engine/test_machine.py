@@ -48,7 +48,7 @@ def reference(prompt: list[int], max_tokens: int) -> list[int]:
 class HashingExecutor:
     """Rows of the KV pool are the tokens written there; nothing else is known to it."""
 
-    gamma = GAMMA
+    gamma = block = GAMMA
 
     def __init__(self) -> None:
         self.rows: list[int | None] = [None] * (BLOCKS * SIZE)
