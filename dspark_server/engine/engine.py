@@ -433,4 +433,5 @@ def _event(output: StepOutput) -> TokenEvent:
         admitted=request.admitted,
         drafted=output.drafted,
         accepted=output.accepted,
+        cause=RequestError(request.error) if request.impossible and request.error else None,
     )

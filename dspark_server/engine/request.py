@@ -110,6 +110,7 @@ class Request:
     status: Status = Status.WAITING
     finish_reason: FinishReason | None = None
     error: str | None = None
+    impossible: bool = False  # the error is the request's own fault
     computed: int = 0
     blocks: list[int] = field(default_factory=list)
     keys: list[BlockKey] = field(default_factory=list)

@@ -28,6 +28,10 @@ from dspark_server.speculation.selection import Candidate, Load, Selection
 
 logger = logging.getLogger(__name__)
 
+CONTRADICTION = (
+    "The request's constraints (form, allowed_token_ids, bad_words, logit_bias, min_tokens) leave no token that could "
+    "follow."
+)
 FIRST_GUESS = 0.6  # survival of a draft token before any was judged
 
 
@@ -344,11 +348,10 @@ class StepLoop:
             kept, token, row = next(counts), next(tokens), next(rows)
             if next(failed):
                 request.finish_reason = FinishReason.ERROR
-                request.error = (
-                    "No token has a probability here: the model's logits hold NaN, or the request's own constraints "
-                    "(form, allowed_token_ids, bad_words, logit_bias) leave nothing."
-                )
-                if not bool(verified.logits[row : row + 1 + len(prefixes.get(request, ()))].isfinite().all()):
+                if bool(verified.logits[row : row + 1 + len(prefixes.get(request, ()))].isfinite().all()):
+                    request.error, request.impossible = CONTRADICTION, True
+                else:
+                    request.error = "The model produced no valid probabilities for this request (NaN in its logits)."
                     self.batcher.pool.distrust(request.blocks)  # its rows may hold NaN, the prompt's too
                 ended.append(request)
                 outputs.append(StepOutput(request, []))

@@ -221,6 +221,8 @@ def test_answers_have_the_form_asked_for(server: tuple[str, object], temperature
     assert all(re.fullmatch(r"\d{3}-[a-f]{4}", text) for text in ask(structured_outputs={"regex": r"\d{3}-[a-f]{4}"}))
     seeded = ask(structured_outputs={"json": SCHEMA}, seed=3)
     assert seeded == ask(structured_outputs={"json": SCHEMA}, seed=3, speculation={"enabled": False})
+    contradiction = {"prompt": "x", "allowed_token_ids": [28], "bad_words": [","]}
+    assert httpx.post(f"{server[0]}/v1/completions", json=contradiction).status_code == 400
     bad = httpx.post(f"{server[0]}/v1/completions", json={"prompt": "x", "structured_outputs": {"regex": "("}})
     assert bad.status_code == 400
     assert bad.json()["error"]["param"] == "structured_outputs"
