@@ -109,7 +109,7 @@ class Kernels(Protocol):
 
     @property
     def name(self) -> str:
-        """What runs, for `/version`, metrics and benchmarks: "native-avx512bf16", …, "reference"."""
+        """What runs, for `/version`, metrics and benchmarks: "native-avx512", …, "reference"."""
         ...
 
     @property

@@ -66,9 +66,7 @@ class BlockSampler:
         uniforms = streams.uniform(Purpose.DRAFT, sampling, torch.arange(self._gamma))
         state = self.head.start(requests) if self.head else None
         best = self._shortlist.best(base) if self._shortlist else None
-        everything = None if self._draft_tokens is None else self._draft_tokens.expand(requests, -1)
         previous, embedding, latent = anchors, None, None
-        columns: Tensor | None
         usable = torch.full((requests,), self._gamma)
         tokens: list[Tensor] = []
         laws, names, confidences, kept_logits = [], [], [], []
@@ -76,13 +74,7 @@ class BlockSampler:
             if self.head is not None:
                 embedding = self.head.embedding(previous)
                 latent, state = self.head.latent(embedding, hidden[:, k], state)
-            if self._shortlist is not None and best is not None:
-                columns, logits = self._shortlist.logits(base[:, k], best[:, k], previous, latent)
-                columns = columns if self._draft_tokens is None else self._draft_tokens[columns]
-            else:
-                columns, logits = everything, base[:, k]
-                if self.head is not None and latent is not None:
-                    logits = logits + self.head.bias(latent)
+            columns, logits = self._corrected(base[:, k], None if best is None else best[:, k], previous, latent)
             finite = torch.isfinite(logits.amax(dim=-1))
             if self._confidence is not None:
                 confidences.append(self._confidence.logit(hidden[:, k], embedding))
@@ -122,6 +114,21 @@ class BlockSampler:
             base_logits=base if self.keep_logits else None,
             logits=torch.stack(kept_logits, dim=1) if kept_logits else None,
         )
+
+    def _corrected(
+        self, base: Tensor, best: Tensor | None, previous: Tensor, latent: Tensor | None
+    ) -> tuple[Tensor | None, Tensor]:
+        """One slot's columns [R, C] (None: column v is token v) and their logits [R, C], given the token before [R].
+
+        base [R, C] of the slot, best [R, K] its candidates with a shortlist, latent [R, r] the head's, if there is one.
+        """
+        if self._shortlist is not None and best is not None:
+            columns, logits = self._shortlist.logits(base, best, previous, latent)
+            return columns if self._draft_tokens is None else self._draft_tokens[columns], logits
+        names = None if self._draft_tokens is None else self._draft_tokens.expand(len(previous), -1)
+        if self.head is None or latent is None:
+            return names, base
+        return names, base + self.head.bias(latent)
 
     def _at_once(
         self,
