@@ -1,10 +1,11 @@
 // Paged attention over runs of any length: decode steps, draft blocks and prefill chunks are the same thing.
 //
-// A task is (run, query tile, key/value head). Its rows are the tile's queries for all the query heads that share the
-// head, so keys and values are read once for the group. Keys are visited in tiles of KEYS at fixed absolute positions
-// with an online softmax, and every row adds its products in order of position: a row's result depends neither on the
-// tile it is in nor on what else is in the step. Context is not split between threads, so a single long run keeps at
-// most Hkv of them busy.
+// A task is (run, query tile, key/value heads): all heads, since a token's lie side by side in the cache and memory is
+// fastest read in order, or one, if there are too few runs for the threads. Its rows are the tile's queries for all the
+// query heads that share a head, so keys and values are read once for the group. Keys are visited in tiles of KEYS at
+// fixed absolute positions with an online softmax, while those of the next tile are fetched into L2. Every row adds its
+// products in order of position: a row's result depends neither on the task it is in nor on what else is in the step.
+// Context is not split between threads, so a single long run keeps at most Hkv of them busy.
 #include "product.h"
 
 #include <stdlib.h>
@@ -23,17 +24,23 @@ typedef struct {
   void *out;
   const int32_t *query_start, *context_len, *block_tables;
   const long *tile_start;  // [runs + 1] query tiles before each run
-  long runs, table_width, block_size, q_heads, kv_heads, head_dim, tile_queries;
+  long runs, table_width, block_size, q_heads, kv_heads, head_dim, tile_queries, task_heads;
   long window;  // 0: none
   float scale;
   int causal, dtype;
 } Attention;
 
+// A task: query tokens [query, query + queries) of a run, for `task_heads` key/value heads from `head` on.
+typedef struct {
+  long run, query, queries, head;
+} Piece;
+
 // Scratch of a task. Where bfloat16 is multiplied in pairs, so are query and key along the head and numerators and
-// values along the keys: half as many rows or columns, each a word. Values are then in the order of `pair_values`. Rows are (query, head of the group); dim is head_dim padded to DEPTH.
+// values along the keys: half as many rows or columns, each a word. Values are then in the order of `pair_values`. Rows
+// are (head, query, query head of its group); dim is head_dim padded to DEPTH. Keys, values and scores are of one head.
 typedef struct {
   float *query;   // [rows, dim]
-  float *score;   // [rows, KEYS], then the softmax's numerators
+  float *score;   // [rows of a head, KEYS], then the softmax's numerators
   float *sum;     // [rows, dim] of numerator * value
   float *key;     // [dim, KEYS]
   float *value;   // [KEYS, dim]
@@ -73,7 +80,7 @@ ALWAYS_INLINE void transpose_bfloat16(const char *base, const long *offsets, con
 #pragma GCC unroll 16
   for (int i = 0; i < LANES; i++) {
     a[i] = load_words(base + offsets[i]);
-    __builtin_prefetch(base + next[i]);
+    FETCH(base + next[i]);
   }
   interleave(b, a);
   interleave(a, b);
@@ -158,8 +165,9 @@ static void pair_numerators(float *score, long columns) {
 
 // Scores of one row against the keys at [position, position + KEYS), times `scale` -> softmax numerators; `sum` [dim]
 // is rescaled.
-ALWAYS_INLINE void soften_row(const Scratch *scratch, long i, long position, long columns, long dim, float scale) {
-  float *score = scratch->score + i * KEYS, *sum = scratch->sum + i * dim;
+ALWAYS_INLINE void soften_row(const Scratch *scratch, long i, float *score, long position, long columns, long dim,
+                              float scale) {
+  float *sum = scratch->sum + i * dim;
   long begin = scratch->begin[i] - position, end = scratch->end[i] - position;
   for (long j = 0; j < smaller(begin, columns); j++) score[j] = -INFINITY;
   for (long j = larger(end, 0); j < columns; j++) score[j] = -INFINITY;
@@ -203,17 +211,43 @@ static void locate_keys(const Attention *attention, long run, long head, long po
   for (; i < KEYS; i++) offsets[i] = 0;
 }
 
-ALWAYS_INLINE void attend_tile(const Attention *attention, const Scratch *scratch, long run, long head, long query,
-                               long queries, int pairs) {
+static Piece piece_of(const Attention *attention, long task) {
+  long parts = attention->kv_heads / attention->task_heads, tile = task / parts, low = 0, high = attention->runs;
+  while (high - low > 1) {  // the run whose tiles include this one
+    long middle = (low + high) / 2;
+    if (attention->tile_start[middle] <= tile)
+      low = middle;
+    else
+      high = middle;
+  }
+  long query = (tile - attention->tile_start[low]) * attention->tile_queries;
+  long run_queries = attention->query_start[low + 1] - attention->query_start[low];
+  return (Piece){low, query, smaller(attention->tile_queries, run_queries - query),
+                 task % parts * attention->task_heads};
+}
+
+// Where the thread's next task begins, or most likely does: another thread may take it first.
+static void locate_next_keys(const Attention *attention, long task, long last, long *offsets) {
+  long next = task + 1 < last ? task + 1 : __atomic_load_n(&attention->tasks.next, __ATOMIC_RELAXED);
+  Piece piece = piece_of(attention, smaller(next, attention->tasks.count - 1));
+  long position = attention->context_len[piece.run] + piece.query;
+  long begin = attention->window ? larger(0, position + 1 - attention->window) / KEYS * KEYS : 0;
+  locate_keys(attention, piece.run, piece.head, begin, position + piece.queries, offsets);
+}
+
+// Do `task`; the thread has taken those before `last`.
+ALWAYS_INLINE void attend_piece(const Attention *attention, const Scratch *scratch, long task, long last, int pairs) {
+  Piece piece = piece_of(attention, task);
+  long run = piece.run, query = piece.query, heads = attention->task_heads;
   long group = attention->q_heads / attention->kv_heads, head_dim = attention->head_dim;
-  long dim = round_up(head_dim, DEPTH), rows = queries * group, first_token = attention->query_start[run];
+  long dim = round_up(head_dim, DEPTH), rows = piece.queries * group, first_token = attention->query_start[run];
   long context = attention->context_len[run], run_queries = attention->query_start[run + 1] - first_token;
-  long total = context + run_queries, begin = total, end = 0;
+  long total = context + run_queries, begin = total, end = 0, first_column = piece.head * group * head_dim;
   int dtype = attention->dtype;
-  for (long i = 0; i < rows; i++) {
-    long token = query + i / group, position = context + token;
+  for (long i = 0; i < heads * rows; i++) {
+    long token = query + i % rows / group, position = context + token;
     float *row = scratch->query + i * dim;
-    long column = (head * group + i % group) * head_dim;
+    long column = first_column + (i / rows * group + i % group) * head_dim;
     const void *from = element(attention->queries, dtype, (first_token + token) * attention->stride + column);
     if (pairs)
       memcpy(row, from, head_dim * sizeof(uint16_t));
@@ -225,47 +259,52 @@ ALWAYS_INLINE void attend_tile(const Attention *attention, const Scratch *scratc
     end = larger(end, scratch->end[i]);
     scratch->peak[i] = -INFINITY;
   }
-  memset(scratch->sum, 0, rows * dim * sizeof(float));
-  memset(scratch->weight, 0, rows * LANES * sizeof(float));
+  memset(scratch->sum, 0, heads * rows * dim * sizeof(float));
+  memset(scratch->weight, 0, heads * rows * LANES * sizeof(float));
 
   long offsets[2][KEYS] = {{0}}, first = begin / KEYS * KEYS;
-  locate_keys(attention, run, head, first, end, offsets[0]);
+  long head_bytes = head_dim * element_size(dtype);
+  locate_keys(attention, run, piece.head, first, end, offsets[0]);
   for (long position = first, tile = 0; position < end; position += KEYS, tile++) {
     const long *here = offsets[tile % 2], *next = offsets[(tile + 1) % 2];
     if (position + KEYS < end)
-      locate_keys(attention, run, head, position + KEYS, end, offsets[(tile + 1) % 2]);
-    else if (head + 1 < attention->kv_heads)  // most likely the next task
-      locate_keys(attention, run, head + 1, first, end, offsets[(tile + 1) % 2]);
-    long count = smaller(KEYS, end - position), columns = round_up(count, 32);
-    const char *keys = attention->keys, *values = attention->values;
-    if (pairs)
-      pair_values(values, here, count, head_dim, scratch->value);
+      locate_keys(attention, run, piece.head, position + KEYS, end, offsets[(tile + 1) % 2]);
     else
-      for (long i = 0; i < count; i++) read_floats(scratch->value + i * dim, values + here[i], dtype, head_dim);
-    pack_keys(keys, here, next, count, head_dim, dtype, pairs, scratch->key);
-    multiply_tiles(pairs, rows, columns, scratch->query, dim, scratch->key, KEYS, head_dim >> pairs, scratch->score,
-                   KEYS, 0, (Ahead){values, next, 0});
-    for (long i = 0; i < rows; i++) {
-      soften_row(scratch, i, position, columns, dim, attention->scale * 1.44269504f);
-      if (pairs) pair_numerators(scratch->score + i * KEYS, columns);
+      locate_next_keys(attention, task, last, offsets[(tile + 1) % 2]);
+    long count = smaller(KEYS, end - position), columns = round_up(count, 32);
+    for (long head = 0; head < heads; head++) {
+      const char *keys = (const char *)attention->keys + head * head_bytes;
+      const char *values = (const char *)attention->values + head * head_bytes;
+      float *score = scratch->score, *sum = scratch->sum + head * rows * dim;
+      if (pairs)
+        pair_values(values, here, count, head_dim, scratch->value);
+      else
+        for (long i = 0; i < count; i++) read_floats(scratch->value + i * dim, values + here[i], dtype, head_dim);
+      pack_keys(keys, here, next, count, head_dim, dtype, pairs, scratch->key);
+      multiply_tiles(pairs, rows, columns, scratch->query + head * rows * dim, dim, scratch->key, KEYS,
+                     head_dim >> pairs, score, KEYS, 0, (Ahead){values, next, 0});
+      for (long i = 0; i < rows; i++) {
+        soften_row(scratch, head * rows + i, score + i * KEYS, position, columns, dim, attention->scale * 1.44269504f);
+        if (pairs) pair_numerators(score + i * KEYS, columns);
+      }
+      multiply_tiles(pairs, rows, dim, score, KEYS, scratch->value, dim, (count + pairs) >> pairs, sum, dim, 1,
+                     (Ahead){values, next, element_size(dtype)});
     }
-    multiply_tiles(pairs, rows, dim, scratch->score, KEYS, scratch->value, dim, (count + pairs) >> pairs, scratch->sum,
-                   dim, 1, (Ahead){values, next, element_size(dtype)});
   }
 
-  for (long i = 0; i < rows; i++) {
+  for (long i = 0; i < heads * rows; i++) {
     float *sum = scratch->sum + i * dim;
     if (pairs) in_order(sum, head_dim);
     floats inverse = splat(1.0f / sum_lanes(load(scratch->weight + i * LANES)));
     for (long j = 0; j < dim; j += LANES) store(sum + j, load(sum + j) * inverse);
-    long to = (first_token + query + i / group) * attention->q_heads * head_dim;
-    write_floats(mutable_element(attention->out, dtype, to + (head * group + i % group) * head_dim), sum, dtype,
+    long to = (first_token + query + i % rows / group) * attention->q_heads * head_dim + first_column;
+    write_floats(mutable_element(attention->out, dtype, to + (i / rows * group + i % group) * head_dim), sum, dtype,
                  head_dim);
   }
 }
 
-static Scratch make_scratch(long rows, long dim) {
-  long floats_in_all = rows * (2 * dim + KEYS + LANES + 1 + 4) + 2 * KEYS * dim + 64;
+static Scratch make_scratch(long head_rows, long heads, long dim) {
+  long rows = heads * head_rows, floats_in_all = rows * (2 * dim + LANES + 1 + 4) + (2 * dim + head_rows) * KEYS + 64;
   float *next = thread_scratch(floats_in_all);
   Scratch scratch;
   scratch.query = next;
@@ -273,7 +312,7 @@ static Scratch make_scratch(long rows, long dim) {
   scratch.key = scratch.sum + rows * dim;
   scratch.value = scratch.key + KEYS * dim;
   scratch.score = scratch.value + KEYS * dim;
-  scratch.weight = scratch.score + rows * KEYS;
+  scratch.weight = scratch.score + head_rows * KEYS;
   scratch.begin = (long *)(scratch.weight + rows * LANES);
   scratch.end = scratch.begin + rows;
   scratch.peak = (float *)(scratch.end + rows);
@@ -283,25 +322,14 @@ static Scratch make_scratch(long rows, long dim) {
 
 static void attend(void *context) {
   Attention *attention = context;
-  long group = attention->q_heads / attention->kv_heads, tile_queries = attention->tile_queries, first, last;
-  Scratch scratch = make_scratch(tile_queries * group, round_up(attention->head_dim, DEPTH));
+  long rows = attention->tile_queries * (attention->q_heads / attention->kv_heads), first, last;
+  Scratch scratch = make_scratch(rows, attention->task_heads, round_up(attention->head_dim, DEPTH));
   while (take_tasks(&attention->tasks, &first, &last)) {
     for (long task = first; task < last; task++) {
-      long tile = task / attention->kv_heads, low = 0, high = attention->runs;
-      while (high - low > 1) {  // the run whose tiles include this one
-        long middle = (low + high) / 2;
-        if (attention->tile_start[middle] <= tile)
-          low = middle;
-        else
-          high = middle;
-      }
-      long query = (tile - attention->tile_start[low]) * tile_queries;
-      long run_queries = attention->query_start[low + 1] - attention->query_start[low];
-      long queries = smaller(tile_queries, run_queries - query), head = task % attention->kv_heads;
       if (DOT && attention->dtype == BFLOAT16 && attention->head_dim % (2 * LANES) == 0)
-        attend_tile(attention, &scratch, low, head, query, queries, DOT);
+        attend_piece(attention, &scratch, task, last, DOT);
       else
-        attend_tile(attention, &scratch, low, head, query, queries, 0);
+        attend_piece(attention, &scratch, task, last, 0);
     }
   }
 }
@@ -322,10 +350,11 @@ EXPORT void dspark_paged_attention(const void *queries, long stride, const void 
     work += run_queries * (context_len[run] + run_queries) * q_heads * head_dim;
   }
   // The heads of a token lie side by side in the cache: one thread reads them all, if there are runs for every thread.
-  Tasks tasks = {0, tile_start[runs] * kv_heads, tile_start[runs] >= 4 * threads ? kv_heads : 1};
+  long task_heads = tile_start[runs] >= 4 * threads ? kv_heads : 1;
+  Tasks tasks = {0, tile_start[runs] * (kv_heads / task_heads), 1};
   Attention attention = {tasks,       queries,    stride, keys,        values,     out,     query_start,
                          context_len, block_tables, tile_start, runs,  table_width, block_size, q_heads,
-                         kv_heads,    head_dim,   tile_queries, window, scale,      causal,  dtype};
+                         kv_heads,    head_dim,   tile_queries, task_heads, window, scale,      causal,  dtype};
   const long worth_a_thread = 65536;  // multiplications of scores; waking the pool costs a few microseconds
   run_parallel(attend, &attention, (int)larger(1, smaller(threads, work / worth_a_thread)));
   free(tile_start);

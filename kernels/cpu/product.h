@@ -11,6 +11,9 @@ enum {
   AHEAD_ROWS = 64,
 };
 
+// Into L2: what the first level is asked for it can only wait for, a dozen lines at a time, and a tile is larger than it.
+#define FETCH(address) __builtin_prefetch(address, 0, 2)
+
 // Rows of values of the next tile, of which a line is fetched with each step of a product: keys and values are too
 // scattered for the hardware to foresee, and a core can only wait for so many lines at a time.
 typedef struct {
@@ -43,8 +46,8 @@ ALWAYS_INLINE void multiply(int rows, int width, int pairs, const float *x, long
 #pragma GCC unroll 4
     for (int j = 0; j < width; j++) row[j] = load(w + k * w_stride + j * LANES);
     for (int each = 0; each <= pairs; each++)
-      __builtin_prefetch(ahead.base + ahead.offsets[((k << pairs) + each) % AHEAD_ROWS] +
-                         ahead.column_bytes * (column + width * LANES - 1));
+      FETCH(ahead.base + ahead.offsets[((k << pairs) + each) % AHEAD_ROWS] +
+            ahead.column_bytes * (column + width * LANES - 1));
 #pragma GCC unroll 16
     for (int i = 0; i < rows; i++)
 #pragma GCC unroll 4
