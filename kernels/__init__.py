@@ -11,13 +11,23 @@ import warnings
 from dspark_kernels.cpu.build import KernelBuildError, build
 from dspark_kernels.cpu.memory import huge_zeros
 from dspark_kernels.cpu.native import NativeKernels
-from dspark_kernels.interface import UNNAMED, DraftedTokens, Favour, FusedLayer, Kernels, LayerParts, PackedLinear
+from dspark_kernels.interface import (
+    UNNAMED,
+    DraftedTokens,
+    Favour,
+    Filters,
+    FusedLayer,
+    Kernels,
+    LayerParts,
+    PackedLinear,
+)
 from dspark_kernels.reference import ReferenceKernels
 
 __all__ = [
     "UNNAMED",
     "DraftedTokens",
     "Favour",
+    "Filters",
     "FusedLayer",
     "KernelBuildError",
     "Kernels",

@@ -43,6 +43,17 @@ class Favour:
 
 
 @dataclass(frozen=True)
+class Filters:
+    """What rows leave out of their law, in this order: min_p [n] float32 (0: off), top_k [n] int64 (0: off), top_p [n]
+    float32 (1: off), each looking at what the ones before it left. Ties at an edge stay.
+    """
+
+    top_k: Tensor
+    top_p: Tensor
+    min_p: Tensor
+
+
+@dataclass(frozen=True)
 class LayerParts:
     """A decoder layer's weights (models/decoder.py), bfloat16: norms [D] or [d], products packed; window None: none."""
 
@@ -201,13 +212,14 @@ class Kernels(Protocol):
         inverse_temperature: Tensor,
         uniforms: Tensor | None,
         favour: Favour | None,
+        filters: Filters | None = None,
     ) -> DraftedTokens:
         """Draw whole blocks left to right under the vanilla Markov head (DSpark §3.2).
 
         base [R, gamma, C] float32; anchors [R] int64; names [C] int64: the token of each column (None: the column);
         head: W1 [V, r] and the packed W2 [C, r], or None; slot k's logits are base + W1[x_{k-1}] W2.
         inverse_temperature [R] float32, 0 for a greedy row; uniforms [R, gamma] float64 draw the others' tokens by
-        inverse CDF (None: all are greedy).
+        inverse CDF (None: all are greedy), after their `filters`.
         """
         ...
 
@@ -233,6 +245,14 @@ class Kernels(Protocol):
         last [n, L + 1] float64, uniform (coins None where nothing was drafted). Returns count [n] int64 of tokens that
         stand, token [n] int64 that follows them (-1 of a failed request), failed [n] bool: a row that decides holds
         NaN or +inf, or nothing but -inf.
+        """
+        ...
+
+    def filter_logits(self, logits: Tensor, rows: Tensor, inverse_temperature: Tensor, filters: Filters) -> Tensor:
+        """Rows of logits, with -inf where a filter leaves a token out.
+
+        logits [M, V] float32 contiguous; rows [n] int64 into M; inverse_temperature [n] float32, positive: filters look
+        at logits times it. Returns [n, V] float32, not scaled. Rows that hold NaN or +inf come back as they are.
         """
         ...
 

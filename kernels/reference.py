@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from dspark_kernels.interface import UNNAMED, DraftedTokens, Favour, LayerParts, PackedLinear
+from dspark_kernels.interface import UNNAMED, DraftedTokens, Favour, Filters, LayerParts, PackedLinear
 from torch import Tensor
 
 
@@ -122,6 +122,7 @@ class ReferenceKernels:
         inverse_temperature: Tensor,
         uniforms: Tensor | None,
         favour: Favour | None,
+        filters: Filters | None = None,
     ) -> DraftedTokens:
         rows, slots, columns = base.shape
         greedy, scale = inverse_temperature == 0, inverse_temperature.unsqueeze(1)
@@ -147,8 +148,12 @@ class ReferenceKernels:
                 logits = logits.scatter(1, place, torch.where(following, score + favour.bias[:, k], own).unsqueeze(1))
                 replaced = torch.where(favour.named[:, k : k + 1], here.gather(1, place), favour.tokens[:, k : k + 1])
                 here = here.scatter(1, place, replaced)
-            law = torch.softmax(logits.nan_to_num(0.0) * scale, dim=-1)
-            choice = logits.argmax(-1)
+            choice, logits = logits.argmax(-1), logits.nan_to_num(0.0, neginf=-torch.inf)
+            if filters is not None:
+                sampled = (~greedy).nonzero().squeeze(1)
+                theirs = Filters(filters.top_k[sampled], filters.top_p[sampled], filters.min_p[sampled])
+                logits[sampled] = self.filter_logits(logits, sampled, inverse_temperature[sampled], theirs)
+            law = torch.softmax(logits * scale, dim=-1)
             if uniforms is not None:
                 edges = law.double().cumsum(-1)
                 below = torch.nextafter(edges[:, -1], torch.zeros(1).double())
@@ -204,6 +209,25 @@ class ReferenceKernels:
             outcomes.append(outcome)
         count, token, failed = zip(*outcomes, strict=True)
         return torch.tensor(count), torch.tensor(token), torch.tensor(failed)
+
+    def filter_logits(self, logits: Tensor, rows: Tensor, inverse_temperature: Tensor, filters: Filters) -> Tensor:
+        top_k, top_p, min_p = filters.top_k, filters.top_p, filters.min_p
+        out = logits[rows].clone()
+        for i, row in enumerate(out):
+            if not bool((row < torch.inf).all()) or not bool(row.max() > -torch.inf):
+                continue
+            scaled = row * inverse_temperature[i]
+            kept = torch.ones_like(scaled, dtype=torch.bool)
+            if min_p[i] > 0:
+                kept &= scaled >= scaled.max() + min_p[i].log()
+            if 0 < top_k[i] < len(scaled):
+                kept &= scaled >= scaled.sort(descending=True).values[top_k[i] - 1]
+            if top_p[i] < 1:
+                p, order = torch.softmax(scaled.masked_fill(~kept, -torch.inf).double(), -1).sort(descending=True)
+                inside = p.cumsum(0) - p < top_p[i].double()
+                kept &= scaled >= scaled[order[inside]].min()
+            row[~kept] = -torch.inf
+        return out
 
     def draft_loss(
         self,

@@ -97,7 +97,7 @@ def accept(
 
     logits [N, V], float32 (float64 is computed in float64); row_start, R + 1 numbers: rows row_start[r] up to
     row_start[r + 1] are request r's, ℓ_r + 1 of them; lengths [R]: ℓ_r; sampling: R rows. ℓ_r = 0 is plain sampling,
-    and `draft` may be None if all are 0. With `kernels`, the ratio rule over plain softmaxes is theirs.
+    and `draft` may be None if all are 0. With `kernels`, the ratio rule is theirs but for rows with controls.
     """
     device = logits.device
     lengths = torch.as_tensor(lengths, dtype=torch.int64, device=device)
@@ -110,7 +110,7 @@ def accept(
     row = draft.row.clamp(min=0)
     whole = _Pass(logits, bounds[:-1], lengths, draft.tokens[:, :width][row], row, sampling)
     result = Accepted(torch.empty_like(lengths), torch.empty_like(lengths), torch.empty_like(lengths, dtype=torch.bool))
-    for rule, (indices, part) in sampling.by_rule.items():
+    for rule, indices, part in sampling.parts:
         mine = whole if indices is None else whole.select(indices, part)
         if rule is Rule.GREEDY:
             done = _accept_greedy(mine)
@@ -165,11 +165,13 @@ def _accept_by_ratio(mine: _Pass, draft: DraftTokens, streams: Streams, kernels:
     offsets = torch.arange(width + 1, device=mine.start.device)
     coins = streams.uniform(Purpose.COIN, mine.sampling, offsets[:-1]) if width else None
     last = streams.uniform(Purpose.RESIDUAL, mine.sampling, offsets)
-    if kernels is not None and mine.sampling.plain and mine.logits.dtype == torch.float32:
-        scale = 1 / mine.sampling.temperature
+    if kernels is not None and not mine.sampling.controls and mine.logits.dtype == torch.float32:
+        scale, logits, start = 1 / mine.sampling.temperature, mine.logits, mine.start
+        if mine.sampling.filtered:
+            logits, start = _filtered(mine, scale, kernels)
         return Accepted(
             *kernels.accept_by_ratio(
-                mine.logits, mine.start, mine.lengths, mine.tokens, scale, draft.q, mine.row, draft.columns, coins, last
+                logits, start, mine.lengths, mine.tokens, scale, draft.q, mine.row, draft.columns, coins, last
             )
         )
 
@@ -195,6 +197,15 @@ def _accept_by_ratio(mine: _Pass, draft: DraftTokens, streams: Streams, kernels:
         return accepted, token
 
     return _walk(mine, judge)
+
+
+def _filtered(mine: _Pass, scale: Tensor, kernels: Kernels) -> tuple[Tensor, Tensor]:
+    """Rows of these requests alone, -inf where a filter leaves a token out, and where each request's now start."""
+    ends = (mine.lengths + 1).cumsum(0)
+    start = ends - mine.lengths - 1
+    request = torch.repeat_interleave(mine.lengths + 1)
+    rows = torch.arange(len(request)) + (mine.start - start)[request]
+    return kernels.filter_logits(mine.logits, rows, scale[request], mine.sampling.filters(request)), start
 
 
 def residual(p: Tensor, q: Tensor | None, drafted: Tensor, columns: Tensor | None = None) -> Tensor:

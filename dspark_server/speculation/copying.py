@@ -15,6 +15,7 @@ Shapes: R requests, gamma draft tokens each, C columns of draft logits, BUCKETS 
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -168,6 +169,13 @@ class CopyBias:
         self._bias = tables.bias(temperature).gather(1, self.bucket)
         self.on = torch.zeros(len(matches), gamma, dtype=torch.bool)
         self.odds = torch.zeros(len(matches), gamma)
+
+    def select(self, rows: Tensor) -> "CopyBias":
+        """Of requests `rows` [n] alone."""
+        part = copy(self)
+        for name in ("tokens", "length", "_following", "bucket", "_bias", "on", "odds"):
+            setattr(part, name, getattr(self, name)[rows])
+        return part
 
     def favour(self, slot: int, logits: Tensor, columns: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Draft logits [R, C] with the bias in them, and the tokens [R, C] of their columns (None: column v is v).

@@ -178,7 +178,7 @@ def sample(
     """
     tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
     law: Tensor | None = None
-    for rule, (indices, part) in sampling.by_rule.items():
+    for rule, indices, part in sampling.parts:
         rows, names = (logits, columns) if indices is None else (logits[indices], None)
         if indices is not None and columns is not None:
             names = columns[indices]
@@ -192,7 +192,11 @@ def sample(
                 drawn = draw_coupled(probs, noise if names is None else noise.gather(1, names))
             else:
                 drawn = draw(probs, uniform if indices is None else uniform[indices])
-                law = probs if indices is None else probs.new_zeros(logits.shape).index_copy_(0, indices, probs)
+                if indices is None:
+                    law = probs
+                else:
+                    law = probs.new_zeros(logits.shape) if law is None else law
+                    law.index_copy_(0, indices, probs)
         if names is not None:
             drawn = names.gather(1, drawn.unsqueeze(1)).squeeze(1)
         if indices is None:

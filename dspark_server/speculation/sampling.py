@@ -14,6 +14,7 @@ from enum import Enum
 from functools import cached_property
 
 import torch
+from dspark_kernels import Filters
 from torch import Tensor
 
 from dspark_server.speculation.controls import Control
@@ -124,11 +125,14 @@ class SamplingBatch:
     def all_greedy(self) -> bool:
         return self.traits.rules == {Rule.GREEDY}
 
+    def filters(self, rows: Tensor) -> Filters:
+        """Of rows [n]."""
+        return Filters(self.top_k[rows], self.top_p[rows], self.min_p[rows])
+
     @property
-    def plain(self) -> bool:
-        """Every sampled row's law is a softmax at its temperature, nothing filtered and no rules."""
-        traits = self.traits
-        return not (traits.top_k or traits.top_p or traits.min_p or self.controls)
+    def filtered(self) -> bool:
+        """Some row may have a top-k, top-p or min-p."""
+        return self.traits.top_k or self.traits.top_p or self.traits.min_p
 
     @cached_property
     def greedy(self) -> Tensor:
@@ -177,22 +181,32 @@ class SamplingBatch:
         return replace(self, controls=(), drafted=()) if self.controls else self
 
     @cached_property
-    def by_rule(self) -> "dict[Rule, tuple[Tensor | None, SamplingBatch]]":
-        """The batch cut by rule: indices [n] (None: all rows) and the rows themselves. Rules nobody uses are absent."""
-        if len(self.traits.rules) == 1:
-            return dict.fromkeys(self.traits.rules, (None, self))
+    def parts(self) -> "list[tuple[Rule, Tensor | None, SamplingBatch]]":
+        """The batch cut by rule, rows with controls apart: (rule, indices [n] or None for all rows, the rows).
+
+        One request's controls then cost the others nothing.
+        """
+        if len(self.traits.rules) == 1 and (not self.controls or all(self.controls)):
+            return [(rule, None, self) for rule in self.traits.rules]
         masks = {
             Rule.GREEDY: self.greedy,
             Rule.RATIO: ~self.greedy & ~self.coupled,
             Rule.COUPLED: ~self.greedy & self.coupled,
         }
-        cut: dict[Rule, tuple[Tensor | None, SamplingBatch]] = {}
+        controlled = torch.tensor([bool(control) for control in self.controls] or [False] * len(self))
+        cut: list[tuple[Rule, Tensor | None, SamplingBatch]] = []
         for rule in Rule:
-            indices = masks[rule].nonzero().squeeze(1)
-            if len(indices):
-                part = self.select(indices)
-                cut[rule] = (indices, replace(part, traits=replace(self.traits, rules=frozenset({rule}))))
+            for mask in (masks[rule] & ~controlled, masks[rule] & controlled):
+                indices = mask.nonzero().squeeze(1)
+                if len(indices):
+                    cut.append((rule, indices, self._part(indices, rule)))
         return cut
+
+    def _part(self, indices: Tensor, rule: Rule) -> "SamplingBatch":
+        """Rows that follow one rule, and have controls or not."""
+        part = self.select(indices)
+        part = part if any(part.controls) else part.without_controls()
+        return replace(part, traits=replace(self.traits, rules=frozenset({rule})))
 
 
 def _rule(temperature: float, coupled: bool) -> Rule:

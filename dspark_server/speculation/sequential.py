@@ -4,6 +4,8 @@ is scored and a token sampled (DSpark §3.2). In one native call where that can 
 Shapes: R drafting requests, gamma slots, D hidden size, C draft tokens (all of V, or a part), r Markov rank.
 """
 
+from typing import Any
+
 import torch
 from dspark_kernels import Kernels
 from torch import Tensor
@@ -14,7 +16,7 @@ from dspark_server.speculation.drafter import DraftBlock
 from dspark_server.speculation.heads import ConfidenceHead, SequentialHead
 from dspark_server.speculation.law import permitted, sample
 from dspark_server.speculation.noise import Purpose, Streams
-from dspark_server.speculation.sampling import Rule, SamplingBatch
+from dspark_server.speculation.sampling import SamplingBatch
 from dspark_server.speculation.shortlist import Shortlist
 
 
@@ -60,8 +62,34 @@ class BlockSampler:
 
         hidden [R, gamma, D], base [R, gamma, C] float32 logits, anchors [R] int64.
         """
-        if self._in_one_call and _plain(sampling) and not self.keep_logits:
+        if not self._in_one_call or self.keep_logits:
+            return self._slot_by_slot(hidden, base, anchors, sampling, streams, copies)
+        apart = sampling.coupled & ~sampling.greedy
+        if sampling.controls:
+            apart = apart | torch.tensor([bool(control) for control in sampling.controls])
+        if not bool(apart.any()):
             return self._at_once(hidden, base, anchors, sampling, streams, copies)
+        if bool(apart.all()):
+            return self._slot_by_slot(hidden, base, anchors, sampling, streams, copies)
+        # One request with a seed or a control must not slow down the others.
+        rows = [(~apart).nonzero().squeeze(1), apart.nonzero().squeeze(1)]
+        parts = [sampling.select(rows[0]).without_controls(), sampling.select(rows[1])]
+        blocks = []
+        for draw, mine, part in zip((self._at_once, self._slot_by_slot), rows, parts, strict=True):
+            favoured = None if copies is None else copies.select(mine)
+            blocks.append(draw(hidden[mine], base[mine], anchors[mine], part, streams, favoured))
+        return _joined(blocks, rows, copies)
+
+    def _slot_by_slot(
+        self,
+        hidden: Tensor,
+        base: Tensor,
+        anchors: Tensor,
+        sampling: SamplingBatch,
+        streams: Streams,
+        copies: CopyBias | None,
+    ) -> DraftBlock:
+        """One slot after the other, for every head, rule and control."""
         requests = len(anchors)
         uniforms = streams.uniform(Purpose.DRAFT, sampling, torch.arange(self._gamma))
         state = self.head.start(requests) if self.head else None
@@ -139,7 +167,7 @@ class BlockSampler:
         streams: Streams,
         copies: CopyBias | None,
     ) -> DraftBlock:
-        """The same in one native call, where the head is vanilla and nobody's law is filtered."""
+        """The same in one native call, where the head is vanilla, for greedy requests and for the ratio rule."""
         requests, vocabulary = len(anchors), base.shape[2]
         favour, columns = copies.whole_block(base, self._draft_tokens) if copies is not None else (None, None)
         if columns is None and self._draft_tokens is not None:
@@ -153,6 +181,7 @@ class BlockSampler:
             (1 / sampling.temperature).masked_fill(sampling.greedy, 0.0),
             None if sampling.all_greedy else streams.uniform(Purpose.DRAFT, sampling, slots),
             favour,
+            sampling.filters(torch.arange(requests)) if sampling.filtered and not sampling.all_greedy else None,
         )
         if copies is not None:
             copies.on, copies.odds = drawn.on, drawn.odds
@@ -176,8 +205,26 @@ class BlockSampler:
         return None if confidence is None else self._calibration.survival(confidence, sampling.temperature, copies)
 
 
-def _plain(sampling: SamplingBatch) -> bool:
-    """Greedy or by inverse CDF from the bare softmax, all of them."""
-    return (
-        Rule.COUPLED not in sampling.traits.rules and not sampling.controls and (sampling.all_greedy or sampling.plain)
-    )
+def _joined(blocks: list[DraftBlock], rows: list[Tensor], copies: CopyBias | None) -> DraftBlock:
+    """One block of all requests, those of blocks[i] being `rows[i]`. What only some blocks have is 0 for the others.
+
+    `copies`, of all requests, learns what was favoured.
+    """
+
+    def join(name: str) -> Tensor | None:
+        parts = [getattr(block, name) for block in blocks]
+        known = next((part for part in parts if part is not None), None)
+        if known is None:
+            return None
+        whole: Tensor = known.new_zeros((sum(map(len, rows)), *known.shape[1:]))
+        for mine, part in zip(rows, parts, strict=True):
+            if part is not None:
+                whole[mine] = part
+        return whole
+
+    for mine, block in zip(rows, blocks, strict=True):
+        if copies is not None and block.copies is not None:
+            copies.on[mine], copies.odds[mine] = block.copies.on, block.copies.odds
+    names = ("tokens", "q", "columns", "confidence", "survival", "usable")
+    joined: dict[str, Any] = {name: join(name) for name in names}
+    return DraftBlock(**joined, copies=copies)

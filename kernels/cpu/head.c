@@ -1,6 +1,7 @@
 // The drafter's sequential head: for each slot of a block, the logits are corrected for the token before, a token that
 // the context suggests is favoured, and the next token is drawn. One call drafts whole blocks.
 #include "draw.h"
+#include "filter.h"
 
 typedef struct {
   const float *base;                  // [rows, slots, columns]
@@ -9,6 +10,8 @@ typedef struct {
   const int64_t *names;               // [columns] the token of each column, or null: the column itself
   const float *inverse_temperature;   // [rows], 0: greedy
   const double *uniforms;             // [rows, slots]
+  const int64_t *top_k;               // [rows], or null: nothing is filtered
+  const float *top_p, *min_p;         // [rows]
   const int64_t *place, *copied;      // [rows, slots] column of the token to favour, and the token; or null
   const uint8_t *named;               // [rows, slots] whether that column is the token's own
   const float *bias;                  // [rows, slots]
@@ -84,7 +87,16 @@ static void draw_rows(void *context) {
         while (logits[choice] != best) choice++;
       } else {
         float *law = head->law + at * columns, max;
-        for (long j = 0; j < columns; j++) logits[j] *= scale;
+        best = -INFINITY;
+        for (long j = 0; j < columns; j++) {
+          logits[j] *= scale;
+          best = logits[j] > best ? logits[j] : best;
+        }
+        if (head->top_k) {
+          float floor = filter_floor(logits, columns, best, head->top_k[row], head->top_p[row], head->min_p[row],
+                                     weights, scratch);
+          for (long j = 0; j < columns; j++) logits[j] = logits[j] >= floor ? logits[j] : -INFINITY;
+        }
         float sum = exponentials(logits, padded, &max), inverse = 1.0f / sum;
         for (long j = 0; j < padded; j++) weights[j] = logits[j] * inverse;
         memcpy(law, weights, columns * sizeof *law);
@@ -103,12 +115,12 @@ static void draw_rows(void *context) {
 // correction [rows, columns] are scratch; rank 0 is a block without a correction.
 EXPORT void dspark_sequential_head(const float *base, const uint16_t *w1, const uint16_t *w2, const int64_t *anchors,
                                    const int64_t *names, const float *inverse_temperature, const double *uniforms,
-                                   const int64_t *place, const int64_t *copied, const uint8_t *named,
+                                   const int64_t *top_k, const float *top_p, const float *min_p, const int64_t *place, const int64_t *copied, const uint8_t *named,
                                    const float *bias, uint8_t *following, uint16_t *x, float *correction,
                                    int64_t *tokens, float *law, uint8_t *on, float *odds, int64_t *usable, long rows,
                                    long slots, long columns, long rank, int threads) {
-  Head head = {base, w1,  w2, names, inverse_temperature, uniforms, place, copied,  named, bias,
-               tokens, law, on, odds,  usable,              rows,     slots, columns, rank};
+  Head head = {base, w1,  w2, names, inverse_temperature, uniforms, top_k, top_p, min_p, place, copied, named, bias, tokens, law,
+               on, odds,  usable,              rows,     slots, columns, rank};
   for (long k = 0; k < slots; k++) {
     if (rank) {
       for (long row = 0; row < rows; row++) {

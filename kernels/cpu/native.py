@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from dspark_kernels.cpu.memory import Arena
-from dspark_kernels.interface import DraftedTokens, Favour, LayerParts, PackedLinear
+from dspark_kernels.interface import DraftedTokens, Favour, Filters, LayerParts, PackedLinear
 from torch import Tensor, empty, get_num_threads
 
 FLOAT32, BFLOAT16 = 0, 1  # as in common.h
@@ -29,8 +29,9 @@ _SIGNATURES = {
     "dspark_argmax": [c_void_p] * 2 + [c_long] * 3 + [c_int, c_int],
     "dspark_linear": [c_void_p] * 4 + [c_long] * 4 + [c_int, c_int],
     "dspark_draft_loss": [c_void_p] * 9 + [c_long] * 2 + [c_int] * 3,
-    "dspark_sequential_head": [c_void_p] * 19 + [c_long] * 4 + [c_int],
+    "dspark_sequential_head": [c_void_p] * 22 + [c_long] * 4 + [c_int],
     "dspark_accept_by_ratio": [c_void_p] * 13 + [c_long] * 8 + [c_int],
+    "dspark_filter_logits": [c_void_p] * 7 + [c_long] * 2 + [c_int],
     "dspark_pack_linear": [c_void_p] * 2 + [c_long] * 2 + [c_int],
     "dspark_decoder_layer": [c_void_p] * 2 + [c_int] + [c_void_p] * 9 + [c_long] * 4 + [c_int, c_void_p, c_int],
 }  # fmt: skip
@@ -141,6 +142,7 @@ class NativeKernels:
         self._draft_loss = native.dspark_draft_loss
         self._decoder_layer = native.dspark_decoder_layer
         self._accept_by_ratio = native.dspark_accept_by_ratio
+        self._filter_logits = native.dspark_filter_logits
         self._sequential_head = native.dspark_sequential_head
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -264,6 +266,7 @@ class NativeKernels:
         inverse_temperature: Tensor,
         uniforms: Tensor | None,
         favour: Favour | None,
+        filters: Filters | None = None,
     ) -> DraftedTokens:
         rows, slots, columns = base.shape
         tokens, usable = empty((rows, slots), dtype=torch.int64), torch.full((rows,), slots)
@@ -280,10 +283,11 @@ class NativeKernels:
             if favour is None
             else (t.data_ptr() for t in (favour.place, favour.tokens, favour.named, favour.bias))
         )
+        limits = (None,) * 3 if filters is None else _addresses(filters)
         self._sequential_head(
             base.data_ptr(), w1, w2, anchors.data_ptr(), None if names is None else names.data_ptr(),
             inverse_temperature.data_ptr(), None if uniforms is None else uniforms.data_ptr(),
-            place, copied, named, bias, following.data_ptr(),
+            *limits, place, copied, named, bias, following.data_ptr(),
             x.data_ptr(), correction.data_ptr(), tokens.data_ptr(), None if law is None else law.data_ptr(),
             on.data_ptr(), odds.data_ptr(), usable.data_ptr(), rows, slots, columns, rank, get_num_threads(),
         )  # fmt: skip
@@ -317,6 +321,15 @@ class NativeKernels:
         )  # fmt: skip
         return count, token, failed
 
+    def filter_logits(self, logits: Tensor, rows: Tensor, inverse_temperature: Tensor, filters: Filters) -> Tensor:
+        vocabulary = logits.shape[1]
+        out = empty(len(rows), vocabulary)
+        self._filter_logits(
+            logits.data_ptr(), rows.data_ptr(), inverse_temperature.data_ptr(), *_addresses(filters), out.data_ptr(),
+            len(rows), vocabulary, get_num_threads(),
+        )  # fmt: skip
+        return out
+
     def draft_loss(
         self,
         draft: Tensor,
@@ -347,3 +360,7 @@ def _use_torch_threads(native: ctypes.CDLL) -> bool:
         native.dspark_set_parallel(entry)
         return True
     return False
+
+
+def _addresses(filters: Filters) -> tuple[int, int, int]:
+    return filters.top_k.data_ptr(), filters.top_p.data_ptr(), filters.min_p.data_ptr()

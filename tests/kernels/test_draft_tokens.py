@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from dspark_kernels import DraftedTokens, Favour, load
+from dspark_kernels import DraftedTokens, Favour, Filters, load
 from torch import Tensor
 
 NATIVE, REFERENCE = load("native"), load("reference")
@@ -34,12 +34,14 @@ def favour_of(base: Tensor, names: Tensor | None, first: Tensor, bias: float) ->
 
 
 def run(kernels: object, markov: bool, parts: tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor],
-        favour: Favour | None) -> DraftedTokens:  # fmt: skip
+        favour: Favour | None, filters: Filters | None = None) -> DraftedTokens:  # fmt: skip
     base, anchors, names, scale, uniforms = parts
     noise = torch.Generator().manual_seed(1)
     w1, w2 = (torch.randn(n, RANK, generator=noise).bfloat16() for n in (TOKENS, base.shape[2]))
     head = (w1, kernels.pack_linear(w2)) if markov else None  # type: ignore[attr-defined]
-    drawn = kernels.draft_tokens(base, anchors, names, head, scale, uniforms, favour)  # type: ignore[attr-defined]
+    drawn = kernels.draft_tokens(  # type: ignore[attr-defined]
+        base, anchors, names, head, scale, uniforms, favour, filters
+    )
     assert isinstance(drawn, DraftedTokens)
     return drawn
 
@@ -67,6 +69,24 @@ def test_blocks_are_those_of_the_plain_loop(columns: int, named: bool, markov: b
         assert not bool(got.on[0].any())
         if bias == 20.0 and named:
             assert torch.equal(got.tokens[3], favour.tokens[3]), "a token of no column is drawn by its own name"
+
+
+@pytest.mark.parametrize("markov", [True, False])
+def test_filtered_blocks_are_those_of_the_plain_loop(markov: bool) -> None:
+    parts = case(130, named=True)
+    filters = Filters(
+        torch.tensor([3, 5, 0, 0, 20, 0]), torch.tensor([0.5, 1.0, 1.0, 0.6, 0.8, 1.0]), torch.tensor([0.0] * 5 + [0.9])
+    )
+    favour = favour_of(parts[0], parts[2], run(REFERENCE, markov, parts, None).tokens[:, 0], 3.0)
+    wanted, got = (run(kernels, markov, parts, favour, filters) for kernels in (REFERENCE, NATIVE))
+    assert torch.equal(got.tokens, wanted.tokens)
+    assert got.law is not None
+    assert wanted.law is not None
+    sampled = parts[3] > 0
+    torch.testing.assert_close(got.law[sampled], wanted.law[sampled], atol=1e-6, rtol=1e-4)
+    assert (got.law[1] > 0).sum(-1).tolist() == [5] * SLOTS
+    unfiltered = run(NATIVE, markov, parts, favour)
+    assert torch.equal(got.tokens[~sampled], unfiltered.tokens[~sampled]), "greedy rows have nothing to filter"
 
 
 @pytest.mark.parametrize("kernels", [NATIVE, REFERENCE], ids=["native", "reference"])

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from dspark_kernels import Kernels, load
 from torch import Tensor
 
 from dspark_server.speculation.acceptance import Accepted, DraftTokens, accept, residual
@@ -44,7 +45,13 @@ def batch_of(options: list[dict[str, Any]], keys: list[int]) -> SamplingBatch:
 
 
 def run(
-    target: Tensor, draft: Tensor, options: list[dict[str, Any]], lengths: list[int], rows: list[int], keys: list[int]
+    target: Tensor,
+    draft: Tensor,
+    options: list[dict[str, Any]],
+    lengths: list[int],
+    rows: list[int],
+    keys: list[int],
+    kernels: Kernels | None = None,
 ) -> tuple[Accepted, Tensor]:
     """Draft with production, judge with production."""
     streams = CounterStreams()
@@ -60,7 +67,7 @@ def run(
     drafts = DraftTokens(tokens, q, torch.tensor(rows)) if drafting else None
     logits = torch.cat([target[i, : length + 1] for i, length in enumerate(lengths)])
     row_start = [0, *torch.tensor([length + 1 for length in lengths]).cumsum(0).tolist()]
-    return accept(logits, row_start, drafts, lengths, batch_of(options, keys), streams), tokens
+    return accept(logits, row_start, drafts, lengths, batch_of(options, keys), streams, kernels), tokens
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -76,6 +83,10 @@ def test_mixed_batches_equal_lone_calls(seed: int) -> None:
         alone, _ = run(target[i : i + 1], draft[i : i + 1], [options[i]], [lengths[i]], row, [i])
         assert (alone.count.item(), alone.token.item()) == (together.count[i].item(), together.token[i].item())
     assert not together.failed.any()
+    for name in ("native", "reference"):
+        in_kernels, _ = run(target, draft, options, lengths, rows, list(range(count)), load(name))
+        assert torch.equal(in_kernels.count, together.count)
+        assert torch.equal(in_kernels.token, together.token)
 
 
 @pytest.mark.parametrize("options", [{"temperature": 0.0}, {}, {"coupled": True}])

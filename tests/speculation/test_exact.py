@@ -66,6 +66,7 @@ class Pair:
                 self.p[context], self.q[context] = p / p.sum(), q / q.sum()
         self.said = self.p  # the target's laws before the request's own rules, where it has any
         self.controls: Control | None = None
+        self.filters: dict[str, float] = {}
 
     def target_law(self, context: Context) -> float:
         """Chance that the target says exactly this."""
@@ -77,13 +78,16 @@ def logits(laws: list[Law]) -> Tensor:
         return torch.from_numpy(np.log(np.stack(laws)))
 
 
-def batch(size: int, *, coupled: bool, controls: Control | None = None) -> SamplingBatch:
+def batch(
+    size: int, *, coupled: bool, controls: Control | None = None, filters: dict[str, float] | None = None
+) -> SamplingBatch:
     return SamplingBatch.of(
         position=[0] * size,
         key=list(range(size)),
         coupled=[coupled] * size,
         temperature=[1.0] * size,
         controls=[controls] * size,
+        **{name: [value] * size for name, value in (filters or {}).items()},
     )
 
 
@@ -126,7 +130,7 @@ def judge(
     q = torch.from_numpy(np.stack([[pair.q[d[:k]] for k in range(pair.gamma)] for d in drafts]))
     precision = torch.float64 if kernels is None else torch.float32
     block = DraftTokens(torch.tensor(drafts), q.to(precision), torch.arange(len(drafts)))
-    sampling = batch(len(drafts), coupled=coupled, controls=pair.controls)
+    sampling = batch(len(drafts), coupled=coupled, controls=pair.controls, filters=pair.filters)
     result = accept(logits(rows).to(precision), row_start, block, kept, sampling, tables, kernels)
     assert not result.failed.any()
     committed: dict[Context, float] = {}
@@ -259,6 +263,33 @@ def test_a_prefix_chosen_by_earlier_tokens_keeps_the_law(rule: str) -> None:
     for seed in range(4):
         pair = Pair(2, 3, seed, "opposed")
         assert total_variation(pair, LAWS[rule](pair, lengths)) <= 1e-12
+
+
+FILTERS: dict[str, Callable[[Law], NDArray[np.bool_]]] = {
+    "top_k": lambda p: p >= np.sort(p)[-2],
+    "top_p": lambda p: np.array([p[p > one].sum() < np.float32(0.7) for one in p]),
+    "min_p": lambda p: p >= np.float32(0.4) * p.max(),
+}
+
+
+@pytest.mark.parametrize("rule", LAWS)
+@pytest.mark.parametrize("names", [("top_k",), ("top_p",), ("min_p",), ("min_p", "top_k", "top_p")])
+def test_the_joint_law_is_the_filtered_targets(rule: str, names: tuple[str, ...]) -> None:
+    """What a filter leaves of the target, however the draft was filtered."""
+    values = {"top_k": 2, "top_p": 0.7, "min_p": 0.4}
+    for seed in range(3):
+        pair = Pair(4, 2, seed, "random")
+        pair.filters = {name: values[name] for name in names}
+        pair.said, pair.p = pair.p, dict(pair.p)
+        for context, p in pair.said.items():
+            for name in names:
+                p = np.where(FILTERS[name](p), p, 0.0)
+                p /= p.sum()
+            pair.p[context] = p
+            kept = pair.q[context] * (p > 0)
+            if seed and kept.sum() > 0.5:
+                pair.q[context] = kept / kept.sum()
+        assert total_variation(pair, LAWS[rule](pair, lambda draft: 2)) <= 1e-12
 
 
 def test_a_retrospective_prefix_breaks_the_ratio_rule() -> None:

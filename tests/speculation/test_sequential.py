@@ -1,0 +1,99 @@
+"""Blocks of mixed batches: what some requests ask for changes nobody else's draft, and slows nobody else down."""
+
+from typing import Any
+
+import pytest
+import torch
+from dspark_kernels import load
+from torch import Tensor
+
+from dspark_server.speculation.calibration import Calibration
+from dspark_server.speculation.controls import Forbidden
+from dspark_server.speculation.copying import CopyBias, CopyTables, Match
+from dspark_server.speculation.drafter import DraftBlock
+from dspark_server.speculation.heads import ConfidenceHead, VanillaHead
+from dspark_server.speculation.noise import CounterStreams
+from dspark_server.speculation.sampling import SamplingBatch
+from dspark_server.speculation.sequential import BlockSampler
+
+GAMMA, VOCABULARY, WIDTH, RANK, REQUESTS = 4, 120, 16, 8, 14
+STYLES: list[dict[str, Any]] = [
+    {"temperature": 0.0},
+    {},
+    {"temperature": 0.7, "top_p": 0.9},
+    {"coupled": True, "top_k": 20},
+    {"min_p": 0.05, "controls": Forbidden((0, 1, 2, 3), 22)},
+    {"temperature": 0.0, "controls": Forbidden(tuple(range(40)), 21)},
+]
+DEFAULTS = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "coupled": False, "controls": None}
+
+
+def batch_of(requests: list[int]) -> SamplingBatch:
+    options = [STYLES[i % len(STYLES)] for i in requests]
+    columns = {name: [option.get(name, value) for option in options] for name, value in DEFAULTS.items()}
+    return SamplingBatch.of(position=[20] * len(requests), key=requests, draft_number=[2] * len(requests), **columns)
+
+
+def copies_of(requests: list[int], sampling: SamplingBatch) -> CopyBias:
+    matches = [Match(5, [7, 90 + i, 3, 4]) if i % 3 else None for i in requests]
+    return CopyBias(matches, GAMMA, sampling.temperature, CopyTables())
+
+
+class Drafter:
+    def __init__(self, named: bool) -> None:
+        noise = torch.Generator().manual_seed(5)
+        kernels = load()
+        names = torch.randperm(VOCABULARY, generator=noise)[:60].sort().values if named else None
+        columns = 60 if named else VOCABULARY
+        w1, w2 = (torch.randn(n, RANK, generator=noise).bfloat16() for n in (VOCABULARY, columns))
+        confidence = ConfidenceHead(torch.randn(1, WIDTH + RANK, generator=noise) / 4, torch.zeros(1), with_markov=True)
+        self.sampler = BlockSampler(
+            GAMMA, VOCABULARY, VanillaHead(w1, w2, kernels), confidence, Calibration.identity(GAMMA), names, kernels
+        )
+        self.hidden = torch.randn(REQUESTS, GAMMA, WIDTH, generator=noise)
+        self.base = torch.randn(REQUESTS, GAMMA, columns, generator=noise) * 2
+        self.anchors = torch.randint(VOCABULARY, (REQUESTS,), generator=noise)
+
+    def draft(self, requests: list[int]) -> tuple[DraftBlock, CopyBias]:
+        sampling, rows = batch_of(requests), torch.tensor(requests)
+        copies = copies_of(requests, sampling)
+        block = self.sampler.sample(
+            self.hidden[rows], self.base[rows], self.anchors[rows], sampling, CounterStreams(), copies
+        )
+        return block, copies
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_a_mixed_batch_drafts_what_each_request_drafts_alone(named: bool) -> None:
+    drafter = Drafter(named)
+    together, copies = drafter.draft(list(range(REQUESTS)))
+    assert together.q is not None
+    for i in range(REQUESTS):
+        alone, alone_copies = drafter.draft([i])
+        assert torch.equal(together.tokens[i], alone.tokens[0])
+        assert torch.equal(together.usable[i], alone.usable[0])
+        assert torch.equal(copies.on[i], alone_copies.on[0])
+        torch.testing.assert_close(copies.odds[i], alone_copies.odds[0])
+        for name in ("confidence", "survival"):
+            torch.testing.assert_close(getattr(together, name)[i], getattr(alone, name)[0])
+        style = STYLES[i % len(STYLES)]
+        if style.get("temperature") != 0.0 and not style.get("coupled"):
+            assert alone.q is not None
+            torch.testing.assert_close(together.q[i], alone.q[0])
+            if alone.columns is not None:
+                assert together.columns is not None
+                assert torch.equal(together.columns[i], alone.columns[0])
+
+
+def test_requests_without_a_seed_or_control_keep_the_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    drafter, sizes = Drafter(named=True), []
+    slow = drafter.sampler._slot_by_slot
+
+    def counted(hidden: Tensor, *rest: Any) -> DraftBlock:
+        sizes.append(len(hidden))
+        return slow(hidden, *rest)
+
+    monkeypatch.setattr(drafter.sampler, "_slot_by_slot", counted)
+    drafter.draft([0, 1, 2])
+    drafter.draft([0, 1, 2, 3, 4, 5])
+    assert sizes == [3]
