@@ -59,7 +59,7 @@ class Completions:
         tokens = given
         if isinstance(tokens, str):
             tokens = await self._intake.encode(tokens, body, add_special_tokens=body.add_special_tokens)
-        kept = self._intake.cut(tokens, body, max(1, body.max_tokens))  # the engine adds one to a prompt it only scores
+        kept = self._intake.cut(tokens, body, body.max_tokens)
         if not body.echo:
             return Prompt(kept)
         if isinstance(given, str) and len(kept) == len(tokens):

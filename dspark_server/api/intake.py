@@ -12,10 +12,10 @@ from dspark_server.api.schema import GenerationRequest
 from dspark_server.api.settings import ServerSettings
 from dspark_server.api.structured import StructuredForms
 from dspark_server.engine.admission import Reservation
-from dspark_server.engine.engine import AsyncEngine, TokenEvent
+from dspark_server.engine.engine import AsyncEngine
 from dspark_server.engine.output import Detokenizer, StopMatcher
-from dspark_server.engine.request import FinishReason, SamplingParams
-from dspark_server.errors import CapacityError, RequestError
+from dspark_server.engine.request import SamplingParams
+from dspark_server.errors import RequestError
 
 BYTES_PER_TOKEN = 4  # of text, on average; of token ids in JSON too
 
@@ -77,11 +77,9 @@ class Intake:
             )
 
     def check(self, body: GenerationRequest) -> None:
-        """What needs no tokenizer. Raises RequestError or CapacityError."""
+        """What needs no tokenizer. Raises RequestError."""
         engine = self.engine
         self.check_model(body.model)
-        if engine.health() == "loading":
-            raise CapacityError("The model is still loading.", retry_after=5)
         for name in ("stop_token_ids", "allowed_token_ids"):
             if any(token >= engine.vocab_size for token in getattr(body, name) or ()):
                 raise RequestError(
@@ -152,12 +150,14 @@ class Intake:
         choices: int,
         identifier: str,
     ) -> None:
-        """Hand `choices` choices for each prompt to the engine. Raises RequestError for what can never be served."""
+        """Hand `choices` choices for each prompt to the engine. Raises RequestError for what can never be served.
+
+        The first choice for a prompt has the prompt scored, for its siblings too.
+        """
         generation.draft_figures = self.settings.per_request_spec_decode_metrics
         matcher = StopMatcher(body.stops) if body.stops else None
-        scoring = params.max_tokens == 0 and (params.prompt_logprobs is not None or params.logprobs is not None)
         for number, prompt in enumerate(prompts):
-            leader = None
+            first: Choice | None = None
             for sibling in range(choices):
                 index = number * choices + sibling
                 choice = Choice(
@@ -174,21 +174,21 @@ class Intake:
                     stop_token_ids=params.stop_token_ids,
                     drop_stop_token=not body.include_stop_str_in_output,
                     echo=prompt.echo,
-                    only_prompt=params.max_tokens == 0,
+                    scores_prompt=params.prompt_logprobs is not None,
                 )
                 generation.add(choice)
-                if params.max_tokens == 0 and not scoring:
-                    choice.on_tokens(TokenEvent([], FinishReason.LENGTH))
-                    continue
                 choice.handle = self.engine.submit(
                     prompt.tokens,
-                    replace(params, max_tokens=1) if scoring else params,  # its token is not shown
+                    params if first is None else replace(params, prompt_logprobs=None),
                     reservation=reservation,
                     choice=sibling,
                     request_id=f"{identifier}-{index}",
                     on_tokens=choice.on_tokens,
                     cache_salt=body.cache_salt,
-                    leader=leader,
+                    leader=None if first is None else first.handle,
                     tenant=generation.tenant,
                 )
-                leader = leader or choice.handle
+                if first is None:
+                    first = choice
+                else:
+                    first.siblings.append(choice)

@@ -181,7 +181,7 @@ class GenerationRequest(Body):
     speculation: Speculation | None = None
     """How this request is drafted for; what comes out is the same."""
     priority: int = Field(0, ge=-LARGEST_COUNT, le=LARGEST_COUNT)
-    """Of those that wait the requests with less are admitted first; what runs is not preempted for them."""
+    """Requests with less are admitted first, and when memory runs out the one with the most gives way first."""
     stream: bool = False
     """Send server-sent events, one for each step that gave text."""
     stream_options: StreamOptions | None = None

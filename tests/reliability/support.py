@@ -91,7 +91,7 @@ def run_child(commands: Connection, log: str, engine: dict[str, Any], settings: 
 
     threading.Thread(target=obey, daemon=True).start()
     try:
-        uvloop.run(serve(made, chosen, sockets=[listener]))
+        uvloop.run(serve(lambda: made, chosen, sockets=[listener]))
     except EngineDeadError:
         os._exit(EXIT_DEAD)
 
