@@ -7,6 +7,8 @@ One wake-up of the response serves all choices that got text in the same step.
 
 import asyncio
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from time import monotonic
 from typing import Any
 
@@ -269,6 +271,15 @@ class Generation:
         """Free a choice's place in the engine."""
         if choice.handle is not None:
             self._engine.abort(choice.handle)
+
+    @contextmanager
+    def closed_on_failure(self) -> Iterator[None]:
+        """For the time in which choices are submitted: a request that fails then leaves none behind."""
+        try:
+            yield
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         """End what is still running; idempotent."""

@@ -3,12 +3,15 @@
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from time import monotonic
+from typing import Generic, TypeVar
 
 from fastapi import Request
 
+from dspark_server.api.edge import REQUEST_ID
 from dspark_server.api.generation import Choice, Generation
 from dspark_server.api.metrics import Metrics
-from dspark_server.api.schema import GenerationRequest
+from dspark_server.api.schema import GenerationRequest, parse
 from dspark_server.api.settings import ServerSettings
 from dspark_server.api.structured import StructuredForms
 from dspark_server.engine.admission import Reservation
@@ -18,6 +21,18 @@ from dspark_server.engine.request import SamplingParams
 from dspark_server.errors import RequestError
 
 BYTES_PER_TOKEN = 4  # of text, on average; of token ids in JSON too
+
+B = TypeVar("B", bound=GenerationRequest)
+
+
+@dataclass(frozen=True)
+class Asked(Generic[B]):
+    """A request that was read and checked. `likely_tokens`: about how many its prompts have."""
+
+    body: B
+    generation: Generation
+    identifier: str
+    likely_tokens: int
 
 
 @dataclass(frozen=True)
@@ -62,9 +77,16 @@ class Intake:
         tenant = request.state.tenant
         return Generation(self.engine, self.metrics, arrival, wants_tokens=wants_tokens, tenant=tenant)
 
-    def likely_tokens(self, content: bytes) -> int:
-        """About how many tokens the prompts of a body have; `submit` counts them, but a place is taken before."""
-        return len(content) // BYTES_PER_TOKEN
+    async def receive(self, request: Request, kind: type[B], prefix: str) -> Asked[B]:
+        """Read and check a body; its answer's id begins with `prefix`. Raises RequestError."""
+        arrival = monotonic()
+        content = await self.read(request)
+        body = parse(content, kind)
+        self.check(body)
+        generation = self.generation(request, arrival, wants_tokens=body.return_token_ids)
+        # `submit` counts the tokens, but a place is taken before.
+        likely = len(content) // BYTES_PER_TOKEN
+        return Asked(body, generation, f"{prefix}-{body.request_id or request.scope[REQUEST_ID]}", likely)
 
     def check_model(self, name: str | None) -> None:
         """Raise RequestError (404) for a model that is not served; None is the one that is."""
@@ -141,19 +163,18 @@ class Intake:
 
     def submit(
         self,
-        generation: Generation,
-        body: GenerationRequest,
+        asked: Asked[B],
         params: SamplingParams,
         prompts: Sequence[Prompt],
         reservation: Reservation,
         *,
         choices: int,
-        identifier: str,
     ) -> None:
         """Hand `choices` choices for each prompt to the engine. Raises RequestError for what can never be served.
 
         The first choice for a prompt has the prompt scored, for its siblings too.
         """
+        body, generation = asked.body, asked.generation
         generation.draft_figures = self.settings.per_request_spec_decode_metrics
         matcher = StopMatcher(body.stops) if body.stops else None
         for number, prompt in enumerate(prompts):
@@ -182,7 +203,7 @@ class Intake:
                     params if first is None else replace(params, prompt_logprobs=None),
                     reservation=reservation,
                     choice=sibling,
-                    request_id=f"{identifier}-{index}",
+                    request_id=f"{asked.identifier}-{index}",
                     on_tokens=choice.on_tokens,
                     cache_salt=body.cache_salt,
                     leader=None if first is None else first.handle,
