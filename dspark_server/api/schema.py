@@ -383,8 +383,12 @@ def _biases(given: dict[str, float]) -> tuple[tuple[int, float], ...]:
 
 
 def _as_request_error(error: ValidationError) -> RequestError:
-    """The first problem, in words that hold nothing of the body but the names of our own fields."""
-    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    """The first field's problem, in words that hold nothing of the body but the names of our own fields.
+
+    Of what its alternatives say, that of the one that got furthest: it is the one that was meant.
+    """
+    problems = error.errors(include_url=False, include_input=False, include_context=False)
+    first = max((each for each in problems if each["loc"][:1] == problems[0]["loc"][:1]), key=lambda p: len(p["loc"]))
     place = [str(part) for part in first["loc"] if not str(part).startswith(("constrained-", "list[", "function-"))]
     name = ".".join(place)
     is_object = first["type"] in ("model_type", "dict_type")  # pydantic's words are about Python

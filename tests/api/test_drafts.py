@@ -108,19 +108,23 @@ def test_a_request_says_how_it_is_drafted_for(
 
 
 def test_requests_add_up_to_the_counters(detailed_server: Running) -> None:
+    def counted(counter: str) -> float:
+        samples = detailed_server.samples()
+        return sum(v for name, v in samples.items() if name.startswith(f"vllm:spec_decode_{counter}_total{{"))
+
+    counters = {
+        "num_spec_steps": "num_drafts",
+        "num_draft_tokens": "num_draft_tokens",
+        "num_accepted_draft_tokens": "num_accepted_tokens",
+    }
+    before = {field: counted(counter) for field, counter in counters.items()}
     figures = []
     for number in range(6):
         body = {"temperature": number % 2, "max_tokens": 30, "ignore_eos": True}
         answer = detailed_server.complete([5 + number, 9, 11], **body).json()
         figures.append(answer["metrics"]["speculative_decoding"])
-    samples = detailed_server.samples()
-    for field, counter in (
-        ("num_spec_steps", "num_drafts"),
-        ("num_draft_tokens", "num_draft_tokens"),
-        ("num_accepted_draft_tokens", "num_accepted_tokens"),
-    ):
-        counted = [v for name, v in samples.items() if name.startswith(f"vllm:spec_decode_{counter}_total{{")]
-        assert [sum(each[field] for each in figures)] == counted
+    for field, counter in counters.items():
+        assert sum(each[field] for each in figures) == counted(counter) - before[field]
     assert figures[0]["num_spec_steps"] > 5
     assert sum(figures[0]["per_step_drafted"]) == figures[0]["num_draft_tokens"]
 
