@@ -1,7 +1,6 @@
 """The ASGI application: routes, and what they need of the engine."""
 
 from collections.abc import Awaitable, Callable
-from contextlib import AbstractAsyncContextManager
 from time import time
 from typing import Any
 
@@ -25,18 +24,14 @@ from dspark_server.api.tokens import DetokenizeRequest, TokenizeChatRequest, Tok
 from dspark_server.engine.engine import AsyncEngine
 from dspark_server.errors import RequestError
 
-Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 
-
-def create_app(
-    engine: AsyncEngine, settings: ServerSettings | None = None, *, lifespan: Lifespan | None = None
-) -> FastAPI:
-    """The application over a started engine (or one that `lifespan` starts)."""
+def create_app(engine: AsyncEngine, settings: ServerSettings | None = None) -> FastAPI:
+    """The application over an engine, to be started before it serves."""
     settings = settings or ServerSettings()
     metrics = Metrics(engine)
     intake = Intake(engine, metrics, settings)
     template = ChatTemplate.load(engine.tokenizer, settings.chat_template)
-    app = bare_app(settings, lifespan=lifespan)
+    app = bare_app(settings)
     app.add_api_route("/docs", _docs_page(app), methods=["GET", "HEAD"], include_in_schema=False)
     app.state.intake = intake
     tokens = Tokens(intake, template)
