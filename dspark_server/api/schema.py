@@ -388,7 +388,8 @@ def _as_request_error(error: ValidationError) -> RequestError:
     Of what its alternatives say, that of the one that got furthest: it is the one that was meant.
     """
     problems = error.errors(include_url=False, include_input=False, include_context=False)
-    first = max((each for each in problems if each["loc"][:1] == problems[0]["loc"][:1]), key=lambda p: len(p["loc"]))
+    same_field = (each for each in problems if each["loc"][:1] == problems[0]["loc"][:1])
+    first = max(same_field, key=lambda each: (len(each["loc"]), not each["type"].endswith("_type")))
     place = [str(part) for part in first["loc"] if not str(part).startswith(("constrained-", "list[", "function-"))]
     name = ".".join(place)
     is_object = first["type"] in ("model_type", "dict_type")  # pydantic's words are about Python

@@ -116,7 +116,7 @@ class EngineMachine(RuleBasedStateMachine):
 
     @rule(
         prompt=st.lists(st.integers(1, 2), min_size=1, max_size=14),
-        max_tokens=st.integers(1, 10),
+        max_tokens=st.integers(0, 10),
         tenant=st.sampled_from(["a", "b"]),
         priority=st.sampled_from([0, 0, 1, LAST_PRIORITY]),
     )
