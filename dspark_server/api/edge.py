@@ -11,9 +11,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from dspark_server.api.auth import ApiKeys
 from dspark_server.api.errors import error_response
 from dspark_server.api.limits import KeyLimits
-from dspark_server.api.logs import request_id as logged_request_id
 from dspark_server.api.settings import ServerSettings
 from dspark_server.errors import RequestError
+from dspark_server.logcontext import concerned
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ class Edge:
             return
         request_id = _request_id(scope)
         scope[REQUEST_ID] = request_id.decode()
-        logged_request_id.set(request_id.decode())
+        concerned.set(lambda: (request_id.decode(),))
         started = False
 
         async def send_with_id(message: Message) -> None:

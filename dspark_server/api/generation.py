@@ -13,11 +13,13 @@ from typing import Any
 from dspark_server import failpoints
 from dspark_server.api.drafts import DraftRecord
 from dspark_server.api.metrics import Metrics
-from dspark_server.engine.engine import AsyncEngine, Handle, TokenEvent
+from dspark_server.engine.engine import AsyncEngine, Handle
 from dspark_server.engine.logprobs import TokenLogprob
 from dspark_server.engine.output import TextStream
 from dspark_server.engine.request import FinishReason
+from dspark_server.engine.thread import TokenEvent
 from dspark_server.errors import DSparkServerError
+from dspark_server.logcontext import concerned
 
 logger = logging.getLogger(__name__)
 
@@ -109,6 +111,9 @@ class Choice:
         try:
             self._take(event)
         except Exception:
+            if self.handle is not None:  # else the context is the request's own
+                identifier = self.handle.request.id
+                concerned.set(lambda: (identifier,))
             logger.exception("turning tokens into text failed")
             self._generation.fail("The output could not be turned into text.")
 

@@ -12,9 +12,10 @@ from dspark_server.api.schema import GenerationRequest
 from dspark_server.api.settings import ServerSettings
 from dspark_server.api.structured import StructuredForms
 from dspark_server.engine.admission import Reservation
-from dspark_server.engine.engine import AsyncEngine, TokenEvent
+from dspark_server.engine.engine import AsyncEngine
 from dspark_server.engine.output import Detokenizer, StopMatcher
 from dspark_server.engine.request import FinishReason, SamplingParams
+from dspark_server.engine.thread import TokenEvent
 from dspark_server.errors import CapacityError, RequestError
 
 BYTES_PER_TOKEN = 4  # of text, on average; of token ids in JSON too
