@@ -9,6 +9,8 @@ import resource
 import signal
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -274,6 +276,42 @@ class Server:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+class Command:
+    """`dspark-server serve` itself, over the tiny model without a drafter."""
+
+    def __init__(self, directory: Path, *options: str, **environment: str) -> None:
+        from tests.api.fake_engine import build_tokenizer
+
+        build_tokenizer().save_pretrained(directory / "tokenizer")
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        command = [sys.executable, "-c", "from dspark_server.cli import main; main()", "serve", str(FIXTURE / "target")]
+        command += ["--tokenizer", str(directory / "tokenizer"), "--kv-cache-memory-bytes", "8000000"]
+        self.log = directory / "log"
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [*command, "--port", str(port), *options], env=os.environ | environment, stdout=log, stderr=log
+            )
+        self.http = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30)
+
+    def __enter__(self) -> "Command":
+        """Ready."""
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                assert self.http.get("/health").status_code == 200
+                return self
+            except httpx.TransportError:
+                assert self.process.poll() is None and time.monotonic() < deadline, self.log.read_text()
+                time.sleep(0.05)
+
+    def __exit__(self, *exc: object) -> None:
+        self.http.close()
+        self.process.kill()
+        self.process.wait()
 
 
 class Canaries:

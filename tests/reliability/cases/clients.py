@@ -39,7 +39,9 @@ def _half_close(bench: Bench) -> str:
             while connection.recv(1 << 16):  # what had been sent before, then the end
                 pass
             connection.close()
-    return f"the places of 12 are back after {took * 1000:.0f} ms, each connection closed; {canaries.equal} canaries equal"
+    return (
+        f"the places of 12 are back after {took * 1000:.0f} ms, each connection closed; {canaries.equal} canaries equal"
+    )
 
 
 @case("clients that leave, one after another", "blocks at baseline behind each", slow=True)

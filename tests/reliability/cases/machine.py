@@ -1,18 +1,23 @@
 """What the machine does to a server: files, disks, the clock, and damaged checkpoints."""
 
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from email.utils import parsedate_to_datetime
 from pathlib import Path
+from typing import Any
 
 import torch
+from dspark_kernels.cpu.build import find_compilers
 from safetensors.torch import load_file, save_file
 
 from tests.reliability.cases.bench import Bench, case
-from tests.reliability.support import FIXTURE
+from tests.reliability.support import FIXTURE, Command
 
 
 @case("32 file descriptors", "connections beyond wait or fail; afterwards it serves")
@@ -42,6 +47,58 @@ def _full_disk(bench: Bench) -> str:
         server.arm(step__verify="raise:RuntimeError*1")
         time.sleep(0.5)
     return f"{canaries.equal} canaries equal, {canaries.refused} failed with the injected fault"
+
+
+@case("wall clock jumps by + 1 h and - 1 h", "no deadline, limit or watchdog sees it")
+def _clock(bench: Bench) -> str:
+    shim, offset = bench.directory / "clock.so", bench.directory / "offset"
+    source = Path(__file__).parents[1] / "clock.c"
+    compiler = next(find_compilers())
+    subprocess.run([*compiler, "-shared", "-fPIC", "-O1", "-o", str(shim), str(source), "-ldl"], check=True)
+    offset.write_text("0")
+    keys = [f"key-{number}" for number in range(5)]
+    options = ["--request-timeout", "4", "--queue-timeout", "20", "--step-timeout", "3", "--shutdown-timeout", "3"]
+    options += ["--key-requests-per-minute", "3", *(f"--api-key={key}" for key in keys)]
+    # Some 900 steps of 20 ms: no long request can end before its deadline.
+    environment = {"DSPARK_FAILPOINTS": "step.plan=sleep:0.02", "CLOCK_OFFSET": str(offset), "LD_PRELOAD": str(shim)}
+    long = {"prompt": "abc", "max_tokens": 900, "ignore_eos": True, "temperature": 0}
+    seen = []
+    with Command(bench.directory, *options, **environment) as command, ThreadPoolExecutor(1) as pool:
+
+        def ask(number: int, **fields: Any) -> tuple[int, float, Any]:
+            began = time.monotonic()
+            headers = {"Authorization": f"Bearer {keys[number]}"}
+            answer = command.http.post("/v1/completions", json=long | fields, headers=headers)
+            return answer.status_code, time.monotonic() - began, answer.json()
+
+        def date() -> float:
+            return parsedate_to_datetime(command.http.get("/live").headers["date"]).timestamp()
+
+        expected = ask(0, max_tokens=8)[2]["choices"]
+        for number, hours in enumerate((1, -1), 1):
+            waiting = pool.submit(ask, number)
+            time.sleep(1)
+            offset.write_text(str(3600 * hours))
+            for _ in range(10):
+                assert command.http.get("/health").status_code == 200
+                time.sleep(0.2)
+            assert abs(date() - time.time() - 3600 * hours) < 60, "the server's clock has not jumped"
+            assert ask(0, max_tokens=8)[2]["choices"] == expected
+            status, seconds, _ = waiting.result()
+            assert status == 504 and 3.9 < seconds < 10, (status, seconds)
+            seen.append(f"{hours:+d} h: 504 after {seconds:.1f} s of 4")
+        limited = [ask(3, max_tokens=1)[0] for _ in range(4)]
+        offset.write_text("7200")
+        assert limited == [200, 200, 200, 429] and ask(3, max_tokens=1)[0] == 429, limited
+        waiting = pool.submit(ask, 4)
+        time.sleep(0.5)
+        command.process.send_signal(signal.SIGTERM)
+        began = time.monotonic()
+        offset.write_text("-7200")
+        assert command.process.wait(20) == 0 and waiting.result()[0] == 503
+        drained = time.monotonic() - began
+        assert 2.5 < drained < 15, drained
+    return f"{'; '.join(seen)}; 429 stays 429; drain {drained:.1f} s of 3; ready all the time, canaries equal"
 
 
 @case("damaged checkpoints", "a clear error, exit code not 0, no listener")
