@@ -57,7 +57,7 @@ class Chat:
             max_tokens = limit or max(1, engine.room(len(prompt.tokens)))  # 1: refused by `submit`, with both lengths
             if body.min_tokens > max_tokens:
                 raise RequestError(f"`min_tokens`: only {max_tokens} tokens fit after this prompt.", param="min_tokens")
-            params = await intake.params(body, max_tokens)
+            params = await intake.params(body, max_tokens, generation.tenant)
             intake.submit(generation, body, params, [prompt], reservation, choices=body.n, identifier=identifier)
 
 

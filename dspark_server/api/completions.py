@@ -36,19 +36,20 @@ class Completions:
         generation = intake.generation(request, arrival, wants_tokens=body.return_token_ids)
         identifier = f"cmpl-{body.request_id or request.scope[REQUEST_ID]}"
         try:
-            await self._start(generation, body, identifier, intake.likely_tokens(content))
+            await self._start(generation, body, identifier, content)
         except BaseException:
             generation.close()
             raise
         best = (body.n, body.candidates)
         return answer(intake.engine, generation, body, COMPLETION, identifier, logprobs, best=best)
 
-    async def _start(self, generation: Generation, body: CompletionRequest, identifier: str, likely: int) -> None:
+    async def _start(self, generation: Generation, body: CompletionRequest, identifier: str, content: bytes) -> None:
         """Reserve places, tokenize, submit every choice."""
         intake, engine = self._intake, self._intake.engine
         given = prompts_of(body, vocab_size=engine.vocab_size, max_model_len=engine.max_model_len)
+        likely = intake.likely_tokens(content, len(given))
         with engine.reserve(len(given) * body.candidates, likely) as reservation:
-            params = await intake.params(body, body.max_tokens)
+            params = await intake.params(body, body.max_tokens, generation.tenant)
             prompts = [await self._prompt(each, body) for each in given]
             intake.submit(
                 generation, body, params, prompts, reservation, choices=body.candidates, identifier=identifier

@@ -20,13 +20,12 @@ class TextFormatter(logging.Formatter):
     """A line for people; the ids of its requests stand behind the message, those of the step thread too."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        """The line without its traceback; line ends in it are escaped, so that nobody's text can forge another."""
-        line = super().formatMessage(record).replace("\r", "\\r").replace("\n", "\\n")
-        identifiers = concerned.get()()
-        if not identifiers:
-            return line
-        more = f", {len(identifiers) - SHOWN} more" if len(identifiers) > SHOWN else ""
-        return f"{line} [{', '.join(identifiers[:SHOWN])}{more}]"
+        """The line without its traceback. Line ends and control characters in it are escaped: no text can forge one."""
+        line, identifiers = super().formatMessage(record), concerned.get()()
+        if identifiers:
+            more = f", {len(identifiers) - SHOWN} more" if len(identifiers) > SHOWN else ""
+            line = f"{line} [{', '.join(identifiers[:SHOWN])}{more}]"
+        return line if line.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
 
 
 class JsonFormatter(logging.Formatter):
