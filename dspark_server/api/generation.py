@@ -111,9 +111,7 @@ class Choice:
         try:
             self._take(event)
         except Exception:
-            if self.handle is not None:  # else the context is the request's own
-                identifier = self.handle.request.id
-                concerned.set(lambda: (identifier,))
+            concerned.set(self._generation.concerned)  # the engine calls in a context of its own
             logger.exception("turning tokens into text failed")
             self._generation.fail("The output could not be turned into text.")
 
@@ -200,6 +198,7 @@ class Generation:
         self.metrics = metrics
         self.arrival = arrival  # monotonic seconds
         self.tenant = tenant  # whose it is
+        self.concerned = concerned.get()  # what log lines about it say
         self.wants_tokens = wants_tokens
         self.draft_figures = "none"  # or "summary" or "detailed": what the answer says of its drafts
         self.choices: list[Choice] = []
