@@ -39,7 +39,9 @@ def cases(words: Sequence[str], *, soak: float, fast: bool = False) -> Iterator[
         for case in CASES:
             if any(word in case.name for word in words) and not (fast and case.slow):
                 print(f"... {case.name}", file=sys.stderr, flush=True)
-                yield run(case, Bench(Path(directory), soak=soak))
+                row = run(case, Bench(Path(directory), soak=soak))
+                print(f"    {'ok' if row.passed else 'FAILED'}: {row.seen}", file=sys.stderr, flush=True)
+                yield row
 
 
 def run(case: Case, bench: Bench) -> Row:
