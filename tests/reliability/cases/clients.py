@@ -105,14 +105,14 @@ def _stalled(bench: Bench) -> str:
             reader = socket.socket()
             reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
             reader.connect(("127.0.0.1", server.port))
-            send(reader, body(seed, 600, stream=True, logprobs=20))
+            send(reader, body(seed, 300, stream=True, logprobs=20))
             readers.append(reader)
         over = threading.Event()
         drip = threading.Thread(target=_drip, args=(silent, readers, over))
         drip.start()
         try:
             server.wait(lambda: server.figures()["in_flight"] >= 20, "busy")
-            server.wait(lambda: server.figures()["in_flight"] <= 1, "dropped or done", 120)
+            server.wait(lambda: server.figures()["in_flight"] <= 1, "dropped or done", 240)
             grown = (server.figures()["rss"] - before["rss"]) / 2**20
             server.wait(lambda: server.figures()["files"] <= before["files"] + 70, "silent sockets dropped", 90)
         finally:
