@@ -56,7 +56,7 @@ $(CLIENTS)/%/.installed: tests/clients/%.txt
 
 test-clients: $(DEV) $(CLIENTS)/guidellm/.installed $(CLIENTS)/lm-eval/.installed
 	@$(BIN)/dspark-server pull
-	@$(BIN)/python -m pytest tests/clients $(ARGS)
+	@$(BIN)/python -m pytest tests/clients --timeout 1500 $(ARGS)
 
 SOAK ?= 180
 

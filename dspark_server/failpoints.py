@@ -27,6 +27,7 @@ VARIABLE = "DSPARK_FAILPOINTS"
 
 # Every point there is, and where it lies; `arm` refuses others, and a test looks for each in the sources.
 POINTS = {
+    "engine.load": "before a model is read",
     "engine.thread": "step thread, outside a step",
     "step.plan": "before requests are scheduled",
     "blocks.allocate": "each time KV blocks are taken",

@@ -63,6 +63,27 @@ def test_help_of_serve_is_grouped_and_shows_defaults(run) -> None:
     assert "[auto|bfloat16|float32; default: auto]" in text
 
 
+@pytest.mark.parametrize("columns", [40, 60, 80, 200])
+@pytest.mark.parametrize("name", NAMES)
+def test_help_cuts_no_name_and_no_word_of_what_it_says(
+    name: str, columns: int, run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    text = run(name, "--help").output
+    command = typer.main.get_command(app).commands[name]
+    params = command.get_params(typer.Context(command))
+    assert "…" not in text
+    folded = "".join(character for character in text if character not in " │\n")
+    for param in params:
+        for flag in (*param.opts, *param.secondary_opts):
+            # Where the panel has room for it, on one line.
+            assert not flag.startswith("--") or flag in (text if len(flag) <= columns - 4 else folded)
+        written = typer.rich_utils.rich_render_text(param.help or "")
+        assert "".join(written.split()) in folded
+    panels = [line for line in text.splitlines() if line[:1] in ("╭", "│", "╰")]
+    assert panels and {len(line) for line in panels} == {columns}
+
+
 @pytest.mark.parametrize("command", [["--help"], ["serve", "--help"], ["config"], ["config", "--markdown"]])
 def test_what_only_speaks_of_settings_does_not_load_torch(command: list[str]) -> None:
     code = (

@@ -1,7 +1,8 @@
 """The ASGI application: routes, and what they need of the engine."""
 
+import asyncio
 from collections.abc import Awaitable, Callable
-from contextlib import AbstractAsyncContextManager
+from functools import cache
 from time import time
 from typing import Any
 
@@ -9,12 +10,12 @@ import orjson
 from fastapi import FastAPI, Request, Response
 
 from dspark_server import __version__
-from dspark_server.api import errors
+from dspark_server.api import errors, reference
 from dspark_server.api.chat import Chat
 from dspark_server.api.chat_schema import ChatRequest
 from dspark_server.api.chat_template import ChatTemplate
 from dspark_server.api.completions import Completions
-from dspark_server.api.dashboard import Dashboard
+from dspark_server.api.dashboard import PAGE_HEADERS, Dashboard
 from dspark_server.api.edge import Edge
 from dspark_server.api.intake import Intake
 from dspark_server.api.metrics import Metrics
@@ -25,20 +26,15 @@ from dspark_server.api.tokens import DetokenizeRequest, TokenizeChatRequest, Tok
 from dspark_server.engine.engine import AsyncEngine
 from dspark_server.errors import RequestError
 
-Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 
-
-def create_app(
-    engine: AsyncEngine, settings: ServerSettings | None = None, *, lifespan: Lifespan | None = None
-) -> FastAPI:
-    """The application over a started engine (or one that `lifespan` starts)."""
+def create_app(engine: AsyncEngine, settings: ServerSettings | None = None) -> FastAPI:
+    """The application over an engine, to be started before it serves."""
     settings = settings or ServerSettings()
     metrics = Metrics(engine)
     intake = Intake(engine, metrics, settings)
     template = ChatTemplate.load(engine.tokenizer, settings.chat_template)
-    app = FastAPI(title="dspark-server", version=__version__, redirect_slashes=False, redoc_url=None, lifespan=lifespan)
-    app.add_middleware(Edge, settings=settings)
-    errors.install(app)
+    app = bare_app(settings)
+    app.add_api_route("/docs", _docs_page(app), methods=["GET", "HEAD"], include_in_schema=False)
     app.state.intake = intake
     tokens = Tokens(intake, template)
     app.state.tokens = tokens
@@ -60,6 +56,31 @@ def create_app(
     return app
 
 
+def bare_app(settings: ServerSettings, **options: Any) -> FastAPI:
+    """What every application of ours has before its routes: the edge, and errors as OpenAI's objects."""
+    app = FastAPI(
+        title="dspark-server", version=__version__, redirect_slashes=False, docs_url=None, redoc_url=None, **options
+    )
+    app.add_middleware(Edge, settings=settings)
+    errors.install(app)
+    return app
+
+
+def _docs_page(app: FastAPI) -> Callable[[], Awaitable[Response]]:
+    """Not FastAPI's own, which loads Swagger UI from the net."""
+    policy = PAGE_HEADERS["Content-Security-Policy"].replace("'self'", "'none'", 1)
+    headers = PAGE_HEADERS | {"Content-Security-Policy": f"{policy}; img-src data:; style-src 'unsafe-inline'"}
+
+    @cache
+    def page() -> str:
+        return reference.page(app.openapi())
+
+    async def docs() -> Response:
+        return Response(await asyncio.to_thread(page), headers=headers, media_type="text/html; charset=utf-8")
+
+    return docs
+
+
 def _add_post(
     app: FastAPI, path: str, about: str, endpoint: Callable[[Request], Awaitable[Response]], **bodies: type[Body]
 ) -> None:
@@ -75,12 +96,12 @@ def _add_probes(app: FastAPI, engine: AsyncEngine, metrics: Metrics) -> None:
     async def health(request: Request) -> Response:
         """Readiness: 200 when a request sent now would be served, else 503; `status` says why."""
         state = engine.health()
-        return _json({"status": state}, 200 if state == "ready" else 503)
+        return json_response({"status": state}, 200 if state == "ready" else 503)
 
     @app.get("/live", response_class=Response)
     async def live(request: Request) -> Response:
         """Liveness: the process answers."""
-        return _json({"status": "alive"})
+        return json_response({"status": "alive"})
 
     @app.get("/ping", response_class=Response)
     @app.post("/ping", response_class=Response)
@@ -91,7 +112,7 @@ def _add_probes(app: FastAPI, engine: AsyncEngine, metrics: Metrics) -> None:
     @app.get("/load", response_class=Response)
     async def load(request: Request) -> Response:
         """Choices in flight, waiting ones included: `server_load`."""
-        return _json({"server_load": engine.in_flight})
+        return json_response({"server_load": engine.in_flight})
 
     @app.get("/metrics", response_class=Response)
     async def scrape(request: Request) -> Response:
@@ -102,7 +123,7 @@ def _add_probes(app: FastAPI, engine: AsyncEngine, metrics: Metrics) -> None:
     async def version(request: Request) -> Response:
         """Version and the kernels in use."""
         backend = getattr(engine, "backend", None)
-        return _json({"version": __version__, "backend": None if backend is None else str(backend)})
+        return json_response({"version": __version__, "backend": None if backend is None else str(backend)})
 
 
 def _add_models(app: FastAPI, engine: AsyncEngine) -> None:
@@ -122,7 +143,7 @@ def _add_models(app: FastAPI, engine: AsyncEngine) -> None:
     @app.get("/v1/models", response_class=Response)
     async def models(request: Request) -> Response:
         """The model served."""
-        return _json({"object": "list", "data": [card()]})
+        return json_response({"object": "list", "data": [card()]})
 
     @app.get("/v1/models/{name:path}", response_class=Response)
     async def model(request: Request, name: str) -> Response:
@@ -131,8 +152,9 @@ def _add_models(app: FastAPI, engine: AsyncEngine) -> None:
             raise RequestError(
                 "This server does not have that model.", param="model", status=404, code="model_not_found"
             )
-        return _json(card())
+        return json_response(card())
 
 
-def _json(value: dict[str, Any], status: int = 200) -> Response:
+def json_response(value: dict[str, Any], status: int = 200) -> Response:
+    """A JSON object as an answer."""
     return Response(orjson.dumps(value), status, media_type="application/json")

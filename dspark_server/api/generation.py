@@ -7,6 +7,8 @@ One wake-up of the response serves all choices that got text in the same step.
 
 import asyncio
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from time import monotonic
 from typing import Any
 
@@ -36,7 +38,7 @@ class Choice:
         "_generation",
         "_last",
         "_metrics",
-        "_only_prompt",
+        "_scores_prompt",
         "_stop_token_ids",
         "_text",
         "cached_tokens",
@@ -53,6 +55,7 @@ class Choice:
         "pending_tokens",
         "prompt",
         "prompt_logprobs",
+        "siblings",
         "stop_reason",
         "text_offset",
     )
@@ -67,7 +70,7 @@ class Choice:
         stop_token_ids: frozenset[int],
         drop_stop_token: bool,
         echo: str = "",
-        only_prompt: bool = False,
+        scores_prompt: bool = False,
     ) -> None:
         self._generation = generation
         self._metrics = generation.metrics
@@ -77,7 +80,7 @@ class Choice:
         self._text = text
         self._stop_token_ids = stop_token_ids
         self._drop_stop_token = drop_stop_token
-        self._only_prompt = only_prompt  # what the engine generates is not part of the answer
+        self._scores_prompt = scores_prompt  # or has it from the first choice for the same prompt
         self.index = index
         self.prompt = prompt
         self.handle: Handle | None = None
@@ -87,6 +90,7 @@ class Choice:
         self.pending_tokens: list[int] = []
         self.pending_logprobs: list[TokenLogprob] = []  # of tokens not sent yet
         self.prompt_logprobs: list[TokenLogprob | None] | None = None
+        self.siblings: list[Choice] = []  # of the first choice for a prompt: the others for it
         self.cumulative_logprob = 0.0
         self.text_offset = 0  # characters of the tokens whose log-probabilities have been sent
         self.completion_tokens = 0
@@ -100,6 +104,8 @@ class Choice:
         """There is something to send: text, but an echo only together with the first of it, or the end."""
         if self.finish_reason in _FAILED:
             return False  # the request ends with an error instead
+        if self._scores_prompt and self.prompt_logprobs is None:
+            return False  # they come first
         if self.finish_reason is not None:
             return not self.finish_sent
         return self.pending_text != "" and self.completion_tokens > 0
@@ -117,10 +123,11 @@ class Choice:
 
     def _take(self, event: TokenEvent) -> None:
         if event.prompt_logprobs is not None:
-            self.prompt_logprobs = event.prompt_logprobs
+            for each in (self, *self.siblings):
+                each.prompt_logprobs = event.prompt_logprobs
         tokens, logprobs = event.tokens, event.logprobs
-        if self._only_prompt:
-            tokens, logprobs = [], None
+        if self._last == 0.0:
+            self.cached_tokens = event.cached_tokens
         text = ""
         if tokens:
             self._observe(event)
@@ -147,7 +154,7 @@ class Choice:
         elif event.finish_reason is not None:
             if event.stop_token in self._stop_token_ids:
                 self.stop_reason = event.stop_token
-            self._end(FinishReason.LENGTH if self._only_prompt else event.finish_reason)
+            self._end(event.finish_reason)
         if self._generation.wants_tokens:
             self.pending_tokens += kept
         if logprobs is not None:
@@ -161,7 +168,6 @@ class Choice:
         now = monotonic()
         if self._last == 0.0:
             self._first = now
-            self.cached_tokens = event.cached_tokens
             self._metrics.time_to_first_token.observe(now - self._arrival)
             self._metrics.prefill_time.observe(now - event.admitted)
         else:
@@ -269,6 +275,15 @@ class Generation:
         """Free a choice's place in the engine."""
         if choice.handle is not None:
             self._engine.abort(choice.handle)
+
+    @contextmanager
+    def closed_on_failure(self) -> Iterator[None]:
+        """For the time in which choices are submitted: a request that fails then leaves none behind."""
+        try:
+            yield
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         """End what is still running; idempotent."""

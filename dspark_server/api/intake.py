@@ -3,22 +3,36 @@
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from time import monotonic
+from typing import Generic, TypeVar
 
 from fastapi import Request
 
+from dspark_server.api.edge import REQUEST_ID
 from dspark_server.api.generation import Choice, Generation
 from dspark_server.api.metrics import Metrics
-from dspark_server.api.schema import GenerationRequest
+from dspark_server.api.schema import GenerationRequest, parse
 from dspark_server.api.settings import ServerSettings
 from dspark_server.api.structured import StructuredForms
 from dspark_server.engine.admission import Reservation
 from dspark_server.engine.engine import AsyncEngine
 from dspark_server.engine.output import Detokenizer, StopMatcher
-from dspark_server.engine.request import FinishReason, SamplingParams
-from dspark_server.engine.thread import TokenEvent
-from dspark_server.errors import CapacityError, RequestError
+from dspark_server.engine.request import SamplingParams
+from dspark_server.errors import RequestError
 
 BYTES_PER_TOKEN = 4  # of text, on average; of token ids in JSON too
+
+B = TypeVar("B", bound=GenerationRequest)
+
+
+@dataclass(frozen=True)
+class Asked(Generic[B]):
+    """A request that was read and checked. `likely_tokens`: about how many its prompts have."""
+
+    body: B
+    generation: Generation
+    identifier: str
+    likely_tokens: int
 
 
 @dataclass(frozen=True)
@@ -64,9 +78,16 @@ class Intake:
         tenant = request.state.tenant
         return Generation(self.engine, self.metrics, arrival, wants_tokens=wants_tokens, tenant=tenant)
 
-    def likely_tokens(self, content: bytes, prompts: int = 1) -> int:
-        """About how many tokens the prompts of a body have; `submit` counts them, but a place is taken before."""
-        return min(len(content) // BYTES_PER_TOKEN, prompts * self.engine.max_model_len)
+    async def receive(self, request: Request, kind: type[B], prefix: str) -> Asked[B]:
+        """Read and check a body; its answer's id begins with `prefix`. Raises RequestError."""
+        arrival = monotonic()
+        content = await self.read(request)
+        body = parse(content, kind)
+        self.check(body)
+        generation = self.generation(request, arrival, wants_tokens=body.return_token_ids)
+        # `submit` counts the tokens, but a place is taken before.
+        likely = len(content) // BYTES_PER_TOKEN
+        return Asked(body, generation, f"{prefix}-{body.request_id or request.scope[REQUEST_ID]}", likely)
 
     def check_model(self, name: str | None) -> None:
         """Raise RequestError (404) for a model that is not served; None is the one that is."""
@@ -79,11 +100,9 @@ class Intake:
             )
 
     def check(self, body: GenerationRequest) -> None:
-        """What needs no tokenizer. Raises RequestError or CapacityError."""
+        """What needs no tokenizer. Raises RequestError."""
         engine = self.engine
         self.check_model(body.model)
-        if engine.health() == "loading":
-            raise CapacityError("The model is still loading.", retry_after=5)
         for name in ("stop_token_ids", "allowed_token_ids"):
             if any(token >= engine.vocab_size for token in getattr(body, name) or ()):
                 raise RequestError(
@@ -145,21 +164,22 @@ class Intake:
 
     def submit(
         self,
-        generation: Generation,
-        body: GenerationRequest,
+        asked: Asked[B],
         params: SamplingParams,
         prompts: Sequence[Prompt],
         reservation: Reservation,
         *,
         choices: int,
-        identifier: str,
     ) -> None:
-        """Hand `choices` choices for each prompt to the engine. Raises RequestError for what can never be served."""
+        """Hand `choices` choices for each prompt to the engine. Raises RequestError for what can never be served.
+
+        The first choice for a prompt has the prompt scored, for its siblings too.
+        """
+        body, generation = asked.body, asked.generation
         generation.draft_figures = self.settings.per_request_spec_decode_metrics
         matcher = StopMatcher(body.stops) if body.stops else None
-        scoring = params.max_tokens == 0 and (params.prompt_logprobs is not None or params.logprobs is not None)
         for number, prompt in enumerate(prompts):
-            leader = None
+            first: Choice | None = None
             for sibling in range(choices):
                 index = number * choices + sibling
                 choice = Choice(
@@ -176,21 +196,21 @@ class Intake:
                     stop_token_ids=params.stop_token_ids,
                     drop_stop_token=not body.include_stop_str_in_output,
                     echo=prompt.echo,
-                    only_prompt=params.max_tokens == 0,
+                    scores_prompt=params.prompt_logprobs is not None,
                 )
                 generation.add(choice)
-                if params.max_tokens == 0 and not scoring:
-                    choice.on_tokens(TokenEvent([], FinishReason.LENGTH))
-                    continue
                 choice.handle = self.engine.submit(
                     prompt.tokens,
-                    replace(params, max_tokens=1) if scoring else params,  # its token is not shown
+                    params if first is None else replace(params, prompt_logprobs=None),
                     reservation=reservation,
                     choice=sibling,
-                    request_id=f"{identifier}-{index}",
+                    request_id=f"{asked.identifier}-{index}",
                     on_tokens=choice.on_tokens,
                     cache_salt=body.cache_salt,
-                    leader=leader,
+                    leader=None if first is None else first.handle,
                     tenant=generation.tenant,
                 )
-                leader = leader or choice.handle
+                if first is None:
+                    first = choice
+                else:
+                    first.siblings.append(choice)

@@ -1,13 +1,15 @@
-"""docs/api.md, made from a running server's schema:
+"""The API reference, from the schema: /docs of a server, which asks nothing of the net, and docs/api.md.
 
 curl -s localhost:8000/openapi.json | python -m dspark_server.api.reference > docs/api.md
 """
 
+import re
 import sys
 from collections.abc import Iterator
 from typing import Any
 
 import orjson
+from markdown_it import MarkdownIt
 
 GENERATION = ("/v1/completions", "/v1/chat/completions")
 UNBOUNDED = 2**31 - 1
@@ -31,6 +33,13 @@ def reference(document: dict[str, Any]) -> str:
             parts.append(f"## POST {path}")
             parts.append("\n\nor\n\n".join(_beside(chat, body) for body in _bodies(methods["post"])))
     return "\n\n".join([*parts, _ERRORS]) + "\n"
+
+
+def page(document: dict[str, Any]) -> str:
+    """The same for a browser, without anything from elsewhere. Links to other pages of docs/ are text there."""
+    text = re.sub(r"\[([^\]]+)\]\(\w[\w-]*\.md\)", r"\1 (docs/)", reference(document))
+    body = MarkdownIt("commonmark", {"html": False}).enable("table").render(re.sub(r"<!--.*?-->\n*", "", text))
+    return _PAGE.format(title=document["info"]["title"], body=body)
 
 
 def _beside(chat: dict[str, Any], body: dict[str, Any]) -> str:
@@ -123,13 +132,34 @@ def _table(headings: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
+_PAGE = """\
+<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<link rel="icon" href="data:,">
+<title>{title}: HTTP API</title>
+<style>
+:root {{ color-scheme: light dark }}
+body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem }}
+body {{ overflow-wrap: anywhere }}
+table {{ border-collapse: collapse; display: block; overflow-x: auto; overflow-wrap: normal }}
+th, td {{ border-bottom: 1px solid color-mix(in srgb, currentColor 25%, transparent); padding: .3rem .6rem }}
+th, td {{ text-align: start; vertical-align: top }}
+code {{ font-family: ui-monospace, monospace; font-size: .9em }}
+</style>
+<main>
+{body}</main>
+</html>
+"""
+
 _PREFACE = """\
 # HTTP API
 
 <!-- Made from /openapi.json by `python -m dspark_server.api.reference`; a test says when it is out of date. -->
 
 OpenAI's completions and chat completions with vLLM's further fields. The server describes itself at `/openapi.json`,
-and at `/docs` for the eye (that page loads Swagger UI from the net). Bodies are JSON, whatever their content type.
+and at `/docs` for the eye (this page). Bodies are JSON, whatever their content type.
 `null` is the same as leaving a field out. Types are strict: `"16"` and `true` are no numbers. A field that nobody knows
 is ignored, with a warning in the server's log; one that is known and cannot be served is refused, so that no answer is
 silently another one than was asked for.

@@ -182,7 +182,7 @@ class GenerationRequest(Body):
     speculation: Speculation | None = None
     """How this request is drafted for; what comes out is the same."""
     priority: int = Field(0, ge=-LARGEST_COUNT, le=LARGEST_COUNT)
-    """Of those that wait the requests with less are admitted first; what runs is not preempted for them."""
+    """Requests with less are admitted first, and when memory runs out the one with the most gives way first."""
     stream: bool = False
     """Send server-sent events, one for each step that gave text."""
     stream_options: StreamOptions | None = None
@@ -386,8 +386,13 @@ def _biases(given: dict[str, float]) -> tuple[tuple[int, float], ...]:
 
 
 def _as_request_error(error: ValidationError) -> RequestError:
-    """The first problem, in words that hold nothing of the body but the names of our own fields."""
-    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    """The first field's problem, in words that hold nothing of the body but the names of our own fields.
+
+    Of what its alternatives say, that of the one that got furthest: it is the one that was meant.
+    """
+    problems = error.errors(include_url=False, include_input=False, include_context=False)
+    same_field = (each for each in problems if each["loc"][:1] == problems[0]["loc"][:1])
+    first = max(same_field, key=lambda each: (len(each["loc"]), not each["type"].endswith("_type")))
     place = [str(part) for part in first["loc"] if not str(part).startswith(("constrained-", "list[", "function-"))]
     name = ".".join(place)
     is_object = first["type"] in ("model_type", "dict_type")  # pydantic's words are about Python

@@ -1,15 +1,19 @@
-"""Runs the application under uvicorn, and ends it well.
+"""Runs the application under uvicorn from before the model is loaded, and ends it well.
+
+The socket opens first: a port in use is known at once, and probes are told that the model is loading (loading.py).
 
 SIGTERM: readiness turns 503 and new requests are refused while the listener stays open; running requests may finish
 within `shutdown_timeout`; those that do not are ended with one error event; the exit code is 0. A second signal does
-not wait. When the engine is dead, readiness is 503, and a second later `serve` ends with an error.
+not wait, nor does one while the model loads. When the engine is dead, readiness is 503, and a second later `serve`
+ends with an error.
 """
 
 import asyncio
 import copy
 import logging
 import socket
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from time import monotonic
 from types import FrameType
 from typing import Any, cast
@@ -20,10 +24,11 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from dspark_server.api.app import create_app
+from dspark_server.api.loading import Door, create_loading_app
 from dspark_server.api.logs import JsonFormatter
 from dspark_server.api.settings import ServerSettings
 from dspark_server.engine.engine import AsyncEngine
-from dspark_server.errors import EngineDeadError
+from dspark_server.errors import ConfigError, EngineDeadError
 
 logger = logging.getLogger(__name__)
 
@@ -107,16 +112,71 @@ class Protocol(HttpToolsProtocol):
             deadline.cancel()
 
 
-class Server(uvicorn.Server):
-    """uvicorn that drains the engine before it closes its listener."""
+class StillLoading(Exception):
+    """Told to end while a model was loading, on a thread that cannot be stopped: end the process without waiting."""
 
-    def __init__(self, config: uvicorn.Config, engine: AsyncEngine, shutdown_timeout: float) -> None:
-        super().__init__(config)
-        self._engine = engine
-        self._shutdown_timeout = shutdown_timeout
+
+class Server(uvicorn.Server):
+    """uvicorn that loads its engine once it listens, and drains it before it closes its listener."""
+
+    def __init__(self, load: Callable[[], AsyncEngine], settings: ServerSettings) -> None:
+        """`load` makes the engine; it runs on a thread that ends with it."""
+        self._door = Door(create_loading_app(settings))
+        super().__init__(_config(self._door, settings))
+        self.engine: AsyncEngine | None = None  # once it is loaded and started
+        self._load = load
+        self._loading: asyncio.Task[None] | None = None
+        self._settings = settings
         self._signals = 0
         self._drain: asyncio.Task[None] | None = None
         self._died: float | None = None  # monotonic seconds
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, load, serve until SIGTERM or SIGINT has been honoured, stop the engine.
+
+        Run it on a uvloop (`uvloop.run`): uvicorn's loop setting does not apply inside a coroutine.
+
+        Raises ConfigError where it cannot listen, what `load` raises, StillLoading, and EngineDeadError if the engine
+        died: the process cannot serve any more and should end.
+        """
+        try:
+            await super().serve(sockets)
+        finally:
+            if self.engine is not None:
+                await self.engine.stop()
+        if self.engine is None:
+            if self._loading is None or not self._loading.done():
+                raise StillLoading
+            self._loading.result()
+        elif self.engine.failure is not None:
+            raise EngineDeadError(f"The engine has stopped: {self.engine.failure}.")
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, and begin to load. Raises ConfigError where it cannot listen; uvicorn logs why."""
+        try:
+            await super().startup(sockets)
+        except SystemExit:
+            where = f"{self.config.host}, port {self.config.port}"
+            raise ConfigError(f"cannot listen at {where}: choose another with --host and --port.") from None
+        self._loading = asyncio.create_task(self._load_engine())
+
+    async def _load_engine(self) -> None:
+        # libgomp keeps a pool of workers per calling thread, and stops spinning between parallel regions once all
+        # pools together have more threads than there are cores. The loading thread's pool ends with it, so that the
+        # step thread's is the only one.
+        loader = ThreadPoolExecutor(1, thread_name_prefix="loader")
+        loaded = loader.submit(self._prepare)
+        loader.shutdown(wait=False)
+        engine, app = await asyncio.wrap_future(loaded)
+        await engine.start()
+        self.engine, self._door.app = engine, app
+        logger.info("%s ready: %s; %s", engine.model_name, engine.backend, engine.speculation)
+
+    def _prepare(self) -> tuple[AsyncEngine, FastAPI]:
+        engine = self._load()
+        app = create_app(engine, self._settings)
+        app.state.intake.warm_up()
+        return engine, app
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Signal handler. Not uvicorn's, which raises the signal again at the end: the exit code would not be 0."""
@@ -124,38 +184,43 @@ class Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Called ten times a second."""
+        if self.engine is None:
+            failed = self._loading is not None and self._loading.done()
+            self.should_exit = self.should_exit or failed or self._signals > 0
+        else:
+            self._look_after(self.engine)
+        return await super().on_tick(counter)
+
+    def _look_after(self, engine: AsyncEngine) -> None:
         if self._signals and self._drain is None:
-            self._drain = asyncio.create_task(self._drain_engine())
+            self._drain = asyncio.create_task(self._drain_engine(engine))
         if self._drain is not None and self._drain.done():
             self._drain.result()
             self.should_exit = True
-        if self._engine.health() != "dead":
+        if engine.health() != "dead":
             self._died = None
         elif self._died is None:
             self._died = monotonic()
         elif monotonic() > self._died + LAST_LOOK:
             self.should_exit = True
-        return await super().on_tick(counter)
 
-    async def _drain_engine(self) -> None:
-        logger.info("shutting down: running requests have %.0f s to finish", self._shutdown_timeout)
-        self._engine.begin_drain()
-        deadline = monotonic() + self._shutdown_timeout
+    async def _drain_engine(self, engine: AsyncEngine) -> None:
+        logger.info("shutting down: running requests have %.0f s to finish", self._settings.shutdown_timeout)
+        engine.begin_drain()
+        deadline = monotonic() + self._settings.shutdown_timeout
         idle = False
         while not idle and monotonic() < deadline and self._signals < 2:
-            idle = await self._engine.wait_idle(min(0.2, max(0.0, deadline - monotonic())))
+            idle = await engine.wait_idle(min(0.2, max(0.0, deadline - monotonic())))
         if not idle:
-            self._engine.fail_all("The server is shutting down.")
+            engine.fail_all("The server is shutting down.")
 
 
-def make_server(app: FastAPI, engine: AsyncEngine, settings: ServerSettings) -> Server:
-    """A uvicorn server for the app; `run` blocks, `serve` is a coroutine."""
-
+def _config(app: Door, settings: ServerSettings) -> uvicorn.Config:
     class ConfiguredProtocol(Protocol):
         stall_timeout = settings.stall_timeout
         max_header_bytes = settings.max_header_bytes
 
-    config = uvicorn.Config(
+    return uvicorn.Config(
         app,
         host=settings.host,
         port=settings.port,
@@ -169,7 +234,6 @@ def make_server(app: FastAPI, engine: AsyncEngine, settings: ServerSettings) -> 
         server_header=False,
         timeout_graceful_shutdown=LAST_WORDS_TIMEOUT,
     )
-    return Server(config, engine, settings.shutdown_timeout)
 
 
 class PathFilter(logging.Filter):
@@ -195,28 +259,17 @@ def _log_config(settings: ServerSettings) -> dict[str, Any]:
 
 
 async def serve(
-    engine: AsyncEngine, settings: ServerSettings | None = None, *, sockets: list[socket.socket] | None = None
+    load: Callable[[], AsyncEngine],
+    settings: ServerSettings | None = None,
+    *,
+    sockets: list[socket.socket] | None = None,
 ) -> None:
-    """Start the engine, serve until SIGTERM or SIGINT has been honoured, stop the engine.
-
-    Run it on a uvloop (`uvloop.run`): uvicorn's loop setting does not apply inside a coroutine.
-
-    Raises EngineDeadError if the engine died: the process cannot serve any more and should end.
-    """
-    settings = settings or ServerSettings()
-    app = create_app(engine, settings)
-    await engine.start()
-    try:
-        app.state.intake.warm_up()
-        await make_server(app, engine, settings).serve(sockets)
-    finally:
-        await engine.stop()
-    if engine.failure is not None:
-        raise EngineDeadError(f"The engine has stopped: {engine.failure}.")
+    """Serve the engine that `load` makes; see Server.serve."""
+    await Server(load, settings or ServerSettings()).serve(sockets)
 
 
-def run(engine: AsyncEngine, settings: ServerSettings | None = None) -> None:
-    """Serve on a uvloop of its own; returns after a graceful shutdown. Raises EngineDeadError."""
+def run(load: Callable[[], AsyncEngine], settings: ServerSettings | None = None) -> None:
+    """The same on a uvloop of its own; returns after a graceful shutdown."""
     import uvloop
 
-    uvloop.run(serve(engine, settings))
+    uvloop.run(serve(load, settings))

@@ -8,6 +8,7 @@ import typer
 
 from dspark_server import __version__
 from dspark_server.cli import chat, models, serving, training
+from dspark_server.cli.help import Command
 
 app = typer.Typer(
     name="dspark-server",
@@ -73,7 +74,7 @@ EXAMPLES = {
 for _group, _commands in COMMANDS.items():
     for _name, _command in _commands.items():
         _epilog = "\n".join(("[bold]Examples[/bold]", *EXAMPLES[_name]))
-        app.command(name=_name, rich_help_panel=_group, epilog=_epilog)(_command)
+        app.command(name=_name, cls=Command, rich_help_panel=_group, epilog=_epilog)(_command)
 
 
 def main() -> None:

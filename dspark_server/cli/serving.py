@@ -2,8 +2,9 @@
 
 import logging
 import os
-from concurrent.futures import ThreadPoolExecutor
-from typing import Annotated
+import signal
+import sys
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -27,25 +28,31 @@ def serve(resolution: Resolution) -> None:
     log.info("settings: %s", resolution)
     if armed := failpoints.arm_from_environment():
         log.warning("failpoints are armed, this server will fail on purpose: %s", ", ".join(armed))
+    # Until the server handles it: as the first process of a container this one would else not hear of it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     # Imported here: torch takes seconds, and a wrong setting should not.
-    from dspark_server.api.server import run
+    from dspark_server.api.server import StillLoading, run
     from dspark_server.engine.core import EngineCore
     from dspark_server.engine.engine import AsyncEngine
 
-    # libgomp keeps a pool of workers per calling thread, and stops spinning between parallel regions once all
-    # pools together have more threads than there are cores. The loading thread's pool ends with it, so that the
-    # step thread's is the only one.
-    with ThreadPoolExecutor(1) as loader:
-        core = loader.submit(EngineCore.load, config).result()
-    engine = AsyncEngine(core, core.load_tokenizer())
-    log.info("%s ready: %s; %s", core.model_name, core.backend, core.speculation)
+    def load() -> AsyncEngine:
+        log.info("loading %s; /health is 503 until it is there", config.model)
+        core = EngineCore.load(config)
+        return AsyncEngine(core, core.load_tokenizer())
+
     try:
-        run(engine, settings)
+        run(load, settings)
+    except StillLoading:
+        _leave(0)
     except EngineDeadError as error:
         log.critical("%s The process ends; start it again.", error)
-        # Not sys.exit: it waits for threads, and the one to blame may never end.
-        logging.shutdown()
-        os._exit(EXIT_DEAD)
+        _leave(EXIT_DEAD)
+
+
+def _leave(code: int) -> NoReturn:
+    """Not sys.exit: it waits for threads, and the one that loads or steps may never end."""
+    logging.shutdown()
+    os._exit(code)
 
 
 @takes_settings()

@@ -58,8 +58,11 @@ class Plan:
         )
 
 
+RETURNED = -1  # turn of a place in front, for a request that was preempted
+
+
 class Batcher:
-    """First come, first served, oldest first. The oldest running request is never preempted, so someone always ends."""
+    """First come, first served, as `in_line` orders them. The first that runs is never preempted: one always ends."""
 
     def __init__(
         self,
@@ -98,22 +101,21 @@ class Batcher:
             )
 
     def add(self, request: Request) -> None:
-        """Queue a request that `check_fits` let through. Tenants take turns; each one's own by priority, then arrival.
+        """Queue a request that `check_fits` let through. Tenants take turns; see `in_line` for the order of one's own.
 
         Only the last priority of all counts between tenants: it is behind everybody.
         """
-        returned = [each for each in self.waiting if each.cached_tokens is not None]  # after preemption: stay in front
-        line = [each for each in self.waiting if each.cached_tokens is None]
-        peers = [each for each in line if _is_last(each) == _is_last(request)]
-        own = [each for each in peers if each.tenant == request.tenant]
-        request.turn = own[-1].turn + 1 if own else min((each.turn for each in peers), default=0)
-        line = sorted([*line, request], key=lambda each: (_is_last(each), each.turn))
-        mine = set(own)
-        places = {index: each.turn for index, each in enumerate(line) if each is request or each in mine}
-        best_first = sorted([*own, request], key=lambda each: each.params.priority)
-        for (index, turn), each in zip(places.items(), best_first, strict=True):
-            line[index], each.turn = each, turn
-        self.waiting = deque([*returned, *line])
+        peers = [each for each in self.waiting if _is_last(each) == _is_last(request) and each.turn != RETURNED]
+        own = [each.turn for each in peers if each.tenant == request.tenant]
+        request.turn = max(own) + 1 if own else min((each.turn for each in peers), default=0)
+        self._line_up(sorted([*self.waiting, request], key=lambda each: (_is_last(each), each.turn)))
+
+    def _line_up(self, places: list[Request]) -> None:
+        """Make these places the queue; turns belong to places, not to who stands there."""
+        turns = [each.turn for each in places]
+        self.waiting = deque(in_line(places))
+        for each, turn in zip(self.waiting, turns, strict=True):
+            each.turn = turn
 
     def remove(self, request: Request) -> None:
         """Take a request out for good: finished, failed or aborted. Its blocks are released."""
@@ -125,11 +127,15 @@ class Batcher:
         request.status = Status.FINISHED
 
     def preempt(self, request: Request) -> None:
-        """Put a running request back at the head of the queue; its rows will be recomputed."""
+        """Put a running request back in front of the queue, its own tenant's better ones before it; see `in_line`.
+
+        Its rows will be recomputed.
+        """
         self.running.remove(request)
         self._release(request)
         request.status = Status.WAITING
-        self.waiting.appendleft(request)
+        request.turn = RETURNED
+        self._line_up(sorted([request, *self.waiting], key=_is_last))
         self.stats.preemptions += 1
 
     def recover(self, held: Sequence[Request]) -> list[Request]:
@@ -182,14 +188,11 @@ class Batcher:
         return Plan(scheduled, draft_room=room - spent)
 
     def _reserve_running(self) -> None:
-        """Slots for the anchor and gamma draft tokens of every decoding request, preempting the youngest if need be."""
-        index = 0
-        while index < len(self.running):
-            request = self.running[index]
-            if self._reserve(request):
-                index += 1
-            else:
-                self.preempt(self.running[-1])
+        """Slots for every running request's anchor and gamma draft tokens, preempting the last in line if need be."""
+        for request in list(self.running):
+            while request.status is Status.RUNNING and not self._reserve(request):
+                by_arrival = sorted(self.running, key=lambda each: (_is_last(each), each.arrival))
+                self.preempt(in_line(by_arrival)[-1])
 
     def _reserve(self, request: Request) -> bool:
         missing = self.pool.blocks_for(len(request.tokens) + self.gamma) - len(request.blocks)
@@ -255,6 +258,21 @@ class Batcher:
         self.pool.check([request.blocks for request in self.running])
         assert all(request.status is Status.RUNNING for request in self.running)
         assert all(request.status is Status.WAITING and not request.blocks for request in self.waiting)
+
+
+def in_line(places: Sequence[Request]) -> list[Request]:
+    """The same places, each still its tenant's; there a tenant's requests stand by priority, then arrival.
+
+    So a priority moves nothing that is somebody else's.
+    """
+    mine: dict[tuple[str, bool], list[Request]] = {}
+    for each in places:
+        mine.setdefault((each.tenant, _is_last(each)), []).append(each)
+    best_first = {
+        key: iter(sorted(requests, key=lambda each: (each.params.priority, each.arrival)))
+        for key, requests in mine.items()
+    }
+    return [next(best_first[each.tenant, _is_last(each)]) for each in places]
 
 
 def _is_last(request: Request) -> bool:

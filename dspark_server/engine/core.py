@@ -8,6 +8,7 @@ import dspark_kernels
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from dspark_server import failpoints
 from dspark_server.config import EngineConfig, SpeculativeConfig
 from dspark_server.engine.batcher import Batcher
 from dspark_server.engine.blocks import BlockPool, chain_root
@@ -67,6 +68,7 @@ class EngineCore:
 
         Raises CheckpointError for a model that cannot be read, ConfigError for settings that do not fit it.
         """
+        failpoints.hit("engine.load")
         directory = resolve_model(config.model, revision=config.revision)
         kernels = dspark_kernels.load()
         dtype = _dtype(config.dtype, directory)

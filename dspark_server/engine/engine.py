@@ -50,6 +50,7 @@ class AsyncEngine:
         self.max_model_len = core.max_model_len
         self.vocab_size = core.vocab_size
         self.backend = core.backend
+        self.speculation = core.speculation
         self.max_num_seqs = core.config.max_num_seqs
         self.drafter = core.drafter
         self.gamma = core.loop.executor.gamma

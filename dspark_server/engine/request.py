@@ -20,11 +20,11 @@ from dspark_server.speculation.history import SurvivalHistory
 class SamplingParams:
     """How one choice is sampled. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 are off.
 
-    `seed` selects the coupled acceptance rule, whose tokens repeat; without it the ratio rule runs (DSpark, step 8).
-    Penalties, biases and masks are off at the values below; `bad_words` are token sequences, `grammar` a compiled form
-    shared by the choices of a request. `logprobs` and `prompt_logprobs`: how many alternatives to report for each
-    token; None: no log-probabilities. `max_draft_tokens` None: as many as the server likes. The lower `priority` goes
-    first.
+    `max_tokens` 0 only runs the prompt. `seed` selects the coupled acceptance rule, whose tokens repeat; without it the
+    ratio rule runs (DSpark, step 8). Penalties, biases and masks are off at the values below; `bad_words` are token
+    sequences, `grammar` a compiled form shared by the choices of a request. `logprobs` and `prompt_logprobs`: how many
+    alternatives to report for each token; None: no log-probabilities. `max_draft_tokens` None: as many as the server
+    likes. The lower `priority` goes first.
     """
 
     max_tokens: int = 16
@@ -158,7 +158,7 @@ class Request:
     def waits_for_leader(self) -> bool:
         """The same prompt is just being run for another choice: its blocks will be there in a moment."""
         leader = self.leader
-        return leader is not None and leader.status is not Status.FINISHED and leader.computed < leader.prompt_length
+        return leader is not None and leader.status is Status.RUNNING and leader.computed < leader.prompt_length
 
     def full_block_keys(self, block_size: int) -> list[BlockKey]:
         """Keys of all full blocks of committed tokens; computed once each."""
@@ -170,6 +170,9 @@ class Request:
 
     def commit(self, tokens: Sequence[int]) -> list[int]:
         """Append tokens up to the first that ends the request, or completes its grammar; returns those appended."""
+        if self.remaining == 0:  # only the prompt was wanted
+            self.finish_reason = FinishReason.LENGTH
+            return []
         taken: list[int] = []
         controls = self.controls if isinstance(self.controls, Controls) else None
         grammar = None if controls is None else controls.grammar

@@ -413,7 +413,7 @@ def _score_prompts(plan: Plan, logits: Tensor, row_start: list[int]) -> tuple[Te
 def _output(request: Request, taken: list[int], logits: Tensor, drafted: int, accepted: int) -> StepOutput:
     """What a commit of `taken` [n] says; logits [n, V] are the target's rows they came from."""
     asked = request.params
-    logprobs = None if asked.logprobs is None else token_logprobs(logits, taken, asked.logprobs)
+    logprobs = None if asked.logprobs is None or not taken else token_logprobs(logits, taken, asked.logprobs)
     first = len(request.tokens) - len(taken) == request.prompt_length
     prompt = request.prompt_logprobs if first and asked.prompt_logprobs is not None else None
     return StepOutput(request, taken, logprobs, prompt, drafted, accepted)

@@ -95,7 +95,7 @@ class FakeEngine:
         self.model_name = "fake"
         self.max_model_len = 2048
         self.vocab_size = 257
-        self.backend = "none"
+        self.backend = self.speculation = "none"
         self.cache_info = {"block_size": "16", "num_gpu_blocks": "100"}
         self.max_num_seqs = 64
         self.drafter = self.costs = None
@@ -213,7 +213,7 @@ class FakeEngine:
             "cached_tokens": 2,
             "admitted": handle.submitted,
             "drafted": drafted,
-            "accepted": min(drafted, len(tokens) - 1),
+            "accepted": max(0, min(drafted, len(tokens) - 1)),
             **logprobs_of(handle, tokens),
         }
         handle.sent += len(tokens)
@@ -253,4 +253,4 @@ def run_child(port: Connection, log: str, shutdown_timeout: float, step_seconds:
     listener = socket.create_server(("127.0.0.1", 0))
     port.send(listener.getsockname()[1])
     engine = FakeEngine(step_seconds=step_seconds)
-    uvloop.run(serve(engine, ServerSettings(shutdown_timeout=shutdown_timeout), sockets=[listener]))
+    uvloop.run(serve(lambda: engine, ServerSettings(shutdown_timeout=shutdown_timeout), sockets=[listener]))

@@ -1,17 +1,16 @@
 """A real uvicorn on a socket, over the fake engine, in a thread."""
 
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import httpx
 import openai
-import uvloop
 
-from dspark_server.api import ServerSettings, create_app
-from dspark_server.api.server import Server, make_server
+from dspark_server.api import ServerSettings
+from dspark_server.api.server import Server
 from dspark_server.engine.engine import AsyncEngine
+from tests.served import serving
 
 from .fake_engine import FakeEngine
 
@@ -54,27 +53,9 @@ class Running:
 def start(settings: ServerSettings, engine: AsyncEngine | None = None, **engine_options) -> Iterator[Running]:
     """Serve in a thread, a fake engine if none is given; a generator, for fixtures."""
     engine = engine or FakeEngine(**engine_options)
-    app = create_app(engine, settings)
-    server = make_server(app, engine, settings)
-
-    async def run() -> None:
-        await engine.start()
-        try:
-            await server.serve()
-        finally:
-            await engine.stop()
-
-    thread = threading.Thread(target=uvloop.run, args=(run(),))
-    thread.start()
-    while not server.started:
-        time.sleep(0.005)
-    port = server.servers[0].sockets[0].getsockname()[1]
-    url = f"http://127.0.0.1:{port}"
     with (
+        serving(engine, settings) as (url, server),
         httpx.Client(base_url=url, timeout=20) as http,
         openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0) as client,
     ):
         yield Running(url, engine, server, http, client)
-    server.should_exit = True
-    thread.join(10)
-    assert not thread.is_alive()

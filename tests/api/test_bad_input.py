@@ -265,3 +265,12 @@ def test_request_ids(server: Running) -> None:
 def check_id(response: httpx.Response) -> str:
     check(response)
     return response.headers["x-request-id"]
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [([""], "at least 1 character"), (["a", 5], "valid string"), (["a"] * 33, "at most 32 items"), (5, "valid string")],
+)
+def test_of_two_forms_the_one_that_was_meant_is_blamed(server: Running, value: object, words: str) -> None:
+    error = server.complete("say x", stop=value).json()["error"]
+    assert error["param"] == "stop" and words in error["message"]

@@ -128,7 +128,7 @@ def test_prompts_times_n(server: Running, streaming: bool) -> None:
 def test_a_cut_prompt_leaves_room_for_the_answer(server: Running, max_tokens: int) -> None:
     prompt = "a" * 5000 + " forever"
     answer = server.complete(prompt, max_tokens=max_tokens, echo=not max_tokens, truncate_prompt_tokens=-1).json()
-    assert answer["usage"]["prompt_tokens"] == 2048 - (max_tokens or 1)
+    assert answer["usage"]["prompt_tokens"] == 2048 - max_tokens
     assert answer["usage"]["completion_tokens"] == max_tokens
 
 
@@ -179,7 +179,7 @@ def test_echo(server: Running, streaming: bool) -> None:
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_echo_alone(server: Running, streaming: bool) -> None:
-    count = len(server.engine.submitted)
+    generated = server.engine.stats.generation_tokens
     if streaming:
         chunks = stream(server, "just this", echo=True, max_tokens=0)
         assert text_of(chunks) == "just this"
@@ -191,7 +191,13 @@ def test_echo_alone(server: Running, streaming: bool) -> None:
             **{"prompt_tokens": 9, "completion_tokens": 0, "total_tokens": 9},
             "prompt_tokens_details": 0,
         }
-    assert len(server.engine.submitted) == count
+    assert server.engine.stats.generation_tokens == generated
+
+
+def test_a_prompt_is_scored_once_for_all_its_choices(server: Running) -> None:
+    server.complete(["say a", "say b"], n=3, echo=True, logprobs=1)
+    asked = [handle.params.prompt_logprobs for handle in server.engine.submitted[-6:]]
+    assert asked == [1, None, None] * 2
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -88,23 +88,43 @@ def test_a_stream_says_it_with_its_usage(own_server: Running) -> None:
 
 @pytest.fixture(scope="module")
 def detailed_server() -> Iterator[Running]:
-    yield from start(ServerSettings(port=0, per_request_spec_decode_metrics="detailed"), tiny_engine("fixed"))
+    engine = tiny_engine("fixed")
+    engine.tokenizer.chat_template = "{{ messages[0].content }}"
+    yield from start(ServerSettings(port=0, per_request_spec_decode_metrics="detailed"), engine)
+
+
+@pytest.mark.parametrize("endpoint", ["complete", "chat"])
+@pytest.mark.parametrize(
+    ("asked", "longest"), [(None, 2), ({"enabled": False}, 0), ({"max_draft_tokens": 1}, 1), ({"enabled": True}, 2)]
+)
+def test_a_request_says_how_it_is_drafted_for(
+    detailed_server: Running, endpoint: str, asked: dict | None, longest: int
+) -> None:
+    fields = {"speculation": asked, "max_tokens": 24, "ignore_eos": True, "temperature": 1}
+    answer = getattr(detailed_server, endpoint)("abcabd", **fields).json()
+    drafted = answer["metrics"]["speculative_decoding"]["per_step_drafted"]
+    assert answer["usage"]["completion_tokens"] == 24
+    assert min(max(drafted, default=0), 2) == longest  # the fixture's blocks have more than two
 
 
 def test_requests_add_up_to_the_counters(detailed_server: Running) -> None:
+    def counted(counter: str) -> float:
+        samples = detailed_server.samples()
+        return sum(v for name, v in samples.items() if name.startswith(f"vllm:spec_decode_{counter}_total{{"))
+
+    counters = {
+        "num_spec_steps": "num_drafts",
+        "num_draft_tokens": "num_draft_tokens",
+        "num_accepted_draft_tokens": "num_accepted_tokens",
+    }
+    before = {field: counted(counter) for field, counter in counters.items()}
     figures = []
     for number in range(6):
         body = {"temperature": number % 2, "max_tokens": 30, "ignore_eos": True}
         answer = detailed_server.complete([5 + number, 9, 11], **body).json()
         figures.append(answer["metrics"]["speculative_decoding"])
-    samples = detailed_server.samples()
-    for field, counter in (
-        ("num_spec_steps", "num_drafts"),
-        ("num_draft_tokens", "num_draft_tokens"),
-        ("num_accepted_draft_tokens", "num_accepted_tokens"),
-    ):
-        counted = [v for name, v in samples.items() if name.startswith(f"vllm:spec_decode_{counter}_total{{")]
-        assert [sum(each[field] for each in figures)] == counted
+    for field, counter in counters.items():
+        assert sum(each[field] for each in figures) == counted(counter) - before[field]
     assert figures[0]["num_spec_steps"] > 5
     assert sum(figures[0]["per_step_drafted"]) == figures[0]["num_draft_tokens"]
 

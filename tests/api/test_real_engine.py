@@ -8,6 +8,7 @@ from dspark_server.api import ServerSettings
 
 from .conftest import tiny_engine
 from .support import Running, start
+from .test_completions import stream
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +30,39 @@ def test_a_prompt_is_scored_as_it_was_generated(tiny_server: Running, max_tokens
         assert len(logprobs) == len(tokens) + max_tokens
         expected = before["logprobs"]["token_logprobs"]
         assert logprobs[len(prompt) : len(tokens)] == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_choices_share_the_scores_of_their_prompt(tiny_server: Running, streaming: bool) -> None:
+    prompts = [[5, 9, 11, 7, 8], [9, 300]]
+    fields = {"echo": True, "logprobs": 2, "max_tokens": 3, "ignore_eos": True, "n": 3}
+    if streaming:
+        chunks = [chunk["choices"][0] for chunk in stream(tiny_server, prompts, **fields)]
+        found: dict[int, list[float | None]] = {}
+        for chunk in chunks:
+            found.setdefault(chunk["index"], []).extend(chunk["logprobs"]["token_logprobs"])
+        values = [found[index] for index in range(6)]
+    else:
+        choices = tiny_server.complete(prompts, **fields).json()["choices"]
+        values = [choice["logprobs"]["token_logprobs"] for choice in choices]
+    for first, prompt in ((0, prompts[0]), (3, prompts[1])):
+        alone = tiny_server.complete(prompt, echo=True, logprobs=2, max_tokens=0).json()["choices"][0]["logprobs"]
+        for each in values[first : first + 3]:
+            assert len(each) == len(prompt) + 3
+            assert each[: len(prompt)] == [None, *(pytest.approx(v, abs=1e-4) for v in alone["token_logprobs"][1:])]
+
+
+def test_a_prompt_that_fills_the_context_can_be_scored(tiny_server: Running) -> None:
+    longest = tiny_server.engine.max_model_len
+    prompt = [3 + index % 400 for index in range(longest)]
+    answer = tiny_server.complete(prompt, echo=True, logprobs=0, max_tokens=0).json()
+    assert len(answer["choices"][0]["logprobs"]["token_logprobs"]) == longest
+    assert (answer["usage"]["prompt_tokens"], answer["usage"]["completion_tokens"]) == (longest, 0)
+    for tokens, more in ((prompt, 1), ([*prompt, 5], 0)):
+        refused = tiny_server.complete(tokens, echo=True, logprobs=0, max_tokens=more)
+        assert refused.status_code == 400
+        assert refused.json()["error"]["code"] == "context_length_exceeded"
+        assert f"{longest} tokens" in refused.json()["error"]["message"]
 
 
 def test_the_parts_of_a_requests_time_add_up(tiny_server: Running) -> None:

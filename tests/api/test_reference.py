@@ -28,6 +28,16 @@ def test_the_api_reference_is_up_to_date(server: Running) -> None:
     assert (DOCS / "api.md").read_text() == reference.reference(server.http.get("/openapi.json").json())
 
 
+def test_the_page_for_browsers_is_whole(server: Running) -> None:
+    """tests/dashboard opens it in one."""
+    answer = server.http.get("/docs")
+    assert answer.headers["content-type"] == "text/html; charset=utf-8"
+    assert answer.headers["content-security-policy"].startswith("default-src 'none';")
+    assert not re.search(r"https?://|\ssrc=|@import|url\(|<script|\.md\b", answer.text)
+    for name in ("truncate_prompt_tokens", "continue_final_message", "/detokenize"):
+        assert f"<code>{name}</code>" in answer.text or f" {name}</code>" in answer.text
+
+
 def test_every_field_has_a_meaning(server: Running) -> None:
     rows = re.findall(r"^\| `[^|]*\|[^|]*\|[^|]*\|(.*)\|$", (DOCS / "api.md").read_text(), flags=re.MULTILINE)
     assert len(rows) > 80

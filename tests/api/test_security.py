@@ -121,13 +121,14 @@ def test_a_body_of_very_many_lists_is_refused_before_it_is_read(server: Running,
     assert error["code"] == "body_too_complex"
 
 
-def test_a_large_body_keeps_no_other_out_of_the_queue(server: Running) -> None:
+def test_a_large_body_keeps_no_other_out_of_the_queue(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     """A guess of its tokens by its bytes alone is over the whole queue's bound."""
-    from dspark_server.api.intake import Intake
-
-    intake = Intake(server.engine, None, ServerSettings())  # type: ignore[arg-type]
-    assert intake.likely_tokens(b"x" * (8 << 20)) == server.engine.max_model_len
-    assert intake.likely_tokens(b"x" * 400, prompts=3) == 100
+    reserved: list[int] = []
+    inner = server.engine.reserve
+    monkeypatch.setattr(server.engine, "reserve", lambda n=1, tokens=0: reserved.append(tokens) or inner(n, tokens))
+    server.complete(["say x", "say y"], ignored="x" * 3_000_000)
+    server.chat("say x", ignored="x" * 3_000_000)
+    assert reserved == [2 * server.engine.max_model_len, server.engine.max_model_len]
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ def canary(server: Running) -> Iterator[None]:
 
 
 def endpoint(server: Running) -> module.Tokens:
-    return server.server.config.app.state.tokens
+    return server.server.config.app.app.state.tokens
 
 
 def test_tokenize(server: Running) -> None:

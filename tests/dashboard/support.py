@@ -1,7 +1,6 @@
 """A tiny real engine (random weights, a real drafter, given costs) behind a real uvicorn, and a reader of its feed."""
 
 import re
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,16 +9,16 @@ from typing import Any
 
 import httpx
 import orjson
-import uvloop
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from dspark_server.api import ServerSettings, create_app
-from dspark_server.api.server import Server, make_server
+from dspark_server.api import ServerSettings
+from dspark_server.api.server import Server
 from dspark_server.config import EngineConfig, SpeculativeConfig
 from dspark_server.engine.core import EngineCore
 from dspark_server.engine.engine import AsyncEngine
 from dspark_server.speculation.capacity import Profile
+from tests import served
 from tests.engine.support import FIXTURES
 
 # Sixteen tokens cost little more than one does, those beyond are dear. In seconds, while real steps take milliseconds:
@@ -134,25 +133,8 @@ class FeedReader:
 def serving(made: EngineCore | None = None, **settings: Any) -> Iterator[Running]:
     """Serve in a thread."""
     engine = AsyncEngine(made or core(), tokenizer())
-    options = ServerSettings(port=0, **settings)
-    server = make_server(create_app(engine, options), engine, options)
-
-    async def run() -> None:
-        await engine.start()
-        try:
-            await server.serve()
-        finally:
-            await engine.stop()
-
-    thread = threading.Thread(target=uvloop.run, args=(run(),))
-    thread.start()
-    while not server.started:
-        time.sleep(0.005)
-    url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    try:
-        with httpx.Client(base_url=url, timeout=30) as http:
-            yield Running(url, engine, server, http)
-    finally:
-        server.should_exit = True
-        thread.join(15)
-        assert not thread.is_alive()
+    with (
+        served.serving(engine, ServerSettings(port=0, **settings)) as (url, server),
+        httpx.Client(base_url=url, timeout=30) as http,
+    ):
+        yield Running(url, engine, server, http)

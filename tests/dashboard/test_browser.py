@@ -44,7 +44,7 @@ def open_page(browser: Browser, server: Running) -> Iterator[Open]:
     complaints: list[str] = []
     contexts = []
 
-    def opens(*, width: int = 1280, height: int = 900, dark: bool = False) -> Page:
+    def opens(path: str = "/", *, width: int = 1280, height: int = 900, dark: bool = False) -> Page:
         scheme: Any = "dark" if dark else "light"
         context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
         contexts.append(context)
@@ -54,14 +54,22 @@ def open_page(browser: Browser, server: Running) -> Iterator[Open]:
         page.on(
             "request", lambda request: None if request.url.startswith(server.url) else complaints.append(request.url)
         )
-        page.goto(server.url)
-        expect(page.locator("#status")).to_have_text("live")
+        page.goto(server.url + path)
+        if path == "/":
+            expect(page.locator("#status")).to_have_text("live")
         return page
 
     yield opens
     for context in contexts:
         context.close()
     assert complaints == []
+
+
+def test_the_api_page_needs_nothing_from_elsewhere(open_page: Open) -> None:
+    page = open_page("/docs", width=400, dark=True)
+    expect(page.locator("h1")).to_have_text("HTTP API")
+    expect(page.locator("td", has_text="POST /v1/chat/completions").first).to_be_visible()
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
 
 
 def value(page: Page, name: str) -> float:

@@ -85,6 +85,22 @@ class HashingExecutor:
         return DraftBlock(torch.tensor(blocks), None, None, None, None, torch.tensor(usable))
 
 
+class WatchedBatcher(Batcher):
+    """Who gives way is the worst of its tenant's, and everybody's before who must never be in the way."""
+
+    def preempt(self, request: Request) -> None:
+        for other in self.running:
+            if request.params.priority != LAST_PRIORITY:
+                assert other.params.priority != LAST_PRIORITY
+            if other.tenant == request.tenant:
+                assert rank(other) <= rank(request)
+        super().preempt(request)
+
+
+def rank(request: Request) -> tuple[int, float]:
+    return request.params.priority, request.arrival
+
+
 class EngineMachine(RuleBasedStateMachine):
     """Prompts over two tokens, so that prefixes coincide; a pool that holds two or three requests."""
 
@@ -92,14 +108,15 @@ class EngineMachine(RuleBasedStateMachine):
         super().__init__()
         self.stats = EngineStats()
         pool = BlockPool(BLOCKS, SIZE)
-        self.batcher = Batcher(pool, self.stats, max_num_seqs=4, max_num_batched_tokens=12, gamma=GAMMA)
+        self.batcher = WatchedBatcher(pool, self.stats, max_num_seqs=4, max_num_batched_tokens=12, gamma=GAMMA)
         selection = build_selection("fixed", None, threshold=0.5, floor=None)
         self.loop = StepLoop(self.batcher, HashingExecutor(), selection, check_invariants=True)
         self.live: dict[Request, list[int]] = {}  # and what each must say
+        self.arrivals = 0
 
     @rule(
         prompt=st.lists(st.integers(1, 2), min_size=1, max_size=14),
-        max_tokens=st.integers(1, 10),
+        max_tokens=st.integers(0, 10),
         tenant=st.sampled_from(["a", "b"]),
         priority=st.sampled_from([0, 0, 1, LAST_PRIORITY]),
     )
@@ -111,6 +128,8 @@ class EngineMachine(RuleBasedStateMachine):
         params = SamplingParams(max_tokens=max_tokens, temperature=0.0, priority=priority)
         root = chain_root("machine", tenant)
         made = Request("", len(prompt), list(prompt), params, frozenset({END}), root, nonce=0, tenant=tenant)
+        self.arrivals += 1
+        made.arrival = float(self.arrivals)
         self.batcher.add(made)
         self.live[made] = reference(prompt, max_tokens)
 
@@ -170,6 +189,15 @@ class EngineMachine(RuleBasedStateMachine):
         assert held == set(self.live), "a request was lost, or kept after its end"
         for request, expected in self.live.items():
             assert request.output == expected[: len(request.output)]
+
+    @invariant()
+    def in_order(self) -> None:
+        waiting = list(self.batcher.waiting)
+        for tenant in "ab":
+            own = [rank(each) for each in waiting if each.tenant == tenant]
+            assert own == sorted(own)
+        last = [each.params.priority == LAST_PRIORITY for each in waiting]
+        assert last == sorted(last)
 
     def teardown(self) -> None:
         for _ in range(2000):

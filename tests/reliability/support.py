@@ -109,7 +109,7 @@ def run_child(commands: Connection, log: str, engine: dict[str, Any], settings: 
 
     threading.Thread(target=obey, daemon=True).start()
     try:
-        uvloop.run(serve(made, chosen, sockets=[listener]))
+        uvloop.run(serve(lambda: made, chosen, sockets=[listener]))
     except EngineDeadError:
         os._exit(EXIT_DEAD)
 
@@ -302,9 +302,9 @@ class Command:
         deadline = time.monotonic() + 60
         while True:
             try:
-                assert self.http.get("/health").status_code == 200
+                self.http.get("/health").raise_for_status()
                 return self
-            except httpx.TransportError:
+            except httpx.HTTPError:
                 assert self.process.poll() is None and time.monotonic() < deadline, self.log.read_text()
                 time.sleep(0.05)
 

@@ -3,6 +3,7 @@
 import multiprocessing
 import socket
 import threading
+import time
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def run_child(port: Connection, seen: str) -> None:
     with socket.socket() as probe:
         probe.connect(listener.getsockname())
     port.send(listener.getsockname()[1])
-    uvloop.run(serve(engine, ServerSettings(), sockets=[listener]))
+    uvloop.run(serve(lambda: engine, ServerSettings(), sockets=[listener]))
 
 
 def test_no_request_makes_the_server_go_out(tmp_path: Path) -> None:
@@ -56,6 +57,8 @@ def test_no_request_makes_the_server_go_out(tmp_path: Path) -> None:
     process.start()
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{receiver.recv()}", timeout=20) as http:
+            while http.get("/health").status_code == 503:
+                time.sleep(0.01)
             image = {"type": "image_url", "image_url": {"url": url}}
             for path, body in (
                 ("/v1/completions", {"prompt": f"say {url}", "model": url}),

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 SOURCES = sorted([*(ROOT / "dspark_server").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
 # What a request passes through.
 SERVING = [path for path in SOURCES if path.parent.name in ("api", "engine", "speculation", "runtime", "models")]
-# Run before there is a listener: `pull` and the first start download a model the operator named.
+# Run before anything is served: `pull` and the first start download a model the operator named.
 DOWNLOADS = {"dspark_server/models/hub.py"}
 
 UNPICKLING = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}

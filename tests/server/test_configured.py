@@ -84,9 +84,9 @@ def wait_until_ready(http: httpx.Client, process: subprocess.Popen[bytes], log: 
     while time.monotonic() < end:
         assert process.poll() is None, log.read_text()
         try:
-            if http.get("/health").status_code == 200:
-                return
-        except httpx.ConnectError:
+            http.get("/health").raise_for_status()
+            return
+        except httpx.HTTPError:
             time.sleep(0.05)
     raise AssertionError(log.read_text())
 
