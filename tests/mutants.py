@@ -1,4 +1,5 @@
-"""`make mutants`: plants each known way to lose losslessness in a copy of the package; a named test must fail on it.
+"""`make mutants`: plants each known way to lose losslessness, or a safety, in a copy of the package; a named test must
+fail on it.
 
 A mutant is a few exact replacements in the sources. One that no longer applies, or that its test lets through, fails
 the run. Prints a table and exits 1 if any survived.
@@ -39,7 +40,7 @@ SEQUENTIAL = "dspark_server/speculation/sequential.py"
 ACCEPTANCE, SELECTION = "dspark_server/speculation/acceptance.py", "dspark_server/speculation/selection.py"
 MONTE_CARLO = "tests/engine/test_monte_carlo.py::test_the_law_is_the_targets"
 
-MUTANTS = (
+LOSSLESS = (
     _one("draft and acceptance share noise", "dspark_server/speculation/noise.py", "COIN = 2", "COIN = 1",
          "tests/speculation/test_streams.py::test_everything_in_the_key_gives_another_number"),
     _one("q is not the law drafts were drawn from", SEQUENTIAL, "laws.append(law)", "laws.append(torch.sqrt(law))",
@@ -102,6 +103,44 @@ MUTANTS = (
          "            self.drafter.observe(taps, batch, self.pool)",
          "tests/engine/test_conformance.py"),
 )  # fmt: skip
+
+SERVER, SECURITY = "dspark_server/api/server.py", "tests/api/test_security.py"
+SUPERVISION, ASYNC_ENGINE = "tests/engine/test_supervision.py", "tests/engine/test_async_engine.py"
+
+SAFETY = (
+    _one("an aborted request keeps its blocks", "dspark_server/engine/thread.py",
+         "                    self._core.batcher.remove(message.request)\n", "                    pass\n",
+         f"{ASYNC_ENGINE}::test_abort_frees_blocks_and_ends_once"),
+    _one("a cancelled request goes on", "dspark_server/api/responses.py",
+         "            watcher.cancel()\n            self.generation.close()\n", "            watcher.cancel()\n",
+         "tests/reliability/test_cancel.py::test_a_handler_may_be_cancelled_at_any_await[stream]"),
+    _one("the watchdog sees no hang", "dspark_server/engine/watchdog.py", "if silent >= timeout:",
+         "if silent >= 1000 * timeout:", f"{SUPERVISION}::test_a_step_that_hangs_is_noticed"),
+    _one("a process with a dead engine goes on", SERVER,
+         "        elif monotonic() > self._died + LAST_LOOK:\n            self.should_exit = True\n", "",
+         "tests/reliability/test_exit_code.py::test_a_dead_engine_ends_the_process[engine.thread=die@3]"),
+    _one("the queue has no bound", "dspark_server/engine/admission.py",
+         "if self.in_flight + choices > self._places:", "if self.in_flight + choices > 1000 * self._places:",
+         f"{ASYNC_ENGINE}::test_a_full_queue_refuses_and_a_place_comes_back"),
+    _one("a drain takes new requests", "dspark_server/engine/admission.py", "        if self.draining:\n",
+         "        if self.closed:\n", f"{SUPERVISION}::test_a_prompt_that_was_being_tokenized_meanwhile_is_refused"),
+    _one("the beginning of a key is enough", "dspark_server/api/auth.py", "hmac.compare_digest(key, token)",
+         "(token != b'' and key.startswith(token))", "tests/api/test_auth.py"),
+    _one("keys share their prefixes", "dspark_server/engine/core.py",
+         "chain_root(self.cache_identity, tenant, salt)", 'chain_root(self.cache_identity, "", salt)',
+         "tests/api/test_limits.py::test_one_key_does_not_find_what_another_wrote"),
+    _one("a reader may stall for ever", SERVER, '        self._expect("reader", self.stall_timeout)\n', "",
+         "tests/api/test_lifecycle.py::test_a_reader_that_stalls_is_dropped"),
+    _one("headers may go on for ever", SERVER, "        self._framing += len(data)\n", "",
+         f"{SECURITY}::test_what_never_ends_is_cut_before_anyone_needs_a_key"),
+    _one("bodies have no bound together", "dspark_server/api/edge.py",
+         "self._reading > MOST_BODIES * self._settings.max_body_bytes", "self._reading < 0",
+         f"{SECURITY}::test_bodies_that_are_read_have_a_bound_together"),
+    _one("log lines without their requests", "dspark_server/engine/thread.py",
+         "        concerned.set(lambda: [request.id for request in self._core.batcher.running])\n", "",
+         f"{SECURITY}::test_lines_of_the_step_thread_name_their_requests"),
+)  # fmt: skip
+MUTANTS = LOSSLESS + SAFETY
 
 
 def planted(mutant: Mutant, copy: Path) -> str | None:

@@ -19,6 +19,10 @@ class ApiKeys:
     def __init__(self, keys: Iterable[str]) -> None:
         self._keys = [key.encode() for key in keys]
 
+    def __bool__(self) -> bool:
+        """There are keys."""
+        return bool(self._keys)
+
     def check(self, scope: Scope) -> str:
         """Whose request it is: "key1" for the first key and so on, "" where no key is needed. Takes constant time.
 

@@ -39,7 +39,7 @@ class Chat:
     async def _start(self, asked: Asked[ChatRequest]) -> None:
         """Reserve places, render, tokenize, submit every choice."""
         intake, engine, body = self._intake, self._intake.engine, asked.body
-        with engine.reserve(body.n, asked.likely_tokens) as reservation:
+        with engine.reserve(body.n, min(asked.likely_tokens, engine.max_model_len)) as reservation:
             text = await self._template.render(body)
             tokens = await intake.encode(text, body, add_special_tokens=body.add_special_tokens)
             _, limit = body.limit
@@ -47,7 +47,8 @@ class Chat:
             max_tokens = limit or max(1, engine.room(len(prompt.tokens)))  # 1: refused by `submit`, with both lengths
             if body.min_tokens > max_tokens:
                 raise RequestError(f"`min_tokens`: only {max_tokens} tokens fit after this prompt.", param="min_tokens")
-            intake.submit(asked, await intake.params(body, max_tokens), [prompt], reservation, choices=body.n)
+            params = await intake.params(body, max_tokens, asked.generation.tenant)
+            intake.submit(asked, params, [prompt], reservation, choices=body.n)
 
 
 @contextmanager

@@ -38,8 +38,9 @@ class Completions:
         """Reserve places, tokenize, submit every choice."""
         intake, engine, body = self._intake, self._intake.engine, asked.body
         given = prompts_of(body, vocab_size=engine.vocab_size, max_model_len=engine.max_model_len)
-        with engine.reserve(len(given) * body.candidates, asked.likely_tokens) as reservation:
-            params = await intake.params(body, body.max_tokens)
+        likely = min(asked.likely_tokens, len(given) * engine.max_model_len)
+        with engine.reserve(len(given) * body.candidates, likely) as reservation:
+            params = await intake.params(body, body.max_tokens, asked.generation.tenant)
             prompts = [await self._prompt(each, body) for each in given]
             intake.submit(asked, params, prompts, reservation, choices=body.candidates)
 

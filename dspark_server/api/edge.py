@@ -1,9 +1,11 @@
 """The outermost layer: request ids, keys and their limits, caps on what is read, no exception past it. Plain ASGI."""
 
+import ipaddress
 import logging
 import re
 import uuid
 from contextlib import nullcontext
+from urllib.parse import urlsplit
 
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -11,13 +13,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from dspark_server.api.auth import ApiKeys
 from dspark_server.api.errors import error_response
 from dspark_server.api.limits import KeyLimits
-from dspark_server.api.logs import request_id as logged_request_id
 from dspark_server.api.settings import ServerSettings
-from dspark_server.errors import RequestError
+from dspark_server.errors import CapacityError, RequestError
+from dspark_server.logcontext import concerned
 
 logger = logging.getLogger(__name__)
 
 REQUEST_ID = "dspark_server.request_id"  # where the scope has it
+MOST_BODIES = 16  # of the largest size, at once: what clients send while it is read has a bound for all together
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 
 
@@ -29,6 +32,7 @@ class Edge:
         self._settings = settings
         self._keys = ApiKeys(settings.all_api_keys())
         self._limits = KeyLimits(settings.key_max_requests, settings.key_requests_per_minute)
+        self._reading = 0  # bytes of all bodies that are being served
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -37,8 +41,8 @@ class Edge:
             return
         request_id = _request_id(scope)
         scope[REQUEST_ID] = request_id.decode()
-        logged_request_id.set(request_id.decode())
-        started = False
+        concerned.set(lambda: (request_id.decode(),))
+        started, reading = False, 0
 
         async def send_with_id(message: Message) -> None:
             nonlocal started
@@ -47,18 +51,35 @@ class Edge:
                 message["headers"] = [*message.get("headers", []), (b"x-request-id", request_id)]
             await send(message)
 
+        async def counted() -> Message:
+            """`receive` for a body whose length nobody announced, or announced wrongly."""
+            nonlocal reading
+            message = await receive()
+            if message["type"] == "http.request":
+                size = len(message.get("body", b""))
+                reading, self._reading = reading + size, self._reading + size
+                if reading > self._settings.max_body_bytes:
+                    raise self._too_large()
+                if self._reading > MOST_BODIES * self._settings.max_body_bytes:
+                    raise CapacityError("The server is reading too many large bodies. Try again later.")
+            return message
+
         try:
             tenant = self._keys.check(scope)
             scope.setdefault("state", {})["tenant"] = tenant
+            if not self._keys:
+                _check_origin(scope)
             self._check_sizes(scope)
             with self._limits.admit(tenant) if scope["method"] == "POST" else nullcontext():
-                await self._app(scope, self._counted(receive), send_with_id)
+                await self._app(scope, counted, send_with_id)
         except ClientDisconnect:
             return
         except Exception as error:
             if started:
                 raise  # uvicorn logs it and cuts the connection, which is all that can be done
             await error_response(error)(scope, receive, send_with_id)
+        finally:
+            self._reading -= reading
 
     def _check_sizes(self, scope: Scope) -> None:
         size = 0
@@ -69,24 +90,32 @@ class Edge:
         if size > self._settings.max_header_bytes:
             raise RequestError(f"The headers may have at most {self._settings.max_header_bytes} bytes.", status=431)
 
-    def _counted(self, receive: Receive) -> Receive:
-        """`receive` for a body whose length nobody announced, or announced wrongly."""
-        total = 0
-
-        async def counted() -> Message:
-            nonlocal total
-            message = await receive()
-            if message["type"] == "http.request":
-                total += len(message.get("body", b""))
-                if total > self._settings.max_body_bytes:
-                    raise self._too_large()
-            return message
-
-        return counted
-
     def _too_large(self) -> RequestError:
         limit = self._settings.max_body_bytes
         return RequestError(f"The body may have at most {limit} bytes.", status=413, code="body_too_large")
+
+
+def _check_origin(scope: Scope) -> None:
+    """Without API keys: no page of another site may use the browser of somebody who can reach this server.
+
+    Raises RequestError (403). Browsers send Origin with whatever a page posts; DNS that points at us changes nothing.
+    """
+    for name, value in scope["headers"]:
+        if name == b"origin":
+            host = urlsplit(value.decode("latin-1")).hostname or ""
+            if host != "localhost" and not _is_address(host):
+                message = (
+                    "Web pages of other sites may not use a server without API keys: give it one (--api-key-file)."
+                )
+                raise RequestError(message, status=403, code="foreign_origin")
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 def _request_id(scope: Scope) -> bytes:

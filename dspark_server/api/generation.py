@@ -15,11 +15,13 @@ from typing import Any
 from dspark_server import failpoints
 from dspark_server.api.drafts import DraftRecord
 from dspark_server.api.metrics import Metrics
-from dspark_server.engine.engine import AsyncEngine, Handle, TokenEvent
+from dspark_server.engine.engine import AsyncEngine, Handle
 from dspark_server.engine.logprobs import TokenLogprob
 from dspark_server.engine.output import TextStream
 from dspark_server.engine.request import FinishReason
+from dspark_server.engine.thread import TokenEvent
 from dspark_server.errors import DSparkServerError
+from dspark_server.logcontext import concerned
 
 logger = logging.getLogger(__name__)
 
@@ -115,6 +117,7 @@ class Choice:
         try:
             self._take(event)
         except Exception:
+            concerned.set(self._generation.concerned)  # the engine calls in a context of its own
             logger.exception("turning tokens into text failed")
             self._generation.fail("The output could not be turned into text.")
 
@@ -201,6 +204,7 @@ class Generation:
         self.metrics = metrics
         self.arrival = arrival  # monotonic seconds
         self.tenant = tenant  # whose it is
+        self.concerned = concerned.get()  # what log lines about it say
         self.wants_tokens = wants_tokens
         self.draft_figures = "none"  # or "summary" or "detailed": what the answer says of its drafts
         self.choices: list[Choice] = []

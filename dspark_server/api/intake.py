@@ -61,8 +61,9 @@ class Intake:
         return self._detokenizer
 
     def warm_up(self) -> None:
-        """Build the token table, so that the first request does not pay for it."""
+        """Build what the first request would pay for, and others with it: the token table, the compiler of forms."""
         assert self.detokenizer
+        self._forms.warm_up()
 
     async def read(self, request: Request) -> bytes:
         """The body. Raises RequestError (408) if it does not arrive in time."""
@@ -138,7 +139,7 @@ class Intake:
             raise RequestError("`truncate_prompt_tokens` must be -1 or at least 1.", param="truncate_prompt_tokens")
         return tokens[-(max(1, self.engine.room(answer)) if keep == -1 else keep) :]
 
-    async def params(self, body: GenerationRequest, max_tokens: int) -> SamplingParams:
+    async def params(self, body: GenerationRequest, max_tokens: int, tenant: str) -> SamplingParams:
         """Everything the engine must know of how to sample. Raises RequestError."""
         params = body.sampling(max_tokens)
         if any(not 0 <= token < self.engine.vocab_size for token, _ in params.logit_bias):
@@ -148,7 +149,7 @@ class Intake:
             )
         if body.bad_words:
             params = replace(params, bad_words=await self._bad_words(body.bad_words))
-        grammar = await self._forms.of(body)
+        grammar = await self._forms.of(body, tenant)
         return params if grammar is None else replace(params, grammar=grammar)
 
     async def _bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:

@@ -4,20 +4,32 @@ No line has a prompt or an answer in it, at any level.
 """
 
 import logging
-from contextvars import ContextVar
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
 import orjson
 
-# Of the request that is being served; the client's X-Request-Id if it sent one. Empty outside requests.
-request_id: ContextVar[str] = ContextVar("request_id", default="")
+from dspark_server.logcontext import concerned
 
 TEXT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+SHOWN = 8  # ids in a line for people
+
+
+class TextFormatter(logging.Formatter):
+    """A line for people; the ids of its requests stand behind the message, those of the step thread too."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """The line without its traceback. Line ends and control characters in it are escaped: no text can forge one."""
+        line, identifiers = super().formatMessage(record), concerned.get()()
+        if identifiers:
+            more = f", {len(identifiers) - SHOWN} more" if len(identifiers) > SHOWN else ""
+            line = f"{line} [{', '.join(identifiers[:SHOWN])}{more}]"
+        return line if line.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
 
 
 class JsonFormatter(logging.Formatter):
-    """time (UTC, ISO 8601), level, logger, message, and request_id and exception where there are any."""
+    """time (UTC, ISO 8601), level, logger, message, and request_id (request_ids) and exception where there are any."""
 
     def format(self, record: logging.LogRecord) -> str:
         """One line: whatever a message holds, JSON escapes its line ends."""
@@ -27,16 +39,21 @@ class JsonFormatter(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
-        if identifier := request_id.get():
-            fields["request_id"] = identifier
+        fields |= _identified(concerned.get()())
         if record.exc_info:
             fields["exception"] = self.formatException(record.exc_info)
         return orjson.dumps(fields, default=str).decode()
 
 
+def _identified(identifiers: Sequence[str]) -> dict[str, Any]:
+    if len(identifiers) > 1:
+        return {"request_ids": list(identifiers)}
+    return {"request_id": identifiers[0]} if identifiers else {}
+
+
 def formatter(kind: str) -> logging.Formatter:
     """For `--log-format` text or json."""
-    return JsonFormatter() if kind == "json" else logging.Formatter(TEXT)
+    return JsonFormatter() if kind == "json" else TextFormatter(TEXT)
 
 
 def set_up(level: str, kind: str) -> None:

@@ -26,6 +26,7 @@ MAX_LOGPROBS = 20  # alternatives per token
 MAX_BIASES = 1024
 MAX_ALLOWED = 65536
 MAX_BAD_WORDS = 128
+MAX_CONTAINERS = 1 << 18  # brackets and braces of a body, those in texts too: so many lists take the event loop 0.1 s
 MAX_GRAMMAR = 64 << 10  # bytes of a schema, a regular expression or a list of choices
 
 # Values that ask for nothing, of fields that are not supported: with them the output is what it would be without.
@@ -331,6 +332,8 @@ def parse(body: bytes, kind: type[Kind]) -> Kind:
 
 def read_object(body: bytes) -> dict[str, Any]:
     """The JSON object a body is. Raises RequestError (400) for anything else."""
+    if body.count(b"[") + body.count(b"{") > MAX_CONTAINERS:
+        raise RequestError(f"The body has over {MAX_CONTAINERS} brackets and braces.", code="body_too_complex")
     try:
         values = orjson.loads(body)  # refuses NaN, 1e309, lone surrogates, a BOM and deep nesting by itself
     except orjson.JSONDecodeError as error:

@@ -35,12 +35,22 @@ logger = logging.getLogger(__name__)
 HEADER_TIMEOUT = 30.0  # seconds in which a request's headers must have arrived
 LAST_LOOK = 1.0  # seconds a server with a dead engine still answers: readiness shows it, requests get their error
 LAST_WORDS_TIMEOUT = 5  # seconds for the last chunks to reach their readers
+MOST_FRAMING = 2 << 20  # bytes of a request that are not body before its connection is cut
+CHUNK_FRAMING = 16  # bytes that each byte of a body may come with, itself among them
+MAX_PIPELINED = 64  # requests that a connection may send ahead of their answers
 
 
 class Protocol(HttpToolsProtocol):
-    """uvicorn's HTTP/1.1 with two deadlines it lacks: for a request's headers, and for a reader that takes nothing."""
+    """uvicorn's HTTP/1.1 with the bounds it lacks.
+
+    Two deadlines: for a request's headers, and for a reader that takes nothing. A bound on all that is not body
+    (headers, chunk extensions, trailers: the parser keeps them before anybody is asked for a key), and one on pipelined
+    requests.
+    """
 
     stall_timeout = 60.0
+    max_header_bytes = 64 << 10
+    _framing = 0  # bytes of the current request that are not body, less what its body may need
     _deadlines: dict[str, asyncio.TimerHandle]
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -48,6 +58,23 @@ class Protocol(HttpToolsProtocol):
         self._deadlines = {}
         super().connection_made(transport)
         self._expect("headers", HEADER_TIMEOUT)
+
+    def data_received(self, data: bytes) -> None:
+        """Bytes from the client."""
+        self._framing += len(data)
+        super().data_received(data)
+        if self._framing > max(MOST_FRAMING, self.max_header_bytes) or len(self.pipeline) > MAX_PIPELINED:
+            self.transport.abort()
+
+    def on_body(self, body: bytes) -> None:
+        """Part of a body: it may come in chunks as small as a byte, with a few bytes of framing each."""
+        self._framing = max(0, self._framing - CHUNK_FRAMING * len(body))
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """The request is here, and with it perhaps the next."""
+        self._framing = 0
+        super().on_message_complete()
 
     def on_message_begin(self) -> None:
         """A request begins, the first of its connection or a later one."""
@@ -191,6 +218,7 @@ class Server(uvicorn.Server):
 def _config(app: Door, settings: ServerSettings) -> uvicorn.Config:
     class ConfiguredProtocol(Protocol):
         stall_timeout = settings.stall_timeout
+        max_header_bytes = settings.max_header_bytes
 
     return uvicorn.Config(
         app,

@@ -36,7 +36,7 @@ class ServerSettings:
     dashboard: bool = setting(
         True, "Show what speculation does, live, at /. Its users may switch the policy.", group="Server"
     )
-    max_body_bytes: int = setting(32 << 20, "Largest request body; beyond, clients get 413.", group="Limits", minimum=1)
+    max_body_bytes: int = setting(8 << 20, "Largest request body; beyond, clients get 413.", group="Limits", minimum=1)
     max_header_bytes: int = setting(
         64 << 10, "Largest sum of a request's headers; beyond, clients get 431.", group="Limits", minimum=1
     )

@@ -27,9 +27,14 @@ class StructuredForms:
         self._engine = engine
         self._compiler: GrammarCompiler | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="grammar")
-        self._kept: OrderedDict[tuple[str, str], CompiledForm] = OrderedDict()
+        # By tenant too: by the time a form takes nobody may learn that another uses it.
+        self._kept: OrderedDict[tuple[str, str, str], CompiledForm] = OrderedDict()
 
-    async def of(self, body: GenerationRequest) -> "CompiledForm | None":
+    def warm_up(self) -> None:
+        """Make the compiler, which holds the interpreter for up to seconds: before there are requests to wait."""
+        self._compiler_now()
+
+    async def of(self, body: GenerationRequest, tenant: str) -> "CompiledForm | None":
         """The form a request asks for; None for free text. Raises RequestError."""
         form = asked_form(body)
         if form is None:
@@ -37,13 +42,13 @@ class StructuredForms:
         param, kind, text = form
         if len(text) > MAX_GRAMMAR:
             raise RequestError(f"`{param}` may have at most {MAX_GRAMMAR} characters.", param=param)
-        found = self._kept.get((kind, text))
+        found = self._kept.get((tenant, kind, text))
         if found is None:
             found = await self._compile(param, kind, text)
-            self._kept[kind, text] = found
+            self._kept[tenant, kind, text] = found
             while len(self._kept) > KEPT_FORMS:
                 self._kept.popitem(last=False)
-        self._kept.move_to_end((kind, text))
+        self._kept.move_to_end((tenant, kind, text))
         return found
 
     async def _compile(self, param: str, kind: str, text: str) -> "CompiledForm":
@@ -56,14 +61,18 @@ class StructuredForms:
         except ValueError as error:
             raise RequestError(f"`{param}` cannot be followed: {str(error)[:200]}", param=param) from None
 
-    def _compile_now(self, kind: str, text: str) -> "CompiledForm":
+    def _compiler_now(self) -> "GrammarCompiler":
         from dspark_server.engine.grammar import GrammarCompiler  # only where it is used: it takes memory
 
         if self._compiler is None:
             self._compiler = GrammarCompiler(self._engine.tokenizer, self._engine.vocab_size)
+        return self._compiler
+
+    def _compile_now(self, kind: str, text: str) -> "CompiledForm":
+        compiler = self._compiler_now()
         if kind == "regex":
-            return self._compiler.regex(text)
-        return self._compiler.choice(orjson.loads(text)) if kind == "choice" else self._compiler.json_schema(text)
+            return compiler.regex(text)
+        return compiler.choice(orjson.loads(text)) if kind == "choice" else compiler.json_schema(text)
 
 
 def asked_form(body: GenerationRequest) -> Form | None:

@@ -20,7 +20,7 @@ from dspark_server.api.intake import Intake
 from dspark_server.api.schema import Body, TokenId, read_object, validated
 from dspark_server.errors import CapacityError, RequestError
 
-MAX_TEXT = 4 << 20  # characters
+MAX_TEXT = 1 << 20  # characters
 MAX_TOKENS = 1 << 20
 MAX_WAITING = 64  # texts at once
 

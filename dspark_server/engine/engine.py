@@ -1,16 +1,14 @@
 """The engine's front door: submit, stream, abort, drain, health.
 
-The event loop and the step thread share nothing mutable. Requests and aborts travel through one inbox; what a step
-gave comes back in one message, with one wake-up of the event loop per step, not per token.
+The event loop and the step thread (thread.py) share nothing mutable. Requests and aborts travel through one inbox; what
+a step gave comes back in one message, with one wake-up of the event loop per step, not per token.
 """
 
 import asyncio
 import copy
 import logging
-import queue
 import random
 import secrets
-import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -21,38 +19,14 @@ from transformers import PreTrainedTokenizerBase
 from dspark_server import failpoints
 from dspark_server.engine.admission import Admission, Reservation
 from dspark_server.engine.core import EngineCore
-from dspark_server.engine.logprobs import TokenLogprob
-from dspark_server.engine.request import FinishReason, Request, SamplingParams, Status
+from dspark_server.engine.request import FinishReason, Request, SamplingParams
 from dspark_server.engine.stats import EngineStats
-from dspark_server.engine.step import StepOutput, StepTrace
-from dspark_server.engine.watchdog import Heartbeat, watch
+from dspark_server.engine.step import StepTrace
+from dspark_server.engine.thread import Abort, Select, StepThread, TokenEvent, Watch
+from dspark_server.engine.watchdog import watch
 from dspark_server.errors import CapacityError, DeadlineError, DSparkServerError, EngineDeadError, RequestError
 
 logger = logging.getLogger(__name__)
-
-# A step that fails takes its requests with it; this many in a row mean that the engine cannot go on.
-MAX_FAILED_STEPS = 3
-
-
-@dataclass(frozen=True)
-class TokenEvent:
-    """Tokens one step committed to one choice. The last event, and only it, has a finish reason.
-
-    `admitted` is when the choice first left the queue, in monotonic seconds. In this step the target verified `drafted`
-    draft tokens and accepted the first `accepted` of them. An `error` may have a `cause` that says its HTTP status.
-    """
-
-    tokens: list[int]
-    finish_reason: FinishReason | None = None
-    stop_token: int | None = None
-    error: str | None = None
-    cached_tokens: int = 0
-    logprobs: list[TokenLogprob] | None = None  # of `tokens`, where they were asked for
-    prompt_logprobs: list[TokenLogprob | None] | None = None  # with the first tokens, where they were asked for
-    admitted: float = 0.0
-    drafted: int = 0
-    accepted: int = 0
-    cause: DSparkServerError | None = None
 
 
 @dataclass(eq=False)
@@ -64,27 +38,6 @@ class Handle:
     finished: bool = False
     queued_tokens: int = 0  # of the prompt, until the first event
     timers: list[asyncio.TimerHandle] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class _Abort:
-    """Message to the step thread: let this request go."""
-
-    request: Request
-
-
-@dataclass(frozen=True)
-class _Select:
-    """Message to the step thread: select by this policy."""
-
-    policy: str
-
-
-@dataclass(frozen=True)
-class _Watch:
-    """Message to the step thread: show steps to this observer."""
-
-    trace: Callable[[StepTrace], None] | None
 
 
 class AsyncEngine:
@@ -104,17 +57,15 @@ class AsyncEngine:
         self.policies = core.policies
         self.selection = core.loop.selection  # the policy asked for last
         self.costs = core.loop.capacity  # its tables are replaced whole: safe to read
-        self._inbox: queue.SimpleQueue[Request | _Abort | _Select | _Watch | None] = queue.SimpleQueue()
+        self._steps = StepThread(core, self._dispatch, self._mourn)
         self._handles: dict[Request, Handle] = {}
         places = core.config.max_num_seqs + core.config.max_num_queued_reqs
         self._admission = Admission(places, core.config.max_num_queued_tokens)
         self._config = core.config
-        self._heart = Heartbeat()
         self._watchdog: asyncio.Task[None] | None = None
         self._random = random.Random(core.config.seed) if core.config.seed is not None else None
         self._dead: str | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread: threading.Thread | None = None
         self._encoder = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
         self._encoder_tokenizer = copy.deepcopy(tokenizer)  # a tokenizer serves one thread
 
@@ -143,33 +94,32 @@ class AsyncEngine:
     def select(self, policy: str) -> None:
         """Select by `policy` (one of `core.policies`) from the next step on; outputs stay lossless."""
         self.selection = policy
-        self._inbox.put(_Select(policy))
+        self._steps.put(Select(policy))
 
     def watch(self, trace: Callable[[StepTrace], None] | None) -> None:
         """Let `trace` see every step that samples, on the step thread; None ends it, and then it costs nothing.
 
         It must not raise, and must not keep tensors.
         """
-        self._inbox.put(_Watch(trace))
+        self._steps.put(Watch(trace))
 
     # -- life --------------------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
         """Start the step thread; must be called on the event loop that will use the engine."""
         self._loop = asyncio.get_running_loop()
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._thread.start()
+        self._steps.start(self._loop)
         timeout = self._config.step_timeout
-        self._watchdog = asyncio.create_task(watch(self._thread, self._heart, timeout, self._mourn))
+        self._watchdog = asyncio.create_task(watch(self._steps.thread, self._steps.heart, timeout, self._mourn))
 
     async def stop(self) -> None:
         """End the step thread. Requests still in flight get their terminal event first."""
         self.fail_all("The server is shutting down.")
-        self._inbox.put(None)
+        self._steps.put(None)
         if self._watchdog is not None:
             self._watchdog.cancel()
-        if self._thread is not None and self._dead is None:  # a dead one may hang
-            await asyncio.get_running_loop().run_in_executor(None, self._thread.join, 5.0)
+        if self._steps.thread.is_alive() and self._dead is None:  # a dead one may hang
+            await asyncio.get_running_loop().run_in_executor(None, self._steps.thread.join, 5.0)
         self._encoder.shutdown(wait=False, cancel_futures=True)
 
     @property
@@ -196,7 +146,7 @@ class AsyncEngine:
         self._admission.closed = self._admission.draining
         for handle in list(self._handles.values()):
             self._finish(handle, TokenEvent([], FinishReason.ERROR, error=message))
-            self._inbox.put(_Abort(handle.request))
+            self._steps.put(Abort(handle.request))
 
     # -- requests ----------------------------------------------------------------------------------------------------
 
@@ -265,7 +215,7 @@ class AsyncEngine:
         handle = Handle(request, on_tokens, queued_tokens=queued)
         self._set_deadlines(handle)
         self._handles[request] = handle
-        self._inbox.put(request)
+        self._steps.put(request)
         return handle
 
     def _check(self, prompt: list[int], params: SamplingParams) -> None:
@@ -306,13 +256,13 @@ class AsyncEngine:
     def _end(self, handle: Handle, cause: DSparkServerError) -> None:
         if not handle.finished:
             self._finish(handle, TokenEvent([], FinishReason.ERROR, error=str(cause), cause=cause))
-            self._inbox.put(_Abort(handle.request))
+            self._steps.put(Abort(handle.request))
 
     def abort(self, handle: Handle) -> None:
         """Stop a choice; its blocks are free again within a step. Does nothing if it has ended."""
         if not handle.finished:
             self._finish(handle, TokenEvent([], FinishReason.ABORT))
-            self._inbox.put(_Abort(handle.request))
+            self._steps.put(Abort(handle.request))
 
     # -- event-loop side of the step thread --------------------------------------------------------------------------
 
@@ -348,91 +298,3 @@ class AsyncEngine:
     def _dequeue(self, handle: Handle) -> None:
         self._admission.release(0, handle.queued_tokens)
         handle.queued_tokens = 0
-
-    # -- the step thread ---------------------------------------------------------------------------------------------
-
-    def _run(self) -> None:
-        try:
-            self._steps()
-        except BaseException as error:
-            logger.critical("the engine's thread ended", exc_info=error)
-            self._die(f"its thread ended with {type(error).__name__}")
-
-    def _steps(self) -> None:
-        batcher, failures = self.core.batcher, 0
-        while self._receive():
-            failpoints.hit("engine.thread")
-            if not self.core.loop.has_work:
-                continue
-            held = [*batcher.running, *batcher.waiting]
-            try:
-                outputs = self.core.loop.step()
-                failures = 0
-            except Exception as error:
-                logger.exception("a step failed")
-                failures += 1
-                outputs = self.core.fail_step(
-                    held, f"The engine failed while running this request ({type(error).__name__})."
-                )
-                if failures == MAX_FAILED_STEPS:
-                    self._post(outputs)
-                    self._die(f"{failures} steps in a row failed, the last with {type(error).__name__}")
-                    return
-            self._post(outputs)
-
-    def _receive(self) -> bool:
-        """Take what is in the inbox, waiting if there is nothing else to do; False when told to stop."""
-        block = not self.core.loop.has_work
-        while True:
-            if block:
-                self._heart.wait()
-            try:
-                message = self._inbox.get(block=block)
-            except queue.Empty:
-                return True
-            finally:
-                self._heart.beat()
-            block = False
-            if message is None:
-                return False
-            if isinstance(message, _Abort):
-                if message.request.status is not Status.FINISHED:
-                    self.core.batcher.remove(message.request)
-                    self.core.batcher.update_gauges()
-            elif isinstance(message, _Select):
-                self.core.select(message.policy)
-            elif isinstance(message, _Watch):
-                self.core.loop.watch(message.trace)
-            else:
-                self.core.batcher.add(message)
-
-    def _post(self, outputs: list[StepOutput]) -> None:
-        failpoints.hit("engine.post")
-        if outputs:
-            self._on_loop(self._dispatch, [(output.request, _event(output)) for output in outputs])
-
-    def _die(self, reason: str) -> None:
-        self._on_loop(self._mourn, reason)
-
-    def _on_loop(self, function: Callable[..., None], *arguments: object) -> None:
-        assert self._loop is not None
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(function, *arguments)
-
-
-def _event(output: StepOutput) -> TokenEvent:
-    request = output.request
-    stopped = request.finish_reason is FinishReason.STOP
-    return TokenEvent(
-        tokens=output.tokens,
-        finish_reason=request.finish_reason,
-        stop_token=output.tokens[-1] if stopped and output.tokens[-1] in request.stop_ids else None,
-        error=request.error,
-        cached_tokens=request.cached_tokens or 0,
-        logprobs=output.logprobs,
-        prompt_logprobs=output.prompt_logprobs,
-        admitted=request.admitted,
-        drafted=output.drafted,
-        accepted=output.accepted,
-        cause=RequestError(request.error) if request.impossible and request.error else None,
-    )

@@ -48,7 +48,8 @@ class GrammarCompiler:
     def _compile(self, make: Any) -> "CompiledForm":
         try:
             grammar = make()
-            matcher = LLMatcher(self._tokenizer, grammar, limits=LLParserLimits())
+            # Silent: what it has to say of a form is the client's, not the log's.
+            matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=LLParserLimits())
         except ValueError as error:
             raise FormError(str(error)) from None
         if matcher.is_error():

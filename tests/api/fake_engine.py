@@ -22,10 +22,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from dspark_server.api import ServerSettings, serve
-from dspark_server.engine.engine import TokenEvent
 from dspark_server.engine.logprobs import TokenLogprob
 from dspark_server.engine.request import FinishReason, SamplingParams
 from dspark_server.engine.stats import EngineStats
+from dspark_server.engine.thread import TokenEvent
 from dspark_server.errors import CapacityError, EngineDeadError, RequestError
 
 EOS = 256

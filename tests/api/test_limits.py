@@ -10,9 +10,9 @@ from dspark_server.api import ServerSettings
 from dspark_server.api.limits import KeyLimits
 from dspark_server.engine.batcher import LAST_PRIORITY, Batcher
 from dspark_server.engine.blocks import BlockPool
-from dspark_server.engine.engine import TokenEvent
 from dspark_server.engine.request import FinishReason, Request, SamplingParams
 from dspark_server.engine.stats import EngineStats
+from dspark_server.engine.thread import TokenEvent
 from dspark_server.errors import CapacityError, DeadlineError, LimitError
 
 from .conftest import tiny_engine

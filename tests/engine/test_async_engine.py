@@ -8,8 +8,9 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from dspark_server.engine import step
-from dspark_server.engine.engine import AsyncEngine, Handle, TokenEvent
+from dspark_server.engine.engine import AsyncEngine, Handle
 from dspark_server.engine.request import FinishReason, Request
+from dspark_server.engine.thread import TokenEvent
 from dspark_server.errors import CapacityError, EngineDeadError, RequestError
 from tests.api.fake_engine import build_tokenizer
 

@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import json
 import logging
+import re
 import struct
 import subprocess
 import sys
@@ -181,16 +182,24 @@ def main() -> int:
     if given.here:
         return one(given.targets[0], given.seconds)
     broken = 0
-    for target in given.targets:  # a process each: the fuzzer ends its own
-        command = [sys.executable, "-m", "tests.reliability.fuzz", target, "--here", "--seconds", str(given.seconds)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        output = done.stdout + done.stderr
-        lines = [line for line in output.splitlines() if "number_of_executed_units" in line or "inputs by" in line]
-        print(f"{target}: {'ok' if done.returncode == 0 else 'BROKEN'}; {'; '.join(lines)}")
-        if done.returncode:
-            print(output[-5000:])
-            broken = 1
-    return broken
+    for target in given.targets:
+        failed, seen = fuzz(target, given.seconds)
+        print(f"{target}: {seen}")
+        broken |= failed
+    return int(broken)
+
+
+def fuzz(target: str, seconds: float) -> tuple[bool, str]:
+    """Fuzz in a process of its own, which the fuzzer ends: whether a property broke, and what was seen."""
+    command = [sys.executable, "-m", "tests.reliability.fuzz", target, "--here", "--seconds", str(seconds)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    output = done.stdout + done.stderr
+    if done.returncode:
+        print(output[-5000:], file=sys.stderr)
+    counted = re.search(r"number_of_executed_units: (\d+)|: (\d+) inputs by hypothesis", output)
+    by = "atheris" if counted and counted[1] else "hypothesis"
+    inputs = f"{int(counted[1] or counted[2]):,} inputs by {by}" if counted else "no count of inputs"
+    return done.returncode != 0 or counted is None, inputs + (", BROKEN" if done.returncode else "")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,16 @@
 """A live server in a process of its own, over the real engine and a tiny model; a pipe arms its failpoints."""
 
+import asyncio
 import contextlib
+import json
 import multiprocessing
 import os
 import resource
 import signal
 import socket
+import struct
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -21,6 +26,18 @@ FIXTURE = Path(__file__).parents[1] / "fixtures" / "dspark_qwen3_vanilla"
 EXIT_DEAD = 70
 
 CANARY = {"prompt": [5, 9, 11, 7], "max_tokens": 24, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+
+
+def body(seed: int, max_tokens: int = 200, **fields: Any) -> dict[str, Any]:
+    """A greedy request of its own."""
+    prompt = [3 + (seed * 37 + index * index * 11) % 240 for index in range(8 + seed % 5)]
+    return {**CANARY, "prompt": prompt, "max_tokens": max_tokens, **fields}
+
+
+def bodies(count: int, max_tokens: int = 200) -> list[dict[str, Any]]:
+    """Requests of their own, every other one streamed."""
+    return [body(seed, max_tokens, stream=bool(seed % 2)) for seed in range(count)]
+
 
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["dspark_server.api.server", "dspark_server.engine.core"])
@@ -76,6 +93,7 @@ def run_child(commands: Connection, log: str, engine: dict[str, Any], settings: 
             "steps": stats.steps,
             "queued_tokens": made.queued_tokens,
             "threads": threading.active_count(),
+            "tasks": len(asyncio.all_tasks(made._loop)) if made._loop else 0,
             "files": len(os.listdir("/proc/self/fd")),
             "rss": int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize(),
         }
@@ -176,8 +194,6 @@ class Server:
         return answer
 
     def _ask(self, body: dict[str, Any], headers: dict[str, str]) -> Answer:
-        import json
-
         response = self.http.post("/v1/completions", json=body, headers=headers)
         if response.status_code != 200 or not body.get("stream"):
             said = response.json()
@@ -230,6 +246,11 @@ class Server:
 
         return self.wait(idle, "idle", seconds)
 
+    def processor_seconds(self) -> float:
+        """Processor time of the process so far."""
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
     def signal(self, number: int) -> None:
         os.kill(self.process.pid, number)
 
@@ -255,6 +276,42 @@ class Server:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+class Command:
+    """`dspark-server serve` itself, over the tiny model without a drafter."""
+
+    def __init__(self, directory: Path, *options: str, **environment: str) -> None:
+        from tests.api.fake_engine import build_tokenizer
+
+        build_tokenizer().save_pretrained(directory / "tokenizer")
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        command = [sys.executable, "-c", "from dspark_server.cli import main; main()", "serve", str(FIXTURE / "target")]
+        command += ["--tokenizer", str(directory / "tokenizer"), "--kv-cache-memory-bytes", "8000000"]
+        self.log = directory / "log"
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [*command, "--port", str(port), *options], env=os.environ | environment, stdout=log, stderr=log
+            )
+        self.http = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30)
+
+    def __enter__(self) -> "Command":
+        """Ready."""
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                self.http.get("/health").raise_for_status()
+                return self
+            except httpx.HTTPError:
+                assert self.process.poll() is None and time.monotonic() < deadline, self.log.read_text()
+                time.sleep(0.05)
+
+    def __exit__(self, *exc: object) -> None:
+        self.http.close()
+        self.process.kill()
+        self.process.wait()
 
 
 class Canaries:
@@ -285,3 +342,22 @@ class Canaries:
     def __exit__(self, *exc: object) -> None:
         self._stop.set()
         self._thread.join(60)
+
+
+def raw(server: Server, asked: dict[str, Any]) -> socket.socket:
+    """A request over a plain socket, nothing read."""
+    connection = socket.create_connection(("127.0.0.1", server.port), timeout=10)
+    send(connection, asked)
+    return connection
+
+
+def send(connection: socket.socket, asked: dict[str, Any]) -> None:
+    """A completion request, as bytes."""
+    content = json.dumps(asked).encode()
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(content)
+    connection.sendall(head + content)
+
+
+def reset(connection: socket.socket) -> None:
+    """Let the next close be a reset."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
