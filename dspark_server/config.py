@@ -112,7 +112,9 @@ class EngineConfig:
     )
     enable_prefix_caching: bool = setting(True, "Reuse KV blocks of common prefixes.", group="Engine")
     enforce_eager: bool = setting(False, "No CUDA graphs; on CPU there are none anyway.", group="Engine")
-    tensor_parallel_size: int = setting(1, "Devices that share the model; on CPU only 1.", group="Engine", minimum=1)
+    tensor_parallel_size: int = setting(
+        1, "Processes that share the model, each with its part of every layer.", group="Engine", minimum=1
+    )
     seed: int | None = setting(None, "Seed of private noise, for repeatable experiments.", group="Engine")
     speculative: SpeculativeConfig = setting(
         SpeculativeConfig(),
@@ -137,9 +139,4 @@ class EngineConfig:
             raise ConfigError(
                 "--gpu-memory-utilization sizes the KV pool by a GPU's memory, and this build runs on the CPU: "
                 "use --kv-cache-memory-bytes."
-            )
-        if self.tensor_parallel_size > 1:
-            raise ConfigError(
-                f"--tensor-parallel-size {self.tensor_parallel_size} is not supported yet: one process serves the "
-                "whole model; start more servers to use more processors."
             )

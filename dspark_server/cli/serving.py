@@ -1,10 +1,9 @@
 """`serve`, and `config`, which says what it would serve with."""
 
 import logging
-import os
 import signal
 import sys
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 
@@ -12,11 +11,12 @@ from dspark_server import failpoints
 from dspark_server.api.logs import set_up
 from dspark_server.api.settings import ServerSettings
 from dspark_server.cli.options import takes_settings
+from dspark_server.cli.ranks import EXIT_DEAD, Ranks
 from dspark_server.config import EngineConfig
 from dspark_server.errors import EngineDeadError
+from dspark_server.models.config import load_config
+from dspark_server.models.hub import resolve_model
 from dspark_server.resolve import Resolution
-
-EXIT_DEAD = 70  # EX_SOFTWARE: the engine died, and with it the server
 
 
 @takes_settings()
@@ -25,34 +25,58 @@ def serve(resolution: Resolution) -> None:
     config, settings = resolution.make(EngineConfig), resolution.make(ServerSettings)
     set_up(settings.log_level, settings.log_format)
     log = logging.getLogger("dspark_server")
-    log.info("settings: %s", resolution)
     if armed := failpoints.arm_from_environment():
         log.warning("failpoints are armed, this server will fail on purpose: %s", ", ".join(armed))
     # Until the server handles it: as the first process of a container this one would else not hear of it.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    # Imported here: torch takes seconds, and a wrong setting should not.
+    if config.tensor_parallel_size > 1:  # before there are processes that would all say the same
+        load_config(resolve_model(config.model, revision=config.revision)).shared_by(config.tensor_parallel_size)
+    # From here on torch is imported, which takes seconds; a wrong setting did not.
+    with Ranks.start(config.tensor_parallel_size, config.step_timeout) as ranks:
+        if ranks.group.rank != 0:
+            _follow(config, ranks)
+            return
+        log.info("settings: %s", resolution)
+        _lead(config, settings, ranks)
+
+
+def _lead(config: EngineConfig, settings: ServerSettings, ranks: Ranks) -> None:
+    """What rank 0 does, and most servers have no other."""
     from dspark_server.api.server import StillLoading, run
     from dspark_server.engine.core import EngineCore
     from dspark_server.engine.engine import AsyncEngine
 
+    log = logging.getLogger("dspark_server")
+
     def load() -> AsyncEngine:
         log.info("loading %s; /health is 503 until it is there", config.model)
-        core = EngineCore.load(config)
-        return AsyncEngine(core, core.load_tokenizer())
+        core = EngineCore.load(config, group=ranks.group)
+        engine = AsyncEngine(core, core.load_tokenizer())
+        ranks.watch(engine.die)
+        return engine
 
     try:
         run(load, settings)
     except StillLoading:
-        _leave(0)
+        ranks.leave(0)
     except EngineDeadError as error:
         log.critical("%s The process ends; start it again.", error)
-        _leave(EXIT_DEAD)
+        ranks.leave(EXIT_DEAD)
 
 
-def _leave(code: int) -> NoReturn:
-    """Not sys.exit: it waits for threads, and the one that loads or steps may never end."""
-    logging.shutdown()
-    os._exit(code)
+def _follow(config: EngineConfig, ranks: Ranks) -> None:
+    """What a rank other than 0 does: it serves rank 0, which says when it ends; signals are for that one."""
+    from dspark_server.engine.parallel import follow
+    from dspark_server.runtime.parallel import TorchGroup
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    assert isinstance(ranks.group, TorchGroup)
+    try:
+        follow(config, ranks.group)
+    except EngineDeadError as error:
+        logging.getLogger("dspark_server").critical("rank %d: %s", ranks.group.rank, error)
+        ranks.leave(EXIT_DEAD)
 
 
 @takes_settings()

@@ -12,7 +12,8 @@ from dspark_server import failpoints
 from dspark_server.config import EngineConfig, SpeculativeConfig
 from dspark_server.engine.batcher import Batcher
 from dspark_server.engine.blocks import BlockPool, chain_root
-from dspark_server.engine.executor import TorchExecutor
+from dspark_server.engine.executor import Executor, TorchExecutor
+from dspark_server.engine.parallel import LeadingExecutor, announce
 from dspark_server.engine.profile import profile
 from dspark_server.engine.request import FinishReason, Request, SamplingParams
 from dspark_server.engine.stats import EngineStats
@@ -22,6 +23,7 @@ from dspark_server.models.config import read_json
 from dspark_server.models.decoder import Decoder
 from dspark_server.models.hub import cache_dir, resolve_model, shipped_drafter
 from dspark_server.runtime.kv import KVPool
+from dspark_server.runtime.parallel import ALONE, Group, TorchGroup
 from dspark_server.speculation.capacity import Capacity, Profile
 from dspark_server.speculation.copying import CopyTables
 from dspark_server.speculation.drafter import Drafter, NoDrafter
@@ -61,10 +63,12 @@ class EngineCore:
         }
 
     @classmethod
-    def load(cls, config: EngineConfig, costs: Profile | None = None, **loop_options: Any) -> "EngineCore":
+    def load(
+        cls, config: EngineConfig, costs: Profile | None = None, group: Group = ALONE, **loop_options: Any
+    ) -> "EngineCore":
         """Load weights, allocate the KV pool, measure what steps cost (or believe `costs`).
 
-        `loop_options` go to StepLoop.
+        `loop_options` go to StepLoop. This is rank 0 of the group; its other ranks `follow`.
 
         Raises CheckpointError for a model that cannot be read, ConfigError for settings that do not fit it.
         """
@@ -72,14 +76,18 @@ class EngineCore:
         directory = resolve_model(config.model, revision=config.revision)
         kernels = dspark_kernels.load()
         dtype = _dtype(config.dtype, directory)
-        target = Decoder.load(directory, dtype, kernels, config.max_model_len)
+        if isinstance(group, TorchGroup):
+            announce(directory, dtype, config.max_model_len, group)
+        target = Decoder.load(directory, dtype, kernels, config.max_model_len, group)
         drafter = _drafter(config.speculative, target, directory, dtype, kernels)
         groups = [target.kv_group] + ([drafter.kv_group] if drafter.kv_group else [])
         block_bytes = KVPool.bytes_per_block(config.block_size, groups, dtype)
         num_blocks = config.num_blocks or config.kv_cache_memory_bytes // block_bytes
         pool = KVPool(num_blocks, config.block_size, groups, dtype)
-        executor = TorchExecutor(target, drafter, pool)
+        executor: Executor = TorchExecutor(target, drafter, pool)
         _check_pool(config, num_blocks, executor.gamma)
+        if isinstance(group, TorchGroup):
+            executor = LeadingExecutor(executor, group, num_blocks)
         batcher = Batcher(
             BlockPool(num_blocks, config.block_size, prefix_caching=config.enable_prefix_caching),
             EngineStats(),
@@ -90,6 +98,7 @@ class EngineCore:
         policy = config.speculative.selection if executor.gamma else "none"
         cache_identity = f"{directory}|{dtype}|{drafter.identity}"
         backend = f"{kernels.name}, {target.lm_head.backend} linear, {str(dtype).removeprefix('torch.')}"
+        backend += f", {group.size} ranks" if group.size > 1 else ""
         capacity = None
         if policy in ("causal", "lagged"):
             measured = costs or profile(

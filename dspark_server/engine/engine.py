@@ -122,6 +122,10 @@ class AsyncEngine:
             await asyncio.get_running_loop().run_in_executor(None, self._steps.thread.join, 5.0)
         self._encoder.shutdown(wait=False, cancel_futures=True)
 
+    def die(self, reason: str) -> None:
+        """The engine cannot go on: what it runs on is gone. Any thread may say so."""
+        self._steps.die(reason)
+
     @property
     def failure(self) -> str | None:
         """Why the engine is dead; None while it is not."""

@@ -13,7 +13,7 @@ from dspark_server.engine.logprobs import TokenLogprob
 from dspark_server.engine.request import FinishReason, Request, Status
 from dspark_server.engine.step import StepOutput, StepTrace
 from dspark_server.engine.watchdog import Heartbeat
-from dspark_server.errors import DSparkServerError, RequestError
+from dspark_server.errors import DSparkServerError, EngineDeadError, RequestError
 from dspark_server.logcontext import concerned
 
 logger = logging.getLogger(__name__)
@@ -102,7 +102,7 @@ class StepThread:
             self._steps()
         except BaseException as error:
             logger.critical("the engine's thread ended", exc_info=error)
-            self._die(f"its thread ended with {type(error).__name__}")
+            self.die(f"its thread ended with {type(error).__name__}")
 
     def _steps(self) -> None:
         batcher, failures = self._core.batcher, 0
@@ -114,6 +114,10 @@ class StepThread:
             try:
                 outputs = self._core.loop.step()
                 failures = 0
+            except EngineDeadError as error:  # no step after it could go better
+                logger.exception("a step failed")
+                self.die(str(error))
+                return
             except Exception as error:
                 logger.exception("a step failed")
                 failures += 1
@@ -122,7 +126,7 @@ class StepThread:
                 )
                 if failures == MAX_FAILED_STEPS:
                     self._post(outputs)
-                    self._die(f"{failures} steps in a row failed, the last with {type(error).__name__}")
+                    self.die(f"{failures} steps in a row failed, the last with {type(error).__name__}")
                     return
             self._post(outputs)
 
@@ -157,8 +161,12 @@ class StepThread:
         if outputs:
             self._on_loop(self._dispatch, [(output.request, event_of(output)) for output in outputs])
 
-    def _die(self, reason: str) -> None:
-        self._on_loop(self._mourn, reason)
+    def die(self, reason: str) -> None:
+        """There will be no more steps. Any thread may say so; before the start, to nobody yet."""
+        if self._loop is None:
+            self._mourn(reason)
+        else:
+            self._on_loop(self._mourn, reason)
 
     def _on_loop(self, function: Callable[..., None], *arguments: object) -> None:
         assert self._loop is not None

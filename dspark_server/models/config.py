@@ -4,12 +4,13 @@ The defaults of absent fields are those of transformers 5 for the same architect
 """
 
 import json
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from dspark_server.errors import CheckpointError
+from dspark_server.errors import CheckpointError, ConfigError
 
 Family = Literal["llama", "mistral", "qwen2", "qwen3"]
 
@@ -81,6 +82,25 @@ class ModelConfig:
         if self.rope.type in ("dynamic", "yarn"):
             return max(self.max_position, int(self.rope.factor * self.rope.original_max_position))
         return self.max_position
+
+    def shared_by(self, size: int) -> "ModelConfig":
+        """What each of `size` ranks computes of a layer: whole heads and equal shares of the feed-forward.
+
+        Raises ConfigError, which names the sizes that work, if it cannot be shared so.
+        """
+        most = math.gcd(self.num_kv_heads, self.intermediate_size)
+        if most % size:
+            working = " or ".join(str(n) for n in range(1, most + 1) if most % n == 0)
+            raise ConfigError(
+                f"--tensor-parallel-size must divide this model's {self.num_kv_heads} key/value heads and "
+                f"{self.intermediate_size} feed-forward units: it can be {working}, not {size}."
+            )
+        return replace(
+            self,
+            num_heads=self.num_heads // size,
+            num_kv_heads=self.num_kv_heads // size,
+            intermediate_size=self.intermediate_size // size,
+        )
 
 
 def load_config(directory: Path) -> ModelConfig:

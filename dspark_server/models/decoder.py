@@ -1,7 +1,8 @@
 """The decoder-only target model: Llama, Mistral, Qwen2 and Qwen3 are one layer with a few options.
 
 Shapes: N query tokens in the pass, M rows whose logits are wanted, D hidden size, Hq/Hkv query and key/value heads,
-d head size, F feed-forward size, V vocabulary, S KV slots, P rotary positions.
+d head size, F feed-forward size, V vocabulary, S KV slots, P rotary positions. With tensor parallelism each rank has
+its share of Hq, Hkv, F and of the head's V; D is whole on all of them.
 
 The residual stream is explicit: a layer takes and returns (delta, residual), the stream being residual + delta, so
 that each addition is fused with the norm after it.
@@ -22,6 +23,7 @@ from dspark_server.models.rope import rotary_table
 from dspark_server.runtime.batch import Batch
 from dspark_server.runtime.kv import LayerGroup
 from dspark_server.runtime.linear import Linear
+from dspark_server.runtime.parallel import ALONE, Group
 
 # Rows of the rotary table beyond the served length: a draft block may begin at the last position.
 ROTARY_MARGIN = 64
@@ -48,25 +50,35 @@ class LayerWeights:
     down_bias: Tensor | None
 
     @classmethod
-    def read(cls, reader: WeightReader, config: ModelConfig, prefix: str) -> "LayerWeights":
-        """Take the layer's tensors by their Hugging Face names under `prefix`, such as "model.layers.3."."""
+    def read(cls, reader: WeightReader, config: ModelConfig, prefix: str, group: Group = ALONE) -> "LayerWeights":
+        """Take the layer's tensors by their Hugging Face names under `prefix`, such as "model.layers.3.".
+
+        `config` is the whole model's. Of a group, each rank takes its own heads and its share of the feed-forward:
+        rows of qkv and gate_up, columns of output and down, whose products are to be summed over the ranks.
+        """
         hidden, feed_forward, head_dim = config.hidden_size, config.intermediate_size, config.head_dim
         queries, keys = config.num_heads * head_dim, config.num_kv_heads * head_dim
 
         def fused(rows: dict[str, int], columns: int, bias: bool) -> tuple[Tensor, Tensor | None]:
-            weights = [reader.take(f"{prefix}{name}.weight", (n, columns)) for name, n in rows.items()]
-            biases = [reader.take(f"{prefix}{name}.bias", (n,)) for name, n in rows.items() if bias]
+            weights = [reader.take(f"{prefix}{name}.weight", (n, columns), group.share(n)) for name, n in rows.items()]
+            biases = [reader.take(f"{prefix}{name}.bias", (n,), group.share(n)) for name, n in rows.items() if bias]
             return torch.cat(weights), torch.cat(biases) if bias else None
+
+        def summed(name: str, columns: int, bias: bool) -> tuple[Tensor, Tensor | None]:
+            weight = reader.take(f"{prefix}{name}.weight", (hidden, columns), columns=group.share(columns))
+            added = reader.take(f"{prefix}{name}.bias", (hidden,)) if bias else None
+            # A copy, not a view of the file's rows; the bias goes into the sum once.
+            return weight.clone(memory_format=torch.contiguous_format), added if group.rank == 0 else None
 
         def norm(name: str, size: int) -> Tensor:
             return reader.take(f"{prefix}{name}.weight", (size,))
 
         attention = {"self_attn.q_proj": queries, "self_attn.k_proj": keys, "self_attn.v_proj": keys}
         qkv, qkv_bias = fused(attention, hidden, config.qkv_bias)
-        output, output_bias = fused({"self_attn.o_proj": hidden}, queries, config.output_bias)
+        output, output_bias = summed("self_attn.o_proj", queries, config.output_bias)
         feed_in = {"mlp.gate_proj": feed_forward, "mlp.up_proj": feed_forward}
         gate_up, gate_up_bias = fused(feed_in, hidden, config.mlp_bias)
-        down, down_bias = fused({"mlp.down_proj": hidden}, feed_forward, config.mlp_bias)
+        down, down_bias = summed("mlp.down_proj", feed_forward, config.mlp_bias)
         return cls(
             input_norm=norm("input_layernorm", hidden),
             qkv=qkv,
@@ -92,10 +104,16 @@ class LayerWeights:
 
 
 class DecoderLayer:
-    """Attention and feed-forward over the residual stream; serves the target (causal) and a drafter (not causal)."""
+    """Attention and feed-forward over the residual stream; serves the target (causal) and a drafter (not causal).
 
-    def __init__(self, config: ModelConfig, index: int, weights: LayerWeights, kernels: Kernels) -> None:
+    Of a group, `config` and `weights` are this rank's share.
+    """
+
+    def __init__(
+        self, config: ModelConfig, index: int, weights: LayerWeights, kernels: Kernels, group: Group = ALONE
+    ) -> None:
         self._kernels = kernels
+        self._group = group
         self._eps = config.rms_norm_eps
         self._num_heads = config.num_heads
         self._scale = config.head_dim**-0.5
@@ -111,9 +129,9 @@ class DecoderLayer:
         self._fused = self._fuse(config, weights)
 
     def _fuse(self, config: ModelConfig, weights: LayerWeights) -> FusedLayer | None:
-        """The layer in one call, where the kernels have that and multiply the matrices themselves."""
+        """The layer in one call, where the kernels have that, multiply the matrices themselves, and nothing is sent."""
         qkv, output, gate_up, down = (product.packed for product in self.products)
-        if qkv is None or output is None or gate_up is None or down is None:
+        if self._group.size > 1 or qkv is None or output is None or gate_up is None or down is None:
             return None
         return self._kernels.fuse_layer(
             LayerParts(
@@ -202,12 +220,16 @@ class DecoderLayer:
             causal,
             self._window,
         )
-        x = kernels.add_rms_norm(self._output(attended), residual, self._post_attention_norm, eps)
-        return self._down(kernels.silu_mul(self._gate_up(x)))
+        summed = self._group.all_reduce(self._output(attended))
+        x = kernels.add_rms_norm(summed, residual, self._post_attention_norm, eps)
+        return self._group.all_reduce(self._down(kernels.silu_mul(self._gate_up(x))))
 
 
 class Decoder:
-    """The target model. Holds weights only: KV rows belong to the pool, sequences to the engine."""
+    """The target model. Holds weights only: KV rows belong to the pool, sequences to the engine.
+
+    Of a group, every rank holds the embedding and its share of all else; `config` is the whole model's.
+    """
 
     def __init__(
         self,
@@ -219,8 +241,10 @@ class Decoder:
         cos_sin: Tensor,
         kernels: Kernels,
         max_model_len: int,
+        group: Group = ALONE,
     ) -> None:
         self.config = config
+        self.group = group
         self.layers = layers
         self.embedding = embedding
         self.lm_head = lm_head
@@ -230,13 +254,21 @@ class Decoder:
         self._kernels = kernels
 
     @classmethod
-    def load(cls, directory: Path, dtype: torch.dtype, kernels: Kernels, max_model_len: int | None = None) -> "Decoder":
+    def load(
+        cls,
+        directory: Path,
+        dtype: torch.dtype,
+        kernels: Kernels,
+        max_model_len: int | None = None,
+        group: Group = ALONE,
+    ) -> "Decoder":
         """Load a model directory to serve sequences of up to `max_model_len` tokens (default: what the model can).
 
         Raises CheckpointError if the directory is not a complete checkpoint of a supported architecture, ConfigError
-        if the dtype or the length cannot be served.
+        if the dtype or the length cannot be served, or the model cannot be shared by the group.
         """
         config = load_config(directory)
+        share = config.shared_by(group.size)
         length = check_length(config, max_model_len)
         if dtype not in (torch.bfloat16, torch.float32):
             raise ConfigError(f"dtype {dtype} is not supported; use bfloat16 or float32")
@@ -245,21 +277,25 @@ class Decoder:
         vocabulary = (config.vocab_size, config.hidden_size)
         embedding = reader.take("model.embed_tokens.weight", vocabulary)
         layers = [
-            DecoderLayer(config, i, LayerWeights.read(reader, config, f"model.layers.{i}."), kernels)
+            DecoderLayer(share, i, LayerWeights.read(reader, config, f"model.layers.{i}.", group), kernels, group)
             for i in range(config.num_layers)
         ]
         final_norm = reader.take("model.norm.weight", (config.hidden_size,))
         tied = config.tie_word_embeddings
-        head = embedding if tied else reader.take("lm_head.weight", vocabulary)
+        rows = group.share(config.vocab_size)
+        head = embedding[rows] if tied else reader.take("lm_head.weight", vocabulary, rows)
+        missing = -(-config.vocab_size // group.size) - len(head)
+        if missing:  # the last rank's logits must be as wide as the others' to be gathered
+            head = F.pad(head, (0, 0, 0, missing))
         reader.finish(harmless=["lm_head.weight"] if tied else [])
 
         cos_sin = rotary_table(config, length, positions=length + ROTARY_MARGIN)
-        return cls(config, layers, embedding, final_norm, Linear(head, None, kernels), cos_sin, kernels, length)
+        return cls(config, layers, embedding, final_norm, Linear(head, None, kernels), cos_sin, kernels, length, group)
 
     @property
     def kv_group(self) -> LayerGroup:
-        """The layers this model needs in the KV pool."""
-        return LayerGroup(self.config.num_layers, self.config.num_kv_heads, self.config.head_dim)
+        """The layers this model needs in the KV pool, with the heads of this rank."""
+        return LayerGroup(self.config.num_layers, self.config.num_kv_heads // self.group.size, self.config.head_dim)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Token ids [N] int64 -> their embeddings [N, D], a fresh tensor."""
@@ -292,8 +328,8 @@ class Decoder:
         return self._kernels.add_rms_norm(delta, residual, self._final_norm, self.config.rms_norm_eps)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Hidden rows after the final norm [M, D] -> logits [M, V] float32."""
-        return self.lm_head(hidden, out_float32=True)
+        """Hidden rows after the final norm [M, D] -> logits [M, V] float32; only on rank 0 those of all ranks."""
+        return self.group.gather(self.lm_head(hidden, out_float32=True), self.config.vocab_size)
 
 
 def check_length(config: ModelConfig, max_model_len: int | None) -> int:

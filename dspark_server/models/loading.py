@@ -20,6 +20,7 @@ from dspark_server.models.config import read_json
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
+EVERY = slice(None)
 _INTEGERS = ("I64", "I32", "I16", "U16", "U8")
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 # Buffers that old exporters saved; we compute rotary frequencies from the config.
@@ -131,8 +132,10 @@ class WeightReader:
     def __contains__(self, name: str) -> bool:
         return name in self._checkpoint.tensors
 
-    def take(self, name: str, shape: Sequence[int]) -> Tensor:
-        """The tensor, in the reader's dtype.
+    def take(self, name: str, shape: Sequence[int], rows: slice = EVERY, columns: slice = EVERY) -> Tensor:
+        """The tensor, or these of its rows and columns, in the reader's dtype; `shape` is that of the whole.
+
+        Files are memory-mapped: rows that are not asked for are not read. Nor checked: that is their own rank's part.
 
         Raises CheckpointError if it is absent, of another shape or an unsupported dtype, or holds NaN or infinity.
         """
@@ -142,7 +145,8 @@ class WeightReader:
                 f"{info.file}: tensor {name} has dtype {info.dtype}; {', '.join(_DTYPES.values())} are supported, "
                 "quantized weights are not"
             )
-        tensor = self._checkpoint.read(name).to(self.dtype)
+        tensor = self._checkpoint.read(name)[rows]
+        tensor = (tensor if columns == EVERY else tensor[:, columns]).to(self.dtype)
         if not all(bound.isfinite() for bound in tensor.aminmax()):  # either bound is NaN if any element is
             raise CheckpointError(f"{info.file}: tensor {name} holds NaN or infinity; download or export it again")
         return tensor

@@ -321,17 +321,21 @@ def _embeddings(
     dtype: torch.dtype,
     kernels: Kernels,
 ) -> tuple[Tensor, Linear]:
-    """The drafter's embedding and head: the target's own where the checkpoint has none or its copies are equal."""
+    """The drafter's embedding and head: the target's own where the checkpoint has none or its copies are equal.
+
+    Where ranks share the target, only rank 0 drafts, and its head is whole: to gather gamma rows of logits for each
+    request from the others would take as long as to compute them (docs/parallel.md).
+    """
     shape = (target.config.vocab_size, target.config.hidden_size)
     name = "model.embed_tokens.weight" if target.config.tie_word_embeddings else "lm_head.weight"
     embedding, head = target.embedding, open_checkpoint(target_directory).read(name).to(dtype)
-    own = False
+    own = target.group.size > 1
     if not config.share_target_embeddings:
         theirs, their_head = reader.take("embed_tokens.weight", shape), reader.take("lm_head.weight", shape)
         if not torch.equal(theirs, embedding):
             embedding = theirs
-        own = not torch.equal(their_head, head)
-        head = their_head if own else head
+        if not torch.equal(their_head, head):
+            own, head = True, their_head
     if draft_tokens is not None:
         return embedding, Linear(head[draft_tokens], None, kernels)
     return embedding, Linear(head, None, kernels) if own else target.lm_head

@@ -1,0 +1,189 @@
+"""The processes of a tensor-parallel server: those torchrun made, or children that the first one starts itself.
+
+Children run the same command with torchrun's variables (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT). Their
+stdin is a pipe that their parent holds: however it ends, they read its end, and end too. With NNODES and NODE_RANK one
+command on each node starts that node's share of the ranks.
+"""
+
+import contextlib
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from dspark_server.errors import ConfigError, EngineDeadError
+
+if TYPE_CHECKING:  # torch takes seconds, and a wrong setting should not
+    from dspark_server.runtime.parallel import Group
+
+EXIT_DEAD = 70  # EX_SOFTWARE: the engine died, and with it the server
+LAST_PASS = 10.0  # seconds other ranks get to end when rank 0 tells them to
+_CHILD = "LAUNCHED_BY_DSPARK_SERVER"
+_DEFAULT_PORT = "29500"  # torchrun's
+
+logger = logging.getLogger(__name__)
+
+
+class Ranks:
+    """This process's `group`, and its children, which are watched: one that ends is the end of all."""
+
+    group: "Group"
+
+    def __init__(self) -> None:
+        self._children: list[subprocess.Popen[bytes]] = []
+        self._on_death: Callable[[str], None] = self._give_up
+
+    @classmethod
+    def start(cls, asked: int, timeout: float) -> "Ranks":
+        """Find this process's place among the ranks, start those that nobody else does, and meet them all.
+
+        `asked` is --tensor-parallel-size; under torchrun it may be left at 1. `timeout` is for one collective, in
+        seconds. Raises ConfigError for variables that do not go with it, EngineDeadError if not all ranks come.
+        """
+        ranks, environment = cls(), os.environ
+        made_by_launcher = "RANK" in environment and "WORLD_SIZE" in environment
+        size = _number("WORLD_SIZE") if made_by_launcher else asked
+        if asked not in (1, size):
+            raise ConfigError(f"--tensor-parallel-size is {asked}, but WORLD_SIZE says that {size} ranks were started.")
+        rank = _number("RANK") if made_by_launcher else 0
+        store: Any = None  # whoever made the ranks has one
+        if environment.pop(_CHILD, None):
+            _end_with_parent()
+            store = _store(environment["MASTER_ADDR"], _number("MASTER_PORT"), size)
+        elif size > 1 and not made_by_launcher:
+            rank, store = ranks._launch(size)
+        from dspark_server.runtime.parallel import ALONE, TorchGroup
+
+        ranks.group = ALONE if size == 1 else TorchGroup.join(store, rank, size, timeout=timeout)
+        return ranks
+
+    def _launch(self, size: int) -> tuple[int, Any]:
+        """Start this node's ranks but its first, which is this process; its rank, and the store where all meet."""
+        nodes, node = _number("NNODES", "1"), _number("NODE_RANK", "0")
+        if nodes < 1 or size % nodes or node >= nodes:
+            raise ConfigError(
+                f"--tensor-parallel-size {size} cannot be spread over NNODES={nodes} nodes of which this is "
+                f"NODE_RANK={node}: the nodes take equal shares and are numbered from 0."
+            )
+        here = size // nodes
+        first = node * here
+        # Before torch is imported: the ranks share the processors.
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // here)))
+        if nodes == 1:
+            if sys.platform.startswith("linux"):
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+            listener = socket.create_server(("127.0.0.1", 0))
+            address, port = "127.0.0.1", listener.getsockname()[1]
+            store = _store(address, port, size, listener)
+        else:
+            if "MASTER_ADDR" not in os.environ:
+                raise ConfigError("MASTER_ADDR must name the node with NODE_RANK=0, which the others are to find.")
+            address, port = os.environ["MASTER_ADDR"], _number("MASTER_PORT", _DEFAULT_PORT)
+            store = None
+        variables = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": here, "MASTER_ADDR": address, "MASTER_PORT": port}
+        for local in range(1, here):
+            self._start_child(first + local, {**variables, "LOCAL_RANK": local})
+        return first, store or _store(address, port, size, leads=node == 0)
+
+    def _start_child(self, rank: int, variables: dict[str, Any]) -> None:
+        own = {_CHILD: "1", "RANK": str(rank)} | {name: str(value) for name, value in variables.items()}
+        # The parent's import path and nothing else: -m alone would put the working directory first.
+        path = {"PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)}
+        child = subprocess.Popen(
+            [sys.executable, "-P", "-m", "dspark_server", *sys.argv[1:]],
+            env=os.environ | path | own,
+            stdin=subprocess.PIPE,
+            start_new_session=True,  # Ctrl-C is for this process, which drains and then ends its children
+        )
+        self._children.append(child)
+        threading.Thread(target=self._watch, args=(rank, child), name=f"rank {rank}", daemon=True).start()
+
+    def _watch(self, rank: int, child: subprocess.Popen[bytes]) -> None:
+        status = child.wait()
+        how = f"with status {status}" if status >= 0 else f"by {signal.Signals(-status).name}"
+        self._on_death(f"rank {rank} ended {how}")
+
+    def _give_up(self, reason: str) -> None:
+        logger.critical("%s. The process ends; start it again.", reason)
+        self.die()
+
+    def watch(self, on_death: Callable[[str], None]) -> None:
+        """Report a child's end here from now on, from a thread of its own; before, it ends this process."""
+        self._on_death = on_death
+
+    def die(self) -> None:
+        """End this process now, and its children with it, also those that hang."""
+        self._on_death = _ignore
+        self._kill()
+        logging.shutdown()
+        # Not sys.exit: it waits for threads, and the one to blame may never end.
+        os._exit(EXIT_DEAD)
+
+    def close(self) -> None:
+        """Rank 0: tell the others to end, and wait until the children have. Other ranks: only leave."""
+        from dspark_server.runtime.parallel import TorchGroup
+
+        if not isinstance(self.group, TorchGroup):
+            return
+        self._on_death = _ignore
+        patience = threading.Timer(LAST_PASS, self._kill)
+        patience.daemon = True
+        patience.start()
+        if self.group.rank == 0:
+            with contextlib.suppress(EngineDeadError):
+                self.group.send(b"")
+        for child in self._children:
+            child.wait()
+        patience.cancel()
+        self.group.leave()
+
+    def _kill(self) -> None:
+        for child in self._children:
+            child.kill()
+
+
+def _ignore(reason: str) -> None:
+    return None
+
+
+def _number(variable: str, default: str | None = None) -> int:
+    value = os.environ.get(variable, default)
+    if value is None or not value.isdecimal():
+        raise ConfigError(f"the environment variable {variable} must be a whole number, not {value!r}.")
+    return int(value)
+
+
+def _store(address: str, port: int, size: int, listener: socket.socket | None = None, leads: bool = False) -> Any:
+    """Where the ranks meet; this process holds it if it `leads` or listens."""
+    import torch.distributed as dist
+
+    from dspark_server.runtime.parallel import PATIENCE
+
+    try:
+        return dist.TCPStore(  # type: ignore[attr-defined]
+            address,
+            port,
+            size,
+            is_master=leads or listener is not None,
+            timeout=timedelta(seconds=PATIENCE),
+            wait_for_workers=False,
+            master_listen_fd=listener.detach() if listener else None,
+        )
+    except RuntimeError as error:
+        raise EngineDeadError(f"the ranks cannot meet at {address}:{port}: {error}") from error
+
+
+def _end_with_parent() -> None:
+    def wait() -> None:
+        while os.read(sys.stdin.fileno(), 1):
+            pass
+        os._exit(EXIT_DEAD)
+
+    threading.Thread(target=wait, name="parent", daemon=True).start()
