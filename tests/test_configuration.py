@@ -182,7 +182,6 @@ def test_settings_that_do_not_go_together(tmp_path: Path) -> None:
         ({"max_num_seqs": "64", "max_num_batched_tokens": "64"}, r"--max-num-batched-tokens \(64\) must exceed"),
         ({"speculative_config": '{"method": "none", "model": "x"}'}, "takes no drafter"),
         ({"gpu_memory_utilization": "0.9"}, "use --kv-cache-memory-bytes"),
-        ({"tensor_parallel_size": "2"}, "not supported yet"),
     ):
         with pytest.raises(ConfigError, match=message):
             resolved(tmp_path=tmp_path, **wrong).make(EngineConfig)

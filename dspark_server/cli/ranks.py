@@ -38,6 +38,7 @@ class Ranks:
     def __init__(self) -> None:
         self._children: list[subprocess.Popen[bytes]] = []
         self._on_death: Callable[[str], None] = self._give_up
+        self._ending = False  # what ends from now on was meant to
 
     @classmethod
     def start(cls, asked: int, timeout: float) -> "Ranks":
@@ -108,10 +109,11 @@ class Ranks:
     def _watch(self, rank: int, child: subprocess.Popen[bytes]) -> None:
         status = child.wait()
         how = f"with status {status}" if status >= 0 else f"by {signal.Signals(-status).name}"
-        self._on_death(f"rank {rank} ended {how}")
+        if not self._ending:
+            logger.critical("rank %d ended %s", rank, how)
+            self._on_death(f"rank {rank} ended {how}")
 
     def _give_up(self, reason: str) -> None:
-        logger.critical("%s. The process ends; start it again.", reason)
         self.die()
 
     def watch(self, on_death: Callable[[str], None]) -> None:
@@ -120,7 +122,7 @@ class Ranks:
 
     def die(self) -> None:
         """End this process now, and its children with it, also those that hang."""
-        self._on_death = _ignore
+        self._ending = True
         self._kill()
         logging.shutdown()
         # Not sys.exit: it waits for threads, and the one to blame may never end.
@@ -132,7 +134,7 @@ class Ranks:
 
         if not isinstance(self.group, TorchGroup):
             return
-        self._on_death = _ignore
+        self._ending = True
         patience = threading.Timer(LAST_PASS, self._kill)
         patience.daemon = True
         patience.start()
@@ -147,10 +149,6 @@ class Ranks:
     def _kill(self) -> None:
         for child in self._children:
             child.kill()
-
-
-def _ignore(reason: str) -> None:
-    return None
 
 
 def _number(variable: str, default: str | None = None) -> int:

@@ -56,7 +56,7 @@ class LeadingExecutor:
         except EngineDeadError:
             raise
         except Exception as error:
-            raise EngineDeadError(f"a pass that other ranks share failed with {type(error).__name__}") from error
+            raise EngineDeadError(f"a pass that other ranks share failed: {type(error).__name__}") from error
 
 
 def announce(directory: Path, dtype: torch.dtype, max_model_len: int | None, group: TorchGroup) -> None:

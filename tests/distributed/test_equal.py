@@ -1,0 +1,86 @@
+"""Two ranks over gloo give exactly the tokens of one, in float32: greedy and seeded, with a drafter."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dspark_server.engine.parallel import decode_runs, encode_runs
+from dspark_server.engine.request import SamplingParams
+from dspark_server.runtime.batch import Run
+
+from ..engine.support import greedy, prompts
+from ..engine.test_lossless import mixed
+from ..models.support import save_tiny
+from .support import Together, one_rank, tiny_config
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[Together]:
+    with Together.start(2) as ranks:
+        yield ranks
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"num_blocks": 22, "max_num_batched_tokens": 30, "max_num_seqs": 6}],
+    ids=["roomy", "chunked-preempted"],
+)
+def test_with_a_drafter(two: Together, settings: dict[str, int]) -> None:
+    made, own = prompts(6), mixed(6)
+    expected = one_rank(tiny_config(drafter=False)).generate(made, own)
+    with two.core(tiny_config(**settings)) as core:
+        assert core.generate(made, own) == expected
+        assert core.loop.stats.accepted_tokens > 0
+        assert core.batcher.pool.usage == 0.0
+        assert (core.loop.stats.preemptions > 0) == bool(settings)
+        assert core.backend.endswith(", 2 ranks")
+
+
+def test_prefix_hits_carry_the_rows_of_every_rank(two: Together) -> None:
+    """And the drafter's: what is accepted after a hit is what was without."""
+    prompt = prompts(1, shortest=24, longest=24)
+    with two.core(tiny_config()) as core:
+        first = core.generate(prompt, greedy(16))
+        accepted = core.loop.stats.accepted_tokens
+        assert core.generate(prompt, greedy(16)) == first
+        assert core.loop.stats.prefix_hits > 0
+        assert core.loop.stats.accepted_tokens == 2 * accepted
+    assert one_rank(tiny_config()).generate(prompt, greedy(16)) == first
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "biases": {"family": "llama", "attention_bias": True, "mlp_bias": True},
+    "tied": {"family": "qwen2", "tie_word_embeddings": True},
+    "window": {"family": "mistral", "sliding_window": 9},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_architectures(two: Together, variant: str, tmp_path: Path) -> None:
+    """A vocabulary of 199: the last rank's share is filled up. Prompt scores are those of one rank, too."""
+    save_tiny(tmp_path, **VARIANTS[variant])
+    config = tiny_config(drafter=False, model=str(tmp_path))
+    texts = [[token % 190 for token in prompt] for prompt in prompts(4)]
+    asked = [*mixed(3), SamplingParams(max_tokens=3, temperature=0.0, logprobs=2, prompt_logprobs=1)]
+    expected = one_rank(config).generate(texts, asked)
+    with two.core(config) as core:
+        assert core.generate(texts, asked) == expected
+
+
+def test_runs_travel_as_plain_data() -> None:
+    runs = [Run([5, 7], 12, [3, 1, 2], 2), Run([9], 0, [0], 0)]
+    assert decode_runs(encode_runs(runs)) == runs
+    assert encode_runs(runs).startswith(b"[[[5,7]")
+
+
+@pytest.mark.parametrize("length", [1, 8180, 8181, 50_000])
+def test_messages_of_any_length_arrive(two: Together, length: int) -> None:
+    """A pass of long block tables is longer than one frame: the other rank would hang or fail to read it."""
+    with two.core(tiny_config(drafter=False)) as core:
+        runs = [Run([5, 9], 0, [1] * length, 2)]
+        logits, _ = core.loop.executor.verify(runs)
+        again, _ = core.loop.executor.verify([Run([5, 9], 0, [1, 0], 2)])
+        assert torch.equal(logits, again)

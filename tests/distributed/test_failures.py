@@ -1,0 +1,75 @@
+"""The engine on two ranks when one of them cannot go on: no step is tried again, everyone is told once."""
+
+import asyncio
+import time
+from collections.abc import Callable
+
+import pytest
+
+from dspark_server.engine.engine import AsyncEngine
+from dspark_server.engine.parallel import LeadingExecutor
+from dspark_server.engine.request import FinishReason
+from dspark_server.errors import EngineDeadError
+
+from ..engine.support import prompts
+from ..engine.test_async_engine import TOKENIZER, Listener
+from ..engine.test_supervision import until_dead
+from .support import Together, tiny_config
+
+
+def kill_the_other(ranks: Together, engine: AsyncEngine) -> None:
+    ranks.others[0].kill()
+
+
+def fail_in_a_pass(ranks: Together, engine: AsyncEngine) -> None:
+    def fail(*arguments: object) -> None:
+        raise MemoryError
+
+    leading = engine.core.loop.executor
+    assert isinstance(leading, LeadingExecutor)
+    leading._executor.verify = fail  # type: ignore[method-assign, assignment]
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [(kill_the_other, "another rank is gone"), (fail_in_a_pass, "a pass that other ranks share failed: MemoryError")],
+)
+def test_the_first_failure_is_the_last(fault: Callable[[Together, AsyncEngine], None], reason: str) -> None:
+    """Where one rank could fail its requests and go on, the other would still be in the middle of the pass."""
+
+    async def test(ranks: Together, engine: AsyncEngine) -> None:
+        await engine.start()
+        running = [Listener(engine, prompt, 400) for prompt in prompts(3)]
+        await running[0].changed.wait()
+        steps = engine.stats.steps
+        began = time.monotonic()
+        fault(ranks, engine)
+        await until_dead(engine, 5.0)
+        for each in running:
+            last = await each.end()
+            assert last.finish_reason is FinishReason.ERROR
+            assert last.error == f"The engine has stopped: {engine.failure}."
+            assert reason in last.error
+        assert time.monotonic() < began + 5
+        assert engine.stats.steps <= steps + 3
+        with pytest.raises(EngineDeadError):
+            engine.reserve()
+        await engine.stop()
+
+    with Together.start(2) as ranks:
+        engine = AsyncEngine(ranks.load(tiny_config()), TOKENIZER)
+        asyncio.run(asyncio.wait_for(test(ranks, engine), 60))
+
+
+def test_a_rank_that_ended_before_the_start_is_not_forgotten() -> None:
+    from ..engine.support import tiny_core
+
+    async def test(engine: AsyncEngine) -> None:
+        engine.die("rank 1 ended by SIGKILL")
+        await engine.start()
+        assert engine.health() == "dead"
+        with pytest.raises(EngineDeadError, match="rank 1 ended by SIGKILL"):
+            engine.reserve()
+        await engine.stop()
+
+    asyncio.run(test(AsyncEngine(tiny_core(), TOKENIZER)))
