@@ -39,7 +39,6 @@ POINTS = {
     "step.commit": "before accepted tokens are committed",
     "commit.request": "the same, for each request",
     "engine.post": "step thread, before a step's tokens are handed over",
-    "rank.pass": "a rank other than 0, before its share of a pass",
     "tokenizer.encode": "tokenizer thread",
     "text.push": "event loop, before tokens become text",
 }

@@ -137,6 +137,11 @@ def test_keys_may_be_given_more_than_once(run) -> None:
         (["serve", "--speculative-config", '{"metod": "none"}'], 1, "Did you mean method?"),
         (["serve", "--gpu-memory-utilization", "0.9"], 1, "use --kv-cache-memory-bytes"),
         (["serve", "--tensor-parallel-size", "0"], 1, "--tensor-parallel-size must be at least 1"),
+        (
+            ["serve", "--tensor-parallel-size", "2"],
+            1,
+            "3 key/value heads and 1536 feed-forward units: it can be 1 or 3",
+        ),
         (["serve", "--config", "nowhere.yaml"], 1, "nowhere.yaml cannot be read"),
         (["serve", "--api-key-file", "nowhere"], 1, "--api-key-file nowhere cannot be read"),
         (["config", "--disable-access-log-for-endpoints", "health"], 1, "takes paths such as /health"),

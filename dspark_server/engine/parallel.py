@@ -14,7 +14,7 @@ import orjson
 import torch
 from torch import Tensor
 
-from dspark_server import __version__, failpoints
+from dspark_server import __version__
 from dspark_server.config import EngineConfig
 from dspark_server.engine.executor import DraftRequest, Executor
 from dspark_server.errors import ConfigError, EngineDeadError
@@ -86,7 +86,6 @@ def follow(config: EngineConfig, group: TorchGroup) -> None:
     group.wait()
     logger.info("rank %d of %d is ready", group.rank, group.size)
     while message := group.receive():
-        failpoints.hit("rank.pass")
         batch = Batch.of(decode_runs(message), pool.block_size)
         hidden, _ = target.forward(batch, pool.layers(0))
         target.logits(hidden)
