@@ -31,7 +31,10 @@ logger = logging.getLogger(__name__)
 
 
 class Ranks:
-    """This process's `group`, and its children, which are watched: one that ends is the end of all."""
+    """This process's `group`, and its children, which are watched: one that ends is the end of all.
+
+    A context: at its end the other ranks are told to end; after an error the children are killed.
+    """
 
     group: "Group"
 
@@ -127,6 +130,16 @@ class Ranks:
         logging.shutdown()
         # Not sys.exit: it waits for threads, and the one to blame may never end.
         os._exit(EXIT_DEAD)
+
+    def __enter__(self) -> "Ranks":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.close()
+        else:  # its message should be the only one
+            self._ending = True
+            self._kill()
 
     def close(self) -> None:
         """Rank 0: tell the others to end, and wait until the children have. Other ranks: only leave."""
