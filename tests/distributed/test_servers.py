@@ -46,7 +46,7 @@ class Served:
     def __init__(self, launcher: list[str], directory: Path, port: int, log: Path, **variables: str) -> None:
         self.log, self.port = log, port
         options = ["--tokenizer", str(directory), "--kv-cache-memory-bytes", "8000000", "--port", str(port)]
-        options += ["--step-timeout", str(STEP_TIMEOUT), "--shutdown-timeout", "20"]
+        options += ["--step-timeout", str(STEP_TIMEOUT), "--shutdown-timeout", "60"]
         drafter = f'{{"method": "dspark", "model": "{PAIR / "draft"}", "selection": "fixed"}}'
         with log.open("ab") as output:
             self.process = subprocess.Popen(
@@ -60,7 +60,7 @@ class Served:
 
     def ready(self) -> None:
         """Wait until it is."""
-        end = time.monotonic() + 120
+        end = time.monotonic() + 200
         while time.monotonic() < end and self.process.poll() is None:
             with contextlib.suppress(httpx.TransportError):
                 if self.http.get("/health").status_code == 200:
@@ -153,7 +153,7 @@ def test_two_ranks_answer_as_one_and_end_together(two: Served, expected: list[in
     assert two.ranks().keys() == {0, 1}
     assert two.tokens() == expected
     assert two.http.get("/version").json()["backend"].endswith(", 2 ranks")
-    with two.streaming(CANARY | {"stream": True, "max_tokens": 60}) as lines:
+    with two.streaming(CANARY | {"stream": True, "max_tokens": 20}) as lines:
         two.process.send_signal(signal.SIGTERM)
     assert not any('"error"' in line for line in lines), "what runs may finish"
     assert two.process.wait(ENDING) == 0
