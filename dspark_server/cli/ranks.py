@@ -15,7 +15,7 @@ import sys
 import threading
 from collections.abc import Callable
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from dspark_server.errors import ConfigError, EngineDeadError
 
@@ -117,19 +117,19 @@ class Ranks:
             self._on_death(f"rank {rank} ended {how}")
 
     def _give_up(self, reason: str) -> None:
-        self.die()
+        self.leave(EXIT_DEAD)
 
     def watch(self, on_death: Callable[[str], None]) -> None:
         """Report a child's end here from now on, from a thread of its own; before, it ends this process."""
         self._on_death = on_death
 
-    def die(self) -> None:
-        """End this process now, and its children with it, also those that hang."""
+    def leave(self, code: int) -> NoReturn:
+        """End this process now with status `code`, and its children with it, also those that hang."""
         self._ending = True
         self._kill()
         logging.shutdown()
-        # Not sys.exit: it waits for threads, and the one to blame may never end.
-        os._exit(EXIT_DEAD)
+        # Not sys.exit: it waits for threads, and the one that loads or steps may never end.
+        os._exit(code)
 
     def __enter__(self) -> "Ranks":
         return self
