@@ -69,7 +69,7 @@ def decide(
     VOCABULARY: tl.constexpr, SLOTS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
     PARTS_BLOCK: tl.constexpr, NAMES: tl.constexpr,
 ):  # fmt: skip
-    """Grid (n): count and failed, and the softmax of the row that decides: its maximum and sum in levels, totals [n]."""
+    """Grid (n): count and failed, and the deciding row's softmax: its maximum and sum in levels, totals [n]."""
     request = tl.program_id(0).to(tl.int64)
     length = tl.load(lengths + request).to(tl.int32)
     first_row = tl.load(start + request)
@@ -86,7 +86,7 @@ def decide(
         part_peaks = tl.load(peaks + at, mask=part < PARTS, other=float("-inf"))
         level, total = merge(part_peaks, tl.load(masses + at, mask=part < PARTS, other=0.0))
         fine = tl.where(level > float("-inf"), 1, 0) * (1 - tl.max(tl.where(part_peaks == part_peaks, 0, 1), 0))
-        standing = (slot < length).to(tl.int32) * fine
+        standing = tl.where(slot < length, fine, 0)
         if standing == 1:
             token = tl.load(tokens + request * width + slot)
             logit = tl.load(logits + (first_row + slot) * VOCABULARY + token)
@@ -102,7 +102,7 @@ def decide(
             # coin q < p, not coin < p / q: right at q = 0, and a coin of 0 lets no token of probability 0 through.
             coin = tl.load(coins + request * coins_stride + slot)
             kept = coin * chance.to(tl.float64) * total.to(tl.float64) < weight.to(tl.float64)
-            standing = kept.to(tl.int32)
+            standing = tl.where(kept, 1, 0)
             slot += standing
     tl.store(levels + request, level)
     tl.store(totals + request, total)

@@ -75,7 +75,7 @@ def attend(
     ROWS: tl.constexpr, KEYS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles, KV_HEADS, SPLITS). With one split `out` is [N, Hq, d]; else [SPLITS, N, Hq, d] float32, unnormalised,
+    """Grid (tiles, KV_HEADS, SPLITS). With one split `out` is [N, Hq, d]; else [SPLITS, N, Hq, d] float32, unnormalised
     with each row's greatest score and sum of numerators in `peaks` and `masses` [SPLITS, N, Hq].
 
     WIDEN multiplies what is bfloat16 as float32, the same numbers: Triton's interpreter takes bfloat16 for integers.
@@ -175,7 +175,7 @@ def combine(
     partial, peaks, masses, out, tokens, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, SPLITS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """Grid (N, HEADS): the softmax over all splits' keys from each split's sums. A split without keys weighs nothing."""
+    """Grid (N, HEADS): the softmax over all splits' keys from each split's sums. One without keys weighs nothing."""
     row = tl.program_id(0).to(tl.int64) * HEADS + tl.program_id(1)
     split = tl.arange(0, SPLITS)
     depth = tl.arange(0, DEPTH)
@@ -227,6 +227,7 @@ def launches(
         ),
         tile.warps,
         tile.stages,
+        255,
         dict(
             KV_HEADS=kv_heads, GROUP=group, HEAD_DIM=head_dim, BLOCK_SIZE=block_size, CAUSAL=causal,
             WINDOW=window or 0, SOFTCAP=softcap is not None, SPLITS=parts, ROWS=tile.rows, KEYS=tile.keys,

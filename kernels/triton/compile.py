@@ -1,10 +1,10 @@
 """Compile every kernel for GPUs that need not be here, and say what each takes of one.
 
-    python -m dspark_kernels.triton.compile [--targets 80 90 100] [--models Qwen3-8B] [--families attention]
+    python -m dspark_kernels.triton.compile [--targets 80 90 100] [--models Qwen3-8B] [--families attention] [--one]
 
 prints registers a thread, bytes spilled to local memory, shared memory of a block, and occupancy: the share of a
-streaming multiprocessor's warps that fit at once. Exits 1 if a kernel spills or does not fit its GPU. These are facts of
-the binary; how fast it is, they do not say.
+streaming multiprocessor's warps that fit at once. Keys are split as on an H100 (132 multiprocessors). Exits 1 if a
+kernel spills or does not fit its GPU. These are facts of the binary; how fast it is, they do not say.
 """
 
 import argparse
@@ -18,14 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import triton
-from dspark_kernels.triton.launch import A100, B200, H100, Launch
+from dspark_kernels.triton.launch import H100, Gpu, Launch
 from dspark_kernels.triton.shapes import OTHERS, QWEN3_8B, SMOLLM2, Case, cases
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 REGISTERS, WARPS, BLOCKS = 65536, 64, 32  # of a multiprocessor, equal on all three
 SHARED = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}  # bytes of a multiprocessor; a block has at most 1 KiB less
-GPUS = {gpu.capability: gpu for gpu in (A100, H100, B200)}
 MODELS = (QWEN3_8B, SMOLLM2, *OTHERS)
 
 
@@ -96,9 +95,10 @@ def table(found: list[tuple[str, Case, list[Usage]]]) -> Iterator[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--targets", type=int, nargs="+", default=list(GPUS), choices=list(GPUS))
+    parser.add_argument("--targets", type=int, nargs="+", default=[80, 90, 100], choices=[80, 90, 100])
     parser.add_argument("--models", nargs="+", default=[model.name for model in MODELS])
     parser.add_argument("--families", nargs="+", help="attention, combine, norm, …: all")
+    parser.add_argument("--one", action="store_true", help="the first launch of each family only")
     arguments = parser.parse_args()
     if triton.knobs.runtime.interpret:
         print("TRITON_INTERPRET is set: kernels that are interpreted cannot be compiled.", file=sys.stderr)
@@ -106,9 +106,10 @@ def main() -> int:
     found: list[tuple[str, Case, list[Usage]]] = []
     with ThreadPoolExecutor() as pool:
         for model in (model for model in MODELS if model.name in arguments.models):
-            each = [list(cases(model, GPUS[capability])) for capability in arguments.targets]
+            each = [list(cases(model, Gpu(H100.processors, capability))) for capability in arguments.targets]
             for same in zip(*each, strict=True):
-                if arguments.families is None or same[0].family in arguments.families:
+                known = any(model.name == name and case.family == same[0].family for name, case, _ in found)
+                if not (arguments.one and known) and same[0].family in (arguments.families or [same[0].family]):
                     usages = pool.map(lambda case, capability: usage(case.launch, capability), same, arguments.targets)
                     found.append((model.name, same[0], list(usages)))
     print(f"Triton {triton.__version__}; figures for {' / '.join(f'sm_{target}' for target in arguments.targets)}.\n")

@@ -18,7 +18,7 @@ NO_RANK = tl.constexpr(-0x7FFFFFFFFFFFFFFF)  # below that of any number
 
 @triton.jit
 def rms_norm(x, residual, weight, out, x_stride, residual_stride, eps, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
-    """Grid (N): out [N, COLUMNS] = rms_norm(x), or of residual += x, rounded to the residual's dtype, if there is one."""
+    """Grid (N): out [N, COLUMNS] = rms_norm(x), or of residual += x as it is stored, if there is one."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < COLUMNS
@@ -47,7 +47,7 @@ def silu_mul(gate_up, out, stride, FEATURES: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def rank(value, column):
-    """An int64 that is greatest for the greatest float32, of equal ones for the lowest column; a NaN beats any number."""
+    """An int64 that is greatest for the greatest float32, of equals for the lowest column; a NaN beats any number."""
     value = tl.where(value == 0.0, 0.0, value)  # -0 is 0
     bits = value.to(tl.int32, bitcast=True)
     ordered = tl.where(value != value, 0x7FFFFFFF, bits ^ ((bits >> 31) & 0x7FFFFFFF))

@@ -1,4 +1,4 @@
-"""A kernel with its grid, arguments and compile-time choices: what runs, and what `compile.py` compiles, are one thing."""
+"""A kernel with its grid, arguments and compile-time choices: what runs, and what `compile.py` compiles, is one."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -28,31 +28,38 @@ class Gpu:
     capability: int
 
 
-A100, H100, B200 = Gpu(108, 80), Gpu(132, 90), Gpu(148, 100)
+H100 = Gpu(132, 90)
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch. `arguments` are the kernel's parameters by name; tensors may be on the meta device if it never runs."""
+    """One launch. `arguments` are the kernel's parameters by name; tensors on the meta device if it never runs."""
 
     kernel: Any
     grid: tuple[int, ...]
     arguments: Mapping[str, Any]
     num_warps: int = 4
     num_stages: int = 2
+    registers: int = 168
     constants: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def options(self) -> dict[str, Any]:
-        """How it is compiled; a product may be fused with the sum behind it."""
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+        """How it is compiled; a product may be fused with the sum behind it.
+
+        Without a bound on a thread's `registers`, ptxas spills a few bytes for the sake of occupancy.
+        """
+        return {
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "maxnreg": min(self.registers, 65536 // (32 * self.num_warps)),
+            "enable_fp_fusion": True,
+        }
 
     def run(self) -> None:
         """Start it on the current stream; an empty grid is nothing to do."""
         if all(self.grid):
-            self.kernel[self.grid](
-                **self.arguments, **self.constants, **self.options
-            )
+            self.kernel[self.grid](**self.arguments, **self.constants, **self.options)
 
     def signature(self) -> dict[str, str]:
         """Triton's type of each parameter, in the kernel's order."""

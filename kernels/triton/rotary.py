@@ -45,7 +45,7 @@ def rotary_kv_write(
     qkv, positions, cos_sin, slots, keys, values, q_norm, k_norm, qkv_stride, eps,
     Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    """Grid (N, ceil(Q_HEADS / HEADS) + ceil(KV_HEADS / HEADS)), the parts of q first. A negative slot is not written."""
+    """Grid (N, ceil(Q_HEADS / HEADS) + ceil(KV_HEADS / HEADS)), q's parts first. A negative slot is not written."""
     token = tl.program_id(0).to(tl.int64)
     row = qkv + token * qkv_stride
     table = cos_sin + tl.load(positions + token).to(tl.int64) * HEAD_DIM

@@ -14,9 +14,11 @@ BLOCK_SIZE = 16
 
 @dataclass(frozen=True)
 class Model:
-    """A target and its drafter: D hidden, F features, C columns that the drafter may draw, r Markov rank."""
+    """A target and its drafter: layers of both, D hidden, F features, C columns the drafter may draw, r Markov rank."""
 
     name: str
+    layers: int
+    draft_layers: int
     hidden: int
     q_heads: int
     kv_heads: int
@@ -32,12 +34,28 @@ class Model:
     dtype: torch.dtype = torch.bfloat16
 
 
-QWEN3_8B = Model("Qwen3-8B", 4096, 32, 8, 128, 12288, 151936, 151936, 256, 7, qk_norm=True)
-SMOLLM2 = Model("SmolLM2-135M", 576, 9, 3, 64, 1536, 49152, 8192, 128, 5, qk_norm=False)
+QWEN3_8B = Model("Qwen3-8B", 36, 5, 4096, 32, 8, 128, 12288, 151936, 151936, 256, 7, qk_norm=True)
+SMOLLM2 = Model("SmolLM2-135M", 30, 2, 576, 9, 3, 64, 1536, 49152, 8192, 128, 5, qk_norm=False)
 # Head sizes of models that are not served yet: their attention only.
 OTHERS = (
-    Model("d 96, group 1", 3072, 32, 32, 96, 8192, 32064, 0, 0, 7, qk_norm=False),
-    Model("d 256, group 2, window, soft-cap", 3584, 16, 8, 256, 14336, 256000, 0, 0, 7, False, 4096, 50.0),
+    Model("d 96, group 1", 1, 0, 3072, 32, 32, 96, 8192, 32064, 0, 0, 7, qk_norm=False),
+    Model(
+        "d 256, group 2, window, soft-cap",
+        1,
+        0,
+        3584,
+        16,
+        8,
+        256,
+        14336,
+        256000,
+        0,
+        0,
+        7,
+        qk_norm=True,
+        window=4096,
+        softcap=50.0,
+    ),
 )
 
 
@@ -128,10 +146,14 @@ def _drafting(model: Model) -> Iterator[Case]:
         )
         index, chance = _empty(torch.int64, rows, slots), _empty(torch.float32, rows, slots)
         favour = Favour(index, index, drawn.on, chance, _empty(torch.bool, rows))
+
+        def multiply(x: Tensor, columns: int = columns) -> Tensor:
+            return _empty(torch.float32, len(x), columns)
+
         names = None if columns == model.vocabulary else _empty(torch.int64, columns)
         seen: set[object] = set()
         for launch in sequential.launches(
-            base, drawn.usable, names, (w1, w2), lambda x, columns=columns: _empty(torch.float32, len(x), columns),
+            base, drawn.usable, names, (w1, w2), multiply,
             _empty(torch.float32, rows), _empty(torch.float64, rows, slots), favour, drawn,
         ):  # fmt: skip
             if launch.kernel not in seen:  # the slots of a block are alike

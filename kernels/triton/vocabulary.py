@@ -180,7 +180,7 @@ def slot_pick(
 def launches(
     slot: int, correction: Tensor | None, given: Mapping[str, Any], found: Mapping[str, Any]
 ) -> Iterator[Launch]:
-    """One slot, its logits being base + `correction` [R, C] float32; `given` and `found` as in `sequential.launches`."""
+    """A slot, its logits being base + `correction` [R, C] float32; `given` and `found` from `sequential.launches`."""
     base: Tensor = given["base"]
     rows, slots, columns = base.shape
     part = min(power_of_two(columns), PART)

@@ -1,6 +1,9 @@
 """What the tests of every kernel set need: runs over a paged cache, and how near two kernel sets must be."""
 
+import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, cast
 
 import dspark_kernels
 import torch
@@ -62,3 +65,51 @@ def paged(
         tables=tables,
         block_size=block,
     )
+
+
+class OnDevice:
+    """A kernel set that is given CPU tensors and runs on copies of them on `device`; what it changes comes back."""
+
+    def __init__(self, kernels: dspark_kernels.Kernels, device: str) -> None:
+        self._kernels = kernels
+        self._device = device
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._kernels, name)
+        return self._moving(value) if callable(value) else value
+
+    def _moving(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            changed: list[tuple[Tensor, Tensor]] = []
+
+            def move(tensor: Tensor) -> Tensor:
+                if 0 in tensor.stride():  # expanded: nobody writes to it
+                    return tensor.to(self._device)
+                copy = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=self._device)
+                changed.append((tensor, copy.copy_(tensor)))
+                return copy
+
+            result = method(*_each(arguments, move))
+            for tensor, copy in changed:
+                tensor.copy_(copy)
+            return _each(result, Tensor.cpu)
+
+        return call
+
+
+def triton_kernels() -> dspark_kernels.Kernels:
+    """Triton's kernels on the GPU where there is one, else in the interpreter; either way given CPU tensors."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return cast(dspark_kernels.Kernels, OnDevice(dspark_kernels.load("triton"), device))
+
+
+def _each(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """`value` with every tensor in it changed."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, tuple):
+        return tuple(_each(item, change) for item in value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: _each(getattr(value, field.name), change) for field in dataclasses.fields(value)}
+        return dataclasses.replace(value, **fields)
+    return value
