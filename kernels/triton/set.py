@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 import triton
 from dspark_kernels.cpu.build import KernelBuildError
-from dspark_kernels.interface import DraftedTokens, Favour, LayerParts, PackedLinear
+from dspark_kernels.interface import DraftedTokens, Favour, Filters, LayerParts, PackedLinear
 from dspark_kernels.reference import PlainLinear, ReferenceKernels
 from dspark_kernels.triton import accept, attention, elementwise, rotary, sequential
 from dspark_kernels.triton.launch import H100, Gpu
@@ -122,8 +122,16 @@ class TritonKernels:
         inverse_temperature: Tensor,
         uniforms: Tensor | None,
         favour: Favour | None,
+        filters: Filters | None = None,
     ) -> DraftedTokens:
-        """Without a look at the device: there is a law where there are `uniforms`, though all rows may be greedy."""
+        """Without a look at the device: there is a law where there are `uniforms`, though all rows may be greedy.
+
+        With `filters` it is the plain PyTorch one, of CPU tensors only: a filtered draft has no kernel yet.
+        """
+        if filters is not None:
+            return ReferenceKernels().draft_tokens(
+                base, anchors, names, head, inverse_temperature, uniforms, favour, filters
+            )
         rows, slots, _ = base.shape
         device, weights = base.device, None
         if head is not None:
@@ -169,6 +177,10 @@ class TritonKernels:
         ):  # fmt: skip
             launch.run()
         return count, token, failed
+
+    def filter_logits(self, logits: Tensor, rows: Tensor, inverse_temperature: Tensor, filters: Filters) -> Tensor:
+        """In plain PyTorch, row by row: no kernel of its own yet."""
+        return ReferenceKernels().filter_logits(logits, rows, inverse_temperature, filters)
 
     def draft_loss(
         self,
