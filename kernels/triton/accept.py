@@ -106,8 +106,8 @@ def decide(
             slot += standing
     tl.store(levels + request, level)
     tl.store(totals + request, total)
-    tl.store(count + request, (slot * fine).to(tl.int64))
-    tl.store(failed + request, (1 - fine).to(tl.int8))
+    tl.store(count + request, slot * fine)
+    tl.store(failed + request, 1 - fine)
 
 
 @triton.jit(do_not_specialize=["width", "names_row_stride", "names_slot_stride"])
