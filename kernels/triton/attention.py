@@ -227,7 +227,7 @@ def launches(
         ),
         tile.warps,
         tile.stages,
-        255,
+        255 if tile.rows <= 32 else None,
         dict(
             KV_HEADS=kv_heads, GROUP=group, HEAD_DIM=head_dim, BLOCK_SIZE=block_size, CAUSAL=causal,
             WINDOW=window or 0, SOFTCAP=softcap is not None, SPLITS=parts, ROWS=tile.rows, KEYS=tile.keys,

@@ -40,21 +40,19 @@ class Launch:
     arguments: Mapping[str, Any]
     num_warps: int = 4
     num_stages: int = 2
-    registers: int = 168
+    registers: int | None = 168
     constants: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def options(self) -> dict[str, Any]:
         """How it is compiled; a product may be fused with the sum behind it.
 
-        Without a bound on a thread's `registers`, ptxas spills a few bytes for the sake of occupancy.
+        Without a bound on a thread's `registers`, ptxas spills a few bytes of small kernels for the sake of occupancy.
         """
-        return {
-            "num_warps": self.num_warps,
-            "num_stages": self.num_stages,
-            "maxnreg": min(self.registers, 65536 // (32 * self.num_warps)),
-            "enable_fp_fusion": True,
-        }
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+        if self.registers is not None:
+            options["maxnreg"] = min(self.registers, 65536 // (32 * self.num_warps))
+        return options
 
     def run(self) -> None:
         """Start it on the current stream; an empty grid is nothing to do."""
