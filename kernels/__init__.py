@@ -1,7 +1,7 @@
-"""The operations a decoder needs, matrix products included: native CPU kernels and the plain PyTorch ones they match.
+"""The operations a decoder needs, matrix products included: for CPUs, for GPUs, and the plain PyTorch ones they match.
 
-`load()` gives the native kernels (built once into the user's cache), `load("reference")` their oracle. The contract of
-both is `Kernels`.
+`load()` gives the native CPU kernels (built once into the user's cache), `load("triton")` those for a CUDA GPU,
+`load("reference")` their oracle. The contract of all is `Kernels`.
 """
 
 import os
@@ -39,17 +39,19 @@ __all__ = [
 
 
 def load(name: str = "auto") -> Kernels:
-    """The kernel set called "native", "reference", or "auto": native where it can be built, else reference, loudly.
+    """The kernel set "native", "triton", "reference", or "auto": native where it can be built, else reference, loudly.
 
     The environment variable DSPARK_KERNELS decides what "auto" means. Raises KernelBuildError if "native" cannot be
-    built and ValueError for an unknown name.
+    built or "triton" cannot run here, and ValueError for an unknown name.
     """
     if name == "auto":
         name = os.environ.get("DSPARK_KERNELS") or "auto"
     if name == "reference":
         return ReferenceKernels()
+    if name == "triton":
+        return _triton()
     if name not in ("auto", "native"):
-        raise ValueError(f"kernels must be auto, native or reference, not {name!r}")
+        raise ValueError(f"kernels must be auto, native, triton or reference, not {name!r}")
     try:
         return NativeKernels(build())
     except (KernelBuildError, OSError) as error:
@@ -59,3 +61,13 @@ def load(name: str = "auto") -> Kernels:
         print(f"dspark: {message}", file=sys.stderr)
         warnings.warn(message, RuntimeWarning, stacklevel=2)
         return ReferenceKernels()
+
+
+def _triton() -> Kernels:
+    try:
+        from dspark_kernels.triton.set import TritonKernels
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        raise KernelBuildError("the Triton kernels need the PyPI package triton (pip install triton)") from None
+    return TritonKernels()

@@ -170,6 +170,7 @@ class Kernels(Protocol):
         scale: float,
         causal: bool = True,
         window: int | None = None,
+        softcap: float | None = None,
     ) -> Tensor:
         """Attention of every run's queries over its own paged keys and values -> [N, Hq * d].
 
@@ -177,6 +178,7 @@ class Kernels(Protocol):
         [R+1] int32, context_len [R] int32, block_tables [R, W] int32. The run's own tokens are already in the cache:
         run r has context_len[r] + q_len keys. Causal: query i sees keys 0 .. context_len + i. Not causal (a DSpark
         draft block): each query sees all keys of its run. `window` further hides keys at or before position - window.
+        With `softcap`, a scaled score becomes softcap * tanh(score / softcap).
         """
         ...
 

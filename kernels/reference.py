@@ -74,6 +74,7 @@ class ReferenceKernels:
         scale: float,
         causal: bool = True,
         window: int | None = None,
+        softcap: float | None = None,
     ) -> Tensor:
         _, kv_heads, head_dim = keys.shape
         out = torch.empty(qkv.shape[0], num_q_heads * head_dim, dtype=qkv.dtype)
@@ -85,6 +86,8 @@ class ReferenceKernels:
             slots = block_tables[run].long()[key_position // block_size] * block_size + key_position % block_size
             query = qkv[first:last, : num_q_heads * head_dim].float().unflatten(1, (kv_heads, -1, head_dim))
             scores = torch.einsum("qhgd,khd->hgqk", query, keys[slots].float()) * scale
+            if softcap is not None:
+                scores = softcap * torch.tanh(scores / softcap)
             hidden = torch.zeros(last - first, len(slots), dtype=torch.bool)
             if causal:
                 hidden |= key_position > position

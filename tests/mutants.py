@@ -38,6 +38,7 @@ def _one(name: str, file: str, text: str, replacement: str, killer: str) -> Muta
 STEP, DSPARK = "dspark_server/engine/step.py", "dspark_server/speculation/dspark.py"
 SEQUENTIAL = "dspark_server/speculation/sequential.py"
 ACCEPTANCE, SELECTION = "dspark_server/speculation/acceptance.py", "dspark_server/speculation/selection.py"
+TRITON, TRITON_TESTS = "kernels/triton/", "tests/kernels/test_triton_"
 MONTE_CARLO = "tests/engine/test_monte_carlo.py::test_the_law_is_the_targets"
 
 LOSSLESS = (
@@ -102,6 +103,19 @@ LOSSLESS = (
          "        if all(len(run.tokens) <= 8 for run in runs):\n"
          "            self.drafter.observe(taps, batch, self.pool)",
          "tests/engine/test_conformance.py"),
+    _one("Triton's queries see one key too many", TRITON + "attention.py", "(column[None, :] <= position[:, None])",
+         "(column[None, :] <= position[:, None] + 1)", f"{TRITON_TESTS}attention.py::test_attention"),
+    _one("Triton's window is one key too wide", TRITON + "attention.py",
+         "(column[None, :] > position[:, None] - WINDOW)", "(column[None, :] >= position[:, None] - WINDOW)",
+         f"{TRITON_TESTS}attention.py::test_attention"),
+    _one("Triton's residual is not cut at zero", TRITON + "draw.py",
+         "tl.maximum(tl.load(weights + column, mask=column < end, other=0.0), 0.0)",
+         "tl.load(weights + column, mask=column < end, other=0.0)",
+         f"{TRITON_TESTS}drafting.py::test_outcomes_are_those_of_the_plain_loop"),
+    Mutant("Triton's argmax takes the highest of equals", (
+        (TRITON + "elementwise.py", "(0x7FFFFFFF - column).to(tl.int64)", "column.to(tl.int64)"),
+        (TRITON + "elementwise.py", "return 0x7FFFFFFF - (rank & 0x7FFFFFFF)", "return rank & 0x7FFFFFFF"),
+     ), f"{TRITON_TESTS}small.py::test_argmax_takes_the_lowest_of_equals_and_a_nan_wins"),
 )  # fmt: skip
 
 SERVER, SECURITY = "dspark_server/api/server.py", "tests/api/test_security.py"

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from dspark_kernels.cpu.memory import Arena
 from dspark_kernels.interface import DraftedTokens, Favour, Filters, LayerParts, PackedLinear
+from dspark_kernels.reference import ReferenceKernels
 from torch import Tensor, empty, get_num_threads
 
 FLOAT32, BFLOAT16 = 0, 1  # as in common.h
@@ -199,7 +200,13 @@ class NativeKernels:
         scale: float,
         causal: bool = True,
         window: int | None = None,
+        softcap: float | None = None,
     ) -> Tensor:
+        if softcap is not None:  # no model that is served caps its scores: right is enough
+            return ReferenceKernels().paged_attention(
+                qkv, num_q_heads, keys, values, query_start, context_len, block_tables, block_size, scale, causal,
+                window, softcap,
+            )  # fmt: skip
         _, kv_heads, head_dim = keys.shape
         runs, width = block_tables.shape
         dtype = qkv.dtype

@@ -1,7 +1,5 @@
 """Every native kernel against the plain PyTorch one, on this machine's build, on others, and on Zig's."""
 
-from dataclasses import dataclass
-
 import dspark_kernels
 import pytest
 import torch
@@ -10,11 +8,10 @@ from dspark_kernels.cpu.native import NativeKernels
 from dspark_kernels.reference import ReferenceKernels
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+
+from tests.kernels.support import Paged, close, paged
 
 REFERENCE = ReferenceKernels()
-# One rounding to the dtype of numbers of magnitude ~4, and float32 sums in another order.
-TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
 
 
 @pytest.fixture(scope="module", params=["machine", "fma", "dot", "no-avx512", "zig"])
@@ -39,56 +36,6 @@ def test_what_the_server_loads_is_native() -> None:
     assert isinstance(kernels, NativeKernels)
     assert kernels.name.startswith("native-")
     assert "single-thread" not in kernels.name
-
-
-def close(ours: Tensor, theirs: Tensor) -> None:
-    assert ours.dtype == theirs.dtype
-    torch.testing.assert_close(ours, theirs, atol=TOLERANCE[ours.dtype], rtol=TOLERANCE[ours.dtype])
-
-
-@dataclass
-class Paged:
-    """Runs over scrambled blocks, their rows already in the cache."""
-
-    qkv: Tensor
-    heads: int
-    keys: Tensor
-    values: Tensor
-    query_start: Tensor
-    context_len: Tensor
-    tables: Tensor
-    block_size: int
-
-    def attend(self, kernels: dspark_kernels.Kernels, causal: bool, window: int | None) -> Tensor:
-        where = (self.query_start, self.context_len, self.tables, self.block_size)
-        return kernels.paged_attention(self.qkv, self.heads, self.keys, self.values, *where, 0.2, causal, window)
-
-
-def paged(
-    runs: list[tuple[int, int]], *, groups: int, kv_heads: int, size: int, block: int, dtype: torch.dtype
-) -> Paged:
-    """`runs` are (query tokens, context tokens)."""
-    torch.manual_seed(len(runs) + size)
-    need = [-(-(q + c) // block) for q, c in runs]
-    order = torch.randperm(sum(need) + 3)
-    tables = torch.zeros(len(runs), max(need), dtype=torch.int32)
-    start = 0
-    for row, count in enumerate(need):
-        tables[row, :count] = order[start : start + count]
-        start += count
-    slots = len(order) * block
-    tokens = sum(q for q, _ in runs)
-    heads = groups * kv_heads
-    return Paged(
-        qkv=torch.randn(tokens, (heads + 2 * kv_heads) * size).to(dtype),
-        heads=heads,
-        keys=torch.randn(slots, kv_heads, size).to(dtype),
-        values=torch.randn(slots, kv_heads, size).to(dtype),
-        query_start=torch.tensor([0, *torch.tensor([q for q, _ in runs]).cumsum(0).tolist()], dtype=torch.int32),
-        context_len=torch.tensor([c for _, c in runs], dtype=torch.int32),
-        tables=tables,
-        block_size=block,
-    )
 
 
 RUNS = [[(1, 0)], [(7, 0), (1, 15)], [(1, 16), (8, 33), (3, 0), (1, 1)], [(40, 5), (1, 300), (2, 31)]]

@@ -1,0 +1,196 @@
+"""`interface.Kernels` on a CUDA GPU; with TRITON_INTERPRET=1 in Triton's interpreter, on CPU tensors, for tests."""
+
+import hashlib
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import triton
+from dspark_kernels.cpu.build import KernelBuildError
+from dspark_kernels.interface import DraftedTokens, Favour, Filters, LayerParts, PackedLinear
+from dspark_kernels.reference import PlainLinear, ReferenceKernels
+from dspark_kernels.triton import accept, attention, elementwise, rotary, sequential
+from dspark_kernels.triton.launch import H100, Gpu
+from torch import Tensor, empty, empty_like
+
+
+class TritonKernels:
+    """The kernel set on the current CUDA device. No method reads the device's memory on the host.
+
+    Raises KernelBuildError without a CUDA GPU, unless Triton interprets. Beyond the contract, float16 is a dtype like
+    bfloat16, a run may have no queries, and `rotary_kv_write` writes nothing to a negative slot: what a CUDA graph pads
+    its batch with. Short of it, `linear` is cuBLAS: a row's result may depend on how many rows there are, and
+    attention's on how the keys were split.
+    """
+
+    name = "triton"
+
+    def __init__(self) -> None:
+        self._gpu = H100  # what the interpreter plays
+        if torch.cuda.is_available():
+            found = torch.cuda.get_device_properties()
+            self._gpu = Gpu(found.multi_processor_count, 10 * found.major + found.minor)
+        elif not triton.knobs.runtime.interpret:
+            raise KernelBuildError(
+                "the Triton kernels need a CUDA GPU and PyTorch's CUDA build; without, use DSPARK_KERNELS=native "
+                "(TRITON_INTERPRET=1 runs them on the CPU, for tests only)"
+            )
+        sources = sorted(Path(__file__).parent.glob("*.py"))
+        digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
+        self.build = f"triton-{triton.__version__}-{digest[:16]}"
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        out = empty(x.shape, dtype=x.dtype, device=x.device)
+        elementwise.norm_launch(x, None, weight, eps, out).run()
+        return out
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+        out = empty(x.shape, dtype=residual.dtype, device=x.device)
+        elementwise.norm_launch(x, residual, weight, eps, out).run()
+        return out
+
+    def rotary_kv_write(
+        self,
+        qkv: Tensor,
+        positions: Tensor,
+        cos_sin: Tensor,
+        slots: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        num_q_heads: int,
+        q_norm: Tensor | None = None,
+        k_norm: Tensor | None = None,
+        eps: float = 1e-6,
+    ) -> None:
+        rotary.launch(qkv, positions, cos_sin, slots, keys, values, num_q_heads, q_norm, k_norm, eps).run()
+
+    def paged_attention(
+        self,
+        qkv: Tensor,
+        num_q_heads: int,
+        keys: Tensor,
+        values: Tensor,
+        query_start: Tensor,
+        context_len: Tensor,
+        block_tables: Tensor,
+        block_size: int,
+        scale: float,
+        causal: bool = True,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> Tensor:
+        out = empty(qkv.shape[0], num_q_heads * keys.shape[2], dtype=qkv.dtype, device=qkv.device)
+        for launch in attention.launches(
+            qkv, num_q_heads, keys, values, query_start, context_len, block_tables, block_size, scale, causal, window,
+            softcap, out, self._gpu,
+        ):  # fmt: skip
+            launch.run()
+        return out
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        out = empty(gate_up.shape[0], gate_up.shape[1] // 2, dtype=gate_up.dtype, device=gate_up.device)
+        elementwise.silu_launch(gate_up, out).run()
+        return out
+
+    def argmax(self, logits: Tensor) -> Tensor:
+        out = empty(logits.shape[0], dtype=torch.int64, device=logits.device)
+        for launch in elementwise.argmax_launches(logits, out):
+            launch.run()
+        return out
+
+    def pack_linear(self, weight: Tensor, bias: Tensor | None = None) -> PlainLinear:
+        return PlainLinear(weight.clone(), None if bias is None else bias.clone())
+
+    def linear(self, x: Tensor, packed: PackedLinear, out_dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        assert isinstance(packed, PlainLinear)
+        if x.is_cuda and out_dtype == torch.float32 != x.dtype:
+            product = torch.mm(x, packed.weight.T, out_dtype=torch.float32)
+            return product if packed.bias is None else product + packed.bias
+        if x.is_cuda:
+            return F.linear(x, packed.weight, packed.bias).to(out_dtype)
+        return ReferenceKernels().linear(x, packed, out_dtype)
+
+    def fuse_layer(self, parts: LayerParts) -> None:
+        return None
+
+    def draft_tokens(
+        self,
+        base: Tensor,
+        anchors: Tensor,
+        names: Tensor | None,
+        head: tuple[Tensor, PackedLinear] | None,
+        inverse_temperature: Tensor,
+        uniforms: Tensor | None,
+        favour: Favour | None,
+        filters: Filters | None = None,
+    ) -> DraftedTokens:
+        """Without a look at the device: there is a law where there are `uniforms`, though all rows may be greedy.
+
+        With `filters` it is the plain PyTorch one, of CPU tensors only: a filtered draft has no kernel yet.
+        """
+        if filters is not None:
+            return ReferenceKernels().draft_tokens(
+                base, anchors, names, head, inverse_temperature, uniforms, favour, filters
+            )
+        rows, slots, _ = base.shape
+        device, weights = base.device, None
+        if head is not None:
+            w1, w2 = head
+            assert isinstance(w2, PlainLinear)
+            weights = w1, w2.weight
+        drawn = DraftedTokens(
+            empty((rows, slots), dtype=torch.int64, device=device),
+            None if uniforms is None else empty_like(base),
+            torch.zeros((rows, slots), dtype=torch.bool, device=device),
+            torch.zeros((rows, slots), device=device),
+            torch.full((rows,), slots, device=device),
+        )
+
+        def multiply(x: Tensor) -> Tensor:
+            assert head is not None
+            return self.linear(x, head[1], torch.float32)
+
+        for launch in sequential.launches(
+            base, anchors, names, weights, multiply, inverse_temperature, uniforms, favour, drawn
+        ):
+            launch.run()
+        return drawn
+
+    def accept_by_ratio(
+        self,
+        logits: Tensor,
+        start: Tensor,
+        lengths: Tensor,
+        tokens: Tensor,
+        inverse_temperature: Tensor,
+        q: Tensor | None,
+        row: Tensor,
+        names: Tensor | None,
+        coins: Tensor | None,
+        last: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        count, token = empty_like(start), empty_like(start)
+        failed = empty(start.shape, dtype=torch.bool, device=start.device)
+        for launch in accept.launches(
+            logits, start, lengths, tokens.contiguous(), inverse_temperature, q, row, names, coins, last, count, token,
+            failed,
+        ):  # fmt: skip
+            launch.run()
+        return count, token, failed
+
+    def filter_logits(self, logits: Tensor, rows: Tensor, inverse_temperature: Tensor, filters: Filters) -> Tensor:
+        """In plain PyTorch, row by row: no kernel of its own yet."""
+        return ReferenceKernels().filter_logits(logits, rows, inverse_temperature, filters)
+
+    def draft_loss(
+        self,
+        draft: Tensor,
+        target: Tensor,
+        target_rows: Tensor,
+        labels: Tensor,
+        mass: Tensor,
+        ce_weight: Tensor,
+        tv_weight: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """In plain PyTorch: training on a GPU has no kernel of its own."""
+        return ReferenceKernels().draft_loss(draft, target, target_rows, labels, mass, ce_weight, tv_weight)

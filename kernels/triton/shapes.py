@@ -1,0 +1,186 @@
+"""The launches of a served model's step, over tensors that are not there: what `compile.py` compiles."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from dspark_kernels.interface import DraftedTokens, Favour
+from dspark_kernels.triton import accept, attention, elementwise, rotary, sequential
+from dspark_kernels.triton.launch import Gpu, Launch
+from torch import Tensor
+
+BLOCK_SIZE = 16
+
+
+@dataclass(frozen=True)
+class Model:
+    """A target and its drafter: layers of both, D hidden, F features, C columns the drafter may draw, r Markov rank."""
+
+    name: str
+    layers: int
+    draft_layers: int
+    hidden: int
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    features: int
+    vocabulary: int
+    columns: int
+    rank: int
+    gamma: int
+    qk_norm: bool
+    window: int | None = None
+    softcap: float | None = None
+    dtype: torch.dtype = torch.bfloat16
+
+
+QWEN3_8B = Model("Qwen3-8B", 36, 5, 4096, 32, 8, 128, 12288, 151936, 151936, 256, 7, qk_norm=True)
+SMOLLM2 = Model("SmolLM2-135M", 30, 2, 576, 9, 3, 64, 1536, 49152, 8192, 128, 5, qk_norm=False)
+# Head sizes of models that are not served yet: their attention only.
+OTHERS = (
+    Model("d 96, group 1", 1, 0, 3072, 32, 32, 96, 8192, 32064, 0, 0, 7, qk_norm=False),
+    Model(
+        "d 256, group 2, window, soft-cap",
+        1,
+        0,
+        3584,
+        16,
+        8,
+        256,
+        14336,
+        256000,
+        0,
+        0,
+        7,
+        qk_norm=True,
+        window=4096,
+        softcap=50.0,
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A launch with the kernel family it belongs to and what it stands for."""
+
+    family: str
+    configuration: str
+    launch: Launch
+
+
+def cases(model: Model, gpu: Gpu) -> Iterator[Case]:
+    """Every kernel of a step of `model` on `gpu`."""
+    yield from attention_cases(model, gpu)
+    if model in OTHERS:
+        return
+    rows, dtype = 256, model.dtype
+    yield Case("norm", "RMSNorm", elementwise.norm_launch(*_norm(model, rows, False)))
+    yield Case("norm", "add + RMSNorm", elementwise.norm_launch(*_norm(model, rows, True)))
+    features = model.features
+    gate_up, activated = _on_meta(dtype, (rows, 2 * features), (rows, features))
+    yield Case("silu_mul", "", elementwise.silu_launch(gate_up, activated))
+    logits = _empty(torch.float32, rows, model.vocabulary)
+    for part, launch in zip(
+        ("parts", "whole"), elementwise.argmax_launches(logits, _empty(torch.int64, rows)), strict=True
+    ):
+        yield Case("argmax", part, launch)
+    yield Case("rotary", "q, k with norm" if model.qk_norm else "q, k", _rotary(model, rows))
+    yield from _drafting(model)
+    for law in ("dense" if model.columns == model.vocabulary else "named", "greedy"):
+        yield from _acceptance(model, law)
+
+
+def attention_cases(model: Model, gpu: Gpu) -> Iterator[Case]:
+    """Decode, verification, draft block and prefill, with and without split keys."""
+    for label, runs, queries, context, causal in (
+        ("decode, 1 x 1 over 8k", 1, 1, 8192, True),
+        ("decode, 64 x 1", 64, 1, 1024, True),
+        (f"verify, 1 x {model.gamma + 1} over 8k", 1, model.gamma + 1, 8192, True),
+        (f"verify, 32 x {model.gamma + 1}", 32, model.gamma + 1, 1024, True),
+        (f"draft block, 32 x {model.gamma}", 32, model.gamma, 1024, False),
+        ("prefill, 1 x 2048", 1, 2048, 0, True),
+    ):
+        tokens, width = runs * queries, -(-(context + queries) // BLOCK_SIZE)
+        heads = model.q_heads + 2 * model.kv_heads
+        qkv = _empty(model.dtype, tokens, heads * model.head_dim)
+        keys, values = _on_meta(model.dtype, *[(4096, model.kv_heads, model.head_dim)] * 2)
+        starts, lengths = _empty(torch.int32, runs + 1), _empty(torch.int32, runs)
+        out = _empty(model.dtype, tokens, model.q_heads * model.head_dim)
+        for launch in attention.launches(
+            qkv, model.q_heads, keys, values, starts, lengths, _empty(torch.int32, runs, width), BLOCK_SIZE,
+            model.head_dim**-0.5, causal, model.window, model.softcap, out, gpu,
+        ):  # fmt: skip
+            chosen = launch.constants
+            if launch.kernel is attention.combine:
+                yield Case("combine", f"{label}, {chosen['SPLITS']} splits", launch)
+            else:
+                tile = f"{chosen['ROWS']} x {chosen['KEYS']}"
+                yield Case("attention", f"{label}, tile {tile}, splits {chosen['SPLITS']}", launch)
+
+
+def _norm(model: Model, rows: int, residual: bool) -> tuple[Tensor, Tensor | None, Tensor, float, Tensor]:
+    x, other, out = _on_meta(model.dtype, *[(rows, model.hidden)] * 3)
+    return x, other if residual else None, _empty(model.dtype, model.hidden), 1e-6, out
+
+
+def _rotary(model: Model, rows: int) -> Launch:
+    qkv = _empty(model.dtype, rows, (model.q_heads + 2 * model.kv_heads) * model.head_dim)
+    keys, values = _on_meta(model.dtype, *[(4096, model.kv_heads, model.head_dim)] * 2)
+    norm = _empty(model.dtype, model.head_dim) if model.qk_norm else None
+    table, index = _empty(torch.float32, 4096, model.head_dim), _empty(torch.int32, rows)
+    return rotary.launch(qkv, index, table, index, keys, values, model.q_heads, norm, norm, 1e-6)
+
+
+def _drafting(model: Model) -> Iterator[Case]:
+    """The head over the model's own columns, and over so few that whole blocks are one launch."""
+    for columns in sorted({model.columns, 2048}):
+        rows, slots = 32, model.gamma
+        base = _empty(torch.float32, rows, slots, columns)
+        w1, w2 = _empty(model.dtype, model.vocabulary, model.rank), _empty(model.dtype, columns, model.rank)
+        drawn = DraftedTokens(
+            _empty(torch.int64, rows, slots),
+            _empty(torch.float32, rows, slots, columns),
+            _empty(torch.bool, rows, slots),
+            _empty(torch.float32, rows, slots),
+            _empty(torch.int64, rows),
+        )
+        index, chance = _empty(torch.int64, rows, slots), _empty(torch.float32, rows, slots)
+        favour = Favour(index, index, drawn.on, chance, _empty(torch.bool, rows))
+
+        def multiply(x: Tensor, columns: int = columns) -> Tensor:
+            return _empty(torch.float32, len(x), columns)
+
+        names = None if columns == model.vocabulary else _empty(torch.int64, columns)
+        seen: set[object] = set()
+        for launch in sequential.launches(
+            base, drawn.usable, names, (w1, w2), multiply,
+            _empty(torch.float32, rows), _empty(torch.float64, rows, slots), favour, drawn,
+        ):  # fmt: skip
+            if launch.kernel not in seen:  # the slots of a block are alike
+                yield Case("draft_tokens", f"{launch.kernel.__name__}, {columns} columns", launch)
+            seen.add(launch.kernel)
+
+
+def _acceptance(model: Model, law: str) -> Iterator[Case]:
+    requests, width, columns = 32, model.gamma, model.columns
+    whole = _empty(torch.int64, requests)
+    q = None if law == "greedy" else _empty(torch.float32, requests, width, columns)
+    names = _empty(torch.int64, requests, width, columns) if law == "named" else None
+    coins, last = _empty(torch.float64, requests, width), _empty(torch.float64, requests, width + 1)
+    logits = _empty(torch.float32, requests * (width + 1), model.vocabulary)
+    for launch in accept.launches(
+        logits, whole, whole, _empty(torch.int64, requests, width), _empty(torch.float32, requests), q, whole, names,
+        coins, last, whole, whole, _empty(torch.bool, requests),
+    ):  # fmt: skip
+        depends = launch.kernel in (accept.decide, accept.remainder)
+        if depends or law != "greedy":
+            name = launch.kernel.__name__
+            yield Case("accept_by_ratio", f"{name}, {law} law" if depends else name, launch)
+
+
+def _empty(dtype: torch.dtype, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _on_meta(dtype: torch.dtype, *shapes: Sequence[int]) -> list[Tensor]:
+    return [_empty(dtype, *shape) for shape in shapes]

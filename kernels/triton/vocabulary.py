@@ -1,0 +1,204 @@
+"""A slot of the sequential head over a whole vocabulary: three launches behind the matrix product that corrects it.
+
+Each row is cut into parts, a program for each: the first launch leaves their softmaxes, the second writes the law and
+its mass part by part, the third draws. The favoured column is left out of the first and joins in the others, as its
+logit is not known before the row's log-sum-exp is.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from dspark_kernels.triton.draw import PART, draw_column, draw_part, merge, soften
+from dspark_kernels.triton.elementwise import NO_RANK, rank, ranked_column
+from dspark_kernels.triton.favour import favoured_logit
+from dspark_kernels.triton.launch import Launch, power_of_two
+from torch import Tensor
+
+BLOCK = 2048  # columns in a step
+
+
+@triton.jit
+def _logits(base, correction, column, end):
+    """A slot's logits [BLOCK] from base and correction [COLUMNS]; -inf from `end` on."""
+    logit = tl.load(base + column, mask=column < end, other=float("-inf"))
+    if correction is not None:
+        logit += tl.load(correction + column, mask=column < end, other=0.0)
+    return logit
+
+
+@triton.jit(do_not_specialize=["slot"])
+def slot_parts(
+    base, correction, inverse_temperature, place, peaks, masses, scaled_masses, ranks, slot,
+    SLOTS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Grid (R, PARTS): peaks, masses, scaled_masses (of logits / T), ranks [R, PARTS], without the column at `place`.
+
+    A NaN peak is a part that holds NaN or +inf.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    at = row * SLOTS + slot
+    scale = tl.load(inverse_temperature + row)
+    if correction is not None:
+        correction += row * COLUMNS
+    spot = -1
+    if place is not None:
+        spot = tl.load(place + at).to(tl.int32)
+    peak = float("-inf")
+    mass = 0.0
+    scaled_peak = float("-inf")
+    scaled_mass = 0.0
+    best = tl.full([], NO_RANK, tl.int64)
+    broken = 0
+    end = tl.minimum(part * PART + PART, COLUMNS)
+    for start in range(part * PART, end, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        logit = _logits(base + at * COLUMNS, correction, column, end)
+        logit = tl.where(column == spot, float("-inf"), logit)
+        broken = tl.maximum(broken, tl.max(tl.where(logit < float("inf"), 0, 1), 0))
+        best = tl.maximum(best, tl.max(tl.where(column < end, rank(logit, column), NO_RANK), 0))
+        if place is not None:
+            peak, mass = soften(peak, mass, logit)
+        else:
+            peak = tl.maximum(peak, tl.max(logit, 0))
+        scaled_peak, scaled_mass = soften(
+            scaled_peak, scaled_mass, tl.where(logit > float("-inf"), logit * scale, float("-inf"))
+        )
+    to = row * PARTS + part
+    tl.store(peaks + to, tl.where(broken == 0, peak, float("nan")))
+    tl.store(masses + to, mass)
+    tl.store(scaled_masses + to, scaled_mass)
+    tl.store(ranks + to, best)
+
+
+@triton.jit
+def _whole(
+    base, correction, place, named, bias, following, on, odds, peaks, masses, row, at,
+    COLUMNS: tl.constexpr, PARTS: tl.constexpr, PARTS_BLOCK: tl.constexpr, STORE: tl.constexpr,
+):  # fmt: skip
+    """What the parts make of the row: the greatest logit but the favoured one's, whether all are fine, and the favoured
+    column and its logit (-1 and -inf without any)."""
+    part = tl.arange(0, PARTS_BLOCK)
+    part_peaks = tl.load(peaks + row * PARTS + part, mask=part < PARTS, other=float("-inf"))
+    peak, mass = merge(part_peaks, tl.load(masses + row * PARTS + part, mask=part < PARTS, other=0.0))
+    broken = tl.max(tl.where(part_peaks == part_peaks, 0, 1), 0)
+    spot = -1
+    score = float("-inf")
+    top = peak
+    if place is not None:
+        spot = tl.load(place + at).to(tl.int32)
+        own = tl.load(base + at * COLUMNS + spot)
+        if correction is not None:
+            own += tl.load(correction + row * COLUMNS + spot)
+        broken = tl.maximum(broken, tl.where(own < float("inf"), 0, 1))
+        top = tl.maximum(peak, own)
+        level = tl.where(top == float("-inf"), 0.0, top)
+        total = tl.log(mass * tl.exp(peak - level) + tl.exp(own - level)) + level
+        active = (broken == 0) & (top > float("-inf")) & (tl.load(following + row) != 0)
+        score = favoured_logit(own, total, active, named + at, bias + at, on + at, odds + at, STORE)
+    return peak, (broken == 0) & (top > float("-inf")), spot, score
+
+
+@triton.jit(do_not_specialize=["slot"])
+def slot_law(
+    base, correction, inverse_temperature, place, named, bias, following, on, odds, law, peaks, masses, scaled_masses,
+    law_masses, slot,
+    SLOTS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr, PARTS_BLOCK: tl.constexpr, PART: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Grid (R, PARTS): the slot's law, zero for a greedy row, and law_masses [R, PARTS] float64."""
+    row = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    at = row * SLOTS + slot
+    scale = tl.load(inverse_temperature + row)
+    peak, fine, spot, score = _whole(
+        base, correction, place, named, bias, following, on, odds, peaks, masses, row, at, COLUMNS, PARTS, PARTS_BLOCK,
+        False,
+    )  # fmt: skip
+    sampled = fine & (scale > 0.0)
+    every = tl.arange(0, PARTS_BLOCK)
+    part_peaks = tl.load(peaks + row * PARTS + every, mask=every < PARTS, other=float("-inf"))
+    part_masses = tl.load(scaled_masses + row * PARTS + every, mask=every < PARTS, other=0.0)
+    top = tl.maximum(peak, score) * scale
+    total = tl.sum(tl.where(part_masses > 0.0, part_masses * tl.exp(part_peaks * scale - top), 0.0), 0)
+    total += tl.where(score > float("-inf"), tl.exp(score * scale - top), 0.0)
+    if correction is not None:
+        correction += row * COLUMNS
+    end = tl.minimum(part * PART + PART, COLUMNS)
+    mass = tl.zeros([], tl.float64)
+    for start in range(part * PART, end, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        logit = _logits(base + at * COLUMNS, correction, column, end)
+        logit = tl.where(column == spot, score, logit)
+        chance = tl.where(sampled & (column < end), tl.exp(logit * scale - top) / total, 0.0)
+        tl.store(law + at * COLUMNS + column, chance, mask=column < end)
+        mass += tl.sum(chance.to(tl.float64), 0)
+    tl.store(law_masses + row * PARTS + part, mass)
+
+
+@triton.jit(do_not_specialize=["slot"])
+def slot_pick(
+    base, correction, names, inverse_temperature, uniforms, favoured, place, named, bias, following, tokens, law, on,
+    odds, usable, peaks, masses, ranks, law_masses, slot,
+    SLOTS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr, PARTS_BLOCK: tl.constexpr, PART: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Grid (R): the slot's token; `usable` and `following` go on to the next slot."""
+    row = tl.program_id(0).to(tl.int64)
+    at = row * SLOTS + slot
+    _, fine, spot, score = _whole(
+        base, correction, place, named, bias, following, on, odds, peaks, masses, row, at, COLUMNS, PARTS, PARTS_BLOCK,
+        True,
+    )  # fmt: skip
+    part = tl.arange(0, PARTS_BLOCK)
+    best = tl.max(tl.load(ranks + row * PARTS + part, mask=part < PARTS, other=NO_RANK), 0)
+    if place is not None:
+        best = tl.maximum(best, rank(score, spot))
+    choice = tl.where(fine, ranked_column(best).to(tl.int32), 0)
+    if law is not None:
+        if fine & (tl.load(inverse_temperature + row) > 0.0):
+            mass = tl.load(law_masses + row * PARTS + part, mask=part < PARTS, other=0.0)
+            chosen, before, point = draw_part(part, mass, tl.load(uniforms + at))
+            end = tl.minimum(chosen * PART + PART, COLUMNS)
+            choice = draw_column(law + at * COLUMNS, chosen * PART, end, before, point, BLOCK)
+    token = choice.to(tl.int64)
+    if names is not None:
+        token = tl.load(names + choice)
+    if favoured is not None:
+        copied = tl.load(favoured + at)
+        token = tl.where(fine & (choice == spot) & (tl.load(named + at) == 0), copied, token)
+        follows = tl.load(following + row).to(tl.int32)
+        tl.store(following + row, tl.where(fine & (token == copied), follows, 0).to(tl.int8))
+    left = tl.load(usable + row)
+    tl.store(usable + row, tl.where(fine, left, tl.minimum(left, slot)))
+    tl.store(tokens + at, token)
+
+
+def launches(
+    slot: int, correction: Tensor | None, given: Mapping[str, Any], found: Mapping[str, Any]
+) -> Iterator[Launch]:
+    """A slot, its logits being base + `correction` [R, C] float32; `given` and `found` from `sequential.launches`."""
+    base: Tensor = given["base"]
+    rows, slots, columns = base.shape
+    part = min(power_of_two(columns), PART)
+    parts = -(-columns // part)
+    peaks, masses, scaled_masses = base.new_empty(3, rows, parts)
+    ranks = base.new_empty(rows, parts, dtype=torch.int64)
+    law_masses = base.new_empty(rows, parts, dtype=torch.float64)
+    arguments = dict(
+        **given, **found, correction=correction, peaks=peaks, masses=masses, scaled_masses=scaled_masses, ranks=ranks,
+        law_masses=law_masses, slot=slot,
+    )  # fmt: skip
+    constants = dict(SLOTS=slots, COLUMNS=columns, PARTS=parts, PART=part, BLOCK=min(part, BLOCK))
+
+    def launch(kernel: Any, grid: tuple[int, ...], **more: int) -> Launch:
+        wanted = {name: value for name, value in arguments.items() if name in kernel.arg_names}
+        return Launch(kernel, grid, wanted, constants=constants | more)
+
+    yield launch(slot_parts, (rows, parts))
+    if found["law"] is not None:
+        yield launch(slot_law, (rows, parts), PARTS_BLOCK=power_of_two(parts))
+    yield launch(slot_pick, (rows,), PARTS_BLOCK=power_of_two(parts))

@@ -1,0 +1,51 @@
+"""Ahead-of-time compilation for GPUs that are not here: a kernel of each family, in a process that compiles."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from dspark_kernels.triton.compile import Usage
+
+TARGETS = ("80", "90", "100")
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory: pytest.TempPathFactory) -> list[list[str]]:
+    """The command's rows for SmolLM2, cell by cell; it exits 1 if a kernel spills or does not fit."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    done = subprocess.run(
+        [sys.executable, "-m", "dspark_kernels.triton.compile", "--models", "SmolLM2-135M", "--one"],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if "SmolLM2" in line]
+
+
+def test_every_family_compiles_for_every_target_without_spills(table: list[list[str]]) -> None:
+    families = {"attention", "combine", "norm", "silu_mul", "argmax", "rotary", "draft_tokens", "accept_by_ratio"}
+    assert {row[1] for row in table} == families
+    for row in table:
+        registers, spilled = row[4].split(" / "), row[5].split(" / ")
+        assert len(registers) == len(TARGETS)
+        assert all(0 < int(count) <= 255 for count in registers)
+        assert spilled == ["0", "0", "0"]
+
+
+def test_occupancy_is_what_registers_and_shared_memory_leave() -> None:
+    assert Usage(90, warps=4, registers=32, spilled=0, shared=0).occupancy == 1.0
+    assert Usage(90, warps=4, registers=128, spilled=0, shared=0).occupancy == 0.25
+    assert Usage(90, warps=4, registers=129, spilled=0, shared=0).blocks == 3  # handed out by eights
+    assert Usage(80, warps=8, registers=32, spilled=0, shared=80 << 10).blocks == 2
+    assert Usage(80, warps=8, registers=32, spilled=0, shared=164 << 10).blocks == 0
+
+
+def test_what_is_interpreted_is_not_compiled() -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "dspark_kernels.triton.compile"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "TRITON_INTERPRET" in done.stderr

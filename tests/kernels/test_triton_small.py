@@ -1,0 +1,112 @@
+"""Triton's norms, rotary embedding, SiLU * mul, argmax and products against the plain ones."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from dspark_kernels import KernelBuildError, load
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.kernels.support import close, triton_kernels
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
+
+TRITON, REFERENCE = triton_kernels(), load("reference")
+DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
+
+
+@settings(max_examples=15, deadline=None)
+@given(rows=st.integers(0, 4), features=st.sampled_from([1, 37, 576, 1025]), dtype=DTYPES)
+def test_norms_and_silu(rows: int, features: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(rows * features)
+    x, residual = (torch.randn(rows, features + 8).to(dtype)[:, :features] for _ in range(2))  # strided rows
+    weight = torch.randn(features).to(dtype)
+    close(TRITON.rms_norm(x, weight, 1e-5), REFERENCE.rms_norm(x, weight, 1e-5))
+    ours, theirs = residual.clone(), residual.clone()
+    close(TRITON.add_rms_norm(x, ours, weight, 1e-5), REFERENCE.add_rms_norm(x, theirs, weight, 1e-5))
+    close(ours, theirs)
+    gate_up = torch.randn(rows, 2 * features + 8).to(dtype)[:, : 2 * features] * 4
+    close(TRITON.silu_mul(gate_up), REFERENCE.silu_mul(gate_up))
+
+
+def test_the_residual_is_normalised_as_it_is_stored() -> None:
+    """What is rounded away from the sum does not reach the norm, so that layers see the residual they will read."""
+    x, residual, weight = torch.full((1, 4), 2.0**-12), torch.tensor([[1.0, 2.0, 3.0, 4.0]]), torch.ones(4)
+    stored = residual.half()
+    close(TRITON.add_rms_norm(x.half(), stored, weight.half(), 1e-6), TRITON.rms_norm(stored, weight.half(), 1e-6))
+    assert torch.equal(stored, residual.half())
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    heads=st.sampled_from([0, 1, 6]), kv_heads=st.sampled_from([1, 3]), size=st.sampled_from([16, 96]),
+    normed=st.booleans(), dtype=DTYPES,
+)  # fmt: skip
+def test_rotary_and_kv_write(heads: int, kv_heads: int, size: int, normed: bool, dtype: torch.dtype) -> None:
+    torch.manual_seed(heads)
+    rows, width = 5, (heads + 2 * kv_heads) * size
+    wide = torch.randn(rows, width + 24).to(dtype)
+    positions, slots = torch.randint(0, 50, (rows,), dtype=torch.int32), torch.randperm(20)[:rows].int()
+    cos_sin = torch.randn(50, size)
+    q_norm, k_norm = (torch.randn(size).to(dtype) if normed else None for _ in range(2))
+    results = []
+    for kernels in (TRITON, REFERENCE):
+        qkv = wide.clone()[:, :width]  # strided rows
+        keys, values = torch.zeros(2, 20, kv_heads, size, dtype=dtype)
+        kernels.rotary_kv_write(qkv, positions, cos_sin, slots, keys, values, heads, q_norm, k_norm, 1e-6)
+        results.append((qkv[:, : heads * size].contiguous(), keys, values))
+    for ours, theirs in zip(*results, strict=True):
+        close(ours, theirs)
+
+
+def test_a_negative_slot_is_not_written() -> None:
+    keys, values = torch.zeros(2, 4, 1, 16)
+    slots = torch.tensor([-1, 2], dtype=torch.int32)
+    TRITON.rotary_kv_write(torch.ones(2, 32), slots * 0, torch.ones(1, 16), slots, keys, values, 0)
+    assert [keys.any(2).flatten().tolist(), values.any(2).flatten().tolist()] == [[False, False, True, False]] * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_argmax_takes_the_lowest_of_equals_and_a_nan_wins(dtype: torch.dtype) -> None:
+    logits = torch.randint(-9, 0, (7, 8192 + 1003)).to(dtype)
+    logits[1, [8000, 9000]] = 3.0
+    logits[2], logits[2, 9100] = -torch.inf, -1e30
+    logits[3, [500, 9000]] = torch.nan
+    logits[4], logits[4, 3] = -torch.inf, torch.nan
+    logits[5] = -torch.inf
+    logits[6, [77, 200]] = torch.tensor([-0.0, 0.0]).to(dtype)
+    assert torch.equal(TRITON.argmax(logits), REFERENCE.argmax(logits))
+    assert TRITON.argmax(logits)[1:].tolist() == [8000, 9100, 500, 3, 0, 77]
+    assert TRITON.argmax(logits[:0, :5]).tolist() == []
+
+
+def test_linear() -> None:
+    weight, bias, x = torch.randn(37, 51).bfloat16(), torch.randn(37).bfloat16(), torch.randn(5, 51).bfloat16()
+    for given_bias in (bias, None):
+        packed, plain = TRITON.pack_linear(weight, given_bias), REFERENCE.pack_linear(weight, given_bias)
+        for dtype in (torch.float32, torch.bfloat16):
+            close(TRITON.linear(x, packed, dtype), REFERENCE.linear(x, plain, dtype))
+
+
+def test_the_set_says_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert TRITON.name == "triton"
+    assert TRITON.build.startswith("triton-3.")
+    if not torch.cuda.is_available():
+        monkeypatch.delenv("TRITON_INTERPRET")
+        with pytest.raises(KernelBuildError, match="need a CUDA GPU"):
+            load("triton")
+
+
+def test_without_triton_the_message_says_what_to_install() -> None:
+    """And nothing else needs it: a machine without triton loads its own kernels."""
+    script = (
+        "import sys, dspark_kernels; sys.modules['triton'] = None\n"
+        "dspark_kernels.load('reference')\n"
+        "try: dspark_kernels.load('triton')\n"
+        "except dspark_kernels.KernelBuildError as error: print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=os.environ, check=True)
+    assert "pip install triton" in done.stdout
