@@ -5,10 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.image import imread
 
 from dspark_server.config import SpeculativeConfig
 from dspark_server.engine.request import SamplingParams
 from dspark_server.errors import ConfigError
+from dspark_server.evaluation import compare
 from dspark_server.evaluation.calibrate import CalibrateConfig, calibrate, predicted
 from dspark_server.evaluation.collect import Collected, collect, read_prompts
 from dspark_server.evaluation.evaluate import THRESHOLDS, summary
@@ -70,6 +72,20 @@ def test_plots_are_written(tmp_path: Path) -> None:
     log.write_text("positions,loss,held_out_tau,held_out_greedy_tau\n1000,2.5,1.2,1.1\n2000,2.2,1.3,1.2\n")
     plot_training(log, tmp_path / "curve.png")
     assert (tmp_path / "curve.png").stat().st_size > 1000
+
+
+def test_evaluations_are_compared_in_a_figure(tmp_path: Path) -> None:
+    files = []
+    for temperature in (0, 1):
+        evaluation = {"temperature": temperature, "macro_tau": 1.5, "per_position": [0.5, 0.4, None]}
+        files.append(tmp_path / f"{temperature}.json")
+        files[-1].write_text(json.dumps(evaluation))
+    compare.main([str(tmp_path / "one.png"), f"DSpark={files[0]}"])
+    compare.main([str(tmp_path / "both.png"), f"DSpark={files[0]}", f"DSpark={files[1]}", f"DFlash={files[1]}"])
+    one, both = (imread(tmp_path / name) for name in ("one.png", "both.png"))
+    assert both.shape[1] == 2 * one.shape[1]  # a panel for each temperature
+    with pytest.raises(SystemExit, match="usage"):
+        compare.main([str(tmp_path / "none.png")])
 
 
 def test_calibrate_stores_what_the_engine_then_uses(tmp_path: Path) -> None:
