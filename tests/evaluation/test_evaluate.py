@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from matplotlib.image import imread
+from safetensors.torch import load_file, save_file
 
 from dspark_server.config import SpeculativeConfig
 from dspark_server.engine.request import SamplingParams
@@ -62,6 +63,18 @@ def test_without_a_drafter_there_are_tokens_and_no_blocks() -> None:
         [[5, 6, 7]], params, model=str(TARGET), speculative=SpeculativeConfig(), kv_cache_memory_bytes=8 << 20
     )
     assert (done.tokens, len(done.blocks.accepted)) == (10, 0)
+
+
+def test_a_drafter_without_a_confidence_head_has_no_calibration_of_one(tmp_path: Path) -> None:
+    config = json.loads((DRAFT / "config.json").read_text())
+    config |= {"enable_confidence_head": False, "confidence_head_with_markov": False}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    tensors = load_file(DRAFT / "model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if not name.startswith("confidence_head.")}
+    save_file(kept, tmp_path / "model.safetensors")
+    result = summary(run(1.0, drafter=tmp_path).blocks, ["even", "odd"])
+    assert np.isfinite([result["macro_tau"], *result["ece"][:DRAFTED]]).all()
+    assert np.isnan(result["ece_uncalibrated"]).all()
 
 
 def test_plots_are_written(tmp_path: Path) -> None:
