@@ -26,6 +26,7 @@ def plot_positions(results: Sequence[tuple[str, dict[str, Any]]], path: Path) ->
                 axes.plot(range(1, len(values) + 1), values, marker="o", label=label)
         axes.set(xlabel="draft position", ylabel="accepted, given those before", ylim=(0, 1))
         axes.set_title(f"temperature {temperature:g}")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend()
     figure.savefig(path, dpi=120)
 
