@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
+from dspark_server.cli import app
 from dspark_server.config import SpeculativeConfig
 from dspark_server.engine.request import SamplingParams
 from dspark_server.errors import ConfigError
-from dspark_server.evaluation import compare
+from dspark_server.evaluation import compare, evaluate
 from dspark_server.evaluation.calibrate import CalibrateConfig, calibrate, predicted
 from dspark_server.evaluation.collect import Collected, collect, read_prompts
 from dspark_server.evaluation.evaluate import THRESHOLDS, summary
@@ -63,6 +65,21 @@ def test_without_a_drafter_there_are_tokens_and_no_blocks() -> None:
         [[5, 6, 7]], params, model=str(TARGET), speculative=SpeculativeConfig(), kv_cache_memory_bytes=8 << 20
     )
     assert (done.tokens, len(done.blocks.accepted)) == (10, 0)
+
+
+@pytest.mark.parametrize("copying", [True, False])
+def test_eval_lets_drafts_copy_or_not(tmp_path: Path, copying: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tiny model is greedy in circles, which are copied in blocks longer than the drafter's."""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "to be or not to be", "domain": "play"}\n')
+    monkeypatch.setattr(evaluate, "chat_tokens", lambda *_, **__: [[5, 6, 7, 8]])
+    flag = "--copying" if copying else "--no-copying"
+    options = [*("--model", TARGET), *("--drafter", DRAFT), *("--prompts", prompts), *("--max-tokens", 60)]
+    done = CliRunner().invoke(app, ["eval", *map(str, options), flag, "--no-baseline", "--json"])
+    assert done.exit_code == 0, done.output
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["macro_tau"] >= 1
+    assert (len(result["per_position"]) > DRAFTED) == copying
 
 
 def test_a_drafter_without_a_confidence_head_has_no_calibration_of_one(tmp_path: Path) -> None:
