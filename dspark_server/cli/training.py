@@ -114,6 +114,7 @@ def evaluate(
     concurrency: Annotated[int, typer.Option(help="Requests at once.")] = 16,
     limit: Annotated[int | None, typer.Option(help="Prompts of each file.")] = None,
     shortlist: Annotated[int | None, typer.Option(help="Candidates of a draft position; default: all.")] = None,
+    copying: Annotated[bool, typer.Option(help="Let drafts copy from the context too, as served.")] = True,
     baseline: Annotated[bool, typer.Option(help="Measure speed too: as served, and without the drafter.")] = True,
     raw: Annotated[bool, typer.Option(help="Prompts as they stand, without the chat template.")] = False,
     plots: Annotated[Path | None, typer.Option(help="Directory for the plots.")] = None,
@@ -131,7 +132,7 @@ def evaluate(
         from dspark_server.evaluation.evaluate import EvalConfig, show
         from dspark_server.evaluation.evaluate import evaluate as run
 
-        speculative = SpeculativeConfig(method="dspark", model=drafter, selection=selection, shortlist=shortlist)
+        speculative = SpeculativeConfig("dspark", drafter, selection=selection, shortlist=shortlist, copying=copying)
         result = run(
             EvalConfig(prompts, model, speculative, temperature, max_tokens, concurrency, limit, baseline, raw, plots)
         )

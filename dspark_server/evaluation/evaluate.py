@@ -98,7 +98,7 @@ def summary(blocks: Blocks, domains: list[str]) -> dict[str, Any]:
 
 
 def uncalibrated(blocks: Blocks) -> Floats:
-    """a_k [N, gamma] as the head says it, of blocks that were copied alone as they were served."""
+    """a_k [N, gamma] as the head says it, NaN without one; of blocks that were copied alone as they were served."""
     said = (1 / (1 + np.exp(-blocks.confidence))).cumprod(axis=1)
     return np.asarray(np.where(blocks.alone[:, None], blocks.survival, said))
 

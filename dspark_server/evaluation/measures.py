@@ -38,7 +38,12 @@ def judged(blocks: Blocks) -> npt.NDArray[np.bool_]:
 
 
 def expected_calibration_error(predicted: Floats, observed: npt.NDArray[np.bool_]) -> float:
-    """Mean over BINS equal bins of |mean predicted - share observed|, weighted by their sizes. Both [N]."""
+    """Mean over BINS equal bins of |mean predicted - share observed|, weighted by their sizes. Both [N].
+
+    Where predicted is NaN nothing was said, and nothing counts; NaN if that is so everywhere.
+    """
+    said = ~np.isnan(predicted)
+    predicted, observed = predicted[said], observed[said]
     if not len(predicted):
         return float("nan")
     index = np.minimum((predicted * BINS).astype(int), BINS - 1)

@@ -79,6 +79,15 @@ def has_amx() -> bool:
         return False
 
 
+def has_bfloat16_pairs() -> bool:
+    """Whether the processor multiplies bfloat16 in pairs faster than float32: VDPBF16PS on AMD (cpu/build.py)."""
+    try:
+        processor = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return "AuthenticAMD" in processor and " avx512_bf16" in processor
+
+
 _Multiply = Callable[[Tensor, bool], Tensor]
 
 

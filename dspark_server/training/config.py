@@ -20,7 +20,7 @@ class TrainConfig:
     `averaging` is the decay of a running mean of the weights, which is then what is evaluated and exported (0: off).
     `reuse` spreads the cost of new sequences' features: each brings reuse - 1 visits to earlier ones (Split.drawn).
     `precision` is what matrix products multiply in; weights, sums, softmaxes and losses are float32 always. "auto" is
-    bfloat16 where the processor has AMX, else float32, which is as fast without it.
+    bfloat16 where the processor is faster at it (AMX, or AMD's AVX512_BF16), else float32.
     """
 
     corpus: str

@@ -67,7 +67,7 @@ class DraftLayer(nn.Module):
         slots = table[blocks.anchors.unsqueeze(1) + torch.arange(gamma)].unsqueeze(2)  # [B, gamma, 1, d]
 
         def heads(projection: str, rows: Tensor) -> Tensor:
-            return torch.unflatten(attention[projection](rows), -1, (-1, self._head_dim))
+            return torch.unflatten(attention[projection](rows).float(), -1, (-1, self._head_dim))
 
         q = _rotate(attention["q_norm"](heads("q_proj", normed)), slots)
         k = _rotate(attention["k_norm"](heads("k_proj", normed)), slots)
@@ -103,10 +103,15 @@ class DraftLayer(nn.Module):
 
 
 class DraftModel(nn.Module):
-    """Everything of a drafter that is trained; embedding and head are the target's."""
+    """Everything of a drafter that is trained; embedding and head are the target's.
 
-    def __init__(self, config: DSparkConfig, max_length: int) -> None:
+    With `bfloat16` the backbone's products, of its attention too, are multiplied and rounded in bfloat16, and summed in
+    float32; the weights, the residual stream, norms, softmaxes and the two heads are float32 all the same.
+    """
+
+    def __init__(self, config: DSparkConfig, max_length: int, *, bfloat16: bool = False) -> None:
         super().__init__()
+        self._bfloat16 = bfloat16
         decoder, rank = config.decoder, config.markov_rank
         hidden = decoder.hidden_size
         self.config = config
@@ -136,10 +141,11 @@ class DraftModel(nn.Module):
 
     def forward(self, blocks: Blocks) -> tuple[Tensor, Tensor, Tensor | None]:
         """h_k [B, gamma, D], the latent that w2 turns into B_k [B, gamma, r], confidence logits [B, gamma]."""
-        context = self.hidden_norm(self.fc(blocks.taps))
         x = blocks.inputs
-        for layer in self.layers:
-            x = layer(x, context, blocks, self._table)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self._bfloat16):
+            context = self.hidden_norm(self.fc(blocks.taps).float())
+            for layer in self.layers:
+                x = layer(x, context, blocks, self._table)
         hidden = self.norm(x)
         embedding = self._embedding(blocks.previous)
         confidence = None

@@ -25,14 +25,14 @@ from tqdm import tqdm
 from dspark_server.models.decoder import Decoder
 from dspark_server.models.hub import cache_dir, resolve_model
 from dspark_server.models.loading import open_checkpoint
-from dspark_server.runtime.linear import has_amx
+from dspark_server.runtime.linear import has_amx, has_bfloat16_pairs
 from dspark_server.runtime.memory import keep_freed_memory
 from dspark_server.training.checkpoint import draft_config, export, initialise_from_target, load_weights
 from dspark_server.training.config import TrainConfig
 from dspark_server.training.corpus import Corpus, Integers, Split
 from dspark_server.training.curve import plot_training
 from dspark_server.training.features import TargetFeatures
-from dspark_server.training.loss import VocabularyLoss
+from dspark_server.training.loss import FrozenHead, VocabularyLoss
 from dspark_server.training.model import Blocks, DraftModel
 
 EVALUATED = 60  # held-out sequences a run looks at on the way; calibration uses the rest too
@@ -99,16 +99,18 @@ class Trainer:
         if not target.config.tie_word_embeddings:
             self._head = open_checkpoint(self.target_directory).read("lm_head.weight").float()
         # Rows of the head that the loss sees, and where each token is among them (-1: not).
-        self._drafted_head = self._head
+        drafted = self._head
         self._place: Tensor | None = None
         self.draft_tokens: Tensor | None = None
         if run.vocabulary is not None and run.vocabulary < len(self._head):
             kept = torch.from_numpy(corpus.frequent(run.vocabulary, len(self._head)))
             self._place = torch.full((len(self._head),), -1).scatter_(0, kept, torch.arange(len(kept)))
             self.draft_tokens = kept
-            self._drafted_head = self._head[kept]
+            drafted = self._head[kept]
+        bfloat16 = multiplies_in_bfloat16(run.precision)
+        self.drafted_head = FrozenHead(drafted, self.kernels, bfloat16=bfloat16)
         torch.manual_seed(run.seed)
-        self.model = DraftModel(self.config, longest)
+        self.model = DraftModel(self.config, longest, bfloat16=bfloat16)
         if run.weights:
             load_weights(self.model, self.draft_tokens, self.target_directory, Path(run.weights))
         elif run.init == "target":
@@ -196,7 +198,7 @@ class Trainer:
             hidden.flatten(0, 1)[batch.rows],
             latent.flatten(0, 1)[batch.rows],
             self.model.w2,
-            self._drafted_head,
+            self.drafted_head,
             batch.target,
             batch.target_rows,
             batch.logsum,
@@ -258,7 +260,7 @@ class Trainer:
         for index in self.split.held_out[:EVALUATED]:
             batch = self.batch(self.split.blocks([index], anchors, [index]))
             hidden, latent, _ = self.model(batch.blocks)
-            logits = hidden.flatten(0, 1)[batch.rows] @ self._drafted_head.T
+            logits = hidden.flatten(0, 1)[batch.rows] @ self.drafted_head.weight.T
             if self.config.markov_rank:
                 logits += latent.flatten(0, 1)[batch.rows] @ self.model.w2.T
             if self.draft_tokens is not None:  # the engine never drafts what the loss never saw
@@ -326,14 +328,19 @@ def train(run: TrainConfig) -> Path:
         return _train(run)
 
 
+def multiplies_in_bfloat16(precision: str) -> bool:
+    """Whether a run of this `precision` multiplies in bfloat16 on this processor."""
+    return precision == "bfloat16" or (precision == "auto" and (has_amx() or has_bfloat16_pairs()))
+
+
 @contextmanager
 def products_in(precision: str) -> Iterator[None]:
-    """Inside, float32 matrix products are multiplied in bfloat16, and summed and returned in float32, if so asked.
+    """Inside, with AMX, products of float32 tensors too are multiplied in bfloat16, if the run multiplies in it.
 
-    oneDNN rounds the factors itself, on AMX tiles; a processor without bfloat16 products ignores it.
+    oneDNN rounds the factors itself then. Without tiles that costs what it gains (docs/experiments.md).
     """
     before = torch.get_float32_matmul_precision()
-    if precision == "bfloat16" or (precision == "auto" and has_amx()):
+    if multiplies_in_bfloat16(precision) and has_amx():
         torch.set_float32_matmul_precision("medium")
     try:
         yield

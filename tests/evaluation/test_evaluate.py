@@ -5,10 +5,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.image import imread
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
+from dspark_server.cli import app
 from dspark_server.config import SpeculativeConfig
 from dspark_server.engine.request import SamplingParams
 from dspark_server.errors import ConfigError
+from dspark_server.evaluation import compare, evaluate
 from dspark_server.evaluation.calibrate import CalibrateConfig, calibrate, predicted
 from dspark_server.evaluation.collect import Collected, collect, read_prompts
 from dspark_server.evaluation.evaluate import THRESHOLDS, summary
@@ -62,6 +67,33 @@ def test_without_a_drafter_there_are_tokens_and_no_blocks() -> None:
     assert (done.tokens, len(done.blocks.accepted)) == (10, 0)
 
 
+@pytest.mark.parametrize("copying", [True, False])
+def test_eval_lets_drafts_copy_or_not(tmp_path: Path, copying: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tiny model is greedy in circles, which are copied in blocks longer than the drafter's."""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "to be or not to be", "domain": "play"}\n')
+    monkeypatch.setattr(evaluate, "chat_tokens", lambda *_, **__: [[5, 6, 7, 8]])
+    flag = "--copying" if copying else "--no-copying"
+    options = [*("--model", TARGET), *("--drafter", DRAFT), *("--prompts", prompts), *("--max-tokens", 60)]
+    done = CliRunner().invoke(app, ["eval", *map(str, options), flag, "--no-baseline", "--json"])
+    assert done.exit_code == 0, done.output
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["macro_tau"] >= 1
+    assert (len(result["per_position"]) > DRAFTED) == copying
+
+
+def test_a_drafter_without_a_confidence_head_has_no_calibration_of_one(tmp_path: Path) -> None:
+    config = json.loads((DRAFT / "config.json").read_text())
+    config |= {"enable_confidence_head": False, "confidence_head_with_markov": False}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    tensors = load_file(DRAFT / "model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if not name.startswith("confidence_head.")}
+    save_file(kept, tmp_path / "model.safetensors")
+    result = summary(run(1.0, drafter=tmp_path).blocks, ["even", "odd"])
+    assert np.isfinite([result["macro_tau"], *result["ece"][:DRAFTED]]).all()
+    assert np.isnan(result["ece_uncalibrated"]).all()
+
+
 def test_plots_are_written(tmp_path: Path) -> None:
     blocks = run(1.0).blocks
     plot_evaluation(blocks, ["even", "odd"], summary(blocks, ["even", "odd"]), tmp_path)
@@ -70,6 +102,20 @@ def test_plots_are_written(tmp_path: Path) -> None:
     log.write_text("positions,loss,held_out_tau,held_out_greedy_tau\n1000,2.5,1.2,1.1\n2000,2.2,1.3,1.2\n")
     plot_training(log, tmp_path / "curve.png")
     assert (tmp_path / "curve.png").stat().st_size > 1000
+
+
+def test_evaluations_are_compared_in_a_figure(tmp_path: Path) -> None:
+    files = []
+    for temperature in (0, 1):
+        evaluation = {"temperature": temperature, "macro_tau": 1.5, "per_position": [0.5, 0.4, None]}
+        files.append(tmp_path / f"{temperature}.json")
+        files[-1].write_text(json.dumps(evaluation))
+    compare.main([str(tmp_path / "one.png"), f"DSpark={files[0]}"])
+    compare.main([str(tmp_path / "both.png"), f"DSpark={files[0]}", f"DSpark={files[1]}", f"DFlash={files[1]}"])
+    one, both = (imread(tmp_path / name) for name in ("one.png", "both.png"))
+    assert both.shape[1] == 2 * one.shape[1]  # a panel for each temperature
+    with pytest.raises(SystemExit, match="usage"):
+        compare.main([str(tmp_path / "none.png")])
 
 
 def test_calibrate_stores_what_the_engine_then_uses(tmp_path: Path) -> None:

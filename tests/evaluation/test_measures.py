@@ -42,6 +42,11 @@ def test_calibration_error_is_the_weighted_gap_of_the_bins() -> None:
     predicted = np.array([0.02, 0.04, 0.91, 0.93])
     observed = np.array([False, True, True, True])
     assert measures.expected_calibration_error(predicted, observed) == pytest.approx((abs(0.06 - 1) + 0.16) / 4)
+    unsaid = np.array([np.nan, np.nan])
+    with_unsaid = np.concatenate([predicted, unsaid]), np.concatenate([observed, [True, False]])
+    expected = measures.expected_calibration_error(predicted, observed)
+    assert measures.expected_calibration_error(*with_unsaid) == expected
+    assert np.isnan(measures.expected_calibration_error(unsaid, np.array([True, False])))
 
 
 def test_auc_counts_pairs() -> None:

@@ -17,9 +17,11 @@ from dspark_server.engine.request import SamplingParams
 from dspark_server.engine.step import StepTrace
 from dspark_server.errors import ConfigError
 from dspark_server.models.hub import cache_dir
+from dspark_server.runtime.linear import has_amx
+from dspark_server.training import train as train_module
 from dspark_server.training.config import TrainConfig
 from dspark_server.training.corpus import Corpus, Split
-from dspark_server.training.train import Batch, Trainer, products_in, schedule, train
+from dspark_server.training.train import Batch, Trainer, multiplies_in_bfloat16, products_in, schedule, train
 
 TARGET = Path(__file__).parent.parent / "fixtures" / "dspark_qwen3_vanilla" / "target"
 
@@ -50,6 +52,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrainConfig:
         model=str(TARGET),
         mask_token_id=511,
         target_layer_ids=(1, 3, 4),
+        precision="float32",
         markov_rank=8,
         sequences_per_step=2,
         anchors_per_sequence=5,
@@ -64,7 +67,7 @@ def plain_loss(trainer: Trainer, batch: Batch) -> Tensor:
     """§3.3 as it is written, over whole rows, by autograd."""
     run = trainer.run
     hidden, latent, confidence = trainer.model(batch.blocks)
-    logits = (hidden @ trainer._drafted_head.T + latent @ trainer.model.w2.T).flatten(0, 1)[batch.rows]
+    logits = (hidden @ trainer.drafted_head.weight.T + latent @ trainer.model.w2.T).flatten(0, 1)[batch.rows]
     if trainer.draft_tokens is not None:  # all others have no chance in the draft
         logits = torch.full((len(logits), len(trainer._head)), -torch.inf).index_copy(1, trainer.draft_tokens, logits)
     p, t = logits.softmax(-1), (batch.target @ trainer._head.T).softmax(-1)[batch.target_rows]
@@ -80,15 +83,20 @@ def plain_loss(trainer: Trainer, batch: Batch) -> Tensor:
     return (weight * terms).sum() / weight.sum()
 
 
+def away_from_zeros(trainer: Trainer) -> None:
+    """Off the zeros of the start, where half of the gradients vanish."""
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+
+
 @pytest.mark.parametrize(
     ("kind", "rank", "vocabulary"),
     [("vanilla", 8, None), ("gated", 8, None), ("rnn", 8, None), ("vanilla", 0, None), ("vanilla", 8, 100)],
 )
 def test_loss_and_gradient_are_the_plain_ones(run: TrainConfig, kind: str, rank: int, vocabulary: int | None) -> None:
     trainer = Trainer(replace(run, markov_head_type=kind, markov_rank=rank, vocabulary=vocabulary))
-    with torch.no_grad():  # away from the zeros of the start, where half of the gradients vanish
-        for parameter in trainer.model.parameters():
-            parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    away_from_zeros(trainer)
     batch = trainer.batch(trainer.split.step(0, 4, 6))
     ours = trainer.losses(batch).total
     ours.backward()
@@ -100,6 +108,27 @@ def test_loss_and_gradient_are_the_plain_ones(run: TrainConfig, kind: str, rank:
     assert gradients.keys() == dict(trainer.model.named_parameters()).keys()
     for name, parameter in trainer.model.named_parameters():
         torch.testing.assert_close(gradients[name], parameter.grad, atol=2e-6, rtol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize(("rank", "vocabulary"), [(8, None), (0, None), (8, 100)])
+def test_products_in_bfloat16_change_loss_and_gradient_by_their_rounding(
+    run: TrainConfig, rank: int, vocabulary: int | None
+) -> None:
+    trainer = Trainer(replace(run, markov_rank=rank, vocabulary=vocabulary, precision="bfloat16"))
+    exact = Trainer(replace(trainer.run, precision="float32"))
+    away_from_zeros(trainer)
+    exact.model.load_state_dict(trainer.model.state_dict())
+    batch = trainer.batch(trainer.split.step(0, 4, 6))
+    ours, plain = trainer.losses(batch).total, plain_loss(exact, batch)
+    ours.backward()
+    plain.backward()
+    assert ours.item() == pytest.approx(plain.item(), rel=2e-3)
+    assert ours.item() != plain.item()  # they were multiplied in something else
+    for (name, rounded), parameter in zip(trainer.model.named_parameters(), exact.model.parameters(), strict=True):
+        assert rounded.grad is not None and parameter.grad is not None
+        assert rounded.grad.dtype == torch.float32
+        error = (rounded.grad - parameter.grad).norm() / parameter.grad.norm()
+        assert error < 0.1, name  # where draft and target are all but equal, the sign of their L1 may flip
 
 
 def test_slots_are_labelled_with_the_tokens_that_follow(run: TrainConfig) -> None:
@@ -245,13 +274,29 @@ def test_new_sequences_come_every_reuse_places_and_epochs_follow(run: TrainConfi
     assert not set(drawn) & set(split.held_out)
 
 
-def test_precision_is_set_for_the_run_alone() -> None:
+def test_precision_is_set_for_the_run_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     before = torch.get_float32_matmul_precision()
+    with products_in("bfloat16"):
+        assert torch.get_float32_matmul_precision() == ("medium" if has_amx() else before)
+    monkeypatch.setattr(train_module, "has_amx", lambda: True)
     with products_in("bfloat16"):
         assert torch.get_float32_matmul_precision() == "medium"
     with products_in("float32"):
         assert torch.get_float32_matmul_precision() == before
     assert torch.get_float32_matmul_precision() == before
+
+
+@pytest.mark.parametrize(
+    ("amx", "pairs", "expected"), [(False, False, False), (True, False, True), (False, True, True)]
+)
+def test_precision_follows_the_processor(
+    monkeypatch: pytest.MonkeyPatch, amx: bool, pairs: bool, expected: bool
+) -> None:
+    monkeypatch.setattr(train_module, "has_amx", lambda: amx)
+    monkeypatch.setattr(train_module, "has_bfloat16_pairs", lambda: pairs)
+    assert multiplies_in_bfloat16("auto") is expected
+    assert multiplies_in_bfloat16("bfloat16")
+    assert not multiplies_in_bfloat16("float32")
 
 
 def test_schedule_rises_then_falls_to_zero() -> None:
