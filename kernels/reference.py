@@ -151,7 +151,7 @@ class ReferenceKernels:
                 logits = logits.scatter(1, place, torch.where(following, score + favour.bias[:, k], own).unsqueeze(1))
                 replaced = torch.where(favour.named[:, k : k + 1], here.gather(1, place), favour.tokens[:, k : k + 1])
                 here = here.scatter(1, place, replaced)
-            choice, logits = logits.argmax(-1), logits.nan_to_num(0.0, neginf=-torch.inf)
+            choice, logits = logits.argmax(-1), logits.where(finite.unsqueeze(1), 0.0)
             if filters is not None:
                 sampled = (~greedy).nonzero().squeeze(1)
                 theirs = Filters(filters.top_k[sampled], filters.top_p[sampled], filters.min_p[sampled])
