@@ -68,7 +68,7 @@ class Edge:
             tenant = self._keys.check(scope)
             scope.setdefault("state", {})["tenant"] = tenant
             if not self._keys:
-                _check_origin(scope)
+                _check_origin(scope, self._settings.host)
             self._check_sizes(scope)
             with self._limits.admit(tenant) if scope["method"] == "POST" else nullcontext():
                 await self._app(scope, counted, send_with_id)
@@ -95,19 +95,28 @@ class Edge:
         return RequestError(f"The body may have at most {limit} bytes.", status=413, code="body_too_large")
 
 
-def _check_origin(scope: Scope) -> None:
+def _check_origin(scope: Scope, listening: str) -> None:
     """Without API keys: no page of another site may use the browser of somebody who can reach this server.
 
-    Raises RequestError (403). Browsers send Origin with whatever a page posts; DNS that points at us changes nothing.
+    Raises RequestError (403). Browsers send Origin with whatever a page posts. Our own page is known by its Host, but
+    not on a server that listens for this machine alone: there a foreign name that points at us (DNS rebinding) is an
+    attack, elsewhere it is how the server is reached.
     """
-    for name, value in scope["headers"]:
-        if name == b"origin":
-            host = urlsplit(value.decode("latin-1")).hostname or ""
-            if host != "localhost" and not _is_address(host):
-                message = (
-                    "Web pages of other sites may not use a server without API keys: give it one (--api-key-file)."
-                )
-                raise RequestError(message, status=403, code="foreign_origin")
+    headers = dict(scope["headers"])
+    if b"origin" not in headers:
+        return
+    origin = urlsplit(headers[b"origin"].decode("latin-1"))
+    host = origin.hostname or ""
+    if host == "localhost" or _is_address(host):
+        return
+    if not _is_loopback(listening) and origin.netloc.encode("latin-1") == headers.get(b"host"):
+        return
+    message = "Web pages of other sites may not use a server without API keys: give it one (--api-key-file)."
+    raise RequestError(message, status=403, code="foreign_origin")
+
+
+def _is_loopback(host: str) -> bool:
+    return host == "localhost" or (_is_address(host) and ipaddress.ip_address(host).is_loopback)
 
 
 def _is_address(host: str) -> bool:

@@ -1,5 +1,6 @@
 """What an attacker tries, with a key or without, over real sockets; each was tried by hand first."""
 
+import asyncio
 import json
 import logging
 import socket
@@ -9,9 +10,14 @@ from collections.abc import Iterator
 
 import httpx
 import pytest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 
 from dspark_server.api import ServerSettings
 from dspark_server.api import edge as edge_module
+from dspark_server.api.edge import Edge
 from dspark_server.api.logs import TextFormatter
 from dspark_server.api.schema import MAX_CONTAINERS
 from dspark_server.api.structured import StructuredForms
@@ -143,6 +149,28 @@ def test_a_foreign_page_may_not_use_a_server_without_keys(server: Running, origi
     assert answer.status_code == status
     if status == 403:
         assert check(answer, 403)["code"] == "foreign_origin"
+
+
+async def _nothing(_: Request) -> Response:
+    return Response(status_code=204)
+
+
+@pytest.mark.parametrize(
+    ("listening", "origin", "status"),
+    [("0.0.0.0", "http://gpu-box:8000", 204), ("0.0.0.0", "http://gpu-box", 403), ("0.0.0.0", "http://evil", 403),
+     ("127.0.0.1", "http://gpu-box:8000", 403), ("localhost", "http://gpu-box:8000", 403),
+     ("::1", "http://gpu-box:8000", 403)],
+)  # fmt: skip
+def test_our_own_page_is_known_by_the_name_it_was_reached_by(listening: str, origin: str, status: int) -> None:
+    """But not where only this machine is listened to: there a foreign name that points at us is DNS rebinding."""
+    edge = Edge(Starlette(routes=[Route("/", _nothing)]), ServerSettings(host=listening))
+
+    async def ask() -> int:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(edge)) as client:
+            headers = {"Origin": origin}
+            return (await client.get("http://gpu-box:8000/", headers=headers)).status_code
+
+    assert asyncio.run(ask()) == status
 
 
 def test_with_keys_the_key_decides(keyed: Running) -> None:
