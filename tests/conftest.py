@@ -1,4 +1,4 @@
-"""Without a GPU, Triton's kernels are interpreted; whether they are is settled when triton is first imported, by whatever test."""
+"""Without a GPU, Triton's kernels are interpreted. Whether they are is settled when triton is first imported, anywhere."""
 
 import os
 
