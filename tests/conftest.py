@@ -1,4 +1,4 @@
-"""Without a GPU, Triton's kernels are interpreted. Whether they are is settled when triton is first imported, anywhere."""
+"""Without a GPU, Triton's kernels are interpreted; that is settled when triton is first imported, by any test."""
 
 import os
 
