@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import httpx
@@ -36,11 +37,10 @@ def server() -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     try:
         for _ in range(1800):  # a busy machine measures its costs slowly
             assert process.poll() is None, "the server ended while starting"
-            try:
+            with suppress(httpx.ConnectError):
                 if httpx.get(f"{url}/health").status_code == 200:
                     break
-            except httpx.ConnectError:
-                time.sleep(0.1)
+            time.sleep(0.1)
         yield url, process
     finally:
         process.kill()
