@@ -7,7 +7,12 @@ from dspark_server.settings import build, check, read_object, setting
 
 METHODS = ("auto", "dspark", "dflash", "ngram", "none")
 SELECTIONS = ("causal", "lagged", "fixed", "threshold", "none")
-DTYPES = ("auto", "bfloat16", "float32")
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+DEVICES = ("auto", "cpu", "cuda")
+ATTENTION = ("auto", "flash-attn", "triton")
+CACHE_DTYPES = ("auto", "bfloat16", "float16", "fp8")
+DEFAULT_CACHE_BYTES = 2 << 30  # of the KV pool on a CPU
+UTILIZATION = 0.9  # of a GPU's memory, as in vLLM
 
 
 @dataclass(frozen=True)
@@ -79,15 +84,53 @@ class EngineConfig:
     )
     revision: str | None = setting(None, "Branch, tag or commit of a model from the Hugging Face Hub.", group="Model")
     dtype: str = setting(
-        "auto", "Type of weights and activations; auto: the checkpoint's.", group="Model", choices=DTYPES
+        "auto",
+        "Type of weights and activations; auto: the checkpoint's. float16 needs a GPU.",
+        group="Model",
+        choices=DTYPES,
     )
     max_model_len: int | None = setting(
         None, "Longest sequence, in tokens; default: what the model can.", group="Model", minimum=1
     )
-    block_size: int = setting(16, "Tokens per KV block.", group="Engine", minimum=1)
-    kv_cache_memory_bytes: int = setting(2 << 30, "Size of the KV pool, in bytes.", group="Engine", minimum=1)
+    device: str = setting(
+        "auto",
+        "Where the model runs; auto: on the GPU that torch sees, else on the CPU.",
+        group="Engine",
+        choices=DEVICES,
+    )
+    attention_backend: str = setting(
+        "auto",
+        "On a GPU: flash-attn (pages of a multiple of 256 tokens) or our triton kernel; auto: flash-attn if installed.",
+        group="Engine",
+        choices=ATTENTION,
+    )
+    block_size: int = setting(16, "Tokens per KV block; flash-attn takes multiples of 256.", group="Engine", minimum=1)
+    kv_cache_memory_bytes: int | None = setting(
+        None,
+        "Size of the KV pool, in bytes; default: 2 GiB on a CPU, what --gpu-memory-utilization leaves on a GPU.",
+        group="Engine",
+        minimum=1,
+    )
+    kv_cache_dtype: str = setting(
+        "auto",
+        "Type of the KV cache; auto: the model's. fp8 (e4m3, scale 1) halves it, and rounds.",
+        group="Engine",
+        choices=CACHE_DTYPES,
+    )
     gpu_memory_utilization: float | None = setting(
-        None, "Share of a GPU's memory; refused on CPU, which has --kv-cache-memory-bytes.", group="Engine"
+        None,
+        "Share of a GPU's memory that the server takes, weights included; default 0.9. Refused on CPU, which has "
+        "--kv-cache-memory-bytes.",
+        group="Engine",
+        above=0,
+        maximum=1,
+    )
+    cuda_graph_sizes: tuple[int, ...] = setting(
+        (),
+        "Token counts that get a CUDA graph each, commas between; default: 1, 2, 4, then by 8, 16 and 32 up to 512.",
+        group="Engine",
+        metavar="LIST",
+        minimum=1,
     )
     num_blocks: int | None = None
     max_num_seqs: int = setting(64, "Most requests running together.", group="Engine", minimum=1)
@@ -135,8 +178,26 @@ class EngineConfig:
                 f"--max-num-batched-tokens ({self.max_num_batched_tokens}) must exceed --max-num-seqs "
                 f"({self.max_num_seqs}): every running request takes at least one token of each step."
             )
+        if self.gpu_memory_utilization is not None and self.kv_cache_memory_bytes is not None:
+            raise ConfigError(
+                "--gpu-memory-utilization and --kv-cache-memory-bytes both size the KV pool: give one of them."
+            )
+
+    def check_device(self, device: str | None, ranks: int) -> None:
+        """Raise ConfigError for settings that the device (None: the CPU) does not have, or so many ranks on it."""
+        if device is not None:
+            if ranks > 1:
+                raise ConfigError(
+                    f"--tensor-parallel-size {ranks} is not supported on a GPU yet: serve the whole model on one, or "
+                    "give --device cpu."
+                )
+            return
         if self.gpu_memory_utilization is not None:
             raise ConfigError(
-                "--gpu-memory-utilization sizes the KV pool by a GPU's memory, and this build runs on the CPU: "
+                "--gpu-memory-utilization sizes the KV pool by a GPU's memory, and this server runs on the CPU: "
                 "use --kv-cache-memory-bytes."
             )
+        if self.attention_backend != "auto":
+            raise ConfigError(f"--attention-backend {self.attention_backend} needs a GPU; leave it at auto.")
+        if self.cuda_graph_sizes:
+            raise ConfigError("--cuda-graph-sizes needs a GPU: the CPU has no graphs. Leave it out.")

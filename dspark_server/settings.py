@@ -61,7 +61,7 @@ class Option:
 
     @property
     def is_list(self) -> bool:
-        """Whether the value is a tuple of texts."""
+        """Whether the value is a tuple, of texts or of whole numbers."""
         return typing.get_origin(self.kind) is tuple
 
     @property
@@ -77,7 +77,7 @@ class Option:
             return MASK
         if isinstance(value, bool):
             return str(value).lower()
-        return ",".join(value) if isinstance(value, tuple) else str(value)
+        return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
     def read(self, value: Any, where: str) -> Any:
         """A value as text (command line, environment) or as YAML has it, converted and checked.
@@ -92,6 +92,8 @@ class Option:
             return build(self.kind, read_object(value, where), where)
         if self.is_list:
             parts = value.split(",") if isinstance(value, str) else value
+            if typing.get_args(self.kind)[0] is int:
+                return self._whole_numbers(parts, value, where)
             if not isinstance(parts, (list, tuple)) or not all(isinstance(part, str) for part in parts):
                 raise ConfigError(f"{where} must be a list of texts{self._but(value)}.")
             return tuple(part.strip() for part in parts)
@@ -102,8 +104,21 @@ class Option:
         self.check(made, where)
         return made
 
+    def _whole_numbers(self, parts: Any, value: Any, where: str) -> tuple[int, ...]:
+        numbers = (
+            [_convert(int, part) for part in parts] if isinstance(parts, (list, tuple)) else [_convert(int, parts)]
+        )
+        if None in numbers:
+            raise ConfigError(f"{where} must be whole numbers with commas between{self._but(value)}.")
+        self.check(tuple(numbers), where)
+        return tuple(numbers)
+
     def check(self, value: Any, where: str) -> None:
-        """Raise ConfigError if the value, of the right type, is out of bounds."""
+        """Raise ConfigError if the value, of the right type, is out of bounds; of a tuple, each of its values."""
+        if isinstance(value, tuple):
+            for each in value:
+                self.check(each, where)
+            return
         if value is None or self.is_mapping:
             return
         if self.choices and value not in self.choices:

@@ -4,9 +4,15 @@ Shapes: N tokens in the step, R runs, D hidden size, Hq/Hkv query and key/value 
 size, S = num_blocks * block_size KV slots, W block-table width, P rows of the rotary table, V vocabulary size,
 M rows of a matrix product, K/Nout its input and output features.
 
-Activations and caches are bfloat16 or float32, all of one dtype in one call; every computation is done in float32 and
-rounded once, when it is stored. Rows may be strided, elements within a row are contiguous. Index tensors are int32.
+Activations and caches are bfloat16 or float32 (on a GPU also float16), all of one dtype in one call, except that a
+cache may be float8_e4m3fn where the set `reads_fp8`: rows are clamped to its range when written, and widened when
+read. Every computation is done in float32 and rounded once, when it is stored. Rows may be strided, elements within a
+row are contiguous. Index tensors are int32.
 Arguments are trusted: shapes are checked where the model is built, not on every call of a step.
+
+A padded step (runtime/graphs.py) has runs that are empty (query_start repeats, context_len 0) and tokens that belong
+to no run (rows from query_start[R] on): what attention gives those is undefined, and may not disturb any other row.
+Kernels for a device read nothing on the host and allocate by shapes alone: a CUDA graph can hold them.
 """
 
 from dataclasses import dataclass
@@ -103,7 +109,7 @@ UNNAMED = -4.0  # log odds of a token that no column stands for
 
 @dataclass(frozen=True)
 class DraftedTokens:
-    """tokens [R, gamma] int64; law [R, gamma, C] float32: of the rows that are not greedy, None if all are; on [R,
+    """tokens [R, gamma] int64; law [R, gamma, C] float32: of rows that are not greedy, None without uniforms; on [R,
     gamma] bool: the slots whose token was favoured; odds [R, gamma] float32: its log odds before the bias, else 0;
     usable [R] int64: the slots before the first whose logits were not finite.
     """
@@ -126,6 +132,11 @@ class Kernels(Protocol):
     @property
     def build(self) -> str:
         """Changes with the kernels' code and how it was compiled: costs measured with another do not hold."""
+        ...
+
+    @property
+    def reads_fp8(self) -> bool:
+        """Whether caches may be float8_e4m3fn."""
         ...
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -32,6 +32,7 @@ class ReferenceKernels:
 
     name = "reference"
     build = "reference"
+    reads_fp8 = True
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return _rms_norm(x.float(), weight, eps).to(x.dtype)
@@ -58,8 +59,8 @@ class ReferenceKernels:
         q, k, v = heads.split([num_q_heads, kv_heads, kv_heads], dim=1)
         table = cos_sin[positions.long()].unsqueeze(1)  # [N, 1, d]
         q.copy_(_rotate(q.float(), table, q_norm, eps))
-        keys[slots.long()] = _rotate(k.float(), table, k_norm, eps).to(keys.dtype)
-        values[slots.long()] = v
+        write_rows(keys, slots, _rotate(k.float(), table, k_norm, eps))
+        write_rows(values, slots, v)
 
     def paged_attention(
         self,
@@ -85,7 +86,7 @@ class ReferenceKernels:
             key_position = torch.arange(context + last - first)
             slots = block_tables[run].long()[key_position // block_size] * block_size + key_position % block_size
             query = qkv[first:last, : num_q_heads * head_dim].float().unflatten(1, (kv_heads, -1, head_dim))
-            scores = torch.einsum("qhgd,khd->hgqk", query, keys[slots].float()) * scale
+            scores = torch.einsum("qhgd,khd->hgqk", query, read_rows(keys, slots)) * scale
             if softcap is not None:
                 scores = softcap * torch.tanh(scores / softcap)
             hidden = torch.zeros(last - first, len(slots), dtype=torch.bool)
@@ -94,7 +95,7 @@ class ReferenceKernels:
             if window is not None:
                 hidden |= key_position <= position - window
             weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
-            attended = torch.einsum("hgqk,khd->qhgd", weights, values[slots].float())
+            attended = torch.einsum("hgqk,khd->qhgd", weights, read_rows(values, slots))
             out[first:last] = attended.flatten(1).to(out.dtype)
         return out
 
@@ -129,12 +130,14 @@ class ReferenceKernels:
     ) -> DraftedTokens:
         rows, slots, columns = base.shape
         greedy, scale = inverse_temperature == 0, inverse_temperature.unsqueeze(1)
-        tokens, laws = torch.empty(rows, slots, dtype=torch.int64), torch.zeros_like(base)
-        on, odds = torch.zeros(rows, slots, dtype=torch.bool), torch.zeros(rows, slots)
-        usable, previous = torch.full((rows,), slots), anchors
-        following = torch.zeros(rows, dtype=torch.bool) if favour is None else favour.following
+        where = base.device
+        tokens, laws = torch.empty(rows, slots, dtype=torch.int64, device=where), torch.zeros_like(base)
+        on = torch.zeros(rows, slots, dtype=torch.bool, device=where)
+        odds = torch.zeros(rows, slots, device=where)
+        usable, previous = torch.full_like(anchors, slots), anchors
+        following = torch.zeros(rows, dtype=torch.bool, device=where) if favour is None else favour.following
         for k in range(slots):
-            logits, names_here = base[:, k], torch.arange(columns) if names is None else names
+            logits, names_here = base[:, k], torch.arange(columns, device=where) if names is None else names
             if head is not None:
                 logits = logits + self.linear(head[0][previous], head[1], torch.float32)
             finite = torch.isfinite(logits.amax(-1))
@@ -159,7 +162,7 @@ class ReferenceKernels:
             law = torch.softmax(logits * scale, dim=-1)
             if uniforms is not None:
                 edges = law.double().cumsum(-1)
-                below = torch.nextafter(edges[:, -1], torch.zeros(1).double())
+                below = torch.nextafter(edges[:, -1], torch.zeros_like(edges[:, -1]))
                 point = torch.minimum(uniforms[:, k] * edges[:, -1], below).unsqueeze(1)
                 choice = torch.where(greedy, choice, torch.searchsorted(edges, point, right=True).squeeze(1))
             previous = torch.where(finite, here.gather(1, choice.unsqueeze(1)).squeeze(1), names_here[0])
@@ -167,7 +170,7 @@ class ReferenceKernels:
             laws[:, k] = law.where((finite & ~greedy).unsqueeze(1), 0)
             if favour is not None:
                 following = following & (previous == favour.tokens[:, k])
-        return DraftedTokens(tokens, None if bool(greedy.all()) else laws, on, odds, usable)
+        return DraftedTokens(tokens, None if uniforms is None else laws, on, odds, usable)
 
     def accept_by_ratio(
         self,
@@ -251,6 +254,25 @@ class ReferenceKernels:
         assert logits.grad is not None
         draft.copy_(logits.grad)
         return cross_entropy.detach(), distance.detach()
+
+
+def write_rows(cache: Tensor, slots: Tensor, rows: Tensor) -> None:
+    """cache[slots] = rows, in the cache's dtype. cache [S, Hkv, d], slots [N] int32, rows [N, Hkv, d].
+
+    An e4m3 cache stores what fits, clamped to +-448: a cast alone would make NaN of the rest.
+    """
+    if cache.dtype == torch.float8_e4m3fn:
+        largest = torch.finfo(cache.dtype).max
+        stored = rows.float().clamp(-largest, largest).to(cache.dtype)
+        cache, rows = cache.view(torch.uint8), stored.view(torch.uint8)  # torch copies no e4m3 by index
+    cache[slots.long()] = rows.to(cache.dtype)
+
+
+def read_rows(cache: Tensor, slots: Tensor) -> Tensor:
+    """cache[slots] in float32. cache [S, Hkv, d], slots [...] int64 -> [..., Hkv, d]."""
+    if cache.dtype == torch.float8_e4m3fn:
+        return cache.view(torch.uint8)[slots].view(cache.dtype).float()
+    return cache[slots].float()
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

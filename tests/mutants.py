@@ -39,6 +39,7 @@ STEP, DSPARK = "dspark_server/engine/step.py", "dspark_server/speculation/dspark
 SEQUENTIAL = "dspark_server/speculation/sequential.py"
 ACCEPTANCE, SELECTION = "dspark_server/speculation/acceptance.py", "dspark_server/speculation/selection.py"
 TRITON, TRITON_TESTS = "kernels/triton/", "tests/kernels/test_triton_"
+DEVICE = "tests/engine/test_device_executor.py"
 MONTE_CARLO = "tests/engine/test_monte_carlo.py::test_the_law_is_the_targets"
 
 LOSSLESS = (
@@ -75,8 +76,8 @@ LOSSLESS = (
     _one("rules are not told what was committed", "dspark_server/engine/request.py",
          "            self.controls.commit(taken)\n", "", f"{MONTE_CARLO}[causal-None-float32-True]"),
     _one("prefix dropped whole on a late NaN", STEP,
-         "usable = [min(limits[index], usable) for index, usable",
-         "usable = [limits[index] if limits[index] <= usable else 0 for index, usable",
+         "usable = [min(limit, usable) for limit, usable",
+         "usable = [limit if limit <= usable else 0 for limit, usable",
          "tests/speculation/test_nan.py::test_a_nan_at_a_slot_keeps_exactly_the_slots_before_it"),
     _one("native head draws from the law of another temperature", "kernels/cpu/head.c",
          "choice = draw_column(weights, columns, head->uniforms[at], cells);",
@@ -116,6 +117,18 @@ LOSSLESS = (
         (TRITON + "elementwise.py", "(0x7FFFFFFF - column).to(tl.int64)", "column.to(tl.int64)"),
         (TRITON + "elementwise.py", "return 0x7FFFFFFF - (rank & 0x7FFFFFFF)", "return rank & 0x7FFFFFFF"),
      ), f"{TRITON_TESTS}small.py::test_argmax_takes_the_lowest_of_equals_and_a_nan_wins"),
+    _one("padding writes to a slot that is somebody's", "dspark_server/runtime/layout.py",
+         "positions % block_size, scratch)\n\n    asker", "positions % block_size, 0)\n\n    asker",
+         f"{DEVICE}::test_padding_never_reaches_a_row_that_is_read"),
+    _one("the device keeps the unlikeliest", SELECTION, "argsort(descending=True, stable=True)",
+         "argsort(descending=False, stable=True)", f"{DEVICE}::test_the_same_tokens_and_so_many_waits[lagged]"),
+    _one("a static input is a step old", "dspark_server/runtime/staging.py",
+         "            field.zero_()\n",
+         "            if name == \"context\" and field.any():\n                continue\n",
+         f"{DEVICE}::test_the_same_tokens_and_so_many_waits[fixed]"),
+    _one("a pass that was run ahead taken for any other", "dspark_server/engine/device_executor.py",
+         "if _same(runs, self._ahead.runs):", "if True:",
+         f"{DEVICE}::test_a_pass_that_was_run_ahead_is_not_taken_for_another"),
 )  # fmt: skip
 
 SERVER, SECURITY = "dspark_server/api/server.py", "tests/api/test_security.py"

@@ -60,7 +60,7 @@ def test_help_of_serve_is_grouped_and_shows_defaults(run) -> None:
     places = [text.index(f"─ {group} ─") for group in GROUPS]
     assert places == sorted(places)
     assert "[default: 8000]" in text
-    assert "[auto|bfloat16|float32; default: auto]" in text
+    assert "[auto|bfloat16|float16|float32; default: auto]" in text
 
 
 @pytest.mark.parametrize("columns", [40, 60, 80, 200])
@@ -136,6 +136,8 @@ def test_keys_may_be_given_more_than_once(run) -> None:
         (["serve", "--speculative-config", "nope"], 1, "--speculative-config is not valid JSON"),
         (["serve", "--speculative-config", '{"metod": "none"}'], 1, "Did you mean method?"),
         (["serve", "--gpu-memory-utilization", "0.9"], 1, "use --kv-cache-memory-bytes"),
+        (["serve", "--device", "cuda"], 1, "--device cuda: this torch is built without CUDA"),
+        (["serve", "--cuda-graph-sizes", "1,x"], 1, "must be whole numbers with commas between, not '1,x'"),
         (["serve", "--tensor-parallel-size", "0"], 1, "--tensor-parallel-size must be at least 1"),
         (
             ["serve", "--tensor-parallel-size", "2"],

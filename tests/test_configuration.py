@@ -181,10 +181,18 @@ def test_settings_that_do_not_go_together(tmp_path: Path) -> None:
     for wrong, message in (
         ({"max_num_seqs": "64", "max_num_batched_tokens": "64"}, r"--max-num-batched-tokens \(64\) must exceed"),
         ({"speculative_config": '{"method": "none", "model": "x"}'}, "takes no drafter"),
-        ({"gpu_memory_utilization": "0.9"}, "use --kv-cache-memory-bytes"),
+        ({"gpu_memory_utilization": "0.9", "kv_cache_memory_bytes": "1"}, "both size the KV pool"),
+        ({"gpu_memory_utilization": "1.1"}, "at most 1"),
+        ({"cuda_graph_sizes": "0"}, "at least 1"),
     ):
         with pytest.raises(ConfigError, match=message):
             resolved(tmp_path=tmp_path, **wrong).make(EngineConfig)
+    for refused in ({"gpu_memory_utilization": "0.9"}, {"attention_backend": "triton"}, {"cuda_graph_sizes": "1,2"}):
+        config = resolved(tmp_path=tmp_path, **refused).make(EngineConfig)
+        config.check_device("cuda")
+        with pytest.raises(ConfigError, match="GPU"):
+            config.check_device(None)
+    assert resolved(tmp_path=tmp_path, cuda_graph_sizes=[1, 8]).make(EngineConfig).cuda_graph_sizes == (1, 8)
     # What would change nothing is accepted.
     config = resolved(tmp_path=tmp_path, tensor_parallel_size="1", enforce_eager=True).make(EngineConfig)
     assert (config.tensor_parallel_size, config.enforce_eager) == (1, True)

@@ -4,14 +4,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import dspark_kernels
 import torch
+from dspark_kernels import Kernels
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dspark_server import failpoints
-from dspark_server.config import EngineConfig, SpeculativeConfig
+from dspark_server.config import DEFAULT_CACHE_BYTES, UTILIZATION, EngineConfig, SpeculativeConfig
 from dspark_server.engine.batcher import Batcher
 from dspark_server.engine.blocks import BlockPool, chain_root
+from dspark_server.engine.device_executor import DeviceExecutor, working_bytes
 from dspark_server.engine.executor import Executor, TorchExecutor
 from dspark_server.engine.parallel import LeadingExecutor, announce
 from dspark_server.engine.profile import profile
@@ -22,11 +23,14 @@ from dspark_server.errors import CheckpointError, ConfigError
 from dspark_server.models.config import read_json
 from dspark_server.models.decoder import Decoder
 from dspark_server.models.hub import cache_dir, resolve_model, shipped_drafter
-from dspark_server.runtime.kv import KVPool
+from dspark_server.runtime.backend import choose_kernels
+from dspark_server.runtime.device import Device, find_device
+from dspark_server.runtime.graphs import default_sizes
+from dspark_server.runtime.kv import KVPool, blocks_that_fit, cache_dtype
 from dspark_server.runtime.parallel import ALONE, Group, TorchGroup
 from dspark_server.speculation.capacity import Capacity, Profile
 from dspark_server.speculation.copying import CopyTables
-from dspark_server.speculation.drafter import Drafter, NoDrafter
+from dspark_server.speculation.drafter import NoDrafter
 from dspark_server.speculation.dspark import DSparkDrafter
 from dspark_server.speculation.selection import POLICIES, Selection, build_selection
 
@@ -64,27 +68,39 @@ class EngineCore:
 
     @classmethod
     def load(
-        cls, config: EngineConfig, costs: Profile | None = None, group: Group = ALONE, **loop_options: Any
+        cls,
+        config: EngineConfig,
+        costs: Profile | None = None,
+        group: Group = ALONE,
+        *,
+        device: Device | None = None,
+        kernels: Kernels | None = None,
+        **loop_options: Any,
     ) -> "EngineCore":
         """Load weights, allocate the KV pool, measure what steps cost (or believe `costs`).
 
-        `loop_options` go to StepLoop. This is rank 0 of the group; its other ranks `follow`.
+        This is rank 0 of the group; its other ranks `follow`. `device` and `kernels` take the place of those the
+        configuration names; `loop_options` go to StepLoop.
 
         Raises CheckpointError for a model that cannot be read, ConfigError for settings that do not fit it.
         """
         failpoints.hit("engine.load")
+        device = device or find_device(config.device)
+        config.check_device(None if device is None else device.name, group.size)
         directory = resolve_model(config.model, revision=config.revision)
-        kernels = dspark_kernels.load()
         dtype = _dtype(config.dtype, directory)
+        kernels = kernels or choose_kernels(config.attention_backend, device, dtype, config.block_size)
+        stored = cache_dtype(config.kv_cache_dtype, dtype, kernels, device)
+        if device:
+            device.check(dtype)
         if isinstance(group, TorchGroup):
             announce(directory, dtype, config.max_model_len, group)
-        target = Decoder.load(directory, dtype, kernels, config.max_model_len, group)
+        target = Decoder.load(directory, dtype, kernels, config.max_model_len, group, device.where if device else None)
         drafter = _drafter(config.speculative, target, directory, dtype, kernels)
-        groups = [target.kv_group] + ([drafter.kv_group] if drafter.kv_group else [])
-        block_bytes = KVPool.bytes_per_block(config.block_size, groups, dtype)
-        num_blocks = config.num_blocks or config.kv_cache_memory_bytes // block_bytes
-        pool = KVPool(num_blocks, config.block_size, groups, dtype)
-        executor: Executor = TorchExecutor(target, drafter, pool)
+        executor: Executor = _executor(config, target, drafter, kernels, stored, device)
+        if isinstance(executor, DeviceExecutor):
+            loop_options = {"judge": executor.judge, "timing": executor.timing} | loop_options
+        num_blocks = executor.pool.num_blocks
         _check_pool(config, num_blocks, executor.gamma)
         if isinstance(group, TorchGroup):
             executor = LeadingExecutor(executor, group, num_blocks)
@@ -96,9 +112,11 @@ class EngineCore:
             gamma=executor.gamma,
         )
         policy = config.speculative.selection if executor.gamma else "none"
-        cache_identity = f"{directory}|{dtype}|{drafter.identity}"
+        cache_identity = f"{directory}|{dtype}|{stored}|{drafter.identity}"
         backend = f"{kernels.name}, {target.lm_head.backend} linear, {str(dtype).removeprefix('torch.')}"
         backend += f", {group.size} ranks" if group.size > 1 else ""
+        if isinstance(executor, DeviceExecutor):
+            backend = f"{executor.device.label}, {backend}, {len(executor.passes.sizes)} graph sizes"
         capacity = None
         if policy in ("causal", "lagged"):
             measured = costs or profile(
@@ -132,7 +150,7 @@ class EngineCore:
             vocab_size=target.config.vocab_size,
             eos_token_ids=frozenset(target.config.eos_token_ids),
             cache_identity=cache_identity,
-            cache_dtype=str(dtype).removeprefix("torch."),
+            cache_dtype=str(stored).removeprefix("torch."),
             backend=backend,
             speculation=_described(config.speculative, drafter, policy),
         )
@@ -243,14 +261,14 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
 
 def _dtype(name: str, directory: Path) -> torch.dtype:
     if name != "auto":
-        return torch.bfloat16 if name == "bfloat16" else torch.float32
+        return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[name]
     fields = read_json(directory / "config.json")
     return torch.float32 if fields.get("dtype", fields.get("torch_dtype")) == "float32" else torch.bfloat16
 
 
 def _drafter(
-    config: SpeculativeConfig, target: Decoder, directory: Path, dtype: torch.dtype, kernels: dspark_kernels.Kernels
-) -> Drafter:
+    config: SpeculativeConfig, target: Decoder, directory: Path, dtype: torch.dtype, kernels: Kernels
+) -> DSparkDrafter | NoDrafter:
     if config.method == "none":
         return NoDrafter()
     copies_only = NoDrafter(CopyTables() if config.copying else None)
@@ -279,7 +297,40 @@ def _drafter(
     return drafter
 
 
-def _described(config: SpeculativeConfig, drafter: Drafter, policy: str) -> str:
+def _executor(
+    config: EngineConfig,
+    target: Decoder,
+    drafter: DSparkDrafter | NoDrafter,
+    kernels: Kernels,
+    stored: torch.dtype,
+    device: Device | None,
+) -> TorchExecutor | DeviceExecutor:
+    """The executor over as large a KV pool as the configuration says, or a device's memory leaves."""
+    groups = [target.kv_group] + ([drafter.kv_group] if drafter.kv_group else [])
+    block_bytes = KVPool.bytes_per_block(config.block_size, groups, stored)
+
+    def over(num_blocks: int) -> TorchExecutor | DeviceExecutor:
+        pool = KVPool(num_blocks, config.block_size, groups, stored, device)
+        if device is None:
+            return TorchExecutor(target, drafter, pool)
+        sizes = () if config.enforce_eager else config.cuda_graph_sizes or default_sizes(config.max_num_batched_tokens)
+        most = {"max_tokens": config.max_num_batched_tokens, "max_requests": config.max_num_seqs}
+        return DeviceExecutor(target, drafter, pool, device, kernels, sizes=sizes, **most)
+
+    if config.num_blocks:
+        num_blocks = config.num_blocks
+    elif device is None or config.kv_cache_memory_bytes is not None:
+        num_blocks = (config.kv_cache_memory_bytes or DEFAULT_CACHE_BYTES) // block_bytes
+    else:
+        working = working_bytes(over, config, target)
+        num_blocks = blocks_that_fit(device, config.gpu_memory_utilization or UTILIZATION, working, block_bytes)
+    executor = over(num_blocks)
+    if isinstance(executor, DeviceExecutor):
+        executor.capture()
+    return executor
+
+
+def _described(config: SpeculativeConfig, drafter: DSparkDrafter | NoDrafter, policy: str) -> str:
     if drafter.gamma:
         return f"drafter {config.model or 'of its own'}, selection {policy}"
     return "no drafter" if drafter.copying is None else f"copies of the context, selection {policy}"

@@ -1,5 +1,7 @@
 """What the step loop asks of a model. The torch executor runs real weights; tests and the simulator bring their own."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -13,7 +15,26 @@ from dspark_server.speculation.drafter import DraftBlock, Drafter, DraftRequest,
 from dspark_server.speculation.noise import Streams
 from dspark_server.speculation.sampling import SamplingBatch
 
-__all__ = ["DraftRequest", "Executor", "TorchExecutor"]
+__all__ = ["DraftRequest", "Executor", "Rest", "TorchExecutor"]
+
+
+@dataclass(frozen=True)
+class Rest:
+    """What follows a draft, where the policy has fixed before it how many draft tokens are verified (§5.2).
+
+    With it an executor may go on without a look at the draft. `runs` are the pass's without draft tokens; run i takes
+    its own from row rows[i] of the block (-1: none), in all the `count` likeliest, of row r at most limits[r];
+    recorded [R, gamma] float32 is their survival where the drafter does not say. `sampling` has a row for each of the
+    runs that sample, `sampled`.
+    """
+
+    runs: list[Run]
+    rows: list[int]
+    limits: list[int]
+    recorded: Tensor
+    count: int
+    sampling: SamplingBatch
+    sampled: list[int]
 
 
 class Executor(Protocol):
@@ -25,10 +46,16 @@ class Executor(Protocol):
     def block(self) -> int:
         """Most that the drafter itself makes of a block; what is longer is a copy."""
 
-    def draft(self, requests: list[DraftRequest], sampling: SamplingBatch, streams: Streams) -> DraftBlock:
+    def draft(
+        self,
+        requests: list[DraftRequest],
+        sampling: SamplingBatch,
+        streams: Streams,
+        rest: Callable[[], Rest] | None = None,
+    ) -> DraftBlock:
         """Draft up to gamma tokens after each anchor. KV slots for anchor and block are reserved.
 
-        Requests whose block is copied alone come last.
+        Requests whose block is copied alone come last. `rest`: what will be asked for next, if that is certain.
         """
 
     def verify(self, runs: list[Run]) -> tuple[Tensor, list[int]]:
@@ -48,20 +75,19 @@ class TorchExecutor:
     def block(self) -> int:
         return self.drafter.gamma
 
-    def draft(self, requests: list[DraftRequest], sampling: SamplingBatch, streams: Streams) -> DraftBlock:
-        copied = [
-            (request.match, request.copied) for request in requests if request.alone and request.match is not None
-        ]
-        matches, records = [match for match, _ in copied], [record for _, record in copied]
-        asked = requests[: len(requests) - len(matches)]
+    def draft(
+        self,
+        requests: list[DraftRequest],
+        sampling: SamplingBatch,
+        streams: Streams,
+        rest: Callable[[], Rest] | None = None,
+    ) -> DraftBlock:
+        asked = asked_of_drafter(requests)
         block = None
         if asked:
-            here = sampling if not matches else sampling.select(torch.arange(len(asked)))
+            here = sampling if len(asked) == len(requests) else sampling.select(torch.arange(len(asked)))
             block = self.drafter.propose(asked, here, streams, self.pool)
-        if self.drafter.copying is None:
-            assert block is not None, "a drafter that may not copy was asked for copies alone"
-            return block
-        return with_copies(block, matches, records, self.gamma, self.drafter.copying)
+        return add_copies(block, requests, self.gamma, self.drafter)
 
     def verify(self, runs: list[Run]) -> tuple[Tensor, list[int]]:
         batch = Batch.of(runs, self.pool.block_size)
@@ -69,3 +95,17 @@ class TorchExecutor:
         # For every token of every request, speculating or not: a later prefix hit must find its draft rows.
         self.drafter.observe(taps, batch, self.pool)
         return self.target.logits(hidden), batch.row_start
+
+
+def asked_of_drafter(requests: list[DraftRequest]) -> list[DraftRequest]:
+    """Those whose block is not copied alone: the first ones."""
+    return [request for request in requests if not request.alone or request.match is None]
+
+
+def add_copies(block: DraftBlock | None, requests: list[DraftRequest], gamma: int, drafter: Drafter) -> DraftBlock:
+    """What the drafter made of `asked_of_drafter(requests)` (None: there were none), and below it the copies."""
+    copied = [(request.match, request.copied) for request in requests if request.alone and request.match is not None]
+    if drafter.copying is None:
+        assert block is not None, "a drafter that may not copy was asked for copies alone"
+        return block
+    return with_copies(block, [match for match, _ in copied], [record for _, record in copied], gamma, drafter.copying)

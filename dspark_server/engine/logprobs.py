@@ -23,7 +23,7 @@ class TokenLogprob:
 def token_logprobs(logits: Tensor, tokens: Sequence[int], count: int) -> list[TokenLogprob]:
     """For each row of logits [N, V] the token (of N) that came next, with `count` alternatives."""
     laws = logits.float().log_softmax(dim=-1)
-    own = laws.gather(1, torch.tensor(tokens, device=logits.device).unsqueeze(1))
+    own = laws.gather(1, torch.tensor(tokens).to(logits.device).unsqueeze(1))
     ranks = (laws > own).sum(dim=1) + 1
     best = laws.topk(count, dim=1) if count else None
     tops: list[list[tuple[int, float]]] = [[] for _ in tokens]

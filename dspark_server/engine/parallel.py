@@ -7,6 +7,7 @@ layers, is the same on all ranks.
 """
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import dspark_kernels
@@ -16,13 +17,13 @@ from torch import Tensor
 
 from dspark_server import __version__
 from dspark_server.config import EngineConfig
-from dspark_server.engine.executor import DraftRequest, Executor
+from dspark_server.engine.executor import DraftRequest, Executor, Rest
 from dspark_server.errors import ConfigError, EngineDeadError
 from dspark_server.models.config import ModelConfig, load_config
 from dspark_server.models.decoder import Decoder
 from dspark_server.models.hub import resolve_model
 from dspark_server.runtime.batch import Batch, Run
-from dspark_server.runtime.kv import KVPool
+from dspark_server.runtime.kv import KVPool, cache_dtype
 from dspark_server.runtime.parallel import TorchGroup
 from dspark_server.speculation.drafter import DraftBlock
 from dspark_server.speculation.noise import Streams
@@ -45,8 +46,14 @@ class LeadingExecutor:
     def block(self) -> int:
         return self._executor.block
 
-    def draft(self, requests: list[DraftRequest], sampling: SamplingBatch, streams: Streams) -> DraftBlock:
-        return self._executor.draft(requests, sampling, streams)
+    def draft(
+        self,
+        requests: list[DraftRequest],
+        sampling: SamplingBatch,
+        streams: Streams,
+        rest: Callable[[], Rest] | None = None,
+    ) -> DraftBlock:
+        return self._executor.draft(requests, sampling, streams)  # no pass without `verify`, which tells the others
 
     def verify(self, runs: list[Run]) -> tuple[Tensor, list[int]]:
         """As `Executor`. Raises EngineDeadError for any failure: the other ranks are in the pass and stay there."""
@@ -81,8 +88,10 @@ def follow(config: EngineConfig, group: TorchGroup) -> None:
     if _identity(load_config(directory)) != identity:
         raise ConfigError(f"rank {group.rank} has another model or version than rank 0: start all with the same.")
     dtype = torch.float32 if dtype_name == "float32" else torch.bfloat16
-    target = Decoder.load(directory, dtype, dspark_kernels.load(), max_model_len, group)
-    pool = KVPool(orjson.loads(group.receive()), config.block_size, [target.kv_group], dtype)
+    kernels = dspark_kernels.load()
+    target = Decoder.load(directory, dtype, kernels, max_model_len, group)
+    stored = cache_dtype(config.kv_cache_dtype, dtype, kernels, None)
+    pool = KVPool(orjson.loads(group.receive()), config.block_size, [target.kv_group], stored)
     group.wait()
     logger.info("rank %d of %d is ready", group.rank, group.size)
     while message := group.receive():

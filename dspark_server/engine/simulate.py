@@ -6,6 +6,7 @@ The production batcher, step loop and selection run on it unchanged, at any conc
 Shapes: R drafting requests, gamma draft tokens each, a_{r,k} the chance that request r's prefix up to k survives.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
@@ -14,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from dspark_server.engine.executor import DraftRequest
+from dspark_server.engine.executor import DraftRequest, Rest
 from dspark_server.engine.step import Drafted, Verification
 from dspark_server.errors import ConfigError
 from dspark_server.runtime.batch import Run
@@ -136,7 +137,13 @@ class SimulatedExecutor:
         self._noise = np.random.default_rng((self.seed, 1))
         self._effects = np.zeros(0)
 
-    def draft(self, requests: list[DraftRequest], sampling: SamplingBatch, streams: Streams) -> DraftBlock:
+    def draft(
+        self,
+        requests: list[DraftRequest],
+        sampling: SamplingBatch,
+        streams: Streams,
+        rest: Callable[[], Rest] | None = None,
+    ) -> DraftBlock:
         """Blocks of ones and zeros; `sampling.key`, a request's number, says which request effect is its own."""
         chances = self.survival.chances(
             self._effect(sampling.key.numpy()), self._noise.standard_normal((len(requests), self.gamma))

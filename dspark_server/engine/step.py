@@ -2,8 +2,9 @@
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from dspark_server import failpoints
 from dspark_server.engine.batcher import Batcher, Plan
-from dspark_server.engine.executor import DraftRequest, Executor
+from dspark_server.engine.executor import DraftRequest, Executor, Rest
 from dspark_server.engine.logprobs import TokenLogprob, token_logprobs
 from dspark_server.engine.request import FinishReason, Request
 from dspark_server.engine.stats import SURVIVAL_BINS
@@ -22,7 +23,7 @@ from dspark_server.speculation.capacity import Capacity
 from dspark_server.speculation.controls import Controls
 from dspark_server.speculation.copying import ALONE, Match
 from dspark_server.speculation.drafter import DraftBlock
-from dspark_server.speculation.noise import CounterStreams
+from dspark_server.speculation.noise import CounterStreams, Streams
 from dspark_server.speculation.sampling import GREEDY_BELOW, SamplingBatch
 from dspark_server.speculation.selection import Candidate, Load, Selection
 
@@ -92,14 +93,18 @@ class StepOutput:
     accepted: int = 0
 
 
+Judge = Callable[
+    [Tensor, Sequence[int], DraftTokens | None, Sequence[int], SamplingBatch, Streams], Accepted
+]  # as `acceptance.accept`
 Acceptance = Callable[[Verification, Drafted | None, SamplingBatch], Accepted]
 
 
 class StepLoop:
     """Owns every request and block; one thread calls it.
 
-    `kernels` make acceptance faster. `acceptance` may be replaced (conformance forces counts); `trace` is shown every
-    step that sampled.
+    `kernels` make acceptance faster; `judge` takes the place of `accept`, and `timing` says what draft and pass really
+    took (seconds), given what the clock says, where an executor works on after it has returned. `acceptance` may be
+    replaced (conformance forces counts); `trace` is shown every step that sampled.
     """
 
     def __init__(
@@ -112,6 +117,8 @@ class StepLoop:
         max_draft_tokens: int | None = None,
         copying: bool = False,
         kernels: Kernels | None = None,
+        judge: Judge | None = None,
+        timing: Callable[[float, float], tuple[float, float]] | None = None,
         acceptance: Acceptance | None = None,
         trace: Callable[[StepTrace], None] | None = None,
         check_invariants: bool = False,
@@ -127,7 +134,8 @@ class StepLoop:
         self._max_draft_tokens = min(executor.gamma, max_draft_tokens or executor.gamma)
         self._block = min(self._max_draft_tokens, executor.block)
         self._copying = copying
-        self._kernels = kernels
+        self._judge: Judge = judge or partial(accept, kernels=kernels)
+        self._timing = timing
         self._streams = CounterStreams()
         self._acceptance = acceptance or self._lossless
         self._trace = trace
@@ -182,7 +190,10 @@ class StepLoop:
         self.batcher.update_gauges()
         if self._check_invariants:
             self.batcher.check()
-        draft, verify, host = selected - planned, judged - selected, self._clock() - judged + planned - began
+        draft, verify, whole = selected - planned, judged - selected, self._clock() - began
+        if self._timing:
+            draft, verify = self._timing(draft, verify)
+        host = whole - draft - verify
         for part, seconds in (("draft", draft), ("verify", verify), ("host", host)):
             self.stats.seconds[part] += seconds
         if self.capacity and tokens:
@@ -226,7 +237,9 @@ class StepLoop:
             return None
         # Copies last: the drafter's rows come first.
         order = sorted(choice.drafting, key=lambda index: candidates[index] in alone)
-        requests = [candidates[index] for index in order]
+        requests, most = [candidates[index] for index in order], [limits[index] for index in order]
+        count = self._selection.count(len(requests) * self.executor.gamma, load)
+        rest = None if count is None else partial(self._rest, plan, requests, most, count)
         backbone = sum(request not in alone for request in requests)
         try:
             failpoints.hit("step.draft")
@@ -237,6 +250,7 @@ class StepLoop:
                 ],
                 sampling_batch(requests),
                 self._streams,
+                rest,
             )
         except Exception:  # tokens do not need a draft, they only come slower without one
             self.stats.failed_drafts += 1
@@ -247,7 +261,7 @@ class StepLoop:
             return None
         survival = failpoints.passed("draft.survival", self._survival_of(block, requests))
         # A NaN at slot k cuts the prefix to k - 1, never shorter: earlier tokens were sampled without knowing of it.
-        usable = [min(limits[index], usable) for index, usable in zip(order, block.usable.tolist(), strict=True)]
+        usable = [min(limit, usable) for limit, usable in zip(most, block.usable.tolist(), strict=True)]
         lengths = self._selection.lengths(survival, usable, load, backbone)
         return Drafted(requests, block, survival, lengths, backbone, usable)
 
@@ -274,18 +288,24 @@ class StepLoop:
         rates = torch.tensor([request.history.rate(self._survival) for request in requests])
         return rates.unsqueeze(1) ** torch.arange(1, self.executor.gamma + 1)
 
+    def _rest(self, plan: Plan, requests: list[Request], limits: list[int], count: int) -> Rest:
+        """The step after the draft of `requests`, `count` of its tokens being verified."""
+        row_of = {request: row for row, request in enumerate(requests)}
+        sampled = [index for index, entry in enumerate(plan.scheduled) if entry.samples]
+        return Rest(
+            runs=_runs(plan, {}),
+            rows=[row_of.get(entry.request, -1) for entry in plan.scheduled],
+            limits=limits,
+            recorded=self._recorded(requests),
+            count=count,
+            sampling=sampling_batch([plan.scheduled[index].request for index in sampled]),
+            sampled=sampled,
+        )
+
     def _verify(self, plan: Plan, prefixes: dict[Request, list[int]]) -> Verification:
         """The one target pass: every run's committed tokens, then its draft prefix."""
-        runs = []
-        for entry in plan.scheduled:
-            request, prefix = entry.request, prefixes.get(entry.request, [])
-            committed = request.tokens[request.computed : request.computed + entry.count]
-            rows = 1 + len(prefix) if entry.samples else 0
-            if request.scores_prompt:
-                rows = entry.count
-            runs.append(Run(committed + prefix, request.computed, request.blocks, rows))
         failpoints.hit("step.verify")
-        logits, row_start = self.executor.verify(runs)
+        logits, row_start = self.executor.verify(_runs(plan, prefixes))
         logits = failpoints.passed("target.logits", logits)
         if any(entry.request.scores_prompt for entry in plan.scheduled):
             logits, row_start = _score_prompts(plan, logits, row_start)
@@ -295,20 +315,13 @@ class StepLoop:
     def _lossless(self, verified: Verification, drafted: Drafted | None, sampling: SamplingBatch) -> Accepted:
         """The acceptance rules of DSPARK.md over one verification pass."""
         if drafted is None:
-            return accept(
-                verified.logits,
-                verified.row_start,
-                None,
-                [0] * len(verified.requests),
-                sampling,
-                self._streams,
-                self._kernels,
-            )
+            none = [0] * len(verified.requests)
+            return self._judge(verified.logits, verified.row_start, None, none, sampling, self._streams)
         row_of = {request: row for row, request in enumerate(drafted.requests)}
         rows = [row_of.get(request, -1) for request in verified.requests]
         lengths = [drafted.lengths[row] if row >= 0 else 0 for row in rows]
         draft = DraftTokens(drafted.block.tokens, drafted.block.q, torch.tensor(rows), drafted.block.columns)
-        return accept(verified.logits, verified.row_start, draft, lengths, sampling, self._streams, self._kernels)
+        return self._judge(verified.logits, verified.row_start, draft, lengths, sampling, self._streams)
 
     def _learn(self, drafted: Drafted, verified: Verification, accepted: Accepted) -> None:
         """Keep what drafts came to: for all to see, and in each request's records, of the drafter and of copies."""
@@ -387,6 +400,19 @@ class StepLoop:
                 self.stats.accepted_per_position[position] += 1
 
 
+def _runs(plan: Plan, prefixes: dict[Request, list[int]]) -> list[Run]:
+    """The pass's runs: committed tokens that are due, then the draft tokens to verify."""
+    runs = []
+    for entry in plan.scheduled:
+        request, prefix = entry.request, prefixes.get(entry.request, [])
+        committed = request.tokens[request.computed : request.computed + entry.count]
+        rows = 1 + len(prefix) if entry.samples else 0
+        if request.scores_prompt:
+            rows = entry.count
+        runs.append(Run(committed + prefix, request.computed, request.blocks, rows))
+    return runs
+
+
 def _score_prompts(plan: Plan, logits: Tensor, row_start: list[int]) -> tuple[Tensor, list[int]]:
     """Keep the log-probabilities of prompt tokens that were asked for; gives the rows that are left to sample from."""
     kept: list[int] = []
@@ -407,7 +433,7 @@ def _score_prompts(plan: Plan, logits: Tensor, row_start: list[int]) -> tuple[Te
             known += token_logprobs(logits[first : first + len(following)], following, count)
         if entry.samples:
             kept.append(end - 1)
-    return logits[kept], [*starts, len(kept)]
+    return logits[torch.tensor(kept, dtype=torch.int64).to(logits.device)], [*starts, len(kept)]
 
 
 def _output(request: Request, taken: list[int], logits: Tensor, drafted: int, accepted: int) -> StepOutput:

@@ -261,8 +261,11 @@ class Decoder:
         kernels: Kernels,
         max_model_len: int | None = None,
         group: Group = ALONE,
+        where: torch.device | None = None,
     ) -> "Decoder":
         """Load a model directory to serve sequences of up to `max_model_len` tokens (default: what the model can).
+
+        `where`: the device its weights are put on; None: the CPU.
 
         Raises CheckpointError if the directory is not a complete checkpoint of a supported architecture, ConfigError
         if the dtype or the length cannot be served, or the model cannot be shared by the group.
@@ -270,10 +273,10 @@ class Decoder:
         config = load_config(directory)
         share = config.shared_by(group.size)
         length = check_length(config, max_model_len)
-        if dtype not in (torch.bfloat16, torch.float32):
-            raise ConfigError(f"dtype {dtype} is not supported; use bfloat16 or float32")
+        if dtype not in (torch.bfloat16, torch.float32) and (where is None or dtype != torch.float16):
+            raise ConfigError(f"dtype {dtype} is not supported on the CPU; use bfloat16 or float32")
 
-        reader = WeightReader(open_checkpoint(directory), dtype)
+        reader = WeightReader(open_checkpoint(directory), dtype, where)
         vocabulary = (config.vocab_size, config.hidden_size)
         embedding = reader.take("model.embed_tokens.weight", vocabulary)
         layers = [
@@ -289,7 +292,7 @@ class Decoder:
             head = F.pad(head, (0, 0, 0, missing))
         reader.finish(harmless=["lm_head.weight"] if tied else [])
 
-        cos_sin = rotary_table(config, length, positions=length + ROTARY_MARGIN)
+        cos_sin = rotary_table(config, length, positions=length + ROTARY_MARGIN).to(embedding.device)
         return cls(config, layers, embedding, final_norm, Linear(head, None, kernels), cos_sin, kernels, length, group)
 
     @property

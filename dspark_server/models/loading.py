@@ -122,10 +122,14 @@ def _open_files(paths: list[Path]) -> tuple[dict[Path, Any], dict[str, TensorInf
 
 
 class WeightReader:
-    """Hands out a checkpoint's tensors by name and shape, in one dtype, and checks that none is left over."""
+    """Hands out a checkpoint's tensors by name and shape, in one dtype, and checks that none is left over.
 
-    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+    `where`: the device they are put on; None: the CPU.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, where: torch.device | None = None) -> None:
         self.dtype = dtype
+        self._where = where or torch.device("cpu")
         self._checkpoint = checkpoint
         self._taken: set[str] = set()
 
@@ -146,7 +150,7 @@ class WeightReader:
                 "quantized weights are not"
             )
         tensor = self._checkpoint.read(name)[rows]
-        tensor = (tensor if columns == EVERY else tensor[:, columns]).to(self.dtype)
+        tensor = (tensor if columns == EVERY else tensor[:, columns]).to(self._where).to(self.dtype)
         if not all(bound.isfinite() for bound in tensor.aminmax()):  # either bound is NaN if any element is
             raise CheckpointError(f"{info.file}: tensor {name} holds NaN or infinity; download or export it again")
         return tensor
@@ -156,7 +160,7 @@ class WeightReader:
         info = self._find(name, shape)
         if info.dtype not in _INTEGERS:
             raise CheckpointError(f"{info.file}: tensor {name} has dtype {info.dtype}, where integers are expected")
-        return self._checkpoint.read(name).long()
+        return self._checkpoint.read(name).long().to(self._where)
 
     def _find(self, name: str, shape: Sequence[int]) -> TensorInfo:
         info = self._checkpoint.tensors.get(name)

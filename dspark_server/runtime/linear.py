@@ -23,7 +23,7 @@ class Linear:
 
     def __init__(self, weight: Tensor, bias: Tensor | None, kernels: Kernels) -> None:
         self.out_features, self.in_features = weight.shape
-        self.backend = choose_backend(weight.dtype, kernels)
+        self.backend = choose_backend(weight.dtype, kernels) if weight.device.type == "cpu" else "plain"  # cuBLAS
         self.packed: PackedLinear | None = None  # for kernels that take the product in, if the backend is native
         make = {"native": self._native, "onednn": _onednn, "plain": _plain}[self.backend]
         self._multiply = make(weight.detach(), bias, kernels)

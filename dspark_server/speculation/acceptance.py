@@ -100,8 +100,8 @@ def accept(
     and `draft` may be None if all are 0. With `kernels`, the ratio rule is theirs but for rows with controls.
     """
     device = logits.device
-    lengths = torch.as_tensor(lengths, dtype=torch.int64, device=device)
-    bounds = torch.tensor(row_start, dtype=torch.int64, device=device)
+    lengths = torch.as_tensor(lengths, dtype=torch.int64).to(device)
+    bounds = torch.tensor(row_start, dtype=torch.int64).to(device)
     assert torch.equal(bounds.diff(), lengths + 1), "each request needs one row of logits more than draft tokens"
     if draft is None:
         draft = DraftTokens(lengths.new_zeros((1, 0)), None, torch.full_like(lengths, -1))
@@ -139,12 +139,85 @@ def _accept_greedy(mine: _Pass) -> Accepted:
         here = mine.sampling.select(request, slots.repeat(requests), mine.prefixes)
         best, token = top(permitted(mine.logits[rows], here))
         best, token = best.view(requests, -1), token.view(requests, -1)
+    return _stood_greedily(best, token, mine.tokens, mine.lengths)
+
+
+def _stood_greedily(best: Tensor, token: Tensor, drafted: Tensor, lengths: Tensor) -> Accepted:
+    """From each row's maximum and its token, both [n, L + 1], drafts [n, L] and how many of them are judged [n]."""
+    slots = torch.arange(drafted.shape[1], device=lengths.device)
     # A broken row agrees with nothing, so that the walk ends there and it is the row that decides.
-    agrees = (token[:, :-1] == mine.tokens) & best[:, :-1].isfinite() & (slots[:-1] < mine.lengths.unsqueeze(1))
+    agrees = (token[:, :-1] == drafted) & best[:, :-1].isfinite() & (slots < lengths.unsqueeze(1))
     count = agrees.long().cumprod(1).sum(1)
     failed = ~best.gather(1, count.unsqueeze(1)).squeeze(1).isfinite()
     token = token.gather(1, count.unsqueeze(1)).squeeze(1)
     return Accepted(count.masked_fill(failed, 0), token.masked_fill(failed, -1), failed)
+
+
+@dataclass(frozen=True)
+class Noise:
+    """What `accept_at_once` draws with: greedy [R] bool; inverse_temperature [R] f32, 1 for greedy rows; coins [R, L]
+    and last [R, L + 1] f64. What is None is not needed: greedy if no row is, the others if all are.
+    """
+
+    greedy: Tensor | None
+    inverse_temperature: Tensor | None = None
+    coins: Tensor | None = None
+    last: Tensor | None = None
+
+    @classmethod
+    def of(cls, sampling: SamplingBatch, streams: Streams, width: int) -> "Noise":
+        """For drafts of at most `width` = L tokens."""
+        greedy = sampling.greedy if Rule.GREEDY in sampling.traits.rules else None
+        if sampling.all_greedy:
+            return cls(greedy)
+        slots = torch.arange(width + 1)
+        return cls(
+            greedy,
+            1 / sampling.temperature.masked_fill(sampling.greedy, 1.0),
+            streams.uniform(Purpose.COIN, sampling, slots[:-1]),
+            streams.uniform(Purpose.RESIDUAL, sampling, slots),
+        )
+
+
+def accept_at_once(
+    logits: Tensor, start: Tensor, lengths: Tensor, draft: DraftTokens, noise: Noise, kernels: Kernels
+) -> Accepted:
+    """`accept` for batches that are `SamplingBatch.at_once`, reading nothing on the host.
+
+    logits [N, V] float32: request r owns rows start[r] .. start[r] + lengths[r], both [R] i64; others are not read.
+    """
+    drafted = draft.tokens[draft.row.clamp(min=0)]
+    greedy = None
+    if noise.greedy is not None:
+        slots = torch.arange(drafted.shape[1] + 1, device=lengths.device)
+        index = start.unsqueeze(1) + slots.minimum(lengths.unsqueeze(1))
+        best, token = top(logits)
+        greedy = _stood_greedily(best[index], token[index], drafted, lengths)
+    if noise.inverse_temperature is None or noise.last is None:
+        assert greedy is not None, "a batch has rows of some rule"
+        return greedy
+    # The kernel judges all requests, and what it says of the greedy ones is not used: they bring no draft to it, and
+    # theirs may have rows and slots that q does not reach (`DraftBlock.alone`).
+    row = draft.row.clamp(min=0) if draft.q is None else draft.row.clamp(0, len(draft.q) - 1)
+    count, drawn, failed = kernels.accept_by_ratio(
+        logits,
+        start,
+        lengths if noise.greedy is None else lengths.masked_fill(noise.greedy, 0),
+        drafted,
+        noise.inverse_temperature,
+        draft.q,
+        row,
+        draft.columns,
+        noise.coins,
+        noise.last,
+    )
+    if noise.greedy is None or greedy is None:
+        return Accepted(count, drawn, failed)
+    return Accepted(
+        torch.where(noise.greedy, greedy.count, count),
+        torch.where(noise.greedy, greedy.token, drawn),
+        torch.where(noise.greedy, greedy.failed, failed),
+    )
 
 
 def _accept_coupled(mine: _Pass, streams: Streams) -> Accepted:
@@ -204,7 +277,7 @@ def _filtered(mine: _Pass, scale: Tensor, kernels: Kernels) -> tuple[Tensor, Ten
     ends = (mine.lengths + 1).cumsum(0)
     start = ends - mine.lengths - 1
     request = torch.repeat_interleave(mine.lengths + 1)
-    rows = torch.arange(len(request)) + (mine.start - start)[request]
+    rows = torch.arange(len(request), device=start.device) + (mine.start - start)[request]
     return kernels.filter_logits(mine.logits, rows, scale[request], mine.sampling.filters(request)), start
 
 

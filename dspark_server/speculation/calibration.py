@@ -61,19 +61,36 @@ class Calibration:
 
     def survival(self, confidence: Tensor, temperature: Tensor, copies: CopyBias | None = None) -> Tensor:
         """a_k [R, gamma] from the logits of c_k [R, gamma] and each request's sampling temperature [R]."""
-        greedy, sampled = self._logarithms
+        trust = None if copies is None else (copies.on, copies.odds, *self.trust(temperature, copies.bucket))
+        return survival_from(confidence, self.scale(temperature), trust)
+
+    def scale(self, temperature: Tensor) -> Tensor:
+        """What divides the logits of c_k [R, gamma], by sampling temperature [R]."""
+        greedy, sampled = (logarithms.to(temperature.device) for logarithms in self._logarithms)
         share = temperature.clamp(0, 1).unsqueeze(1)
-        scale = torch.exp(torch.lerp(greedy, sampled, share.to(greedy.dtype)))
-        chance = confidence / scale
-        if copies is not None:
-            trust = self.copying.trust(temperature)
-            copied = trust[:, :1] * confidence + trust[:, 1:2] * copies.odds + trust[:, 2:].gather(1, copies.bucket)
-            chance = torch.where(copies.on, copied, chance)
-        return torch.sigmoid(chance).cumprod(dim=1)
+        return torch.exp(torch.lerp(greedy, sampled, share.to(greedy.dtype)))
+
+    def trust(self, temperature: Tensor, bucket: Tensor) -> tuple[Tensor, Tensor]:
+        """How far favoured tokens are believed: weights [R, 2] and offsets [R, gamma]. bucket [R, gamma]: `buckets`."""
+        trust = self.copying.trust(temperature)
+        return trust[:, :2], trust[:, 2:].gather(1, bucket)
 
     @cached_property
     def _logarithms(self) -> tuple[Tensor, Tensor]:
         return _log(self.greedy), _log(self.sampled)
+
+
+def survival_from(confidence: Tensor, scale: Tensor, favoured: tuple[Tensor, Tensor, Tensor, Tensor] | None) -> Tensor:
+    """a_k [R, gamma] from confidence logits and what `Calibration` makes of the requests.
+
+    favoured: the slots that were, their log odds before the bias (`CopyBias`), and what `Calibration.trust` says.
+    """
+    chance = confidence / scale
+    if favoured is not None:
+        on, odds, weights, offsets = favoured
+        copied = weights[:, :1] * confidence + weights[:, 1:] * odds + offsets
+        chance = torch.where(on, copied, chance)
+    return torch.sigmoid(chance).cumprod(dim=1)
 
 
 def _log(temperatures: Sequence[float]) -> Tensor:

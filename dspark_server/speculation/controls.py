@@ -42,7 +42,7 @@ class Forbidden:
         if columns is None:
             logits[list(self.tokens)] = -torch.inf
         else:
-            logits[torch.isin(columns, columns.new_tensor(self.tokens))] = -torch.inf
+            logits[torch.isin(columns, torch.tensor(self.tokens).to(columns.device))] = -torch.inf
 
 
 class Grammar(Protocol):
@@ -121,6 +121,7 @@ class Controls:
         """See `Control.apply`. Where a grammar leaves only an end to say, no other mask has a say."""
 
         def of(values: Tensor) -> Tensor:
+            values = values.to(logits.device)
             return values if columns is None else values[columns]
 
         if self.grammar is not None:
@@ -151,6 +152,7 @@ class Controls:
         if drafted:
             counts = counts.index_add(0, torch.tensor(drafted), torch.ones(len(drafted)))
             seen = seen.index_fill(0, torch.tensor(drafted), True)
+        counts, seen = counts.to(logits.device), seen.to(logits.device)
         if columns is not None:
             counts, seen = counts[columns], seen[columns]
         rule = self._penalties

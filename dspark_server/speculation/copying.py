@@ -132,7 +132,7 @@ class CopyTables:
         return self._between(temperature, "trust")
 
     def _between(self, temperature: Tensor, table: str) -> Tensor:
-        greedy, sampled = self._tensors[f"greedy_{table}"], self._tensors[f"sampled_{table}"]
+        greedy, sampled = (self._tensors[f"{law}_{table}"].to(temperature.device) for law in ("greedy", "sampled"))
         return torch.lerp(greedy, sampled, temperature.clamp(0, 1).float().unsqueeze(1))
 
     @cached_property
@@ -177,6 +177,13 @@ class CopyBias:
             setattr(part, name, getattr(self, name)[rows])
         return part
 
+    def to(self, device: torch.device) -> "CopyBias":
+        """The same with tensors on `device`."""
+        moved = copy(self)
+        for name, value in vars(self).items():
+            setattr(moved, name, value.to(device))
+        return moved
+
     def favour(self, slot: int, logits: Tensor, columns: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Draft logits [R, C] with the bias in them, and the tokens [R, C] of their columns (None: column v is v).
 
@@ -211,6 +218,11 @@ class CopyBias:
         result[rows] = here
         return result, columns
 
+    def all_named(self) -> Favour:
+        """The same for all slots at once, where column v is token v."""
+        named = torch.ones_like(self.tokens, dtype=torch.bool)
+        return Favour(self.tokens, self.tokens, named, self._bias, self._following)
+
     def whole_block(self, base: Tensor, names: Tensor | None) -> tuple[Favour, Tensor | None]:
         """The same for all slots at once, for `Kernels.draft_tokens`, and what the columns then stand for.
 
@@ -218,8 +230,7 @@ class CopyBias:
         Returns [R, gamma, C] tokens of the columns, or None.
         """
         if names is None:
-            named = torch.ones_like(self.tokens, dtype=torch.bool)
-            return Favour(self.tokens, self.tokens, named, self._bias, self._following), None
+            return self.all_named(), None
         place = torch.searchsorted(names, self.tokens).clamp(max=len(names) - 1)
         named = names[place] == self.tokens
         columns = names.expand(*base.shape)

@@ -172,12 +172,13 @@ class DSparkDrafter:
         """
         config = DSparkConfig.load(directory, target.config)
         decoder = config.decoder
-        reader = WeightReader(open_checkpoint(directory), dtype)
+        reader = WeightReader(open_checkpoint(directory), dtype, target.embedding.device)
         hidden = decoder.hidden_size
         draft_tokens = read_draft_tokens(reader, config)
         embedding, lm_head = _embeddings(reader, config, draft_tokens, target, target_directory, dtype, kernels)
         weights = [LayerWeights.read(reader, decoder, f"layers.{i}.") for i in range(decoder.num_layers)]
-        cos_sin = rotary_table(decoder, target.max_model_len, positions=target.max_model_len + config.block_size)
+        positions = target.max_model_len + config.block_size
+        cos_sin = rotary_table(decoder, target.max_model_len, positions).to(target.embedding.device)
         context = ContextProjection(
             features=reader.take("fc.weight", (hidden, len(config.taps) * hidden)),
             norm=reader.take("hidden_norm.weight", (hidden,)),
@@ -232,23 +233,29 @@ class DSparkDrafter:
         """Backbone over [anchor, mask, ...] with attention over block and context, then the sequential head."""
         mask = [self.config.mask_token_id] * (self.gamma - 1)
         runs = [Run([r.anchor, *mask], r.position, r.block_table, self.gamma) for r in requests]
-        hidden = self._backbone(Batch.of(runs, pool.block_size), pool)
-        base = self._lm_head(hidden, out_float32=True)
+        hidden, base = self.backbone(Batch.of(runs, pool.block_size), pool)
         anchors = torch.tensor([r.anchor for r in requests])
-        shape = (len(requests), self.gamma, -1)
-        copies = None
-        if self.copying is not None and any(request.match is not None for request in requests):
-            copies = CopyBias([r.match for r in requests], self.gamma, sampling.temperature, self.copying)
-        return self.sampler.sample(hidden.view(shape), base.view(shape), anchors, sampling, streams, copies)
+        return self.sampler.sample(hidden, base, anchors, sampling, streams, self.copies(requests, sampling))
 
-    def _backbone(self, batch: Batch, pool: KVPool) -> Tensor:
-        """h_k of every slot [R * gamma, D], after the final norm."""
+    def copies(self, requests: list[DraftRequest], sampling: SamplingBatch) -> CopyBias | None:
+        """What the requests' own texts favour; None: nothing."""
+        if self.copying is None or all(request.match is None for request in requests):
+            return None
+        return CopyBias([r.match for r in requests], self.gamma, sampling.temperature, self.copying)
+
+    def backbone(self, batch: Batch, pool: KVPool) -> tuple[Tensor, Tensor]:
+        """h_k of every slot after the final norm [R, gamma, D], and its base logits [R, gamma, C] float32.
+
+        `batch` holds R runs of gamma tokens: the anchor, then mask tokens.
+        """
         residual = self._embedding[batch.tokens]
         delta: Tensor | None = None
         for layer, (keys, values) in zip(self._layers, pool.layers(1), strict=True):
             delta = layer.forward(delta, residual, batch, keys, values, self._cos_sin, causal=False)
         assert delta is not None
-        return self._kernels.add_rms_norm(delta, residual, self._final_norm, self.config.decoder.rms_norm_eps)
+        hidden = self._kernels.add_rms_norm(delta, residual, self._final_norm, self.config.decoder.rms_norm_eps)
+        base = self._lm_head(hidden, out_float32=True)
+        return hidden.unflatten(0, (-1, self.gamma)), base.unflatten(0, (-1, self.gamma))
 
 
 class ContextProjection:
@@ -279,7 +286,7 @@ class ContextProjection:
         self._key_values = Linear(stacked, torch.cat(biases) if biases else None, kernels)
         digest = hashlib.sha256()
         for tensor in (features, norm, stacked, *biases):
-            digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(tensor.contiguous().view(torch.uint8).cpu().numpy().tobytes())
         self.digest = digest.hexdigest()
 
     def write(self, taps: list[Tensor], batch: Batch, layers: list[tuple[Tensor, Tensor]]) -> None:
@@ -306,7 +313,8 @@ def read_draft_tokens(reader: WeightReader, config: DSparkConfig) -> Tensor | No
     """Ids [Vd] of the tokens that may be drafted: d2t holds each one's distance from its own index; None: all."""
     if config.draft_vocab_size is None:
         return None
-    tokens = reader.integers("d2t", (config.draft_vocab_size,)) + torch.arange(config.draft_vocab_size)
+    offsets = reader.integers("d2t", (config.draft_vocab_size,))
+    tokens = offsets + torch.arange(config.draft_vocab_size, device=offsets.device)
     if bool((tokens.diff() <= 0).any()) or int(tokens[0]) < 0 or int(tokens[-1]) >= config.decoder.vocab_size:
         raise CheckpointError("The drafter's d2t must name distinct tokens of the vocabulary in rising order.")
     return tokens
@@ -328,8 +336,8 @@ def _embeddings(
     """
     shape = (target.config.vocab_size, target.config.hidden_size)
     name = "model.embed_tokens.weight" if target.config.tie_word_embeddings else "lm_head.weight"
-    embedding, head = target.embedding, open_checkpoint(target_directory).read(name).to(dtype)
-    own = target.group.size > 1
+    embedding, head = target.embedding, open_checkpoint(target_directory).read(name)
+    head, own = head.to(embedding.device).to(dtype), target.group.size > 1
     if not config.share_target_embeddings:
         theirs, their_head = reader.take("embed_tokens.weight", shape), reader.take("lm_head.weight", shape)
         if not torch.equal(theirs, embedding):

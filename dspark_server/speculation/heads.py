@@ -32,6 +32,11 @@ class SequentialHead(ABC):
         return self._w1.shape[1]
 
     @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return self._w1.device
+
+    @property
     def vocab_size(self) -> int:
         """V, how many tokens may come before."""
         return self._w1.shape[0]
@@ -63,7 +68,7 @@ class VanillaHead(SequentialHead):
     def __init__(self, w1: Tensor, w2: Tensor, kernels: Kernels) -> None:
         super().__init__(w1, w2, kernels)
         packed = self._product.packed
-        if packed is None and (w2.dtype == torch.bfloat16 or kernels.name == "reference"):
+        if packed is None and (w2.dtype != torch.float32 or kernels.name == "reference"):
             packed = kernels.pack_linear(w2)
         if packed is not None:
             self.packed = (w1.contiguous(), packed)
@@ -92,7 +97,7 @@ class RNNHead(SequentialHead):
         self._joint = joint
 
     def start(self, requests: int) -> Tensor | None:
-        return torch.zeros(requests, self.rank, dtype=self._w1.dtype)
+        return torch.zeros(requests, self.rank, dtype=self._w1.dtype, device=self._w1.device)
 
     def latent(self, embedding: Tensor, hidden: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
         assert state is not None

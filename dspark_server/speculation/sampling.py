@@ -134,6 +134,26 @@ class SamplingBatch:
         """Some row may have a top-k, top-p or min-p."""
         return self.traits.top_k or self.traits.top_p or self.traits.min_p
 
+    @property
+    def at_once(self) -> bool:
+        """Every row is greedy, or drawn by inverse CDF from the bare softmax: whole blocks can be drawn and judged."""
+        return Rule.COUPLED not in self.traits.rules and not self.controls and (self.all_greedy or not self.filtered)
+
+    def to(self, device: torch.device) -> "SamplingBatch":
+        """The same with tensors on `device`."""
+        return replace(
+            self,
+            temperature=self.temperature.to(device),
+            top_k=self.top_k.to(device),
+            top_p=self.top_p.to(device),
+            min_p=self.min_p.to(device),
+            coupled=self.coupled.to(device),
+            key=self.key.to(device),
+            choice=self.choice.to(device),
+            position=self.position.to(device),
+            draft_number=self.draft_number.to(device),
+        )
+
     @cached_property
     def greedy(self) -> Tensor:
         """[R] bool."""
@@ -194,6 +214,7 @@ class SamplingBatch:
             Rule.COUPLED: ~self.greedy & self.coupled,
         }
         controlled = torch.tensor([bool(control) for control in self.controls] or [False] * len(self))
+        controlled = controlled.to(self.key.device)
         cut: list[tuple[Rule, Tensor | None, SamplingBatch]] = []
         for rule in Rule:
             for mask in (masks[rule] & ~controlled, masks[rule] & controlled):

@@ -15,6 +15,7 @@ from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from dspark_server.errors import ConfigError
@@ -72,6 +73,9 @@ class Selection(Protocol):
     def drafting(self, candidates: Sequence[Candidate], load: Load) -> Choice:
         """Before the draft: who drafts at all."""
 
+    def count(self, slots: int, load: Load) -> int | None:
+        """Before a draft of `slots` tokens: how many `lengths` will keep, likeliest first; None: depends on them."""
+
     def lengths(self, survival: Tensor, limits: Sequence[int], load: Load, backbone: int | None = None) -> list[int]:
         """After the draft: the prefix length of each drafting request, at most its limit and `load.room` in all.
 
@@ -94,6 +98,9 @@ class Fixed:
                 room -= candidate.limit
         return Choice(chosen)
 
+    def count(self, slots: int, load: Load) -> int | None:
+        return None
+
     def lengths(self, survival: Tensor, limits: Sequence[int], load: Load, backbone: int | None = None) -> list[int]:
         return list(limits)
 
@@ -109,6 +116,9 @@ class Threshold:
     def drafting(self, candidates: Sequence[Candidate], load: Load) -> Choice:
         return Choice([index for index, candidate in enumerate(candidates) if candidate.limit > 0 and load.room > 0])
 
+    def count(self, slots: int, load: Load) -> int | None:
+        return None
+
     def lengths(self, survival: Tensor, limits: Sequence[int], load: Load, backbone: int | None = None) -> list[int]:
         ranked = Ranked.of(survival, limits)
         return ranked.first(min(load.room, int((ranked.values >= self._threshold).sum())))
@@ -121,6 +131,9 @@ class Off:
 
     def drafting(self, candidates: Sequence[Candidate], load: Load) -> Choice:
         return Choice([])
+
+    def count(self, slots: int, load: Load) -> int | None:
+        return None
 
     def lengths(self, survival: Tensor, limits: Sequence[int], load: Load, backbone: int | None = None) -> list[int]:
         return [0] * len(limits)
@@ -141,6 +154,9 @@ class Causal:
 
     def drafting(self, candidates: Sequence[Candidate], load: Load) -> Choice:
         return choose_drafting(candidates, load, self._capacity, self._floor)
+
+    def count(self, slots: int, load: Load) -> int | None:
+        return None
 
     def lengths(self, survival: Tensor, limits: Sequence[int], load: Load, backbone: int | None = None) -> list[int]:
         ranked = Ranked.of(survival, limits)
@@ -172,9 +188,13 @@ class Lagged:
         best = best_count(ranked.values, seconds, load, self._floor)
         # Counted in whole blocks, not in usable slots: whether a slot is usable is known from this block's own tokens.
         slots = survival.numel()
-        share = self._shares[0] if len(self._shares) == self.LAG else 1.0
+        kept = self.count(slots, load)
         self._shares.append(best / max(1, slots))
-        return ranked.first(min(load.room, round(share * slots)))
+        return ranked.first(kept)
+
+    def count(self, slots: int, load: Load) -> int:
+        share = self._shares[0] if len(self._shares) == self.LAG else 1.0
+        return min(load.room, round(share * slots))
 
 
 @dataclass(frozen=True)
@@ -207,6 +227,18 @@ class Ranked:
         """Each request's prefix length when the first `count` are kept."""
         lengths: list[int] = np.bincount(self.request[:count], minlength=self.requests).tolist()
         return lengths
+
+
+def keep_likeliest(survival: Tensor, limits: Tensor, count: Tensor) -> Tensor:
+    """`Ranked.first` in torch, reading nothing on the host: the prefix lengths [R] int64 when `count` [1] are kept.
+
+    survival [R, gamma] float32, limits [R] int64.
+    """
+    inside = torch.arange(survival.shape[1], device=survival.device) < limits.unsqueeze(1)
+    falling = survival.nan_to_num(nan=0.0).cummin(dim=1).values
+    order = torch.where(inside, falling, -1.0).flatten().argsort(descending=True, stable=True)
+    rank = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    return ((rank.view_as(inside) < count) & inside).sum(1)
 
 
 def _or(backbone: int | None, limits: Sequence[int]) -> int:

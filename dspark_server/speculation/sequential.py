@@ -4,10 +4,11 @@ is scored and a token sampled (DSpark §3.2). In one native call where that can 
 Shapes: R drafting requests, gamma slots, D hidden size, C draft tokens (all of V, or a part), r Markov rank.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
-from dspark_kernels import Kernels
+from dspark_kernels import DraftedTokens, Favour, Filters, Kernels
 from torch import Tensor
 
 from dspark_server.speculation.calibration import Calibration
@@ -42,12 +43,12 @@ class BlockSampler:
         self._gamma = gamma
         self._vocabulary = vocabulary
         self._confidence = confidence
-        self._calibration = calibration
-        self._draft_tokens = draft_tokens
+        self.calibration = calibration
+        self.draft_tokens = draft_tokens
         self._kernels = kernels
         columns = vocabulary if draft_tokens is None else len(draft_tokens)
         self._shortlist = Shortlist(head, shortlist) if shortlist and shortlist < columns else None
-        self._in_one_call = self._shortlist is None and (head is None or head.packed is not None)
+        self.in_one_call = self._shortlist is None and (head is None or head.packed is not None)
 
     def sample(
         self,
@@ -62,11 +63,11 @@ class BlockSampler:
 
         hidden [R, gamma, D], base [R, gamma, C] float32 logits, anchors [R] int64.
         """
-        if not self._in_one_call or self.keep_logits:
+        if not self.in_one_call or self.keep_logits:
             return self._slot_by_slot(hidden, base, anchors, sampling, streams, copies)
         apart = sampling.coupled & ~sampling.greedy
         if sampling.controls:
-            apart = apart | torch.tensor([bool(control) for control in sampling.controls])
+            apart = apart | torch.tensor([bool(control) for control in sampling.controls]).to(apart.device)
         if not bool(apart.any()):
             return self._at_once(hidden, base, anchors, sampling, streams, copies)
         if bool(apart.all()):
@@ -95,7 +96,7 @@ class BlockSampler:
         state = self.head.start(requests) if self.head else None
         best = self._shortlist.best(base) if self._shortlist else None
         previous, embedding, latent = anchors, None, None
-        usable = torch.full((requests,), self._gamma)
+        usable = torch.full_like(anchors, self._gamma)
         tokens: list[Tensor] = []
         laws, names, confidences, kept_logits = [], [], [], []
         for k in range(self._gamma):
@@ -152,8 +153,8 @@ class BlockSampler:
         """
         if self._shortlist is not None and best is not None:
             columns, logits = self._shortlist.logits(base, best, previous, latent)
-            return columns if self._draft_tokens is None else self._draft_tokens[columns], logits
-        names = None if self._draft_tokens is None else self._draft_tokens.expand(len(previous), -1)
+            return columns if self.draft_tokens is None else self.draft_tokens[columns], logits
+        names = None if self.draft_tokens is None else self.draft_tokens.expand(len(previous), -1)
         if self.head is None or latent is None:
             return names, base
         return names, base + self.head.bias(latent)
@@ -169,40 +170,59 @@ class BlockSampler:
     ) -> DraftBlock:
         """The same in one native call, where the head is vanilla, for greedy requests and for the ratio rule."""
         requests, vocabulary = len(anchors), base.shape[2]
-        favour, columns = copies.whole_block(base, self._draft_tokens) if copies is not None else (None, None)
-        if columns is None and self._draft_tokens is not None:
-            columns = self._draft_tokens.expand(requests, self._gamma, vocabulary)
-        slots = torch.arange(self._gamma)
-        drawn = self._kernels.draft_tokens(
-            base,
-            anchors,
-            self._draft_tokens,
-            None if self.head is None else self.head.packed,
-            (1 / sampling.temperature).masked_fill(sampling.greedy, 0.0),
-            None if sampling.all_greedy else streams.uniform(Purpose.DRAFT, sampling, slots),
-            favour,
-            sampling.filters(torch.arange(requests)) if sampling.filtered and not sampling.all_greedy else None,
-        )
+        favour, columns = copies.whole_block(base, self.draft_tokens) if copies is not None else (None, None)
+        if columns is None and self.draft_tokens is not None:
+            columns = self.draft_tokens.expand(requests, self._gamma, vocabulary)
+        inverse, uniforms = self.whole_block_noise(sampling, streams)
+        filters = sampling.filters(torch.arange(requests)) if sampling.filtered and not sampling.all_greedy else None
+        drawn, confidence = self.whole_block(hidden, base, anchors, inverse, uniforms, favour, filters)
         if copies is not None:
             copies.on, copies.odds = drawn.on, drawn.odds
-        usable, confidence = drawn.usable, None
-        if self._confidence is not None:
-            before = torch.cat([anchors.unsqueeze(1), drawn.tokens[:, :-1]], dim=1)
-            embedding = None if self.head is None else self.head.embedding(before)
-            confidence = self._confidence.logit(hidden, embedding)
-            usable = usable.minimum((~confidence.isnan()).long().cumprod(1).sum(1))
         return DraftBlock(
             tokens=drawn.tokens,
             q=drawn.law,
             columns=None if drawn.law is None else columns,
             confidence=confidence,
             survival=self._survival(confidence, sampling, copies),
-            usable=usable,
+            usable=drawn.usable,
             copies=copies,
         )
 
+    def takes_whole_blocks(self, sampling: SamplingBatch) -> bool:
+        """Whether one call of the kernels does it without a look: a vanilla head, nobody's law filtered."""
+        return self.in_one_call and sampling.at_once and not self.keep_logits
+
+    def whole_block_noise(self, sampling: SamplingBatch, streams: Streams) -> tuple[Tensor, Tensor | None]:
+        """What `whole_block` draws with: inverse temperatures [R] float32, 0 if greedy; uniforms [R, gamma] float64."""
+        inverse = (1 / sampling.temperature).masked_fill(sampling.greedy, 0.0)
+        slots = torch.arange(self._gamma)
+        return inverse, None if sampling.all_greedy else streams.uniform(Purpose.DRAFT, sampling, slots)
+
+    def whole_block(
+        self,
+        hidden: Tensor,
+        base: Tensor,
+        anchors: Tensor,
+        inverse_temperature: Tensor,
+        uniforms: Tensor | None,
+        favour: Favour | None,
+        filters: Filters | None = None,
+    ) -> tuple[DraftedTokens, Tensor | None]:
+        """The blocks, and the confidence logits [R, gamma] where there is such a head; reads nothing on the host."""
+        packed = None if self.head is None else self.head.packed
+        drawn = self._kernels.draft_tokens(
+            base, anchors, self.draft_tokens, packed, inverse_temperature, uniforms, favour, filters
+        )
+        if self._confidence is None:
+            return drawn, None
+        before = torch.cat([anchors.unsqueeze(1), drawn.tokens[:, :-1]], dim=1)
+        embedding = None if self.head is None else self.head.embedding(before)
+        confidence = self._confidence.logit(hidden, embedding)
+        usable = drawn.usable.minimum((~confidence.isnan()).long().cumprod(1).sum(1))
+        return replace(drawn, usable=usable), confidence
+
     def _survival(self, confidence: Tensor | None, sampling: SamplingBatch, copies: CopyBias | None) -> Tensor | None:
-        return None if confidence is None else self._calibration.survival(confidence, sampling.temperature, copies)
+        return None if confidence is None else self.calibration.survival(confidence, sampling.temperature, copies)
 
 
 def _joined(blocks: list[DraftBlock], rows: list[Tensor], copies: CopyBias | None) -> DraftBlock:

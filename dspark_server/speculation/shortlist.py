@@ -48,7 +48,7 @@ class Successors:
 
     def __init__(self, head: SequentialHead, count: int) -> None:
         self._head = head
-        self._table = torch.full((head.vocab_size, count), -1, dtype=torch.int64)
+        self._table = torch.full((head.vocab_size, count), -1, dtype=torch.int64, device=head.device)
 
     def of(self, previous: Tensor) -> Tensor:
         """previous [R] -> [R, M]."""

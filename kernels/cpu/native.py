@@ -121,6 +121,8 @@ class NativeLayer:
 class NativeKernels:
     """`interface.Kernels` over the shared library at `library`, on torch's own threads."""
 
+    reads_fp8 = False
+
     def __init__(self, library: Path) -> None:
         native = ctypes.CDLL(str(library))
         for function, arguments in _SIGNATURES.items():

@@ -15,7 +15,7 @@ import pytest
 
 from dspark_server.api.settings import ServerSettings
 from dspark_server.cli.options import OPTIONS
-from dspark_server.config import EngineConfig
+from dspark_server.config import DEFAULT_CACHE_BYTES, EngineConfig
 from dspark_server.errors import CheckpointError
 from dspark_server.models.config import ModelConfig, load_config, parse_decoder, read_json
 from dspark_server.models.hub import DEFAULT_MODEL, resolve_model, shipped_drafter
@@ -73,7 +73,7 @@ def test_a_file_loads_and_fits_its_checkpoints(file: Path) -> None:
     assert config.max_model_len is not None
     assert config.max_model_len <= target.max_length
     assert (config.speculative.num_speculative_tokens or 0) <= drafter.block_size
-    tokens = config.kv_cache_memory_bytes // token_bytes(config)
+    tokens = (config.kv_cache_memory_bytes or DEFAULT_CACHE_BYTES) // token_bytes(config)
     assert tokens >= config.max_model_len + drafter.block_size, "not even one request of full length"
     said = int(re.search(r"GiB: ([\d,]+)\s", file.read_text() + " ")[1].replace(",", ""))
     assert tokens == pytest.approx(said, rel=0.03), "the file's comment"

@@ -71,7 +71,7 @@ class HashingExecutor:
             row_start.append(len(tokens))
         return torch.nn.functional.one_hot(torch.tensor(tokens, dtype=torch.int64), VOCABULARY).float(), row_start
 
-    def draft(self, requests: list[DraftRequest], sampling: Any, streams: Any) -> DraftBlock:
+    def draft(self, requests: list[DraftRequest], sampling: Any, streams: Any, rest: Any = None) -> DraftBlock:
         """Right for a while, then wrong; both, and how much of it is usable, by the context's hash."""
         blocks, usable = [], []
         for request in requests:

@@ -1,0 +1,117 @@
+"""Acceptance on a device: at once where no law looks at its own numbers, else as on the host, slot by slot.
+
+Shapes: R requests, L draft tokens of the longest block, V vocabulary.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from dspark_kernels import Kernels
+from torch import Tensor
+
+from dspark_server.runtime.device import Device
+from dspark_server.runtime.staging import Staging
+from dspark_server.speculation.acceptance import Accepted, DraftTokens, Noise, accept, accept_at_once
+from dspark_server.speculation.noise import Streams
+from dspark_server.speculation.sampling import SamplingBatch
+
+I64, F32, F64, BOOL = torch.int64, torch.float32, torch.float64, torch.bool
+
+
+class DeviceJudge:
+    """Judges passes of up to `most` requests whose blocks have up to `widest` tokens."""
+
+    def __init__(self, device: Device, kernels: Kernels, most: int, widest: int) -> None:
+        self._device = device
+        self._kernels = kernels
+        self.staging = Staging(
+            device,
+            {
+                "start": ((most,), I64),
+                "lengths": ((most,), I64),
+                "row": ((most,), I64),
+                "run": ((most,), I64),
+                "tokens": ((most, widest), I64),
+                "inverse": ((most,), F32),
+                "greedy": ((most,), BOOL),
+                "coins": ((most, widest), F64),
+                "last": ((most, widest + 1), F64),
+            },
+        )
+
+    def __call__(
+        self,
+        logits: Tensor,
+        row_start: Sequence[int],
+        draft: DraftTokens | None,
+        lengths: Sequence[int],
+        sampling: SamplingBatch,
+        streams: Streams,
+    ) -> Accepted:
+        """`acceptance.accept`, its outcome on the host; `draft` has its tokens there, and its law on the device."""
+        if sampling.at_once and logits.dtype == F32:
+            outcome = self._at_once(logits, row_start, draft, lengths, sampling, streams)
+        else:
+            where = self._device.where
+            if draft is not None:
+                draft = replace(draft, tokens=draft.tokens.to(where), row=draft.row.to(where))
+            outcome = accept(logits, row_start, draft, lengths, sampling.to(where), streams, self._kernels)
+        return Accepted(*self._device.fetch([outcome.count, outcome.token, outcome.failed]))
+
+    def ahead(
+        self,
+        logits: Tensor,
+        row_start: Tensor,
+        drafted: Tensor,
+        draft: DraftTokens,
+        sampled: Sequence[int],
+        sampling: SamplingBatch,
+        streams: Streams,
+    ) -> Accepted:
+        """The outcome [R] on the device, of a pass that the host has not seen.
+
+        row_start and drafted are the layout's, of every run, and so is `draft.row`; the runs `sampled` [R] are judged.
+        """
+        noise = self._stage(Noise.of(sampling, streams, draft.tokens.shape[1]), {"run": sampled}, len(sampled))
+        run = self.staging.there["run"][: len(sampled)]
+        draft = replace(draft, row=draft.row[run])
+        return accept_at_once(logits, row_start[run], drafted[run], draft, noise, self._kernels)
+
+    def _at_once(
+        self,
+        logits: Tensor,
+        row_start: Sequence[int],
+        draft: DraftTokens | None,
+        lengths: Sequence[int],
+        sampling: SamplingBatch,
+        streams: Streams,
+    ) -> Accepted:
+        count, width = len(sampling), max(1, max(lengths))
+        if draft is None:
+            draft = DraftTokens(torch.zeros((1, width), dtype=I64), None, torch.full((count,), -1))
+        values: dict[str, Tensor | Sequence[int]] = {
+            "start": row_start[:-1],
+            "lengths": lengths,
+            "row": draft.row,
+            "tokens": draft.tokens[:, :width],
+        }
+        noise = self._stage(Noise.of(sampling, streams, width), values, count)
+        there = self.staging.there
+        draft = replace(draft, tokens=there["tokens"][:, :width], row=there["row"][:count])
+        return accept_at_once(logits, there["start"][:count], there["lengths"][:count], draft, noise, self._kernels)
+
+    def _stage(self, noise: Noise, values: Mapping[str, Tensor | Sequence[int]], requests: int) -> Noise:
+        """Upload the fields that are used; gives the noise on the device."""
+        named = {"greedy": noise.greedy, "inverse": noise.inverse_temperature, "coins": noise.coins, "last": noise.last}
+        used = {name: value for name, value in named.items() if value is not None}
+        unused: dict[str, Tensor | Sequence[int]] = dict.fromkeys(self.staging.host, ())
+        self.staging.upload({**unused, **values, **used})
+
+        def there(name: str) -> Tensor | None:
+            value, field = named[name], self.staging.there[name][:requests]
+            if value is None:
+                return None
+            return field[:, : value.shape[1]].contiguous() if value.dim() == 2 else field
+
+        return Noise(there("greedy"), there("inverse"), there("coins"), there("last"))

@@ -1,0 +1,35 @@
+"""Which kernels run on a device, and which attention over them."""
+
+import dspark_kernels
+import torch
+from dspark_kernels import Kernels
+
+from dspark_server.errors import ConfigError
+from dspark_server.runtime.device import Device
+
+
+def choose_kernels(attention: str, device: Device | None, dtype: torch.dtype, block_size: int) -> Kernels:
+    """The kernel set of the CPU, or the Triton one of a GPU, there with flash-attn's attention where that is wanted.
+
+    `attention` is "auto", "flash-attn" or "triton". Raises ConfigError for an attention that is not installed, or that
+    takes neither `dtype` nor `block_size`.
+    """
+    if device is None:
+        return dspark_kernels.load()
+    try:
+        kernels = dspark_kernels.load("triton")
+    except (dspark_kernels.KernelBuildError, ValueError) as error:
+        raise ConfigError(
+            f"--device {device.name} needs the Triton kernels, which do not load ({error}): "
+            "pip install dspark-server[gpu]."
+        ) from None
+    if attention == "triton":
+        return kernels
+    from dspark_kernels import flash
+
+    if attention == "auto" and (not flash.installed() or dtype == torch.float32):
+        return kernels
+    try:
+        return flash.over(kernels, dtype, block_size)
+    except flash.FlashAttentionError as error:
+        raise ConfigError(f"--attention-backend {attention}: {error} Or take --attention-backend triton.") from None

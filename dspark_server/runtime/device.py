@@ -1,0 +1,184 @@
+"""The narrow interface to a device with a memory and a queue of its own, and CUDA behind it.
+
+Everything else that runs on a GPU is written against `Device`, which tests replace by one without hardware that keeps
+CUDA's rules and refuses what breaks them (tests/runtime/twin.py; docs/gpu.md). On a CPU there is no Device: the engine
+runs on plain tensors.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from dspark_server.errors import ConfigError
+
+T = TypeVar("T")
+
+
+class Graph(Protocol[T]):
+    """Work recorded once: the same kernels over the same addresses, with the numbers that Python had then."""
+
+    result: T  # what the recorded function returned; each replay writes into these tensors
+
+    def replay(self) -> None:
+        """Queue the work again."""
+
+
+class Device(Protocol):
+    """A device, its queue and the host memory it reads by itself. The step thread alone uses it."""
+
+    name: str  # "cuda"
+    label: str  # the model of the hardware, for people
+    where: torch.device
+    syncs: int  # how often the host has waited for results
+
+    def pinned(self, size: int) -> Tensor:
+        """`size` bytes [size] uint8 of zeros on the host, which `upload` reads without the host's help."""
+
+    def zeros(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Memory on the device."""
+
+    def upload(self, host: Tensor, there: Tensor) -> Any:
+        """Queue a copy of pinned bytes to the device. `host` must not change before `uploaded` has had the result."""
+
+    def uploaded(self, upload: Any) -> None:
+        """Wait until an upload has read its host memory: no wait at all if there was a `fetch` since."""
+
+    def fetch(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Copies on the host of tensors on the device, once all queued work is done: the wait that `syncs` counts."""
+
+    def capture(self, work: Callable[[], T]) -> Graph[T]:
+        """Run `work` once, then record it. It may not read results, nor allocate by them."""
+
+    def mark(self) -> Any:
+        """A point in the queue, for `seconds`."""
+
+    def seconds(self, first: Any, last: Any) -> float:
+        """Time the device took from mark to mark, both of them before the last `fetch`."""
+
+    def memory(self) -> tuple[int, int]:
+        """Bytes that are free, and bytes that there are."""
+
+    def peak(self, work: Callable[[], object]) -> int:
+        """Bytes that `work` needs at its worst moment, beyond what is allocated already."""
+
+    def check(self, dtype: torch.dtype) -> None:
+        """Raise ConfigError if the device cannot compute in `dtype`, or store a KV cache in it."""
+
+
+class CudaGraph(Generic[T]):
+    """torch.cuda.CUDAGraph and what its recorded function returned."""
+
+    def __init__(self, graph: Any, result: T) -> None:
+        self._graph = graph
+        self.result = result
+
+    def replay(self) -> None:
+        self._graph.replay()
+
+
+class CudaDevice:
+    """One NVIDIA GPU through torch.cuda. None of this class has run here: docs/gpu.md, "Not checked"."""
+
+    name = "cuda"
+
+    def __init__(self, index: int = 0) -> None:
+        """Raises ConfigError if there is no such GPU."""
+        found = _cuda_devices()
+        if index >= found:
+            raise ConfigError(f"--device cuda: there is no GPU {index}; torch sees {found}.")
+        self.where = torch.device("cuda", index)
+        self.syncs = 0
+        torch.cuda.set_device(self.where)
+        self.label = torch.cuda.get_device_name(self.where)
+        self._pool: Any = None  # graphs never run at the same time, so they share their intermediate memory
+        self._landing: dict[tuple[int, torch.Size, torch.dtype], Tensor] = {}
+
+    def pinned(self, size: int) -> Tensor:
+        return torch.zeros(size, dtype=torch.uint8, pin_memory=True)
+
+    def zeros(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return torch.zeros(tuple(shape), dtype=dtype, device=self.where)
+
+    def upload(self, host: Tensor, there: Tensor) -> Any:
+        there.copy_(host, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        return event
+
+    def uploaded(self, upload: Any) -> None:
+        upload.synchronize()
+
+    def fetch(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        landed = []
+        for index, tensor in enumerate(tensors):
+            key = (index, tensor.shape, tensor.dtype)
+            if key not in self._landing:
+                if len(self._landing) > 256:
+                    self._landing.clear()
+                self._landing[key] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            landed.append(self._landing[key].copy_(tensor, non_blocking=True))
+        torch.cuda.current_stream().synchronize()
+        self.syncs += 1
+        return [tensor.clone() for tensor in landed]  # the pinned ones are written again by the next fetch
+
+    def capture(self, work: Callable[[], T]) -> CudaGraph[T]:
+        current, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+        aside.wait_stream(current)
+        with torch.cuda.stream(aside):
+            work()  # kernels are compiled and libraries set up by a first run, which may not be recorded
+        current.wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            result = work()
+        self._pool = self._pool or graph.pool()
+        return CudaGraph(graph, result)
+
+    def mark(self) -> Any:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self, first: Any, last: Any) -> float:
+        return float(first.elapsed_time(last)) / 1e3
+
+    def memory(self) -> tuple[int, int]:
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info(self.where)
+        return free, total
+
+    def peak(self, work: Callable[[], object]) -> int:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(self.where)
+        before = torch.cuda.memory_allocated(self.where)
+        work()
+        torch.cuda.synchronize()
+        return int(torch.cuda.max_memory_allocated(self.where) - before)
+
+    def check(self, dtype: torch.dtype) -> None:
+        major, minor = torch.cuda.get_device_capability(self.where)
+        if dtype == torch.bfloat16 and major < 8:
+            raise ConfigError(f"--dtype bfloat16 needs compute capability 8.0, this GPU has {major}.{minor}: float16.")
+        if dtype == torch.float8_e4m3fn and (major, minor) < (8, 9):
+            raise ConfigError(
+                f"--kv-cache-dtype fp8 needs compute capability 8.9, this GPU has {major}.{minor}: leave it at auto."
+            )
+
+
+def find_device(name: str) -> CudaDevice | None:
+    """The device called "auto", "cpu" or "cuda"; None: the CPU, which "auto" falls back to.
+
+    Raises ConfigError for "cuda" where torch sees no GPU, saying why.
+    """
+    if name == "cpu" or (name == "auto" and not _cuda_devices()):
+        return None
+    if not _cuda_devices():
+        why = "this torch is built without CUDA" if torch.version.cuda is None else "no NVIDIA driver or GPU answers"
+        raise ConfigError(f"--device cuda: {why} (torch {torch.__version__}). Install a CUDA build, or --device cpu.")
+    return CudaDevice()
+
+
+def _cuda_devices() -> int:
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0

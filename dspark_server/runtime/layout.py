@@ -1,0 +1,114 @@
+"""A step's runs laid out on the device: what `Batch.of` does on the host, without the host knowing every length.
+
+Shapes: N token slots of the bucket, of which the first n are real, R run slots, Rd rows of drafts, gamma draft tokens
+each, W block-table width, T committed tokens.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dspark_server.runtime.batch import Batch
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The batch, and where each run's rows of logits begin: row_start [R+1] int64; drafted [R] int64 tokens joined."""
+
+    batch: Batch
+    row_start: Tensor
+    drafted: Tensor
+
+
+def lay_out(
+    size: int,
+    staged: Mapping[str, Tensor],
+    draft_tokens: Tensor,
+    draft_lengths: Tensor,
+    block_size: int,
+    scratch: int,
+) -> Layout:
+    """The first R = min(size, run slots) staged runs as a batch of N = `size` tokens, reading nothing on the host.
+
+    staged: tokens [T] int64, the committed ones of all runs; count [.] int64, how many of them are a run's own;
+    context [.]; rows [.], its rows of logits before any draft; draft_row [.], its row of the drafts plus one, 0: none;
+    tables [., W] int32. A run is its committed tokens and the first draft_lengths[row] of draft_tokens[row].
+    draft_tokens [Rd, gamma] and draft_lengths [Rd] are int64.
+
+    Run slots that stage nothing are empty runs behind the others. Token slots n .. N belong to no run and write to
+    slot `scratch`. Row j of logits is wanted for j < row_start[R]; rows beyond repeat the first token's.
+    """
+    runs = min(size, len(staged["count"]))
+    count, context, tables = staged["count"][:runs], staged["context"][:runs], staged["tables"][:runs]
+    row = staged["draft_row"][:runs]
+    drafted = torch.where(row > 0, draft_lengths[(row - 1).clamp(min=0)], 0)
+    query_start = F.pad((count + drafted).cumsum(0), (1, 0))
+    row_start = F.pad((staged["rows"][:runs] + drafted).cumsum(0), (1, 0))
+    slot = torch.arange(size, device=count.device)
+
+    run = _owner(query_start, slot)
+    real = slot < query_start[-1]
+    offset = slot - query_start[run]
+    committed = F.pad(count.cumsum(0), (1, 0))[run] + offset
+    beyond = (offset - count[run]).clamp(0, draft_tokens.shape[1] - 1)
+    tokens = torch.where(
+        offset < count[run],
+        staged["tokens"][committed.clamp(max=len(staged["tokens"]) - 1)],
+        draft_tokens[(row[run] - 1).clamp(min=0), beyond],
+    )
+    positions = torch.where(real, context[run] + offset, 0)
+    block = tables[run, (positions // block_size).clamp(max=tables.shape[1] - 1)].long()
+    slots = torch.where(real, block * block_size + positions % block_size, scratch)
+
+    asker = _owner(row_start, slot)
+    from_end = row_start[asker + 1] - slot
+    logits_index = torch.where(slot < row_start[-1], query_start[asker + 1] - from_end, 0)
+    batch = Batch(
+        tokens=torch.where(real, tokens, 0),
+        positions=positions.int(),
+        slots=slots.int(),
+        query_start=query_start.int(),
+        context_len=context.int(),
+        block_tables=tables,
+        block_size=block_size,
+        logits_index=logits_index,
+        row_start=[],
+    )
+    return Layout(batch, row_start, drafted)
+
+
+def lay_out_blocks(
+    size: int, gamma: int, staged: Mapping[str, Tensor], mask_token: int, block_size: int, scratch: int
+) -> Batch:
+    """`size` draft blocks of gamma tokens, [anchor, mask, ...], of which the first staged["requests"] [1] are real.
+
+    staged: anchors [.] int64, positions [.] int64 of the anchors, tables [., W] int32. As above: the others are empty
+    runs, and their tokens belong to none.
+    """
+    anchors, first, tables = staged["anchors"][:size], staged["positions"][:size], staged["tables"][:size]
+    requests, row = staged["requests"], torch.arange(size, device=anchors.device)
+    real = (row < requests).unsqueeze(1)
+    slot = torch.arange(gamma, device=anchors.device)
+    positions = torch.where(real, first.unsqueeze(1) + slot, 0)
+    block = tables.gather(1, (positions // block_size).clamp(max=tables.shape[1] - 1)).long()
+    slots = torch.where(real, block * block_size + positions % block_size, scratch)
+    starts = torch.arange(size + 1, device=anchors.device).minimum(requests) * gamma
+    return Batch(
+        tokens=torch.where(slot == 0, anchors.unsqueeze(1), mask_token).flatten(),
+        positions=positions.flatten().int(),
+        slots=slots.flatten().int(),
+        query_start=starts.int(),
+        context_len=first.int(),
+        block_tables=tables,
+        block_size=block_size,
+        logits_index=slot[:0],
+        row_start=[],
+    )
+
+
+def _owner(starts: Tensor, slot: Tensor) -> Tensor:
+    """Which run's share of `starts` [R+1] each slot [N] lies in; the last run's where it lies in none."""
+    return torch.searchsorted(starts[1:], slot, right=True).clamp(max=len(starts) - 2)

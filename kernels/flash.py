@@ -1,0 +1,98 @@
+"""flash-attn's attention in the place of another kernel set's. NVIDIA GPUs only.
+
+The package is imported when it is asked for. flash_attn_varlen_func reads keys and values through a block table, as our
+own kernels do; only the names differ.
+"""
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from dspark_kernels.interface import Kernels
+from torch import Tensor
+
+PAGE = 256  # flash-attn 2 reads pages of a multiple of so many tokens
+LARGEST_HEAD = 256
+
+
+class FlashAttentionError(RuntimeError):
+    """flash-attn is not installed, or cannot serve what is asked."""
+
+
+def installed() -> bool:
+    """Whether the package flash_attn can be found; nothing is imported."""
+    return importlib.util.find_spec("flash_attn") is not None
+
+
+class FlashKernels:
+    """`Kernels` of which `paged_attention` is flash-attn's and everything else that of `kernels`."""
+
+    reads_fp8 = False
+
+    def __init__(self, kernels: Kernels, dtype: torch.dtype, block_size: int) -> None:
+        """Raises FlashAttentionError, saying what to do, where the package is missing or does not take the sizes."""
+        if block_size % PAGE:
+            raise FlashAttentionError(
+                f"flash-attn reads pages of multiples of {PAGE} tokens, not of {block_size}: set --block-size {PAGE}."
+            )
+        if dtype not in (torch.float16, torch.bfloat16):
+            raise FlashAttentionError(f"flash-attn computes in float16 and bfloat16, not in {dtype}: set --dtype.")
+        try:
+            import flash_attn
+        except ImportError as error:
+            raise FlashAttentionError(f"flash-attn does not load ({error}): pip install dspark-server[gpu].") from None
+        self._kernels = kernels
+        self._attend: Callable[..., Tensor] = flash_attn.flash_attn_varlen_func
+        version = getattr(flash_attn, "__version__", "?")
+        self.name = f"{kernels.name} with flash-attn {version}"
+        self.build = f"{kernels.build}, flash-attn {version}"
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._kernels, name)
+
+    def paged_attention(
+        self,
+        qkv: Tensor,
+        num_q_heads: int,
+        keys: Tensor,
+        values: Tensor,
+        query_start: Tensor,
+        context_len: Tensor,
+        block_tables: Tensor,
+        block_size: int,
+        scale: float,
+        causal: bool = True,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> Tensor:
+        """See `Kernels.paged_attention`. flash-attn's causal mask is aligned to the last key, as ours is.
+
+        The longest lengths are upper bounds from shapes: they size flash-attn's grid and nothing else, and the real
+        ones are not known on the host.
+        """
+        rows, width = qkv.shape[0], block_tables.shape[1]
+        head_dim = keys.shape[2]
+        lengths = context_len + query_start.diff()
+        # Our window counts the keys a query sees, itself included; flash-attn's those to its left.
+        left = -1 if window is None else window - 1
+        out = self._attend(
+            qkv[:, : num_q_heads * head_dim].unflatten(1, (num_q_heads, head_dim)),
+            keys.unflatten(0, (-1, block_size)),
+            values.unflatten(0, (-1, block_size)),
+            cu_seqlens_q=query_start,
+            cu_seqlens_k=torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0)),
+            max_seqlen_q=rows,
+            max_seqlen_k=width * block_size,
+            softmax_scale=scale,
+            causal=causal,
+            window_size=(left, 0 if causal and window is not None else -1),
+            softcap=softcap or 0.0,
+            block_table=block_tables,
+        )
+        return out.flatten(1)
+
+
+def over(kernels: Kernels, dtype: torch.dtype, block_size: int) -> Kernels:
+    """`FlashKernels` as the kernel set it is: what it does not define itself it passes on."""
+    return cast(Kernels, FlashKernels(kernels, dtype, block_size))

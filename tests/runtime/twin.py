@@ -1,0 +1,295 @@
+"""A device that is not there: values on the CPU, CUDA's rules kept, and what breaks them refused.
+
+A tensor of the device (`Far`) says it lies on "meta" and holds a CPU tensor that nobody else sees. A dispatch mode runs
+every operation and raises where CUDA would fail, or would do what a step must not:
+
+- an operation that mixes the device's tensors with the host's (a copy, or a number of no dimensions, is let through);
+- while recording: a look at a result, a shape that depends on one, a copy from or to the host;
+- a replay in which a shape differs or a static tensor has moved.
+
+A recorded graph is the list of operations with the Python numbers they had: a replay repeats those, over the same
+addresses, and asks no Python. So what a step forgets to write into a static buffer is the last step's, as on a GPU.
+Waits are counted: `Device.fetch`, and every look at a result besides (`surprises`).
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, TypeVar
+
+import torch
+from dspark_kernels import ReferenceKernels
+from dspark_kernels.reference import read_rows
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+T = TypeVar("T")
+AWAY = torch.device("meta")
+HOME = torch.device("cpu")
+
+# Operations whose result, or its shape, is read on the host.
+LOOKS = {"aten::_local_scalar_dense", "aten::item", "aten::is_nonzero", "aten::equal", "aten::nonzero",
+         "aten::masked_select", "aten::unique_dim", "aten::_unique2", "aten::repeat_interleave"}  # fmt: skip
+COPIES = {"aten::copy_", "aten::_to_copy", "aten::to"}
+
+
+class TwinError(AssertionError):
+    """What CUDA would not do."""
+
+
+class Far(Tensor):
+    """A tensor of the device that is not there."""
+
+    near: Tensor
+
+    @staticmethod
+    def __new__(cls, near: Tensor) -> "Far":
+        made = Tensor._make_wrapper_subclass(
+            cls, near.shape, strides=near.stride(), storage_offset=near.storage_offset(), dtype=near.dtype, device=AWAY
+        )
+        made.near = near
+        return made
+
+    def tolist(self) -> Any:
+        return self.cpu().tolist()
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"Far({self.near})"
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise TwinError(f"{func} outside of the twin's mode")
+
+
+class Recorded(Generic[T]):
+    """A graph: operations on CPU tensors that are kept, and what the recorded function returned."""
+
+    def __init__(self, operations: list[tuple[Any, Any, Any, Any]], result: T) -> None:
+        self._operations = operations
+        self.result = result
+
+    def replay(self) -> None:
+        for func, args, kwargs, expected in self._operations:
+            out = func(*args, **kwargs)
+            for mine, first in zip(_leaves(out, []), _leaves(expected, []), strict=True):
+                if mine.shape != first.shape or mine.stride() != first.stride():
+                    raise TwinError(f"{func} gave {list(mine.shape)} in a replay, {list(first.shape)} when recorded")
+                if mine.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
+                    first.copy_(mine)
+
+
+class TwinDevice(TorchDispatchMode):
+    """See the module. A mode: `with device:` around everything that touches its tensors."""
+
+    name = "twin"
+    label = "a device that is not there"
+    where = AWAY
+
+    def __init__(self, free: int = 1 << 30, total: int = 2 << 30, working: int = 0) -> None:
+        super().__init__()
+        self.syncs = 0
+        self.surprises: list[str] = []  # looks at results that no `fetch` made
+        self.launches = 0
+        self._memory, self._working = (free, total), working
+        self._recording: list[tuple[Any, Any, Any, Any]] | None = None
+        self._in_flight: set[int] = set()
+        self.waits = 0  # for uploads that no fetch had already waited for
+
+    # -- Device ------------------------------------------------------------------------------------------------------
+
+    def pinned(self, size: int) -> Tensor:
+        return torch.zeros(size, dtype=torch.uint8)
+
+    def zeros(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return Far(torch.zeros(tuple(shape), dtype=dtype))
+
+    def upload(self, host: Tensor, there: Tensor) -> int:
+        place = host.data_ptr()
+        assert place not in self._in_flight, "pinned memory was filled again before its copy was known to be done"
+        there.copy_(host)
+        self._in_flight.add(place)
+        return place
+
+    def uploaded(self, upload: int) -> None:
+        self.waits += upload in self._in_flight
+        self._in_flight.discard(upload)
+
+    def fetch(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        assert self._recording is None, "a result was fetched inside a graph"
+        self.syncs += 1
+        self._in_flight.clear()
+        for tensor in tensors:
+            assert isinstance(tensor, Far), "fetched what was not on the device"
+        return [tensor.near.clone() for tensor in tensors]  # type: ignore[attr-defined]
+
+    def capture(self, work: Callable[[], T]) -> Recorded[T]:
+        assert self._recording is None
+        work()
+        self._recording = []
+        try:
+            result = work()
+            return Recorded(self._recording, result)
+        finally:
+            self._recording = None
+
+    def mark(self) -> int:
+        return self.launches
+
+    def seconds(self, first: int, last: int) -> float:
+        return (last - first) * 1e-5
+
+    def memory(self) -> tuple[int, int]:
+        return self._memory
+
+    def peak(self, work: Callable[[], object]) -> int:
+        work()
+        return self._working
+
+    def check(self, dtype: torch.dtype) -> None:
+        return None
+
+    # -- the rules ---------------------------------------------------------------------------------------------------
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        tensors = _leaves((args, *kwargs.values()), [])
+        far = any(type(each) is Far for each in tensors)
+        device = next((each for each in (*args, *kwargs.values()) if isinstance(each, torch.device)), None)
+        away = device == AWAY
+        near = [each for each in tensors if type(each) is not Far]
+        if any(each.device == AWAY for each in near):
+            raise TwinError(f"{func}: a tensor was made on the device behind its back (torch.tensor(device=...))")
+        if not far and not away:
+            return func(*args, **kwargs)
+        name = func.name().split(".")[0]
+        moves = name in COPIES and ((away and bool(near)) or (far and (bool(near) or device == HOME)))
+        if self._recording is not None and moves:
+            raise TwinError(f"{func}: a copy between host and device inside a graph")
+        if not moves:
+            for each in near:
+                if each.dim() and not (name == "aten::index" and self._recording is None):
+                    raise TwinError(f"{func} mixes the device's tensors with one of the host, {list(each.shape)}")
+        looks = name in LOOKS or (far and name in COPIES and device == HOME)
+        if name in ("aten::index", "aten::index_put_", "aten::index_put"):  # a mask's shape depends on its values
+            looks = any(isinstance(i, Tensor) and i.dtype == torch.bool for i in args[1])
+        if looks:
+            if self._recording is not None:
+                raise TwinError(f"{func}: a look at a result inside a graph")
+            self.surprises.append(name)
+        args, kwargs = _near(args), {key: _near(value) for key, value in kwargs.items()}
+        with torch.inference_mode(False), torch.no_grad():  # wrappers know nothing of inference tensors
+            out = func(*args, **kwargs)
+            self.launches += 1
+            if self._recording is not None:
+                self._recording.append((func, args, kwargs, out))
+            if far and device == HOME:
+                return out
+            return _far(out)
+
+
+def _leaves(value: Any, found: list[Tensor]) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        found.append(value)
+    elif isinstance(value, (list, tuple)):
+        for each in value:
+            _leaves(each, found)
+    return found
+
+
+def _near(value: Any) -> Any:
+    if type(value) is Far:
+        return value.near
+    if isinstance(value, (list, tuple)):
+        return type(value)([_near(each) for each in value])
+    return HOME if isinstance(value, torch.device) else value
+
+
+def _far(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return Far(value)
+    if isinstance(value, (list, tuple)):
+        return tuple(_far(each) for each in value)
+    return value
+
+
+class TwinKernels(ReferenceKernels):
+    """The reference kernels as a device's must be: nothing read on the host, shapes from shapes alone.
+
+    What attention gives tokens of no run is NaN, so that whoever uses it is found out.
+    """
+
+    def paged_attention(
+        self,
+        qkv: Tensor,
+        num_q_heads: int,
+        keys: Tensor,
+        values: Tensor,
+        query_start: Tensor,
+        context_len: Tensor,
+        block_tables: Tensor,
+        block_size: int,
+        scale: float,
+        causal: bool = True,
+        window: int | None = None,
+    ) -> Tensor:
+        rows, (_, kv_heads, head_dim) = qkv.shape[0], keys.shape
+        index = torch.arange(rows, device=qkv.device)
+        run = torch.searchsorted(query_start[1:], index.int(), right=True).clamp(max=len(context_len) - 1)
+        key = torch.arange(block_tables.shape[1] * block_size, device=qkv.device)
+        slots = block_tables.long()[run][:, key // block_size] * block_size + key % block_size  # [N, keys]
+        position = (context_len[run] + index - query_start[run]).unsqueeze(1)
+        length = (context_len[run] + query_start[run + 1] - query_start[run]).unsqueeze(1)
+        hidden = key >= length
+        if causal:
+            hidden = hidden | (key > position)
+        if window is not None:
+            hidden = hidden | (key <= position - window)
+        slots = torch.where(hidden, 0, slots)
+        query = qkv[:, : num_q_heads * head_dim].float().unflatten(1, (kv_heads, -1, head_dim))
+        scores = torch.einsum("qhgd,qkhd->qhgk", query, read_rows(keys, slots)) * scale
+        weights = scores.masked_fill(hidden[:, None, None], float("-inf")).softmax(-1)
+        seen = read_rows(values, slots).masked_fill(hidden[:, :, None, None], 0.0)
+        out = torch.einsum("qhgk,qkhd->qhgd", weights, seen).flatten(1)
+        return out.masked_fill((index >= query_start[-1]).unsqueeze(1), float("nan")).to(qkv.dtype)
+
+    def accept_by_ratio(
+        self,
+        logits: Tensor,
+        start: Tensor,
+        lengths: Tensor,
+        tokens: Tensor,
+        inverse_temperature: Tensor,
+        q: Tensor | None,
+        row: Tensor,
+        names: Tensor | None,
+        coins: Tensor | None,
+        last: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        width, where = tokens.shape[1], logits.device
+        slot = torch.arange(width + 1, device=where)
+        scores = logits[start.unsqueeze(1) + slot.minimum(lengths.unsqueeze(1))]  # [n, L + 1, V]
+        fine = scores.amax(-1).isfinite()
+        p = torch.softmax(scores * inverse_temperature[:, None, None], -1).double()
+        law = torch.zeros_like(p)
+        if width and q is None:
+            law[:, :-1].scatter_(2, tokens.unsqueeze(2), 1.0)
+        elif width and q is not None:
+            slots = slot[:-1].clamp(max=q.shape[1] - 1)
+            mine = q[row.unsqueeze(1), slots].double()
+            if names is None:
+                law[:, :-1] = mine
+            else:
+                law[:, :-1].scatter_add_(2, names[row.unsqueeze(1), slots], mine)
+        law = torch.where((slot < lengths.unsqueeze(1)).unsqueeze(2), law, 0.0)
+        stands = slot[:-1] < lengths.unsqueeze(1)
+        if width and coins is not None:
+            at = tokens.unsqueeze(2)
+            stands = stands & (coins * law[:, :-1].gather(2, at).squeeze(2) < p[:, :-1].gather(2, at).squeeze(2))
+        count = (stands & fine[:, :-1]).long().cumprod(1).sum(1)
+        pick = count[:, None, None].expand(-1, 1, p.shape[2])
+        own, left = p.gather(1, pick).squeeze(1), (p - law).clamp(min=0).gather(1, pick).squeeze(1)
+        weights = torch.where(left.sum(-1, keepdim=True) > 0, left, own)
+        edges = weights.cumsum(-1)
+        below = torch.nextafter(edges[:, -1], torch.zeros_like(edges[:, -1]))
+        point = torch.minimum(last.gather(1, count.unsqueeze(1)).squeeze(1) * edges[:, -1], below).unsqueeze(1)
+        token = torch.searchsorted(edges, point, right=True).squeeze(1)
+        failed = ~fine.gather(1, count.unsqueeze(1)).squeeze(1)
+        return count.masked_fill(failed, 0), token.masked_fill(failed, -1), failed
