@@ -219,9 +219,9 @@ def _serve(core: EngineCore, seen: list[Seen]) -> list[Any]:
     return [core.generate(prompts(5), STALE), *seen]
 
 
-PASSES = ("tokens", "count", "context", "rows", "draft_row", "keep", "tables")
+PASSES = ("tokens", "count", "context", "rows", "tables")
 DRAFTS = ("requests", "anchors", "positions", "inverse", "uniforms", "scale", "tables")
-JUDGEMENTS = ("run", "inverse", "greedy", "coins", "last")
+JUDGEMENTS = ("run", "inverse", "greedy", "last")
 
 
 @pytest.mark.drafting_fails  # a stale position may lie outside of everything
