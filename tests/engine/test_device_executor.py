@@ -92,6 +92,7 @@ def both(
     wanted = work(plain)
     with TwinDevice() as device:
         core, seen = load(device, selection, **options)
+        device.fetch([])  # what recording has uploaded is there
         device.syncs, device.waits, device.surprises = 0, 0, []
         assert work(core) == wanted
     assert seen
