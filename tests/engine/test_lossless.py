@@ -85,7 +85,9 @@ def test_no_draft_reuses_the_noise_of_another(monkeypatch: pytest.MonkeyPatch) -
     drawn: list[tuple[int, int, int]] = []
     draft = core.loop.executor.draft
 
-    def look(requests: list[DraftRequest], sampling: SamplingBatch, streams: CounterStreams) -> DraftBlock:
+    def look(
+        requests: list[DraftRequest], sampling: SamplingBatch, streams: CounterStreams, rest: object = None
+    ) -> DraftBlock:
         drawn.extend(
             zip(sampling.key.tolist(), sampling.position.tolist(), sampling.draft_number.tolist(), strict=True)
         )
