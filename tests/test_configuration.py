@@ -107,7 +107,10 @@ def test_the_environment_says_yes_and_no(text: str, value: bool, tmp_path: Path)
         ("access-log: 2", "access-log in .* must be true or false, not 2"),
         ("revision: 1.0", r"revision in .* must be text \(quote it\), not 1.0"),
         ("revision: ''", "revision in .* is empty"),
-        ("dtype: bf16", r"dtype in .* must be one of auto, bfloat16, float32, not 'bf16'\. Did you mean bfloat16\?"),
+        (
+            "dtype: bf16",
+            r"dtype in .* must be one of auto, bfloat16, float16, float32, not 'bf16'\. Did you mean bfloat16\?",
+        ),
         ("api-key: 12345678", "api-key in .* must be a list of texts"),
         ("api-key: [12345678]", "api-key in .* must be a list of texts"),
         ("speculative-config: {selektion: fixed}", "no key 'selektion'. Did you mean selection"),
@@ -189,10 +192,13 @@ def test_settings_that_do_not_go_together(tmp_path: Path) -> None:
             resolved(tmp_path=tmp_path, **wrong).make(EngineConfig)
     for refused in ({"gpu_memory_utilization": "0.9"}, {"attention_backend": "triton"}, {"cuda_graph_sizes": "1,2"}):
         config = resolved(tmp_path=tmp_path, **refused).make(EngineConfig)
-        config.check_device("cuda")
+        config.check_device("cuda", ranks=1)
         with pytest.raises(ConfigError, match="GPU"):
-            config.check_device(None)
+            config.check_device(None, ranks=1)
     assert resolved(tmp_path=tmp_path, cuda_graph_sizes=[1, 8]).make(EngineConfig).cuda_graph_sizes == (1, 8)
+    with pytest.raises(ConfigError, match=r"--tensor-parallel-size 2 is not supported on a GPU yet.*--device cpu"):
+        EngineConfig().check_device("cuda", ranks=2)
+    EngineConfig().check_device(None, ranks=2)
     # What would change nothing is accepted.
     config = resolved(tmp_path=tmp_path, tensor_parallel_size="1", enforce_eager=True).make(EngineConfig)
     assert (config.tensor_parallel_size, config.enforce_eager) == (1, True)

@@ -97,13 +97,17 @@ class EngineCore:
             announce(directory, dtype, config.max_model_len, group)
         target = Decoder.load(directory, dtype, kernels, config.max_model_len, group, device.where if device else None)
         drafter = _drafter(config.speculative, target, directory, dtype, kernels)
-        executor: Executor = _executor(config, target, drafter, kernels, stored, device)
-        if isinstance(executor, DeviceExecutor):
-            loop_options = {"judge": executor.judge, "timing": executor.timing} | loop_options
-        num_blocks = executor.pool.num_blocks
-        _check_pool(config, num_blocks, executor.gamma)
+        own = _executor(config, target, drafter, kernels, stored, device)
+        num_blocks = own.pool.num_blocks
+        _check_pool(config, num_blocks, own.gamma)
+        backend = f"{kernels.name}, {target.lm_head.backend} linear, {str(dtype).removeprefix('torch.')}"
+        executor: Executor = own
+        if isinstance(own, DeviceExecutor):
+            loop_options = {"judge": own.judge, "timing": own.timing} | loop_options
+            backend = f"{own.device.label}, {backend}, {len(own.passes.sizes)} graph sizes"
         if isinstance(group, TorchGroup):
             executor = LeadingExecutor(executor, group, num_blocks)
+            backend += f", {group.size} ranks"
         batcher = Batcher(
             BlockPool(num_blocks, config.block_size, prefix_caching=config.enable_prefix_caching),
             EngineStats(),
@@ -113,10 +117,6 @@ class EngineCore:
         )
         policy = config.speculative.selection if executor.gamma else "none"
         cache_identity = f"{directory}|{dtype}|{stored}|{drafter.identity}"
-        backend = f"{kernels.name}, {target.lm_head.backend} linear, {str(dtype).removeprefix('torch.')}"
-        backend += f", {group.size} ranks" if group.size > 1 else ""
-        if isinstance(executor, DeviceExecutor):
-            backend = f"{executor.device.label}, {backend}, {len(executor.passes.sizes)} graph sizes"
         capacity = None
         if policy in ("causal", "lagged"):
             measured = costs or profile(

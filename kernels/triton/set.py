@@ -24,6 +24,7 @@ class TritonKernels:
     """
 
     name = "triton"
+    reads_fp8 = False
 
     def __init__(self) -> None:
         self._gpu = H100  # what the interpreter plays
@@ -126,7 +127,7 @@ class TritonKernels:
     ) -> DraftedTokens:
         """Without a look at the device: there is a law where there are `uniforms`, though all rows may be greedy.
 
-        With `filters` it is the plain PyTorch one, of CPU tensors only: a filtered draft has no kernel yet.
+        With `filters` it is the plain PyTorch one, which looks: a filtered draft has no kernel yet.
         """
         if filters is not None:
             return ReferenceKernels().draft_tokens(

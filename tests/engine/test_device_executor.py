@@ -1,12 +1,15 @@
 """The executor of a device against the plain one, on the twin (tests/runtime/twin.py): float32, token by token."""
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from dspark_kernels import ReferenceKernels
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dspark_server import failpoints
@@ -59,12 +62,13 @@ def load(
     *,
     head: str = "vanilla",
     method: str = "dspark",
+    draft: Path | None = None,
     kernels: Any = None,
     speculative: dict[str, Any] | None = None,
     **settings: Any,
 ) -> tuple[EngineCore, list[Seen]]:
     pair = FIXTURES / f"dspark_qwen3_{head}"
-    drafter = {"model": str(pair / "draft")} if method == "dspark" else {}
+    drafter = {"model": str(draft or pair / "draft")} if method == "dspark" else {}
     seen: list[Seen] = []
     config = EngineConfig(
         model=str(pair / "target"),
@@ -197,48 +201,79 @@ def test_padding_never_reaches_a_row_that_is_read() -> None:
     assert any(written), "no step was padded: the test has no force"
 
 
-@pytest.fixture(scope="module")
-def lagged() -> Iterator[tuple[TwinDevice, EngineCore, list[Seen], list[Seen]]]:
-    """A device that has served, what it saw, and what it should see when it serves that again."""
-    with TwinDevice() as device:
-        core, seen = load(device, "lagged", enable_prefix_caching=False, cuda_graph_sizes=(24,))
-        core.generate(prompts(5), STALE)
-        again = _serve(core, seen)
-        assert _serve(core, seen) == again, "the same work twice is not the same: the test below has no force"
-        yield device, core, seen, again
-        assert _serve(core, seen) == again, "a test below left something behind"
+# They come and go, so that every input changes from step to step; and their prompts repeat themselves.
+STALE = [sampled(0.05, 14), sampled(0.7, 14), greedy(3), sampled(0.5, 12), sampled(0.1, 12), sampled(0.9, 10)]
+STALE_PROMPTS = [
+    prompt * (1 + 2 * (index != 2)) for index, prompt in enumerate(prompts(6, shortest=4, longest=8, seed=3))
+]
 
 
-# They come and go, so that every input changes from step to step.
-STALE = [greedy(2), sampled(max_tokens=5), sampled(0.6, max_tokens=3), greedy(5), sampled(max_tokens=2)]
+class Served(NamedTuple):
+    """A core that has served STALE, and what it should come to when it serves that again."""
+
+    core: EngineCore
+    seen: list[Seen]
+    selection: str
+    wanted: list[Any]
 
 
-def _serve(core: EngineCore, seen: list[Seen]) -> list[Any]:
+def _serve(core: EngineCore, seen: list[Seen], selection: str) -> list[Any]:
+    """Tokens, number of passes (one that was run ahead in vain is run again) and what each step came to."""
     seen.clear()
-    core.select("lagged")
+    core.select(selection)
     core.loop._survival = FIRST_GUESS
-    return [core.generate(prompts(5), STALE), *seen]
+    passes = executor_of(core).passes
+    before = passes.replays
+    tokens = core.generate(STALE_PROMPTS, STALE)
+    return [tokens, passes.replays - before, *seen]
 
 
-PASSES = ("tokens", "count", "context", "rows", "tables")
-DRAFTS = ("requests", "anchors", "positions", "inverse", "uniforms", "scale", "tables")
-JUDGEMENTS = ("run", "inverse", "greedy", "last")
+@pytest.fixture(scope="module", params=["lagged", "causal", "unsure"])
+def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    selection, draft = request.param, None
+    if selection == "unsure":
+        selection, draft = "lagged", without_confidence(tmp_path_factory.mktemp("drafter"))
+    with TwinDevice() as device:
+        core, seen = load(device, selection, draft=draft, enable_prefix_caching=False, cuda_graph_sizes=(24,))
+        _serve(core, seen, selection)
+        wanted = _serve(core, seen, selection)
+        assert _serve(core, seen, selection) == wanted, "the same work twice is not the same: the tests have no force"
+        yield Served(core, seen, selection, wanted)
+        assert _serve(core, seen, selection) == wanted, "a test left something behind"
+
+
+def without_confidence(directory: Path) -> Path:
+    """A drafter that does not say how likely its tokens stand."""
+    source = FIXTURES / "dspark_qwen3_vanilla" / "draft"
+    fields = json.loads((source / "config.json").read_text())
+    fields |= {"enable_confidence_head": False, "confidence_head_with_markov": False}
+    (directory / "config.json").write_text(json.dumps(fields))
+    tensors = load_file(source / "model.safetensors")
+    save_file({name: t for name, t in tensors.items() if "confidence" not in name}, directory / "model.safetensors")
+    return directory
+
+
+# Under lagged the device knows by itself what the host tells it under causal; a confidence head, what requests record.
+ASKED = ("requests", "anchors", "positions", "inverse", "uniforms", "scale", "weights", "offsets", "copied", "bias",
+         "following", "tables")  # fmt: skip
+RUNS = ("tokens", "count", "context", "rows", "draft_row", "keep", "limits", "tables")
+INPUTS = (
+    [("lagged", "asked", name) for name in ASKED]
+    + [("lagged", "runs", name) for name in RUNS]
+    + [("lagged", "judge", name) for name in ("run", "inverse", "greedy", "coins", "last")]
+    + [("causal", "judge", name) for name in ("start", "lengths", "row", "tokens")]
+    + [("unsure", "runs", "recorded")]
+)
 
 
 @pytest.mark.drafting_fails  # a stale position may lie outside of everything
-@pytest.mark.parametrize(
-    ("buffer", "field"),
-    [("_runs", name) for name in PASSES]
-    + [("_asked", name) for name in DRAFTS]
-    + [("judge", name) for name in JUDGEMENTS],
-)
+@pytest.mark.parametrize(("served", "buffer", "field"), INPUTS, indirect=["served"])
 def test_an_input_that_is_not_refilled_is_found_out(
-    lagged: Any, buffer: str, field: str, monkeypatch: pytest.MonkeyPatch
+    served: Served, buffer: str, field: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The step before's value instead of this one's, in one static buffer: replays must not come to the same."""
-    _, core, seen, expected = lagged
-    executor, upload = executor_of(core), Staging.upload
-    staging = executor._judge.staging if buffer == "judge" else getattr(executor, buffer)
+    core, upload = served.core, Staging.upload
+    staging = _buffers(core)[buffer]
     before: dict[str, Any] = {}
 
     def stale(self: Staging, values: Any, rows: int | None = None) -> None:
@@ -249,12 +284,22 @@ def test_an_input_that_is_not_refilled_is_found_out(
 
     monkeypatch.setattr(Staging, "upload", stale)
     try:
-        found = _serve(core, seen)
+        found = _serve(core, served.seen, served.selection)
     except (AssertionError, RuntimeError, IndexError, ValueError):
         found = []
         core.batcher.recover([*core.batcher.running, *core.batcher.waiting])
         core.batcher.waiting.clear()
-    assert found != expected
+    assert found != served.wanted
+
+
+def test_no_input_is_left_out(served: Served) -> None:
+    every = {(buffer, field) for buffer, staging in _buffers(served.core).items() for field in staging.host}
+    assert {(buffer, field) for _, buffer, field in INPUTS} == every
+
+
+def _buffers(core: EngineCore) -> dict[str, Staging]:
+    executor = executor_of(core)
+    return {"asked": executor._asked, "runs": executor._runs, "judge": executor._judge.staging}
 
 
 def test_a_pass_that_was_run_ahead_is_not_taken_for_another(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from dspark_kernels import ReferenceKernels, flash
+from dspark_kernels import Kernels, ReferenceKernels, flash
 from torch import Tensor
 
 from dspark_server.errors import ConfigError
@@ -81,10 +81,13 @@ def flash_attn(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
     return module  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize(("causal", "window"), [(True, None), (True, 3), (True, 300), (False, None), (False, 5)])
+@pytest.mark.parametrize(
+    ("causal", "window", "softcap"),
+    [(True, None, None), (True, 3, None), (True, 300, 2.0), (False, None, 0.5), (False, 5, None)],
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_attention_is_the_references(
-    flash_attn: types.ModuleType, causal: bool, window: int | None, dtype: torch.dtype
+    flash_attn: types.ModuleType, causal: bool, window: int | None, softcap: float | None, dtype: torch.dtype
 ) -> None:
     torch.manual_seed(0)
     lengths, context = [3, 1, 0, 8], [0, 517, 0, 250]  # an empty run among them, and two rows of no run
@@ -93,7 +96,7 @@ def test_attention_is_the_references(
     keys, values = torch.randn(2, 6 * PAGE, kv_heads, head_dim).to(dtype)
     tables = torch.tensor([[5, 0, 0], [0, 3, 1], [0, 0, 0], [2, 4, 0]], dtype=torch.int32)
     start = torch.tensor([0, 3, 4, 4, 12], dtype=torch.int32)
-    about = (keys, values, start, torch.tensor(context, dtype=torch.int32), tables, PAGE, 0.3, causal, window)
+    about = (keys, values, start, torch.tensor(context, dtype=torch.int32), tables, PAGE, 0.3, causal, window, softcap)
     reference = ReferenceKernels()
     wanted = reference.paged_attention(qkv, q_heads, *about)
     kernels = flash.over(reference, dtype, PAGE)
@@ -116,3 +119,10 @@ def test_flash_attn_that_is_not_there() -> None:
     assert not flash.installed()
     with pytest.raises(flash.FlashAttentionError, match=r"pip install dspark-server\[gpu\]"):
         flash.over(ReferenceKernels(), torch.bfloat16, 256)
+
+
+def test_it_is_a_whole_kernel_set(flash_attn: types.ModuleType) -> None:
+    kernels = flash.over(ReferenceKernels(), torch.bfloat16, PAGE)
+    missing = [name for name in vars(Kernels) if not name.startswith("_") and not hasattr(kernels, name)]
+    assert missing == []
+    assert kernels.reads_fp8 is False, "the reference reads it, flash-attn 2 does not"

@@ -229,6 +229,7 @@ class TwinKernels(ReferenceKernels):
         scale: float,
         causal: bool = True,
         window: int | None = None,
+        softcap: float | None = None,
     ) -> Tensor:
         rows, (_, kv_heads, head_dim) = qkv.shape[0], keys.shape
         index = torch.arange(rows, device=qkv.device)
@@ -245,6 +246,8 @@ class TwinKernels(ReferenceKernels):
         slots = torch.where(hidden, 0, slots)
         query = qkv[:, : num_q_heads * head_dim].float().unflatten(1, (kv_heads, -1, head_dim))
         scores = torch.einsum("qhgd,qkhd->qhgk", query, read_rows(keys, slots)) * scale
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
         weights = scores.masked_fill(hidden[:, None, None], float("-inf")).softmax(-1)
         seen = read_rows(values, slots).masked_fill(hidden[:, :, None, None], 0.0)
         out = torch.einsum("qhgk,qkhd->qhgd", weights, seen).flatten(1)
