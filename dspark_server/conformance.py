@@ -21,7 +21,7 @@ from dspark_server.config import EngineConfig, SpeculativeConfig
 from dspark_server.engine.core import EngineCore
 from dspark_server.engine.executor import TorchExecutor
 from dspark_server.engine.request import SamplingParams
-from dspark_server.engine.step import Drafted, StepTrace, Verification
+from dspark_server.engine.trace import Drafted, StepTrace, Verification
 from dspark_server.errors import CheckpointError
 from dspark_server.speculation.acceptance import Accepted
 from dspark_server.speculation.dspark import DSparkDrafter

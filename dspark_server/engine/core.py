@@ -18,7 +18,8 @@ from dspark_server.engine.parallel import LeadingExecutor, announce
 from dspark_server.engine.profile import profile
 from dspark_server.engine.request import FinishReason, Request, SamplingParams
 from dspark_server.engine.stats import EngineStats
-from dspark_server.engine.step import StepLoop, StepOutput
+from dspark_server.engine.step import StepLoop
+from dspark_server.engine.trace import StepOutput
 from dspark_server.errors import CheckpointError, ConfigError
 from dspark_server.models.config import read_json
 from dspark_server.models.decoder import Decoder

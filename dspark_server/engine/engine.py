@@ -21,8 +21,8 @@ from dspark_server.engine.admission import Admission, Reservation
 from dspark_server.engine.core import EngineCore
 from dspark_server.engine.request import FinishReason, Request, SamplingParams
 from dspark_server.engine.stats import EngineStats
-from dspark_server.engine.step import StepTrace
 from dspark_server.engine.thread import Abort, Select, StepThread, TokenEvent, Watch
+from dspark_server.engine.trace import StepTrace
 from dspark_server.engine.watchdog import watch
 from dspark_server.errors import CapacityError, DeadlineError, DSparkServerError, EngineDeadError, RequestError
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dspark_server.engine.executor import DraftRequest, Rest
-from dspark_server.engine.step import Drafted, Verification
+from dspark_server.engine.trace import Drafted, Verification
 from dspark_server.errors import ConfigError
 from dspark_server.runtime.batch import Run
 from dspark_server.speculation.acceptance import Accepted

@@ -11,7 +11,7 @@ from dspark_server import failpoints
 from dspark_server.engine.core import EngineCore
 from dspark_server.engine.logprobs import TokenLogprob
 from dspark_server.engine.request import FinishReason, Request, Status
-from dspark_server.engine.step import StepOutput, StepTrace
+from dspark_server.engine.trace import StepOutput, StepTrace
 from dspark_server.engine.watchdog import Heartbeat
 from dspark_server.errors import DSparkServerError, EngineDeadError, RequestError
 from dspark_server.logcontext import concerned

@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from dspark_server.engine.request import Request
-from dspark_server.engine.step import Drafted, StepTrace
+from dspark_server.engine.trace import Drafted, StepTrace
 from dspark_server.speculation.capacity import Capacity
 from dspark_server.speculation.selection import Ranked, step_seconds, theta_by_count
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from dspark_server.config import EngineConfig, SpeculativeConfig
 from dspark_server.engine.core import EngineCore, load_tokenizer
 from dspark_server.engine.request import SamplingParams
-from dspark_server.engine.step import StepTrace
+from dspark_server.engine.trace import StepTrace
 from dspark_server.errors import ConfigError
 from dspark_server.models.hub import resolve_model
 

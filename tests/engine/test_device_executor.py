@@ -17,7 +17,8 @@ from dspark_server.config import EngineConfig, SpeculativeConfig
 from dspark_server.engine.core import EngineCore
 from dspark_server.engine.device_executor import DeviceExecutor
 from dspark_server.engine.request import SamplingParams
-from dspark_server.engine.step import FIRST_GUESS, StepTrace
+from dspark_server.engine.step import FIRST_GUESS
+from dspark_server.engine.trace import StepTrace
 from dspark_server.runtime.graphs import Graphs
 from dspark_server.runtime.staging import Staging
 from dspark_server.speculation.capacity import Profile

@@ -4,7 +4,7 @@ import pytest
 
 from dspark_server.engine.executor import DraftRequest
 from dspark_server.engine.request import SamplingParams
-from dspark_server.engine.step import StepTrace
+from dspark_server.engine.trace import StepTrace
 from dspark_server.speculation.drafter import DraftBlock
 from dspark_server.speculation.noise import CounterStreams
 from dspark_server.speculation.sampling import SamplingBatch

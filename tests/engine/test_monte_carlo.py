@@ -17,7 +17,7 @@ from dspark_server.config import EngineConfig, SpeculativeConfig
 from dspark_server.engine.core import EngineCore
 from dspark_server.engine.executor import TorchExecutor
 from dspark_server.engine.request import SamplingParams
-from dspark_server.engine.step import StepTrace
+from dspark_server.engine.trace import StepTrace
 from dspark_server.runtime.batch import Batch, Run
 from dspark_server.runtime.kv import KVPool
 from dspark_server.speculation.capacity import Profile

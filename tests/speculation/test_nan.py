@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dspark_server.engine.core import EngineCore
-from dspark_server.engine.step import StepTrace
+from dspark_server.engine.trace import StepTrace
 from dspark_server.speculation.heads import ConfidenceHead
 from tests.engine.support import greedy, prompts, tiny_core
 

@@ -9,7 +9,7 @@ import torch
 from dspark_server.config import EngineConfig, SpeculativeConfig
 from dspark_server.engine.core import EngineCore
 from dspark_server.engine.request import SamplingParams
-from dspark_server.engine.step import StepTrace
+from dspark_server.engine.trace import StepTrace
 from dspark_server.training.config import TrainConfig
 from dspark_server.training.train import train
 from tests.training.test_train import TARGET, fresh_cache

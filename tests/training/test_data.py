@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from dspark_server.engine.core import load_tokenizer
-from dspark_server.engine.step import StepLoop, StepOutput
+from dspark_server.engine.step import StepLoop
+from dspark_server.engine.trace import StepOutput
 from dspark_server.errors import ConfigError
 from dspark_server.models.hub import resolve_model
 from dspark_server.training.corpus import Corpus

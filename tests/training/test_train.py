@@ -14,7 +14,7 @@ from torch import Tensor
 from dspark_server.config import EngineConfig, SpeculativeConfig
 from dspark_server.engine.core import EngineCore
 from dspark_server.engine.request import SamplingParams
-from dspark_server.engine.step import StepTrace
+from dspark_server.engine.trace import StepTrace
 from dspark_server.errors import ConfigError
 from dspark_server.models.hub import cache_dir
 from dspark_server.runtime.linear import has_amx
