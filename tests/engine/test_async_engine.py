@@ -11,6 +11,7 @@ from dspark_server.engine import step
 from dspark_server.engine.engine import AsyncEngine, Handle
 from dspark_server.engine.request import FinishReason, Request
 from dspark_server.engine.thread import TokenEvent
+from dspark_server.engine.trace import StepOutput
 from dspark_server.errors import CapacityError, EngineDeadError, RequestError
 from tests.api.fake_engine import build_tokenizer
 
@@ -209,15 +210,15 @@ def test_a_callback_may_abort_another_choice_while_all_are_failed() -> None:
 
 def test_a_step_that_fails_while_it_commits_leaves_nobody_without_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not even the request that has just been found to be finished."""
-    real = step._output
+    real = step.output_of
 
-    def failing(request: Request, *rest: Any) -> step.StepOutput:
+    def failing(request: Request, *rest: Any) -> StepOutput:
         if request.params.max_tokens == 500 and len(request.output) == 8:
             raise RuntimeError("planted")
         return real(request, *rest)
 
     async def test(engine: AsyncEngine) -> None:
-        monkeypatch.setattr(step, "_output", failing)
+        monkeypatch.setattr(step, "output_of", failing)
         first, second = Listener(engine, prompts(1)[0], 8), Listener(engine, prompts(2)[1], 500)
         assert (await first.end()).finish_reason in (FinishReason.ERROR, FinishReason.LENGTH)
         assert (await second.end()).finish_reason is FinishReason.ERROR
