@@ -303,30 +303,60 @@ def choose_drafting(
     if not able:
         return Choice(copies)
     able.sort(key=lambda index: -candidates[index].rate)
-    gamma = max(candidate.limit for candidate in candidates)
-    powers = np.arange(1, gamma + 1)
+    seconds = step_seconds(capacity, load, 1, 0, convex=True)
+    best, drafting = load.sampling / float(seconds[0]), 0
 
-    def predicted(chosen: Sequence[int], rates: Floats) -> float:
-        limits = [candidates[index].limit for index in chosen]
-        values = Ranked.rank(rates[:, None] ** powers, limits).values
-        seconds = step_seconds(capacity, load, len(values), len(chosen), convex=True)
-        count = admitted(values, seconds, load, floor)
-        return float(theta_by_count(values, seconds, load)[count])
+    def hopeless(rate: float) -> bool:
+        """Not even a first token that costs no draft would pay; later ones cost no less, as the curve is convex."""
+        return (load.sampling + rate) / float(seconds[1]) <= best
 
-    idle = load.sampling / float(step_seconds(capacity, load, 0, 0, convex=True)[0])
-    best, drafting = idle, 0
-    for size in _sizes(len(able)):
-        theta = predicted(able[:size], np.array([candidates[index].rate for index in able[:size]]))
-        if theta > best:
-            best, drafting = theta, size
+    if not hopeless(candidates[able[0]].rate):
+        sizes = _sizes(len(able))
+        thetas = predicted_thetas([candidates[i] for i in able], len(able), sizes, load, capacity, floor)
+        if thetas.max() > best:
+            drafting, best = sizes[int(thetas.argmax())], float(thetas.max())
     chosen = able[:drafting]
     due = [index for index in able[drafting:] if candidates[index].probe_due]
-    known = [candidates[index].rate for index in chosen]
-    # As many probes as could pay together: were it all or none, a crowd of newcomers would never find out.
-    for size in reversed(_sizes(len(due))):
-        if predicted([*chosen, *due[:size]], np.array(known + [OPTIMISM] * size)) > best:
-            return Choice(sorted([*copies, *chosen, *due[:size]]), frozenset(due[:size]))
-    return Choice(sorted([*copies, *chosen]))
+    if due and (chosen or not hopeless(OPTIMISM)):
+        sizes = [drafting + size for size in _sizes(len(due))]
+        thetas = predicted_thetas([candidates[i] for i in chosen + due], drafting, sizes, load, capacity, floor)
+        # As many probes as could pay together: were it all or none, a crowd of newcomers would never find out.
+        probing = max((size for size, theta in zip(sizes, thetas, strict=True) if theta > best), default=drafting)
+        due = due[: probing - drafting]
+    else:
+        due = []
+    return Choice(sorted([*copies, *chosen, *due]), frozenset(due))
+
+
+def predicted_thetas(
+    candidates: Sequence[Candidate],
+    known: int,
+    sizes: Sequence[int],
+    load: Load,
+    capacity: Capacity,
+    floor: float | None = None,
+) -> Floats:
+    """Theta [S] if the first sizes[s] candidates draft and `Causal` then selects; survivals are rate^k.
+
+    Of the candidates after the first `known` nothing is known, and OPTIMISM is taken for their rate.
+    """
+    rates = np.array([candidate.rate for candidate in candidates])
+    rates[known:] = OPTIMISM
+    limits = np.array([candidate.limit for candidate in candidates])
+    position = np.arange(1, limits.max() + 1)
+    values = np.where(position <= limits[:, None], rates[:, None] ** position, 0.0)
+    taking_part = np.arange(len(rates)) < np.asarray(sizes)[:, None]
+    # All subsets side by side. Zeros, last, stand for tokens that are not there: none of them can raise Theta.
+    ranked = -np.sort(-(values * taking_part[:, :, None]).reshape(len(sizes), -1), axis=1)
+    drafts = np.array([capacity.draft(size) for size in sizes])
+    seconds = step_seconds(capacity, load, ranked.shape[1], 0, convex=True) + drafts[:, None]
+    tau = load.sampling + np.concatenate([np.zeros((len(sizes), 1)), ranked.cumsum(axis=1)], axis=1)
+    theta = tau / seconds
+    rises = (theta[:, 1:] > theta[:, :-1]) & (np.arange(ranked.shape[1]) < load.room)
+    if floor:
+        rises &= seconds[:, 1:] <= 1 / floor
+    count = np.where(rises.all(axis=1), ranked.shape[1], rises.argmin(axis=1))
+    return np.asarray(theta[np.arange(len(sizes)), count])
 
 
 def _sizes(count: int) -> list[int]:

@@ -13,14 +13,18 @@ from dspark_server.errors import ConfigError
 from dspark_server.speculation.capacity import Capacity, Profile
 from dspark_server.speculation.history import LONGEST_WAIT, SurvivalHistory
 from dspark_server.speculation.selection import (
+    OPTIMISM,
     Candidate,
     Lagged,
     Load,
+    Ranked,
     Selection,
     admitted,
     best_count,
     build_selection,
     choose_drafting,
+    predicted_thetas,
+    step_seconds,
     theta_by_count,
     within_floor,
 )
@@ -300,6 +304,31 @@ def test_a_crowd_of_newcomers_is_probed_in_part() -> None:
     choice = choose_drafting(rows[:16], load(16), costs)
     assert choice.probing == set(choice.drafting)
     assert 0 < len(choice.drafting) < 16
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 7), st.floats(0, 1)), min_size=1, max_size=9),
+    st.integers(0, 9),
+    st.integers(1, 40),
+    st.sampled_from([None, 0.5, 0.05]),
+    st.integers(0, 2**32 - 1),
+)
+def test_what_drafting_is_predicted_to_be_worth_is_what_selection_would_make_of_it(
+    rows: list[tuple[int, float]], known: int, room: int, floor: float | None, seed: int
+) -> None:
+    """All subsets at once, against one after another through the functions that select."""
+    generator = np.random.default_rng(seed)
+    costs = capacity((1 + generator.random(200).cumsum()).tolist(), draft=float(generator.random()))
+    here = Load(sampling=5, tokens=7, room=room, context=100, per_draft=20)
+    crowd = [Candidate(limit, rate) for limit, rate in sorted(rows, key=lambda row: -row[1])]
+    sizes = list(range(1, len(crowd) + 1))
+    expected = []
+    for size in sizes:
+        rates = np.array([each.rate if index < known else OPTIMISM for index, each in enumerate(crowd[:size])])
+        values = Ranked.rank(rates[:, None] ** np.arange(1, 8), [each.limit for each in crowd[:size]]).values
+        seconds = step_seconds(costs, here, len(values), size, convex=True)
+        expected.append(theta_by_count(values, seconds, here)[admitted(values, seconds, here, floor)])
+    np.testing.assert_allclose(predicted_thetas(crowd, known, sizes, here, costs, floor), expected, rtol=1e-12)
 
 
 def test_a_prefill_chunk_does_not_make_drafts_look_cheap() -> None:
