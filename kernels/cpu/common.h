@@ -176,6 +176,10 @@ ALWAYS_INLINE void *mutable_element(void *base, int dtype, long index) {
   return (char *)base + index * element_size(dtype);
 }
 
+// Fetch a line into L2. The first level can only wait for a dozen or two at a time: asked for as many as memory takes to
+// answer, it holds up the loads that would have hit.
+#define FETCH(address) __builtin_prefetch(address, 0, 2)
+
 // Run body(context) on up to `threads` threads of torch's pool, the caller included, and wait for all of them. Bodies
 // share work out through a Tasks counter, so that a thread that is late or missing only leaves more for the others.
 void run_parallel(void (*body)(void *context), void *context, int threads);

@@ -11,7 +11,7 @@ enum {
   BLOCK = 32,         // output features of a packed block
   PANEL = 2 * LANES,  // output features of a register tile
   LINE = 32,          // bfloat16 in a cache line
-  AHEAD = 64,         // cache lines of the weight fetched ahead of its use
+  AHEAD = 96,         // cache lines of the weight fetched ahead of its use
 };
 
 // How rows of x are kept while they are multiplied.
@@ -29,9 +29,9 @@ ALWAYS_INLINE void multiply(int rows, const input *x, long x_stride, const uint1
   for (int i = 0; i < rows; i++) sum[i][0] = sum[i][1] = (floats){0};
   for (long k = 0; k < pairs; k++) {
     words first = load_words(weight), second = load_words(weight + 2 * LANES);
-    __builtin_prefetch(weight + AHEAD * LINE);
-    __builtin_prefetch(weight + (AHEAD + 1) * LINE);
-    __builtin_prefetch(ahead + k * LINE, 0, 2);
+    FETCH(weight + AHEAD * LINE);
+    FETCH(weight + (AHEAD + 1) * LINE);
+    FETCH(ahead + k * LINE);
     weight += 2 * BLOCK;
 #if DOT
 #pragma GCC unroll 16

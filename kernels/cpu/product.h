@@ -11,9 +11,6 @@ enum {
   AHEAD_ROWS = 64,
 };
 
-// Into L2: what the first level is asked for it can only wait for, a dozen lines at a time, and a tile is larger than it.
-#define FETCH(address) __builtin_prefetch(address, 0, 2)
-
 // Rows of values of the next tile, of which a line is fetched with each step of a product: keys and values are too
 // scattered for the hardware to foresee, and a core can only wait for so many lines at a time.
 typedef struct {
