@@ -204,7 +204,10 @@ def killed(mutant: Mutant) -> str:
         copied(copy)
         if wrong := planted(mutant, copy):
             return wrong
-        done = tested(copy, mutant.killer)
+        try:
+            done = tested(copy, mutant.killer)
+        except subprocess.TimeoutExpired as error:  # a verdict takes a test that ends
+            return f"the test did not end in {error.timeout:.0f} s"
         if done.returncode == 1:
             return "killed"
         return "survived" if done.returncode == 0 else f"the test did not run: {done.stdout[-300:]}{done.stderr[-300:]}"
