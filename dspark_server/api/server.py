@@ -37,20 +37,23 @@ LAST_LOOK = 1.0  # seconds a server with a dead engine still answers: readiness 
 LAST_WORDS_TIMEOUT = 5  # seconds for the last chunks to reach their readers
 MOST_FRAMING = 2 << 20  # bytes of a request that are not body before its connection is cut
 CHUNK_FRAMING = 16  # bytes that each byte of a body may come with, itself among them
+LINGER_TIMEOUT = 30.0  # seconds in which the rest of a body must have arrived that was answered before its end
+LINGER_BYTES = 64 << 20  # most of that rest: it is dropped, but many clients read only once they have sent all
 MAX_PIPELINED = 64  # requests that a connection may send ahead of their answers
 
 
 class Protocol(HttpToolsProtocol):
     """uvicorn's HTTP/1.1 with the bounds it lacks.
 
-    Two deadlines: for a request's headers, and for a reader that takes nothing. A bound on all that is not body
-    (headers, chunk extensions, trailers: the parser keeps them before anybody is asked for a key), and one on pipelined
-    requests.
+    Three deadlines: for a request's headers, for a reader that takes nothing, and for the rest of a body that has been
+    answered. A bound on all that is not body (headers, chunk extensions, trailers: the parser keeps them before anybody
+    is asked for a key), one on the rest of a body, and one on pipelined requests.
     """
 
     stall_timeout = 60.0
     max_header_bytes = 64 << 10
     _framing = 0  # bytes of the current request that are not body, less what its body may need
+    _lingering = 0  # bytes of its body that came behind the answer
     _deadlines: dict[str, asyncio.TimerHandle]
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -69,12 +72,23 @@ class Protocol(HttpToolsProtocol):
     def on_body(self, body: bytes) -> None:
         """Part of a body: it may come in chunks as small as a byte, with a few bytes of framing each."""
         self._framing = max(0, self._framing - CHUNK_FRAMING * len(body))
+        if self.cycle.response_complete:
+            self._lingering += len(body)
+            if self._lingering > LINGER_BYTES:
+                self.transport.abort()
         super().on_body(body)
 
     def on_message_complete(self) -> None:
         """The request is here, and with it perhaps the next."""
-        self._framing = 0
+        self._framing = self._lingering = 0
+        self._settle("rest")
         super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        """The answer is on its way, perhaps before the end of its request."""
+        super().on_response_complete()
+        if self.cycle.response_complete and self.cycle.more_body and not self.transport.is_closing():
+            self._expect("rest", LINGER_TIMEOUT)
 
     def on_message_begin(self) -> None:
         """A request begins, the first of its connection or a later one."""

@@ -243,9 +243,10 @@ class Batcher:
         full = request.computed // self.pool.block_size
         if full > request.published:
             keys = request.full_block_keys(self.pool.block_size)
-            for index in range(request.published, full):
-                self.pool.publish(request.blocks[index], keys[index])
-            request.published = full
+            while request.published < full and self.pool.publish(
+                request.blocks[request.published], keys[request.published]
+            ):
+                request.published += 1
 
     def update_gauges(self) -> None:
         """Write what is running, waiting and held into the stats."""

@@ -16,9 +16,10 @@ from dspark_server.errors import CapacityError
 
 @dataclass(frozen=True)
 class BlockKey:
-    """Identity of a full block: a SHA-256 chain over everything before it, and its own tokens (compared on a hit)."""
+    """Identity of a full block: a SHA-256 chain over everything before it; compared on a hit with what it was made of."""
 
     digest: bytes
+    parent: bytes
     tokens: tuple[int, ...]
 
 
@@ -27,7 +28,7 @@ def chain(parent: bytes, tokens: Sequence[int]) -> BlockKey:
     own = tuple(tokens)
     # Fixed-width fields: no two different (parent, tokens) pairs give the same bytes.
     body = b"".join(token.to_bytes(8, "little") for token in own)
-    return BlockKey(hashlib.sha256(parent + body).digest(), own)
+    return BlockKey(hashlib.sha256(parent + body).digest(), parent, own)
 
 
 def chain_root(*identity: str) -> bytes:
@@ -101,7 +102,7 @@ class BlockPool:
         found: list[int] = []
         for key in keys:
             block = self._block_of.get(key.digest)
-            # Equal digests are not trusted: the tokens themselves must match.
+            # Equal digests are not trusted: what they were made of must match.
             if block is None or self._key_of[block] != key:
                 break
             found.append(block)
@@ -127,11 +128,18 @@ class BlockPool:
             else:
                 self._evictable[block] = None
 
-    def publish(self, block: int, key: BlockKey) -> None:
-        """Make a full block of committed tokens findable. The first block with a key keeps it."""
-        if self.prefix_caching and self._key_of[block] is None and key.digest not in self._block_of:
+    def publish(self, block: int, key: BlockKey) -> bool:
+        """Make a full block of committed tokens findable. The first block with a key keeps it.
+
+        False if the digest names something else: what follows the block must not be published either, as it would pass
+        for the continuation of that.
+        """
+        if not self.prefix_caching or self._key_of[block] is not None:
+            return True
+        named = self._block_of.setdefault(key.digest, block)
+        if named == block:
             self._key_of[block] = key
-            self._block_of[key.digest] = block
+        return self._key_of[named] == key
 
     def reset(self) -> None:
         """Everything free and nothing known, whatever was held: for when nobody holds anything any more."""

@@ -1,12 +1,18 @@
 """The block pool keeps its conservation law through any sequence of operations, and finds only what was published."""
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from dspark_server.engine import blocks, request
 from dspark_server.engine.blocks import BlockKey, BlockPool, chain, chain_root
 from dspark_server.errors import CapacityError
+
+from .support import greedy, tiny_core
 
 SIZE = 2
 ROOT = chain_root("test")
@@ -61,12 +67,36 @@ TestPool.settings = settings(max_examples=60, stateful_step_count=40, deadline=N
 
 
 def test_a_forced_digest_collision_is_not_a_hit() -> None:
-    pool = BlockPool(2, SIZE)
-    (block,) = pool.allocate(1)
-    digest = b"same"
-    pool.publish(block, BlockKey(digest, (1, 2)))
-    assert pool.lookup([BlockKey(digest, (1, 2))]) == [block]
-    assert pool.lookup([BlockKey(digest, (3, 4))]) == []
+    pool = BlockPool(3, SIZE)
+    first, second, third = pool.allocate(3)
+    mine, other = BlockKey(b"same", ROOT, (1, 2)), BlockKey(b"same", ROOT, (3, 4))
+    assert pool.publish(first, mine)
+    assert pool.publish(second, mine), "the same content: what follows it may be published"
+    assert not pool.publish(third, other)
+    assert pool.lookup([mine]) == [first]
+    assert pool.lookup([other]) == pool.lookup([BlockKey(b"same", b"another", (1, 2))]) == []
+
+
+def test_prefixes_with_equal_digests_change_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two that differ pass for one another; then what follows the one passes for what follows the other."""
+    here, there, rest = [5, 6, 7, 8], [50, 60, 70, 80], [[9, 10, 11, 12, 13], [90, 100, 110, 120, 130]]
+    asked = [here + rest[1], there + rest[0], here + rest[0], there + rest[1], here + rest[0], there + rest[0]]
+    expected = [tiny_core().generate([prompt], greedy(12))[0] for prompt in asked]
+    true, forced = blocks.chain, 0
+
+    def forged(parent: bytes, tokens: Sequence[int]) -> BlockKey:
+        nonlocal forced
+        key = true(parent, tokens)
+        if tuple(tokens) not in (tuple(here), tuple(there)):
+            return key
+        forced += 1
+        return replace(key, digest=b"same" * 8)
+
+    monkeypatch.setattr(request, "chain", forged)
+    core = tiny_core()
+    assert [core.generate([prompt], greedy(12))[0] for prompt in asked] == expected
+    assert forced >= len(asked)
+    assert core.loop.stats.prefix_hits > 0
 
 
 def test_least_recently_used_goes_first_and_a_prefix_outlives_its_continuation() -> None:

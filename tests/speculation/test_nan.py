@@ -54,3 +54,30 @@ def test_a_nan_at_a_slot_keeps_exactly_the_slots_before_it(
     assert drafted
     assert drafted[0].lengths == [slot]
     assert all(length <= slot for block in drafted for length in block.lengths)
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+@pytest.mark.parametrize("source", ["logits", "confidence"])
+def test_only_that_requests_prefix_is_cut(monkeypatch: pytest.MonkeyPatch, source: str, value: str) -> None:
+    """The drafts of the others beside it are verified whole, and all say what they say without a drafter."""
+    made, slot, row = prompts(3), 2, 1
+    expected = tiny_core(drafter=False).generate(made, greedy(24))
+    core = tiny_core()
+    drafter, calls = core.loop.executor.drafter, 0
+    target, name = (drafter.sampler.head, "bias") if source == "logits" else (ConfidenceHead, "logit")
+    real = getattr(target, name)
+
+    def broken(*arguments: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        found, calls = real(*arguments), calls + 1
+        if (calls - 1) % drafter.gamma == slot and len(found) == len(made):
+            found = found.clone()
+            found[row] = float(value)
+        return found
+
+    monkeypatch.setattr(target, name, broken)
+    steps = traced(core)
+    assert core.generate(made, greedy(24)) == expected
+    first = next(step.drafted for step in steps if step.drafted is not None and len(step.drafted.requests) == len(made))
+    assert first.lengths[:row] + first.lengths[row + 1 :] == [drafter.gamma] * 2
+    assert first.lengths[row] == (drafter.gamma if (source, value) == ("confidence", "inf") else slot)
