@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -58,6 +59,20 @@ def tiny_engine(**engine: Any) -> Any:
     return AsyncEngine(EngineCore.load(config, costs), build_tokenizer())
 
 
+LAG_TICK, LAG_SECONDS = 0.005, 3.0
+
+
+async def measure_lag(lags: deque[float]) -> None:
+    """How late the event loop comes to what is due every 5 ms, in seconds; a stall makes all of it late that it held up."""
+    due = time.monotonic() + LAG_TICK
+    while True:
+        await asyncio.sleep(due - time.monotonic())
+        now = time.monotonic()
+        while due <= now:
+            lags.append(now - due)
+            due += LAG_TICK
+
+
 def run_child(commands: Connection, log: str, engine: dict[str, Any], settings: dict[str, Any], files: int) -> None:
     """Main of the process: sends its port, then does what it is told by the pipe while it serves."""
     import torch
@@ -82,8 +97,17 @@ def run_child(commands: Connection, log: str, engine: dict[str, Any], settings: 
         used = len(os.listdir("/proc/self/fd"))
         resource.setrlimit(resource.RLIMIT_NOFILE, (used + files, used + files))
 
+    lags: deque[float] = deque(maxlen=int(LAG_SECONDS / LAG_TICK))
+
+    async def main() -> None:
+        watch = asyncio.create_task(measure_lag(lags))
+        try:
+            await serve(lambda: made, chosen, sockets=[listener])
+        finally:
+            watch.cancel()
+
     def figures() -> dict[str, float]:
-        stats = made.stats
+        stats, late = made.stats, sorted(lags)
         return {
             "in_flight": made.in_flight,
             "kv_usage": stats.kv_usage,
@@ -94,6 +118,7 @@ def run_child(commands: Connection, log: str, engine: dict[str, Any], settings: 
             "queued_tokens": made.queued_tokens,
             "threads": threading.active_count(),
             "tasks": len(asyncio.all_tasks(made._loop)) if made._loop else 0,
+            "lag": late[int(0.99 * len(late))] if late else 0.0,
             "files": len(os.listdir("/proc/self/fd")),
             "rss": int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize(),
         }
@@ -109,7 +134,7 @@ def run_child(commands: Connection, log: str, engine: dict[str, Any], settings: 
 
     threading.Thread(target=obey, daemon=True).start()
     try:
-        uvloop.run(serve(lambda: made, chosen, sockets=[listener]))
+        uvloop.run(main())
     except EngineDeadError:
         os._exit(EXIT_DEAD)
 
