@@ -16,7 +16,7 @@ from dspark_server.errors import CapacityError
 
 @dataclass(frozen=True)
 class BlockKey:
-    """Identity of a full block: a SHA-256 chain over everything before it; compared on a hit with what it was made of."""
+    """Identity of a full block: a SHA-256 chain over everything before it, and what the last digest was made of."""
 
     digest: bytes
     parent: bytes

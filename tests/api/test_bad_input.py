@@ -37,7 +37,8 @@ REFUSED = {
         ("stop_token_ids", [2**63]), ("stop_token_ids", [257]), ("stop_token_ids", list(range(257))),
         ("stream", "yes"), ("stream", 1), ("echo", 1), ("ignore_eos", "true"), ("skip_special_tokens", 0),
         ("stream_options", {"include_usage": True}), ("stream_options", 5), ("model", 5), ("user", 5),
-        ("suffix", "end"), ("logprobs", 21), ("logprobs", -1), ("logprobs", True), ("prompt_logprobs", 21),
+        ("suffix", "end"), ("logprobs", 21), ("logprobs", -1), ("logprobs", 2**63), ("logprobs", True),
+        ("prompt_logprobs", 21),
         ("prompt_logprobs", "1"), ("frequency_penalty", 2.5), ("presence_penalty", -2.5), ("repetition_penalty", 0),
         ("frequency_penalty", False), ("repetition_penalty", 1001), ("logit_bias", {"x": 1}),
         ("logit_bias", {"5": 101}),
@@ -159,6 +160,15 @@ def test_both_lengths_are_named(server: Running) -> None:
         assert "3000" in error["message"]
         assert "2048" in error["message"]
         assert error["code"] == "context_length_exceeded"
+
+
+@pytest.mark.parametrize("over", [-1, 0, 1])
+def test_a_prompt_up_to_the_context_is_served(server: Running, over: int) -> None:
+    response = server.complete([65] * (2047 + over), max_tokens=1)
+    if over <= 0:
+        assert response.json()["usage"]["prompt_tokens"] == 2047 + over
+    else:
+        assert check(response)["code"] == "context_length_exceeded"
 
 
 def test_what_can_never_fit_is_not_tokenized(server: Running) -> None:

@@ -7,7 +7,10 @@ import pytest
 from .support import Running
 from .test_bad_input import check
 
-PATHS = {"/v1/completions": '"prompt": "say x"', "/v1/chat/completions": '"messages": [{"role":"user","content":"say x"}]'}
+PATHS = {
+    "/v1/completions": '"prompt": "say x"',
+    "/v1/chat/completions": '"messages": [{"role":"user","content":"say x"}]',
+}
 BAD = ("NaN", "Infinity", "-Infinity", "1e309", "-1e309", "true", '"1"', "[1]", "{}")
 
 
@@ -21,7 +24,11 @@ def numbers(server: Running, path: str) -> list[str]:
     """Fields that take a number, as the published schema says."""
     operation = server.http.get("/openapi.json").json()["paths"][path]["post"]
     fields = operation["requestBody"]["content"]["application/json"]["schema"]["properties"]
-    kinds = {name: {each["type"] for each in field["anyOf"] if "type" in each} for name, field in fields.items() if "anyOf" in field}
+    kinds = {
+        name: {each["type"] for each in field["anyOf"] if "type" in each}
+        for name, field in fields.items()
+        if "anyOf" in field
+    }
     return [name for name, types in kinds.items() if types & {"integer", "number"}]
 
 

@@ -1,5 +1,6 @@
 """Whoever wants blocks in the middle of a step has them from the next plan on: a draft is never dropped for it."""
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -74,8 +75,7 @@ def run(core: EngineCore, point: str, monkeypatch: pytest.MonkeyPatch) -> list[l
                 pressure.give_back()
     core.batcher.pool.check([])
     assert pressure.preemptions > 0, "nobody gave way at all"
-    log = pressure.log
-    changed = {before for (before, count), (_, later) in zip(log, log[1:], strict=False) if later != count}
+    changed = {before for (before, count), (_, later) in pairwise(pressure.log) if later != count}
     assert changed <= set(PLANNING), changed
     return [request.output for request in requests]
 

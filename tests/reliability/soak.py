@@ -5,8 +5,8 @@
 The mix: greedy and seeded canaries (known tokens), requests of other kinds, clients that leave (close, reset, half
 close) after up to 60 ms, bad input. Its capacity is measured first, and again at the end: what so many clients get done
 a second that each send the next when the last is done. The load is open: requests come at random times (Poisson) at
-that share of the capacity, whatever becomes of those before them. It comes in rounds of five seconds, in every fourth a
-fault. Behind each round no request, block, task or file may be left, and memory must not grow.
+that share of the capacity, whatever becomes of those before them. It comes in rounds of three seconds, in every fourth
+a fault. Behind each round no request, block, task or file may be left, and memory must not grow.
 """
 
 import argparse
@@ -62,7 +62,7 @@ BAD: tuple[dict[str, Any], ...] = (
 
 
 MIX = {"canary": 2, "other": 4, "leaver": 3, "bad": 1}  # and how often each comes
-ROUND, CALIBRATION = 5.0, 10.0  # seconds
+ROUND, CALIBRATION = 3.0, 10.0  # seconds
 CLIENTS, MOST_AT_ONCE = 32, 128  # that measure capacity; requests that may be on their way in the open loop
 
 
@@ -97,7 +97,7 @@ class Report:
         rate = c["sent"] / (ROUND * self.rounds) if self.rounds else 0.0
         before, after = self.capacity or (0.0, 0.0)
         return (
-            f"{self.seconds / 3600:.2f} h at {rate:.1f} requests/s, capacity {before:.1f}/s before and {after:.1f}/s after; "
+            f"{self.seconds / 3600:.2f} h at {rate:.1f} requests/s, capacity {before:.1f} before, {after:.1f} after; "
             f"{c['sent']} requests, {c['leaver']} left early, {c['bad']} bad inputs (all 4xx), {c['faults']} faults; "
             f"{c['canary']} canaries, {c['equal']} equal, {c['hit']} hit by a fault; {c['failed']} others failed by a "
             f"fault; rounds that left blocks or requests: {c['leaked']}; anything wrong: {len(self.problems)}; RSS "
@@ -183,7 +183,9 @@ class Soak:
             self.server.wait_idle()
         except AssertionError:
             self.report.counts["leaked"] += 1
-            self.report.problems.append(f"round {self.report.rounds} ({self._fault}): not idle: {self.server.figures()}")
+            self.report.problems.append(
+                f"round {self.report.rounds} ({self._fault}): not idle: {self.server.figures()}"
+            )
         return self.server.figures()
 
     def _one(self) -> None:

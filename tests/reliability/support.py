@@ -63,7 +63,7 @@ LAG_TICK, LAG_SECONDS = 0.005, 3.0
 
 
 async def measure_lag(lags: deque[float]) -> None:
-    """How late the event loop comes to what is due every 5 ms, in seconds; a stall makes all of it late that it held up."""
+    """How late the event loop comes to what is due every 5 ms, in seconds; a stall makes late all that it held up."""
     due = time.monotonic() + LAG_TICK
     while True:
         await asyncio.sleep(due - time.monotonic())

@@ -86,7 +86,11 @@ def _fair(bench: Bench) -> str:
     return f"5 calm requests took {mean:.1f} s each while {left} of 60 of the flood still waited"
 
 
-@case("soak with faults", "canaries equal; at idle no block held; files, threads, tasks flat", slow=True)
+@case(
+    "soak with faults at 70 % of capacity",
+    "canaries equal; behind each round no block held; files, threads, tasks, RSS flat",
+    slow=True,
+)
 def _soak(bench: Bench) -> str:
     server = bench.start(engine={"max_num_seqs": 8, "num_blocks": 512})
     report = Soak(server).run(bench.soak)
