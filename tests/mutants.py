@@ -161,6 +161,16 @@ SAFETY = (
          "tests/api/test_lifecycle.py::test_a_reader_that_stalls_is_dropped"),
     _one("headers may go on for ever", SERVER, "        self._framing += len(data)\n", "",
          f"{SECURITY}::test_what_never_ends_is_cut_before_anyone_needs_a_key"),
+    _one("a body goes on for ever behind its answer", SERVER, "            self._lingering += len(body)\n", "",
+         "tests/api/test_bad_bytes.py::test_a_gigabyte_in_chunks_is_cut"),
+    _one("a request gives way behind its draft", STEP, "        drafted = self._draft(plan, load)\n",
+         "        drafted = self._draft(plan, load)\n"
+         "        if not self.batcher.pool.available and len(self.batcher.running) > 1:\n"
+         "            self.batcher.preempt(self.batcher.running[-1])\n",
+         "tests/engine/test_preemption.py::test_it_takes_effect_between_commit_and_the_next_draft[step.draft]"),
+    _one("what follows a prefix passes for what follows another", "dspark_server/engine/blocks.py",
+         "return self._key_of[named] == key", "return True",
+         "tests/engine/test_blocks.py::test_prefixes_with_equal_digests_change_no_token"),
     _one("bodies have no bound together", "dspark_server/api/edge.py",
          "self._reading > MOST_BODIES * self._settings.max_body_bytes", "self._reading < 0",
          f"{SECURITY}::test_bodies_that_are_read_have_a_bound_together"),

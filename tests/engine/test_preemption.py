@@ -57,7 +57,7 @@ def run(core: EngineCore, point: str, monkeypatch: pytest.MonkeyPatch) -> list[l
     """All requests to their end under pressure, which may take effect only where it must; no block may be lost."""
     core.batcher.pool.reset_cache()
     core.loop._check_invariants = False  # it does not know of the blocks taken from outside
-    pressure = Pressure(core, point)
+    pressure, steps = Pressure(core, point), 0
     requests = [core.new_request(prompt, own, nonce=0) for prompt, own in zip(PROMPTS, PARAMS, strict=True)]
     for request in requests:
         core.batcher.add(request)
@@ -67,6 +67,8 @@ def run(core: EngineCore, point: str, monkeypatch: pytest.MonkeyPatch) -> list[l
         while core.loop.has_work:
             asked = pressure.running is not None
             core.loop.step()
+            steps += 1
+            assert steps < 500, "it goes on for ever"
             core.batcher.pool.check([*(request.blocks for request in core.batcher.running), pressure.taken])
             if pressure.running is not None and not asked and point not in PLANNING:
                 left = [request for request in pressure.running if request.finish_reason is None]
