@@ -42,7 +42,10 @@ class ServerSettings:
     )
     body_timeout: float = setting(60.0, "Seconds in which a request's body must have arrived.", group="Limits", above=0)
     stall_timeout: float = setting(
-        60.0, "Seconds after which a reader that takes nothing is dropped.", group="Limits", above=0
+        60.0,
+        "Seconds for which a reader may leave more of its answer waiting than 16 KB; then it is dropped.",
+        group="Limits",
+        above=0,
     )
     key_max_requests: int | None = setting(
         None, "Requests an API key may have running; beyond, it gets 429. Default: any.", group="Limits", minimum=1
