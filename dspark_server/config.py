@@ -183,14 +183,9 @@ class EngineConfig:
                 "--gpu-memory-utilization and --kv-cache-memory-bytes both size the KV pool: give one of them."
             )
 
-    def check_device(self, device: str | None, ranks: int) -> None:
-        """Raise ConfigError for settings that the device (None: the CPU) does not have, or so many ranks on it."""
+    def check_device(self, device: str | None) -> None:
+        """Raise ConfigError for settings that the device (None: the CPU) does not have."""
         if device is not None:
-            if ranks > 1:
-                raise ConfigError(
-                    f"--tensor-parallel-size {ranks} is not supported on a GPU yet: serve the whole model on one, or "
-                    "give --device cpu."
-                )
             return
         if self.gpu_memory_utilization is not None:
             raise ConfigError(

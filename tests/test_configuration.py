@@ -192,13 +192,10 @@ def test_settings_that_do_not_go_together(tmp_path: Path) -> None:
             resolved(tmp_path=tmp_path, **wrong).make(EngineConfig)
     for refused in ({"gpu_memory_utilization": "0.9"}, {"attention_backend": "triton"}, {"cuda_graph_sizes": "1,2"}):
         config = resolved(tmp_path=tmp_path, **refused).make(EngineConfig)
-        config.check_device("cuda", ranks=1)
+        config.check_device("cuda")
         with pytest.raises(ConfigError, match="GPU"):
-            config.check_device(None, ranks=1)
+            config.check_device(None)
     assert resolved(tmp_path=tmp_path, cuda_graph_sizes=[1, 8]).make(EngineConfig).cuda_graph_sizes == (1, 8)
-    with pytest.raises(ConfigError, match=r"--tensor-parallel-size 2 is not supported on a GPU yet.*--device cpu"):
-        EngineConfig().check_device("cuda", ranks=2)
-    EngineConfig().check_device(None, ranks=2)
     # What would change nothing is accepted.
     config = resolved(tmp_path=tmp_path, tensor_parallel_size="1", enforce_eager=True).make(EngineConfig)
     assert (config.tensor_parallel_size, config.enforce_eager) == (1, True)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from dspark_server.errors import ConfigError, EngineDeadError
 
 if TYPE_CHECKING:  # torch takes seconds, and a wrong setting should not
+    from dspark_server.runtime.device import Device
     from dspark_server.runtime.parallel import Group
 
 EXIT_DEAD = 70  # EX_SOFTWARE: the engine died, and with it the server
@@ -31,44 +32,77 @@ logger = logging.getLogger(__name__)
 
 
 class Ranks:
-    """This process's `group`, and its children, which are watched: one that ends is the end of all.
+    """This process's place among the ranks (`rank` of `size`), and its children: one that ends is the end of all.
 
     A context: at its end the other ranks are told to end; after an error the children are killed.
     """
 
-    group: "Group"
-
-    def __init__(self) -> None:
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank = rank
+        self.size = size
+        self._group: Group | None = None  # until they have met
+        self._local: int | None = None  # which of its node's ranks it is; None: LOCAL_RANK says
+        self._store: Any = None  # where they meet; None: whoever made the ranks has one
         self._children: list[subprocess.Popen[bytes]] = []
         self._on_death: Callable[[str], None] = self._give_up
         self._ending = False  # what ends from now on was meant to
 
     @classmethod
-    def start(cls, asked: int, timeout: float) -> "Ranks":
-        """Find this process's place among the ranks, start those that nobody else does, and meet them all.
+    def start(cls, asked: int, device: str) -> "Ranks":
+        """Find this process's place among the ranks, and start those that nobody else does.
 
-        `asked` is --tensor-parallel-size; under torchrun it may be left at 1. `timeout` is for one collective, in
-        seconds. Raises ConfigError for variables that do not go with it, EngineDeadError if not all ranks come.
+        `asked` is --tensor-parallel-size; under torchrun it may be left at 1. `device` is --device. Raises ConfigError
+        for variables that do not go with it, and for more ranks on this node than GPUs.
         """
-        ranks, environment = cls(), os.environ
+        environment = os.environ
         made_by_launcher = "RANK" in environment and "WORLD_SIZE" in environment
         size = _number("WORLD_SIZE") if made_by_launcher else asked
         if asked not in (1, size):
             raise ConfigError(f"--tensor-parallel-size is {asked}, but WORLD_SIZE says that {size} ranks were started.")
-        rank = _number("RANK") if made_by_launcher else 0
-        store: Any = None  # whoever made the ranks has one
+        ranks = cls(_number("RANK") if made_by_launcher else 0, size)
         if environment.pop(_CHILD, None):
             _end_with_parent()
-            store = _store(environment["MASTER_ADDR"], _number("MASTER_PORT"), size)
+            ranks._store = _store(environment["MASTER_ADDR"], _number("MASTER_PORT"), size)
         elif size > 1 and not made_by_launcher:
-            rank, store = ranks._launch(size)
-        from dspark_server.runtime.parallel import ALONE, TorchGroup
-
-        ranks.group = ALONE if size == 1 else TorchGroup.join(store, rank, size, timeout=timeout)
+            ranks._launch(device)
         return ranks
 
-    def _launch(self, size: int) -> tuple[int, Any]:
-        """Start this node's ranks but its first, which is this process; its rank, and the store where all meet."""
+    def meet(self, device: str, timeout: float) -> "tuple[Group, Device | None]":
+        """Take this rank's device, and wait for all ranks; `timeout` is for one collective, in seconds.
+
+        On a node's GPUs it is the one of number LOCAL_RANK, which becomes the calling thread's. Raises ConfigError if
+        there is none, EngineDeadError if not all ranks come.
+        """
+        from dspark_server.runtime.device import find_device
+        from dspark_server.runtime.parallel import ALONE, TorchGroup
+
+        if self.size == 1:
+            self._group = ALONE
+            return ALONE, find_device(device)
+        mine = find_device(device, self._gpu(device))
+        if self.rank == 0:
+            logger.info("waiting for the other ranks, %d in all", self.size)
+        self._group = TorchGroup.join(self._store, self.rank, self.size, mine.where if mine else None, timeout)
+        return self._group, mine
+
+    def _gpu(self, device: str) -> int:
+        """The number of this rank's GPU; 0 where there is none. Raises ConfigError if the others have taken all."""
+        from dspark_server.runtime.device import cuda_devices
+
+        found = 0 if device == "cpu" else cuda_devices()
+        if not found:
+            return 0
+        local = _number("LOCAL_RANK") if self._local is None else self._local
+        if local >= found:
+            raise ConfigError(
+                f"LOCAL_RANK is {local}, but torch sees {found} GPUs, numbered from 0: start no more ranks on a node "
+                "than it has GPUs, show every rank all of them (CUDA_VISIBLE_DEVICES), or give --device cpu."
+            )
+        return local
+
+    def _launch(self, device: str) -> None:
+        """Start this node's ranks but its first, which is this process, and find the store where all meet."""
+        size = self.size
         nodes, node = _number("NNODES", "1"), _number("NODE_RANK", "0")
         if nodes < 1 or size % nodes or node >= nodes:
             raise ConfigError(
@@ -76,10 +110,12 @@ class Ranks:
                 f"NODE_RANK={node}: the nodes take equal shares and are numbered from 0."
             )
         here = size // nodes
-        first = node * here
+        first = self.rank = node * here
+        self._local = 0
         # Before torch is imported: the ranks share the processors.
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // here)))
+        _check_gpus(device, here)
         if nodes == 1:
             if sys.platform.startswith("linux"):
                 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -94,7 +130,7 @@ class Ranks:
         variables = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": here, "MASTER_ADDR": address, "MASTER_PORT": port}
         for local in range(1, here):
             self._start_child(first + local, {**variables, "LOCAL_RANK": local})
-        return first, store or _store(address, port, size, leads=node == 0)
+        self._store = store or _store(address, port, size, leads=node == 0)
 
     def _start_child(self, rank: int, variables: dict[str, Any]) -> None:
         own = {_CHILD: "1", "RANK": str(rank)} | {name: str(value) for name, value in variables.items()}
@@ -145,23 +181,40 @@ class Ranks:
         """Rank 0: tell the others to end, and wait until the children have. Other ranks: only leave."""
         from dspark_server.runtime.parallel import TorchGroup
 
-        if not isinstance(self.group, TorchGroup):
+        group = self._group
+        if not isinstance(group, TorchGroup):
             return
         self._ending = True
         patience = threading.Timer(LAST_PASS, self._kill)
         patience.daemon = True
         patience.start()
-        if self.group.rank == 0:
+        if self.rank == 0:
             with contextlib.suppress(EngineDeadError):
-                self.group.send(b"")
+                group.send(b"")
         for child in self._children:
             child.wait()
         patience.cancel()
-        self.group.leave()
+        if group.on_gpus:  # NCCL's communicators end after the graphs that use them, or never: the process ends first
+            self.leave(0)
+        group.leave()
 
     def _kill(self) -> None:
         for child in self._children:
             child.kill()
+
+
+def _check_gpus(device: str, ranks: int) -> None:
+    """Raise ConfigError if this node has GPUs, but not one for each of its `ranks`."""
+    if device == "cpu":
+        return
+    from dspark_server.runtime.device import cuda_devices
+
+    found = cuda_devices()
+    if 0 < found < ranks:
+        raise ConfigError(
+            f"--tensor-parallel-size asks for {ranks} GPUs on this node, and torch sees {found}: ask for fewer ranks, "
+            "show it more GPUs (CUDA_VISIBLE_DEVICES), or give --device cpu."
+        )
 
 
 def _number(variable: str, default: str | None = None) -> int:

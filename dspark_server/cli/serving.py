@@ -32,8 +32,8 @@ def serve(resolution: Resolution) -> None:
     if config.tensor_parallel_size > 1:  # before there are processes that would all say the same
         load_config(resolve_model(config.model, revision=config.revision)).shared_by(config.tensor_parallel_size)
     # From here on torch is imported, which takes seconds; a wrong setting did not.
-    with Ranks.start(config.tensor_parallel_size, config.step_timeout) as ranks:
-        if ranks.group.rank != 0:
+    with Ranks.start(config.tensor_parallel_size, config.device) as ranks:
+        if ranks.rank != 0:
             _follow(config, ranks)
             return
         log.info("settings: %s", resolution)
@@ -50,7 +50,8 @@ def _lead(config: EngineConfig, settings: ServerSettings, ranks: Ranks) -> None:
 
     def load() -> AsyncEngine:
         log.info("loading %s; /health is 503 until it is there", config.model)
-        core = EngineCore.load(config, group=ranks.group)
+        group, device = ranks.meet(config.device, config.step_timeout)
+        core = EngineCore.load(config, group=group, device=device)
         engine = AsyncEngine(core, core.load_tokenizer())
         ranks.watch(engine.die)
         return engine
@@ -69,13 +70,14 @@ def _follow(config: EngineConfig, ranks: Ranks) -> None:
     from dspark_server.engine.parallel import follow
     from dspark_server.runtime.parallel import TorchGroup
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    assert isinstance(ranks.group, TorchGroup)
     try:
-        follow(config, ranks.group)
+        group, device = ranks.meet(config.device, config.step_timeout)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+        assert isinstance(group, TorchGroup)
+        follow(config, group, device=device)
     except EngineDeadError as error:
-        logging.getLogger("dspark_server").critical("rank %d: %s", ranks.group.rank, error)
+        logging.getLogger("dspark_server").critical("rank %d: %s", ranks.rank, error)
         ranks.leave(EXIT_DEAD)
 
 

@@ -4,16 +4,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from dspark_kernels import Kernels
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dspark_server import failpoints
-from dspark_server.config import DEFAULT_CACHE_BYTES, UTILIZATION, EngineConfig, SpeculativeConfig
+from dspark_server.config import EngineConfig, SpeculativeConfig
 from dspark_server.engine.batcher import Batcher
 from dspark_server.engine.blocks import BlockPool, chain_root
-from dspark_server.engine.device_executor import DeviceExecutor, working_bytes
-from dspark_server.engine.executor import Executor, TorchExecutor
+from dspark_server.engine.build import Place, build_executor
+from dspark_server.engine.device_executor import DeviceExecutor
+from dspark_server.engine.executor import TorchExecutor
 from dspark_server.engine.parallel import LeadingExecutor, announce
 from dspark_server.engine.profile import profile
 from dspark_server.engine.request import FinishReason, Request, SamplingParams
@@ -21,13 +21,9 @@ from dspark_server.engine.stats import EngineStats
 from dspark_server.engine.step import StepLoop
 from dspark_server.engine.trace import StepOutput
 from dspark_server.errors import CheckpointError, ConfigError
-from dspark_server.models.config import read_json
 from dspark_server.models.decoder import Decoder
 from dspark_server.models.hub import cache_dir, resolve_model, shipped_drafter
-from dspark_server.runtime.backend import choose_kernels
-from dspark_server.runtime.device import Device, find_device
-from dspark_server.runtime.graphs import default_sizes
-from dspark_server.runtime.kv import KVPool, blocks_that_fit, cache_dtype
+from dspark_server.runtime.device import Device
 from dspark_server.runtime.parallel import ALONE, Group, TorchGroup
 from dspark_server.speculation.capacity import Capacity, Profile
 from dspark_server.speculation.copying import CopyTables
@@ -86,29 +82,18 @@ class EngineCore:
         Raises CheckpointError for a model that cannot be read, ConfigError for settings that do not fit it.
         """
         failpoints.hit("engine.load")
-        device = device or find_device(config.device)
-        config.check_device(None if device is None else device.name, group.size)
-        directory = resolve_model(config.model, revision=config.revision)
-        dtype = _dtype(config.dtype, directory)
-        kernels = kernels or choose_kernels(config.attention_backend, device, dtype, config.block_size)
-        stored = cache_dtype(config.kv_cache_dtype, dtype, kernels, device)
-        if device:
-            device.check(dtype)
+        place = Place.choose(config, group, device, kernels)
         if isinstance(group, TorchGroup):
-            announce(directory, dtype, config.max_model_len, group)
-        target = Decoder.load(directory, dtype, kernels, config.max_model_len, group, device.where if device else None)
-        drafter = _drafter(config.speculative, target, directory, dtype, kernels)
-        own = _executor(config, target, drafter, kernels, stored, device)
+            announce(place.directory, place.dtype, config, group)
+        target = place.load_target(config.max_model_len)
+        drafter = _drafter(config.speculative, target, place)
+        own = build_executor(config, target, drafter, place)
         num_blocks = own.pool.num_blocks
         _check_pool(config, num_blocks, own.gamma)
-        backend = f"{kernels.name}, {target.lm_head.backend} linear, {str(dtype).removeprefix('torch.')}"
-        executor: Executor = own
         if isinstance(own, DeviceExecutor):
             loop_options = {"judge": own.judge, "timing": own.timing} | loop_options
-            backend = f"{own.device.label}, {backend}, {len(own.passes.sizes)} graph sizes"
-        if isinstance(group, TorchGroup):
-            executor = LeadingExecutor(executor, group, num_blocks)
-            backend += f", {group.size} ranks"
+        executor = LeadingExecutor(own, group) if isinstance(group, TorchGroup) else own
+        backend = _backend(own, place)
         batcher = Batcher(
             BlockPool(num_blocks, config.block_size, prefix_caching=config.enable_prefix_caching),
             EngineStats(),
@@ -117,7 +102,7 @@ class EngineCore:
             gamma=executor.gamma,
         )
         policy = config.speculative.selection if executor.gamma else "none"
-        cache_identity = f"{directory}|{dtype}|{stored}|{drafter.identity}"
+        cache_identity = f"{place.directory}|{place.dtype}|{place.stored}|{drafter.identity}"
         capacity = None
         if policy in ("causal", "lagged"):
             measured = costs or profile(
@@ -128,7 +113,7 @@ class EngineCore:
                 max_tokens=config.max_num_batched_tokens,
                 max_requests=config.max_num_seqs,
                 directory=cache_dir() / "profiles",
-                identity=f"{cache_identity}|{backend}|{kernels.build}|{config.speculative.shortlist}",
+                identity=f"{cache_identity}|{backend}|{place.kernels.build}|{config.speculative.shortlist}",
                 again=config.measure_costs_again,
             )
             capacity = Capacity(measured, config.max_num_batched_tokens, config.max_num_seqs)
@@ -138,7 +123,7 @@ class EngineCore:
             _selection(policy, capacity, config.speculative),
             capacity=capacity,
             max_draft_tokens=config.speculative.num_speculative_tokens,
-            kernels=kernels,
+            kernels=place.kernels,
             copying=drafter.copying is not None and policy != "none",
             check_invariants=config.check_invariants,
             **loop_options,
@@ -151,7 +136,7 @@ class EngineCore:
             vocab_size=target.config.vocab_size,
             eos_token_ids=frozenset(target.config.eos_token_ids),
             cache_identity=cache_identity,
-            cache_dtype=str(stored).removeprefix("torch."),
+            cache_dtype=str(place.stored).removeprefix("torch."),
             backend=backend,
             speculation=_described(config.speculative, drafter, policy),
         )
@@ -260,16 +245,7 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _dtype(name: str, directory: Path) -> torch.dtype:
-    if name != "auto":
-        return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[name]
-    fields = read_json(directory / "config.json")
-    return torch.float32 if fields.get("dtype", fields.get("torch_dtype")) == "float32" else torch.bfloat16
-
-
-def _drafter(
-    config: SpeculativeConfig, target: Decoder, directory: Path, dtype: torch.dtype, kernels: Kernels
-) -> DSparkDrafter | NoDrafter:
+def _drafter(config: SpeculativeConfig, target: Decoder, place: Place) -> DSparkDrafter | NoDrafter:
     if config.method == "none":
         return NoDrafter()
     copies_only = NoDrafter(CopyTables() if config.copying else None)
@@ -278,7 +254,7 @@ def _drafter(
     if config.model:
         where = resolve_model(config.model)
     else:
-        shipped = shipped_drafter(directory)
+        shipped = shipped_drafter(place.directory)
         if shipped is None and config.method == "auto":
             return copies_only
         if shipped is None:
@@ -286,7 +262,9 @@ def _drafter(
                 f'no drafter ships for this model: name one, {{"method": "{config.method}", "model": "DIR"}}.'
             )
         where = shipped
-    drafter = DSparkDrafter.load(where, target, directory, dtype, kernels, config.shortlist, config.copying)
+    drafter = DSparkDrafter.load(
+        where, target, place.directory, place.dtype, place.kernels, config.shortlist, config.copying
+    )
     asked = config.num_speculative_tokens
     if asked is not None and asked > drafter.gamma:
         raise ConfigError(
@@ -298,37 +276,13 @@ def _drafter(
     return drafter
 
 
-def _executor(
-    config: EngineConfig,
-    target: Decoder,
-    drafter: DSparkDrafter | NoDrafter,
-    kernels: Kernels,
-    stored: torch.dtype,
-    device: Device | None,
-) -> TorchExecutor | DeviceExecutor:
-    """The executor over as large a KV pool as the configuration says, or a device's memory leaves."""
-    groups = [target.kv_group] + ([drafter.kv_group] if drafter.kv_group else [])
-    block_bytes = KVPool.bytes_per_block(config.block_size, groups, stored)
-
-    def over(num_blocks: int) -> TorchExecutor | DeviceExecutor:
-        pool = KVPool(num_blocks, config.block_size, groups, stored, device)
-        if device is None:
-            return TorchExecutor(target, drafter, pool)
-        sizes = () if config.enforce_eager else config.cuda_graph_sizes or default_sizes(config.max_num_batched_tokens)
-        most = {"max_tokens": config.max_num_batched_tokens, "max_requests": config.max_num_seqs}
-        return DeviceExecutor(target, drafter, pool, device, kernels, sizes=sizes, **most)
-
-    if config.num_blocks:
-        num_blocks = config.num_blocks
-    elif device is None or config.kv_cache_memory_bytes is not None:
-        num_blocks = (config.kv_cache_memory_bytes or DEFAULT_CACHE_BYTES) // block_bytes
-    else:
-        working = working_bytes(over, config, target)
-        num_blocks = blocks_that_fit(device, config.gpu_memory_utilization or UTILIZATION, working, block_bytes)
-    executor = over(num_blocks)
+def _backend(executor: TorchExecutor | DeviceExecutor, place: Place) -> str:
+    """What computes, for people, and for telling profiles apart."""
+    dtype = str(place.dtype).removeprefix("torch.")
+    backend = f"{place.kernels.name}, {executor.target.lm_head.backend} linear, {dtype}"
     if isinstance(executor, DeviceExecutor):
-        executor.capture()
-    return executor
+        backend = f"{executor.device.label}, {backend}, {len(executor.passes.sizes)} graph sizes"
+    return f"{backend}, {place.group.size} ranks" if place.group.size > 1 else backend
 
 
 def _described(config: SpeculativeConfig, drafter: DSparkDrafter | NoDrafter, policy: str) -> str:

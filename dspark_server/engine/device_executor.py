@@ -137,7 +137,10 @@ class DeviceExecutor:
 
     @torch.inference_mode()
     def rehearse(self, tokens: int, requests: int) -> None:
-        """The greatest step there can be, over whatever the pool holds: its result is of no use."""
+        """The greatest step there can be, over whatever the pool holds: its result is of no use.
+
+        Ranks do it together; only the first drafts and samples.
+        """
         table = list(range(-(-tokens // self.pool.block_size)))
         runs = [Run([0] * tokens, 0, table, tokens)]
         sampling = SamplingBatch.of(position=[1] * requests, key=[0] * requests)
@@ -145,8 +148,9 @@ class DeviceExecutor:
             reach = list(range(-(-(self.gamma + 2) // self.pool.block_size)))
             self.draft([DraftRequest(0, 0, reach)] * requests, sampling, CounterStreams())
         logits, _ = self.verify(runs)
-        few = min(requests, tokens)
-        self.judge(logits, range(few + 1), None, [0] * few, sampling.select(torch.arange(few)), CounterStreams())
+        if self.target.group.rank == 0:
+            few = min(requests, tokens)
+            self.judge(logits, range(few + 1), None, [0] * few, sampling.select(torch.arange(few)), CounterStreams())
         self.timing(0.0, 0.0)
 
     # -- draft -------------------------------------------------------------------------------------------------------

@@ -79,13 +79,16 @@ class CudaGraph(Generic[T]):
 
 
 class CudaDevice:
-    """One NVIDIA GPU through torch.cuda. None of this class has run here: docs/gpu.md, "Not checked"."""
+    """One NVIDIA GPU through torch.cuda. None of this class has run here: docs/gpu.md, "Not checked".
+
+    It becomes the current one of the calling thread; every other thread's is GPU 0, which is rank 0's.
+    """
 
     name = "cuda"
 
     def __init__(self, index: int = 0) -> None:
         """Raises ConfigError if there is no such GPU."""
-        found = _cuda_devices()
+        found = cuda_devices()
         if index >= found:
             raise ConfigError(f"--device cuda: there is no GPU {index}; torch sees {found}.")
         self.where = torch.device("cuda", index)
@@ -130,7 +133,8 @@ class CudaDevice:
             work()  # kernels are compiled and libraries set up by a first run, which may not be recorded
         current.wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # NCCL's watchdog may ask for its events meanwhile, on a thread of its own.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             result = work()
         self._pool = self._pool or graph.pool()
         return CudaGraph(graph, result)
@@ -167,18 +171,19 @@ class CudaDevice:
             )
 
 
-def find_device(name: str) -> CudaDevice | None:
-    """The device called "auto", "cpu" or "cuda"; None: the CPU, which "auto" falls back to.
+def find_device(name: str, index: int = 0) -> CudaDevice | None:
+    """The device called "auto", "cpu" or "cuda", of GPUs that of this index; None: the CPU, which "auto" falls back to.
 
     Raises ConfigError for "cuda" where torch sees no GPU, saying why.
     """
-    if name == "cpu" or (name == "auto" and not _cuda_devices()):
+    if name == "cpu" or (name == "auto" and not cuda_devices()):
         return None
-    if not _cuda_devices():
+    if not cuda_devices():
         why = "this torch is built without CUDA" if torch.version.cuda is None else "no NVIDIA driver or GPU answers"
         raise ConfigError(f"--device cuda: {why} (torch {torch.__version__}). Install a CUDA build, or --device cpu.")
-    return CudaDevice()
+    return CudaDevice(index)
 
 
-def _cuda_devices() -> int:
+def cuda_devices() -> int:
+    """How many GPUs torch sees."""
     return torch.cuda.device_count() if torch.cuda.is_available() else 0

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dspark_server.errors import EngineDeadError
+from dspark_server.errors import ConfigError, EngineDeadError
 
 PATIENCE = 600.0  # seconds to find each other at the start, and for one collective; the watchdog is stricter
 _FRAME = 1 << 14  # bytes of a message that travel at once
@@ -38,6 +38,10 @@ class Group:
         """All ranks' x [M, n] beside each other, the first `columns` of them, on rank 0; elsewhere x itself."""
         return x
 
+    def least(self, count: int) -> int:
+        """The smallest of all ranks' `count`, on each of them."""
+        return count
+
 
 ALONE = Group()
 
@@ -51,21 +55,34 @@ class TorchGroup(Group):
     def __init__(self, rank: int, size: int, control: dist.ProcessGroup) -> None:
         self.rank = rank
         self.size = size
-        self._control = control
+        self.on_gpus = False
+        self._control = control  # for messages and counts, over gloo
+        self._tensors: dist.ProcessGroup | None = None  # for tensors; None: the one of all ranks, over gloo
 
     @classmethod
-    def join(cls, store: Any, rank: int, size: int, device: str = "cpu", timeout: float = PATIENCE) -> "TorchGroup":
+    def join(
+        cls, store: Any, rank: int, size: int, where: torch.device | None = None, timeout: float = PATIENCE
+    ) -> "TorchGroup":
         """Meet `size` ranks at `store`, or where torchrun's variables say (None).
 
-        Tensors travel by gloo from CPUs, by NCCL from GPUs, messages by gloo. `timeout` is for one collective, in
-        seconds, if it is longer than PATIENCE. Raises EngineDeadError if they do not all come.
+        Tensors travel by NCCL if `where`, this rank's device, is a GPU, else by gloo. `timeout` is for one collective,
+        in seconds, if it is longer than PATIENCE. Raises EngineDeadError if they do not all come, ConfigError if some
+        have a GPU and some have none.
         """
+        patience = timedelta(seconds=max(timeout, PATIENCE))
         with _together("the ranks did not meet"):
-            backend = "gloo" if device == "cpu" else "nccl"
-            dist.init_process_group(
-                backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=max(timeout, PATIENCE))
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=patience)
+            group = cls(rank, size, dist.new_group(backend="gloo", timeout=_FOREVER))
+        group.on_gpus = where is not None and where.type == "cuda"
+        if group.least(group.on_gpus) != -group.least(-group.on_gpus):
+            mine, theirs = ("a GPU", "none") if group.on_gpus else ("no GPU", "one")
+            raise ConfigError(
+                f"rank {rank} has {mine}, and another rank has {theirs}: give every rank a GPU, or say --device cpu."
             )
-            return cls(rank, size, dist.new_group(backend="gloo", timeout=_FOREVER))
+        if group.on_gpus:
+            with _together("the ranks' GPUs did not meet over NCCL"):
+                group._tensors = dist.new_group(backend="nccl", timeout=patience, device_id=where)
+        return group
 
     def share(self, total: int) -> slice:
         """Which of `total` rows, columns or heads are this rank's: equal shares, the last cut short."""
@@ -75,7 +92,7 @@ class TorchGroup(Group):
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum of all ranks' x, which is written over, on each of them."""
         with _together():
-            dist.all_reduce(x)
+            dist.all_reduce(x, group=self._tensors)
         return x
 
     def gather(self, x: Tensor, columns: int) -> Tensor:
@@ -84,8 +101,15 @@ class TorchGroup(Group):
             return x.new_empty(0, columns)
         parts = [torch.empty_like(x) for _ in range(self.size)] if self.rank == 0 else None
         with _together():
-            dist.gather(x, parts, dst=0)
+            dist.gather(x, parts, dst=0, group=self._tensors)
         return x if parts is None else torch.cat(parts, dim=1)[:, :columns].contiguous()
+
+    def least(self, count: int) -> int:
+        """The smallest of all ranks' `count`, on each of them; they wait for each other as long as it takes."""
+        counts = torch.tensor(int(count))
+        with _together():
+            dist.all_reduce(counts, dist.ReduceOp.MIN, group=self._control)
+        return int(counts)
 
     def send(self, message: bytes) -> None:
         """Rank 0 tells all others; it waits until they listen."""
@@ -108,11 +132,6 @@ class TorchGroup(Group):
                 dist.broadcast(rest, 0, group=self._control)
                 frame = torch.cat([frame, rest])
         return frame[_PREFIX:length].numpy().tobytes()
-
-    def wait(self) -> None:
-        """Until every rank has come to this point."""
-        with _together():
-            dist.barrier(group=self._control)
 
     def leave(self) -> None:
         """End the connections. The group is of no use afterwards."""

@@ -19,6 +19,7 @@ from dspark_server.runtime.parallel import ALONE, Group, TorchGroup
 
 from ..engine.support import FIXTURES
 from ..reliability.support import processes
+from ..runtime.twin import TwinDevice, TwinKernels
 
 
 def tiny_config(head: str = "vanilla", *, drafter: bool = True, **settings: Any) -> EngineConfig:
@@ -32,11 +33,16 @@ def tiny_config(head: str = "vanilla", *, drafter: bool = True, **settings: Any)
 
 
 def run_rank(orders: Connection, port: int, rank: int, size: int) -> None:
-    """Main of a rank other than 0: follows an engine for each configuration it is sent."""
+    """Main of a rank other than 0: follows an engine for each configuration it is sent, on the device sent with it."""
     torch.set_num_threads(1)
     group = TorchGroup.join(meet(port, size), rank, size)
-    while (config := orders.recv()) is not None:
-        follow(config, group)
+    while (order := orders.recv()) is not None:
+        config, twin = order
+        if twin is None:
+            follow(config, group)
+        else:
+            with TwinDevice(**twin) as device:
+                follow(config, group, device=device, kernels=TwinKernels())
     group.leave()
 
 
@@ -62,16 +68,23 @@ class Together:
         self._orders = [orders for _, orders in others]
 
     @contextlib.contextmanager
-    def core(self, config: EngineConfig) -> Iterator[EngineCore]:
+    def core(self, config: EngineConfig, **load: Any) -> Iterator[EngineCore]:
         """An engine on all ranks, which are free for the next one afterwards."""
-        yield self.load(config)
+        yield self.load(config, **load)
         self.group.send(b"")
 
-    def load(self, config: EngineConfig) -> EngineCore:
-        """An engine on all ranks, their last."""
+    def load(
+        self,
+        config: EngineConfig,
+        *,
+        theirs: EngineConfig | None = None,
+        twin: dict[str, int] | None = None,
+        **load: Any,
+    ) -> EngineCore:
+        """An engine on all ranks, their last: the others' by `theirs`, if given, and on twin devices of `twin`."""
         for orders in self._orders:
-            orders.send(config)
-        return EngineCore.load(config, group=self.group)
+            orders.send((theirs or config, twin))
+        return EngineCore.load(config, group=self.group, **load)
 
     @classmethod
     @contextlib.contextmanager

@@ -68,6 +68,17 @@ class Served:
             time.sleep(0.1)
         raise AssertionError(self.log.read_text())
 
+    def loading(self) -> None:
+        """Wait until it answers, which it must do before it is ready."""
+        end = time.monotonic() + 100
+        while time.monotonic() < end and self.process.poll() is None:
+            with contextlib.suppress(httpx.TransportError):
+                answer = self.http.get("/health")
+                assert (answer.status_code, answer.json()) == (503, {"status": "loading"})
+                return
+            time.sleep(0.1)
+        raise AssertionError(self.log.read_text())
+
     def ranks(self) -> dict[int, int]:
         """Process ids by rank, of all that serve at this port."""
         found = {}
@@ -197,15 +208,31 @@ def test_ranks_that_torchrun_made(tmp_path: Path, expected: list[int]) -> None:
         server.process.wait(ENDING)
 
 
-def test_one_rank_on_each_of_two_nodes(tmp_path: Path, expected: list[int]) -> None:
-    def node(number: int) -> dict[str, str]:
-        variables = {"NNODES": "2", "NODE_RANK": str(number), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        return {"DSPARK_TENSOR_PARALLEL_SIZE": "2", **variables}
+def node(number: int, port: int) -> dict[str, str]:
+    """The environment of one of two nodes."""
+    variables = {"NNODES": "2", "NODE_RANK": str(number), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return {"DSPARK_TENSOR_PARALLEL_SIZE": "2", **variables}
 
-    port = str(free_port())
-    with served(tmp_path, **node(1)) as other, served(tmp_path, **node(0)) as server:
-        server.ready()
-        assert server.tokens() == expected
+
+def test_one_rank_on_each_of_two_nodes(tmp_path: Path, expected: list[int]) -> None:
+    """Its leader answers before the other node is there."""
+    port = free_port()
+    with served(tmp_path, **node(0, port)) as server:
+        server.loading()
+        assert server.http.get("/live").status_code == 200
+        answer = server.http.post("/v1/completions", json=CANARY)
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
+        with served(tmp_path, **node(1, port)) as other:
+            server.ready()
+            assert server.tokens() == expected
+            server.process.send_signal(signal.SIGTERM)
+            assert server.process.wait(ENDING) == 0
+            assert other.process.wait(ENDING) == 0
+
+
+def test_a_server_whose_other_node_does_not_come_ends_when_told(tmp_path: Path) -> None:
+    with served(tmp_path, **node(0, free_port())) as server:
+        server.loading()
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(ENDING) == 0
-        assert other.process.wait(ENDING) == 0
+        assert "Traceback" not in server.log.read_text()

@@ -68,7 +68,7 @@ class Recorded(Generic[T]):
 
     def replay(self) -> None:
         for func, args, kwargs, expected in self._operations:
-            out = func(*args, **kwargs)
+            out = _done(func(*args, **kwargs))
             for mine, first in zip(_leaves(out, []), _leaves(expected, []), strict=True):
                 if mine.shape != first.shape or mine.stride() != first.stride():
                     raise TwinError(f"{func} gave {list(mine.shape)} in a replay, {list(first.shape)} when recorded")
@@ -141,6 +141,7 @@ class TwinDevice(TorchDispatchMode):
 
     def peak(self, work: Callable[[], object]) -> int:
         work()
+        self._in_flight.clear()  # a peak is known once all of it is done
         return self._working
 
     def check(self, dtype: torch.dtype) -> None:
@@ -176,7 +177,7 @@ class TwinDevice(TorchDispatchMode):
             self.surprises.append(name)
         args, kwargs = _near(args), {key: _near(value) for key, value in kwargs.items()}
         with torch.inference_mode(False), torch.no_grad():  # wrappers know nothing of inference tensors
-            out = func(*args, **kwargs)
+            out = _done(func(*args, **kwargs))
             self.launches += 1
             if self._recording is not None:
                 self._recording.append((func, args, kwargs, out))
@@ -192,6 +193,14 @@ def _leaves(value: Any, found: list[Tensor]) -> list[Tensor]:
         for each in value:
             _leaves(each, found)
     return found
+
+
+def _done(out: Any) -> Any:
+    """What an operation gave; if that is a collective of gloo, which works on a thread of its own, wait for it."""
+    for each in out if isinstance(out, tuple) else (out,):
+        if isinstance(each, torch.ScriptObject):
+            each.wait()
+    return out
 
 
 def _near(value: Any) -> Any:

@@ -1,0 +1,97 @@
+"""What a rank computes with (device, kernels, types), and its executor over the KV blocks that all ranks can hold."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from dspark_kernels import Kernels
+
+from dspark_server.config import DEFAULT_CACHE_BYTES, UTILIZATION, EngineConfig
+from dspark_server.engine.device_executor import DeviceExecutor, working_bytes
+from dspark_server.engine.executor import TorchExecutor
+from dspark_server.models.config import read_json
+from dspark_server.models.decoder import Decoder
+from dspark_server.models.hub import resolve_model
+from dspark_server.runtime.backend import choose_kernels
+from dspark_server.runtime.device import Device, find_device
+from dspark_server.runtime.graphs import default_sizes
+from dspark_server.runtime.kv import KVPool, blocks_that_fit, cache_dtype
+from dspark_server.runtime.parallel import Group
+from dspark_server.speculation.drafter import NoDrafter
+from dspark_server.speculation.dspark import DSparkDrafter
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one rank computes, and in which types: weights in `dtype`, KV rows in `stored`."""
+
+    directory: Path  # of the model
+    group: Group
+    device: Device | None  # None: the CPU
+    kernels: Kernels
+    dtype: torch.dtype
+    stored: torch.dtype
+
+    @classmethod
+    def choose(
+        cls, config: EngineConfig, group: Group, device: Device | None = None, kernels: Kernels | None = None
+    ) -> "Place":
+        """The place that the configuration names; `device` and `kernels` take the place of its own.
+
+        The model is downloaded if it must be. Raises CheckpointError if it cannot be found, ConfigError for a device
+        that is not there, or that lacks what the settings ask for.
+        """
+        device = device or find_device(config.device)
+        config.check_device(None if device is None else device.name)
+        directory = resolve_model(config.model, revision=config.revision)
+        dtype = _dtype(config.dtype, directory)
+        kernels = kernels or choose_kernels(config.attention_backend, device, dtype, config.block_size)
+        stored = cache_dtype(config.kv_cache_dtype, dtype, kernels, device)
+        if device:
+            device.check(dtype)
+        return cls(directory, group, device, kernels, dtype, stored)
+
+    def load_target(self, max_model_len: int | None) -> Decoder:
+        """This rank's share of the model's weights; see Decoder.load."""
+        where = self.device.where if self.device else None
+        return Decoder.load(self.directory, self.dtype, self.kernels, max_model_len, self.group, where)
+
+
+def build_executor(
+    config: EngineConfig, target: Decoder, drafter: DSparkDrafter | NoDrafter, place: Place
+) -> TorchExecutor | DeviceExecutor:
+    """The executor of one rank, ready to run; all ranks build theirs at the same time.
+
+    Its KV pool has the blocks that fit on every rank: as many as the configuration says, or a device's memory leaves.
+    Raises ConfigError if this rank has room for none.
+    """
+    groups = [target.kv_group] + ([drafter.kv_group] if drafter.kv_group else [])
+    block_bytes = KVPool.bytes_per_block(config.block_size, groups, place.stored)
+    device = place.device
+
+    def over(num_blocks: int) -> TorchExecutor | DeviceExecutor:
+        pool = KVPool(num_blocks, config.block_size, groups, place.stored, device)
+        if device is None:
+            return TorchExecutor(target, drafter, pool)
+        sizes = () if config.enforce_eager else config.cuda_graph_sizes or default_sizes(config.max_num_batched_tokens)
+        most = {"max_tokens": config.max_num_batched_tokens, "max_requests": config.max_num_seqs}
+        return DeviceExecutor(target, drafter, pool, device, place.kernels, sizes=sizes, **most)
+
+    if config.num_blocks:
+        fitting = config.num_blocks
+    elif device is None or config.kv_cache_memory_bytes is not None:
+        fitting = (config.kv_cache_memory_bytes or DEFAULT_CACHE_BYTES) // block_bytes
+    else:
+        working = working_bytes(over, config, target)
+        fitting = blocks_that_fit(device, config.gpu_memory_utilization or UTILIZATION, working, block_bytes)
+    executor = over(place.group.least(fitting))
+    if isinstance(executor, DeviceExecutor):
+        executor.capture()
+    return executor
+
+
+def _dtype(name: str, directory: Path) -> torch.dtype:
+    if name != "auto":
+        return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[name]
+    fields = read_json(directory / "config.json")
+    return torch.float32 if fields.get("dtype", fields.get("torch_dtype")) == "float32" else torch.bfloat16
