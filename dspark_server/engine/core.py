@@ -13,7 +13,7 @@ from dspark_server.engine.batcher import Batcher
 from dspark_server.engine.blocks import BlockPool, chain_root
 from dspark_server.engine.build import Place, build_executor
 from dspark_server.engine.device_executor import DeviceExecutor
-from dspark_server.engine.executor import TorchExecutor
+from dspark_server.engine.executor import Executor, TorchExecutor
 from dspark_server.engine.parallel import LeadingExecutor, announce
 from dspark_server.engine.profile import profile
 from dspark_server.engine.request import FinishReason, Request, SamplingParams
@@ -88,14 +88,13 @@ class EngineCore:
         target = place.load_target(config.max_model_len)
         drafter = _drafter(config.speculative, target, place)
         own = build_executor(config, target, drafter, place)
-        num_blocks = own.pool.num_blocks
-        _check_pool(config, num_blocks, own.gamma)
+        _check_pool(config, own.pool.num_blocks, own.gamma)
         if isinstance(own, DeviceExecutor):
             loop_options = {"judge": own.judge, "timing": own.timing} | loop_options
         executor = LeadingExecutor(own, group) if isinstance(group, TorchGroup) else own
         backend = _backend(own, place)
         batcher = Batcher(
-            BlockPool(num_blocks, config.block_size, prefix_caching=config.enable_prefix_caching),
+            BlockPool(own.pool.num_blocks, config.block_size, prefix_caching=config.enable_prefix_caching),
             EngineStats(),
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
@@ -105,17 +104,8 @@ class EngineCore:
         cache_identity = f"{place.directory}|{place.dtype}|{place.stored}|{drafter.identity}"
         capacity = None
         if policy in ("causal", "lagged"):
-            measured = costs or profile(
-                executor,
-                num_blocks=num_blocks,
-                block_size=config.block_size,
-                max_model_len=target.max_model_len,
-                max_tokens=config.max_num_batched_tokens,
-                max_requests=config.max_num_seqs,
-                directory=cache_dir() / "profiles",
-                identity=f"{cache_identity}|{backend}|{place.kernels.build}|{config.speculative.shortlist}",
-                again=config.measure_costs_again,
-            )
+            identity = f"{cache_identity}|{backend}|{place.kernels.build}|{config.speculative.shortlist}"
+            measured = costs or _profile(config, executor, own.pool.num_blocks, target.max_model_len, identity)
             capacity = Capacity(measured, config.max_num_batched_tokens, config.max_num_seqs)
         loop = StepLoop(
             batcher,
@@ -274,6 +264,21 @@ def _drafter(config: SpeculativeConfig, target: Decoder, place: Place) -> DSpark
     if config.method == "dflash" and drafter.config.markov_rank:
         raise ConfigError("method dflash expects a drafter without a Markov head; use method dspark for this one.")
     return drafter
+
+
+def _profile(config: EngineConfig, executor: Executor, num_blocks: int, max_model_len: int, identity: str) -> Profile:
+    """What steps cost here, measured or kept."""
+    return profile(
+        executor,
+        num_blocks=num_blocks,
+        block_size=config.block_size,
+        max_model_len=max_model_len,
+        max_tokens=config.max_num_batched_tokens,
+        max_requests=config.max_num_seqs,
+        directory=cache_dir() / "profiles",
+        identity=identity,
+        again=config.measure_costs_again,
+    )
 
 
 def _backend(executor: TorchExecutor | DeviceExecutor, place: Place) -> str:

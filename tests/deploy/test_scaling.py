@@ -11,6 +11,7 @@ from .promql import Series, check, parse, selectors
 from .test_manifests import with_component
 
 ALERTS = yaml.safe_load((DEPLOY / "prometheus" / "alerts.yaml").read_text())["groups"]
+MONITORING = (ROOT / "docs" / "monitoring.md").read_text()
 RULES = [rule for group in ALERTS for rule in group["rules"]]
 
 
@@ -43,6 +44,13 @@ def test_every_alert_is_made_to_fire() -> None:
 def test_the_operator_gets_the_same_alerts() -> None:
     [rule] = of_kind(overlay("single-gpu"), "PrometheusRule")
     assert rule["spec"]["groups"] == ALERTS
+
+
+def test_the_alerts_are_those_of_the_documentation() -> None:
+    """By name and severity, in the same order."""
+    rows = re.findall(r"^\| `(DSparkServer\w+)`, (\w+) \| [^|]+ \| [^|]+ \|$", MONITORING, re.MULTILINE)
+    assert rows == [(rule["alert"], rule["labels"]["severity"]) for rule in RULES]
+    assert set(re.findall(r"\bDSparkServer\w+", MONITORING)) == {rule["alert"] for rule in RULES}
 
 
 def max_num_seqs(config: str) -> int:
