@@ -6,8 +6,8 @@ device: run r's tiles start at query_start[r] // TILE + r, an upper bound that n
 the host. Where there are fewer programs than the GPU holds, the visible keys are split between several of them
 (flash-decoding), which leave unnormalised sums that a second kernel combines.
 
-Scores, softmax and sums are float32; the softmax's numerators are rounded to the cache's dtype for the second product,
-as tensor cores want them.
+Scores, softmax and sums are float32; both products are of the queries' dtype, to which the softmax's numerators are
+rounded for the second, as tensor cores want them, and the rows of an e4m3 cache are widened.
 """
 
 from collections.abc import Iterator
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from dspark_kernels.triton.fp8 import by_hand, for_launch, widened
 from dspark_kernels.triton.launch import Gpu, Launch, power_of_two
 from torch import Tensor
 
@@ -73,13 +74,15 @@ def attend(
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SPLITS: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
-    WIDEN: tl.constexpr,
+    WIDEN: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles, KV_HEADS, SPLITS). With one split `out` is [N, Hq, d]; else [SPLITS, N, Hq, d] float32, unnormalised
     with each row's greatest score and sum of numerators in `peaks` and `masses` [SPLITS, N, Hq].
 
     WIDEN multiplies what is bfloat16 as float32, the same numbers: Triton's interpreter takes bfloat16 for integers.
+    BITS is that of `widened`.
     """
+    TYPE: tl.constexpr = queries.dtype.element_ty
     TILE: tl.constexpr = ROWS // GROUP
     head = tl.program_id(1)
     split = tl.program_id(2)
@@ -130,6 +133,7 @@ def attend(
         key = tl.load(
             keys + at[None, :] + depth[:, None], mask=inside[None, :] & (depth < HEAD_DIM)[:, None], other=0.0
         )
+        key = widened(key, TYPE, BITS)
         if WIDEN:
             key = key.to(tl.float32)
         score = tl.dot(q, key, input_precision=PRECISION) * scale
@@ -149,7 +153,8 @@ def attend(
         value = tl.load(
             values + at[:, None] + depth[None, :], mask=inside[:, None] & (depth < HEAD_DIM)[None, :], other=0.0
         )
-        weight = numerator.to(value.dtype)
+        value = widened(value, TYPE, BITS)
+        weight = numerator.to(TYPE)
         if WIDEN:
             weight = weight.to(tl.float32)
             value = value.to(tl.float32)
@@ -207,7 +212,7 @@ def launches(
     """The one or two launches of `Kernels.paged_attention` into `out` [N, Hq * d]; nothing is read from the device."""
     tokens, (_, kv_heads, head_dim), (runs, width) = qkv.shape[0], keys.shape, block_tables.shape
     group = num_q_heads // kv_heads
-    tile = tiles(-(-tokens // max(runs, 1)), group, head_dim, keys.dtype, gpu.capability)
+    tile = tiles(-(-tokens // max(runs, 1)), group, head_dim, qkv.dtype, gpu.capability)
     grid = tokens // (tile.rows // group) + runs
     longest = width * block_size if window is None else min(width * block_size, window + tokens)
     parts = splits(grid * kv_heads, longest, gpu.processors)
@@ -221,8 +226,8 @@ def launches(
         attend,
         (grid if tokens else 0, kv_heads, parts),
         dict(
-            queries=qkv, keys=keys, values=values, out=into, peaks=peaks, masses=masses, query_start=query_start,
-            context_len=context_len, block_tables=block_tables, scale=float(scale), softcap=float(softcap or 0.0),
+            queries=qkv, keys=for_launch(keys), values=for_launch(values), out=into, peaks=peaks, masses=masses,
+            query_start=query_start, context_len=context_len, block_tables=block_tables, scale=float(scale), softcap=float(softcap or 0.0),
             runs=runs, tokens=tokens, query_stride=qkv.stride(0), table_stride=block_tables.stride(0),
         ),
         tile.warps,
@@ -231,8 +236,8 @@ def launches(
         dict(
             KV_HEADS=kv_heads, GROUP=group, HEAD_DIM=head_dim, BLOCK_SIZE=block_size, CAUSAL=causal,
             WINDOW=window or 0, SOFTCAP=softcap is not None, SPLITS=parts, ROWS=tile.rows, KEYS=tile.keys,
-            DEPTH=depth, PRECISION="ieee" if keys.dtype == torch.float32 else "tf32",
-            WIDEN=triton.knobs.runtime.interpret and keys.dtype == torch.bfloat16,
+            DEPTH=depth, PRECISION="ieee" if qkv.dtype == torch.float32 else "tf32",
+            WIDEN=triton.knobs.runtime.interpret and qkv.dtype == torch.bfloat16, BITS=by_hand(keys),
         ),
     )  # fmt: skip
     if parts > 1:

@@ -4,7 +4,7 @@
 
 prints registers a thread, bytes spilled to local memory, shared memory of a block, and occupancy: the share of a
 streaming multiprocessor's warps that fit at once. Keys are split as on an H100 (132 multiprocessors). Exits 1 if a
-kernel spills or does not fit its GPU. These are facts of the binary; how fast it is, they do not say.
+kernel spills or does not fit its GPU. Kernels over e4m3 are not compiled for sm_80, which has none ("-"). These are facts of the binary; how fast it is, they do not say.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import triton
+from dspark_kernels.triton import fp8
 from dspark_kernels.triton.launch import H100, Gpu, Launch
 from dspark_kernels.triton.shapes import OTHERS, QWEN3_8B, SMOLLM2, Case, cases
 from triton.backends.compiler import GPUTarget
@@ -57,8 +58,13 @@ class Usage:
         return self.blocks * self.warps / WARPS
 
 
-def usage(launch: Launch, capability: int) -> Usage:
-    """Compile for sm_`capability` and read what the binary takes. Raises CompilationError if Triton cannot."""
+def usage(launch: Launch, capability: int) -> Usage | None:
+    """Compile for sm_`capability` and read what the binary takes; None: it has no e4m3, which the kernel is about.
+
+    Raises CompilationError if Triton cannot.
+    """
+    if capability < fp8.CAPABILITY and "*fp8e4nv" in launch.signature().values():
+        return None
     source = ASTSource(
         launch.kernel,
         signature={
@@ -78,16 +84,16 @@ def usage(launch: Launch, capability: int) -> Usage:
     return Usage(capability, compiled.metadata.num_warps, int(fields["REG"]), spilled, compiled.metadata.shared)
 
 
-def table(found: list[tuple[str, Case, list[Usage]]]) -> Iterator[str]:
+def table(found: list[tuple[str, Case, list[Usage | None]]]) -> Iterator[str]:
     """Markdown, a line for each launch; its columns hold a figure for each target."""
     yield "| model | kernel | configuration | warps | registers | spilled, B | shared, KiB | occupancy, % |"
     yield "| --- | --- | --- | --- | --- | --- | --- | --- |"
     for model, case, usages in found:
         cells = (
-            (str(u.registers) for u in usages),
-            (str(u.spilled) for u in usages),
-            (f"{u.shared / 1024:.1f}" for u in usages),
-            (f"{100 * u.occupancy:.0f}" for u in usages),
+            (str(u.registers) if u else "-" for u in usages),
+            (str(u.spilled) if u else "-" for u in usages),
+            (f"{u.shared / 1024:.1f}" if u else "-" for u in usages),
+            (f"{100 * u.occupancy:.0f}" if u else "-" for u in usages),
         )
         figures = " | ".join(" / ".join(cell) for cell in cells)
         yield f"| {model} | {case.family} | {case.configuration} | {case.launch.num_warps} | {figures} |"
@@ -103,7 +109,7 @@ def main() -> int:
     if triton.knobs.runtime.interpret:
         print("TRITON_INTERPRET is set: kernels that are interpreted cannot be compiled.", file=sys.stderr)
         return 2
-    found: list[tuple[str, Case, list[Usage]]] = []
+    found: list[tuple[str, Case, list[Usage | None]]] = []
     with ThreadPoolExecutor() as pool:
         for model in (model for model in MODELS if model.name in arguments.models):
             each = [list(cases(model, Gpu(H100.processors, capability))) for capability in arguments.targets]
@@ -115,7 +121,7 @@ def main() -> int:
     print(f"Triton {triton.__version__}; figures for {' / '.join(f'sm_{target}' for target in arguments.targets)}.\n")
     print("\n".join(table(found)))
     bad = [f"{model}: {case.family}, {case.configuration}" for model, case, usages in found
-           if any(u.spilled or not u.blocks for u in usages)]  # fmt: skip
+           if any(u and (u.spilled or not u.blocks) for u in usages)]  # fmt: skip
     print(f"\n{len(found)} kernels, {len(bad)} of them spill or do not fit{': ' if bad else ''}{'; '.join(bad)}.")
     return 1 if bad else 0
 

@@ -6,6 +6,7 @@ slot. Element i of a head is paired with i + d/2, so a head is two halves in reg
 
 import triton
 import triton.language as tl
+from dspark_kernels.triton.fp8 import by_hand, for_launch, stored
 from dspark_kernels.triton.launch import Launch, power_of_two
 from torch import Tensor
 
@@ -21,10 +22,10 @@ def _load_halves(row, head, half, inside, HEAD_DIM: tl.constexpr):
 
 
 @triton.jit
-def _store_halves(row, head, half, inside, low, high, HEAD_DIM: tl.constexpr):
+def _store_halves(row, head, half, inside, low, high, HEAD_DIM: tl.constexpr, BITS: tl.constexpr):
     at = row + head[:, None] * HEAD_DIM + half[None, :]
-    tl.store(at, low.to(row.dtype.element_ty), mask=inside)
-    tl.store(at + HEAD_DIM // 2, high.to(row.dtype.element_ty), mask=inside)
+    tl.store(at, stored(low, row.dtype.element_ty, BITS), mask=inside)
+    tl.store(at + HEAD_DIM // 2, stored(high, row.dtype.element_ty, BITS), mask=inside)
 
 
 @triton.jit
@@ -44,8 +45,12 @@ def _rotate(low, high, table, norm, half, eps, HEAD_DIM: tl.constexpr):
 def rotary_kv_write(
     qkv, positions, cos_sin, slots, keys, values, q_norm, k_norm, qkv_stride, eps,
     Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
+    BITS: tl.constexpr,
 ):  # fmt: skip
-    """Grid (N, ceil(Q_HEADS / HEADS) + ceil(KV_HEADS / HEADS)), q's parts first. A negative slot is not written."""
+    """Grid (N, ceil(Q_HEADS / HEADS) + ceil(KV_HEADS / HEADS)), q's parts first. A negative slot is not written.
+
+    BITS is that of `stored`.
+    """
     token = tl.program_id(0).to(tl.int64)
     row = qkv + token * qkv_stride
     table = cos_sin + tl.load(positions + token).to(tl.int64) * HEAD_DIM
@@ -58,16 +63,16 @@ def rotary_kv_write(
         inside = (head < Q_HEADS)[:, None] & there
         low, high = _load_halves(row, head, half, inside, HEAD_DIM)
         low, high = _rotate(low, high, table, q_norm, half, eps, HEAD_DIM)
-        _store_halves(row, head, half, inside, low, high, HEAD_DIM)
+        _store_halves(row, head, half, inside, low, high, HEAD_DIM, False)
     else:
         slot = tl.load(slots + token).to(tl.int64)
         head = (part - Q_PARTS) * HEADS + tl.arange(0, HEADS)
         inside = (head < tl.where(slot >= 0, KV_HEADS, 0))[:, None] & there
         low, high = _load_halves(row + Q_HEADS * HEAD_DIM, head, half, inside, HEAD_DIM)
         low, high = _rotate(low, high, table, k_norm, half, eps, HEAD_DIM)
-        _store_halves(keys + slot * (KV_HEADS * HEAD_DIM), head, half, inside, low, high, HEAD_DIM)
+        _store_halves(keys + slot * (KV_HEADS * HEAD_DIM), head, half, inside, low, high, HEAD_DIM, BITS)
         low, high = _load_halves(row + (Q_HEADS + KV_HEADS) * HEAD_DIM, head, half, inside, HEAD_DIM)
-        _store_halves(values + slot * (KV_HEADS * HEAD_DIM), head, half, inside, low, high, HEAD_DIM)
+        _store_halves(values + slot * (KV_HEADS * HEAD_DIM), head, half, inside, low, high, HEAD_DIM, BITS)
 
 
 def launch(
@@ -89,11 +94,12 @@ def launch(
         rotary_kv_write,
         (qkv.shape[0], -(-num_q_heads // heads) + -(-kv_heads // heads)),
         dict(
-            qkv=qkv, positions=positions, cos_sin=cos_sin, slots=slots, keys=keys, values=values, q_norm=q_norm,
-            k_norm=k_norm, qkv_stride=qkv.stride(0), eps=float(eps),
+            qkv=qkv, positions=positions, cos_sin=cos_sin, slots=slots, keys=for_launch(keys),
+            values=for_launch(values), q_norm=q_norm, k_norm=k_norm, qkv_stride=qkv.stride(0), eps=float(eps),
         ),
         heads,
         constants=dict(
-            Q_HEADS=num_q_heads, KV_HEADS=kv_heads, HEAD_DIM=head_dim, HEADS=heads, HALF=power_of_two(head_dim // 2)
+            Q_HEADS=num_q_heads, KV_HEADS=kv_heads, HEAD_DIM=head_dim, HEADS=heads, HALF=power_of_two(head_dim // 2),
+            BITS=by_hand(keys),
         ),
     )  # fmt: skip

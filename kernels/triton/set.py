@@ -24,7 +24,7 @@ class TritonKernels:
     """
 
     name = "triton"
-    reads_fp8 = False
+    reads_fp8 = True
 
     def __init__(self) -> None:
         self._gpu = H100  # what the interpreter plays

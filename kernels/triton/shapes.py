@@ -70,7 +70,8 @@ class Case:
 
 def cases(model: Model, gpu: Gpu) -> Iterator[Case]:
     """Every kernel of a step of `model` on `gpu`."""
-    yield from attention_cases(model, gpu)
+    yield from attention_cases(model, gpu, model.dtype)
+    yield from attention_cases(model, gpu, torch.float8_e4m3fn)
     if model in OTHERS:
         return
     rows, dtype = 256, model.dtype
@@ -84,14 +85,16 @@ def cases(model: Model, gpu: Gpu) -> Iterator[Case]:
         ("parts", "whole"), elementwise.argmax_launches(logits, _empty(torch.int64, rows)), strict=True
     ):
         yield Case("argmax", part, launch)
-    yield Case("rotary", "q, k with norm" if model.qk_norm else "q, k", _rotary(model, rows))
+    for family, cache in (("rotary", dtype), ("rotary, e4m3", torch.float8_e4m3fn)):
+        yield Case(family, "q, k with norm" if model.qk_norm else "q, k", _rotary(model, rows, cache))
     yield from _drafting(model)
     for law in ("dense" if model.columns == model.vocabulary else "named", "greedy"):
         yield from _acceptance(model, law)
 
 
-def attention_cases(model: Model, gpu: Gpu) -> Iterator[Case]:
+def attention_cases(model: Model, gpu: Gpu, cache: torch.dtype) -> Iterator[Case]:
     """Decode, verification, draft block and prefill, with and without split keys."""
+    same = cache == model.dtype
     for label, runs, queries, context, causal in (
         ("decode, 1 x 1 over 8k", 1, 1, 8192, True),
         ("decode, 64 x 1", 64, 1, 1024, True),
@@ -103,7 +106,7 @@ def attention_cases(model: Model, gpu: Gpu) -> Iterator[Case]:
         tokens, width = runs * queries, -(-(context + queries) // BLOCK_SIZE)
         heads = model.q_heads + 2 * model.kv_heads
         qkv = _empty(model.dtype, tokens, heads * model.head_dim)
-        keys, values = _on_meta(model.dtype, *[(4096, model.kv_heads, model.head_dim)] * 2)
+        keys, values = _on_meta(cache, *[(4096, model.kv_heads, model.head_dim)] * 2)
         starts, lengths = _empty(torch.int32, runs + 1), _empty(torch.int32, runs)
         out = _empty(model.dtype, tokens, model.q_heads * model.head_dim)
         for launch in attention.launches(
@@ -111,11 +114,15 @@ def attention_cases(model: Model, gpu: Gpu) -> Iterator[Case]:
             model.head_dim**-0.5, causal, model.window, model.softcap, out, gpu,
         ):  # fmt: skip
             chosen = launch.constants
-            if launch.kernel is attention.combine:
-                yield Case("combine", f"{label}, {chosen['SPLITS']} splits", launch)
-            else:
+            if launch.kernel is attention.attend:
                 tile = f"{chosen['ROWS']} x {chosen['KEYS']}"
-                yield Case("attention", f"{label}, tile {tile}, splits {chosen['SPLITS']}", launch)
+                yield Case(
+                    "attention" if same else "attention, e4m3",
+                    f"{label}, tile {tile}, splits {chosen['SPLITS']}",
+                    launch,
+                )
+            elif same:  # it does not see the cache
+                yield Case("combine", f"{label}, {chosen['SPLITS']} splits", launch)
 
 
 def _norm(model: Model, rows: int, residual: bool) -> tuple[Tensor, Tensor | None, Tensor, float, Tensor]:
@@ -123,9 +130,9 @@ def _norm(model: Model, rows: int, residual: bool) -> tuple[Tensor, Tensor | Non
     return x, other if residual else None, _empty(model.dtype, model.hidden), 1e-6, out
 
 
-def _rotary(model: Model, rows: int) -> Launch:
+def _rotary(model: Model, rows: int, cache: torch.dtype) -> Launch:
     qkv = _empty(model.dtype, rows, (model.q_heads + 2 * model.kv_heads) * model.head_dim)
-    keys, values = _on_meta(model.dtype, *[(4096, model.kv_heads, model.head_dim)] * 2)
+    keys, values = _on_meta(cache, *[(4096, model.kv_heads, model.head_dim)] * 2)
     norm = _empty(model.dtype, model.head_dim) if model.qk_norm else None
     table, index = _empty(torch.float32, 4096, model.head_dim), _empty(torch.int32, rows)
     return rotary.launch(qkv, index, table, index, keys, values, model.q_heads, norm, norm, 1e-6)

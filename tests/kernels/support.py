@@ -41,9 +41,16 @@ class Paged:
 
 
 def paged(
-    runs: list[tuple[int, int]], *, groups: int, kv_heads: int, size: int, block: int, dtype: torch.dtype
+    runs: list[tuple[int, int]],
+    *,
+    groups: int,
+    kv_heads: int,
+    size: int,
+    block: int,
+    dtype: torch.dtype,
+    cache: torch.dtype | None = None,
 ) -> Paged:
-    """`runs` are (query tokens, context tokens)."""
+    """`runs` are (query tokens, context tokens); `cache` is the rows' dtype, where it is another than `dtype`."""
     torch.manual_seed(len(runs) + size)
     need = [-(-(q + c) // block) for q, c in runs]
     order = torch.randperm(sum(need) + 3)
@@ -58,8 +65,8 @@ def paged(
     return Paged(
         qkv=torch.randn(tokens, (heads + 2 * kv_heads) * size).to(dtype),
         heads=heads,
-        keys=torch.randn(slots, kv_heads, size).to(dtype),
-        values=torch.randn(slots, kv_heads, size).to(dtype),
+        keys=torch.randn(slots, kv_heads, size).to(cache or dtype),
+        values=torch.randn(slots, kv_heads, size).to(cache or dtype),
         query_start=torch.tensor([0, *torch.tensor([q for q, _ in runs]).cumsum(0).tolist()], dtype=torch.int32),
         context_len=torch.tensor([c for _, c in runs], dtype=torch.int32),
         tables=tables,
