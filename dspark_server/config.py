@@ -113,7 +113,7 @@ class EngineConfig:
     )
     kv_cache_dtype: str = setting(
         "auto",
-        "Type of the KV cache; auto: the model's. fp8 (e4m3) halves it and rounds; no fast kernels take it yet.",
+        "Type of the KV cache; auto: the model's. fp8 (e4m3) halves it and rounds; a GPU's Triton kernels take it.",
         group="Engine",
         choices=CACHE_DTYPES,
     )

@@ -156,9 +156,8 @@ class ReferenceKernels:
                 here = here.scatter(1, place, replaced)
             choice, logits = logits.argmax(-1), logits.where(finite.unsqueeze(1), 0.0)
             if filters is not None:
-                sampled = (~greedy).nonzero().squeeze(1)
-                theirs = Filters(filters.top_k[sampled], filters.top_p[sampled], filters.min_p[sampled])
-                logits[sampled] = self.filter_logits(logits, sampled, inverse_temperature[sampled], theirs)
+                index, positive = torch.arange(rows, device=where), inverse_temperature.masked_fill(greedy, 1.0)
+                logits = logits.where(greedy.unsqueeze(1), self.filter_logits(logits, index, positive, filters))
             law = torch.softmax(logits * scale, dim=-1)
             if uniforms is not None:
                 edges = law.double().cumsum(-1)

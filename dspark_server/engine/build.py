@@ -45,7 +45,9 @@ class Place:
         config.check_device(None if device is None else device.name)
         directory = resolve_model(config.model, revision=config.revision)
         dtype = _dtype(config.dtype, directory)
-        kernels = kernels or choose_kernels(config.attention_backend, device, dtype, config.block_size)
+        kernels = kernels or choose_kernels(
+            config.attention_backend, device, dtype, config.block_size, config.kv_cache_dtype
+        )
         stored = cache_dtype(config.kv_cache_dtype, dtype, kernels, device)
         if device:
             device.check(dtype)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from dspark_kernels import Favour, Kernels
+from dspark_kernels import Favour, Filters, Kernels
 from torch import Tensor
 
 from dspark_server.config import EngineConfig
@@ -94,6 +94,9 @@ class DeviceExecutor:
                 "positions": ((most,), I64),
                 "inverse": ((most,), F32),
                 "uniforms": ((most, wide), F64),
+                "top_k": ((most,), I64),
+                "top_p": ((most,), F32),
+                "min_p": ((most,), F32),
                 "scale": ((most, wide), F32),
                 "weights": ((most, 2), F32),
                 "offsets": ((most, wide), F32),
@@ -143,7 +146,7 @@ class DeviceExecutor:
         """
         table = list(range(-(-tokens // self.pool.block_size)))
         runs = [Run([0] * tokens, 0, table, tokens)]
-        sampling = SamplingBatch.of(position=[1] * requests, key=[0] * requests)
+        sampling = SamplingBatch.of(position=[1] * requests, key=[0] * requests, top_k=[1] * requests)
         if isinstance(self.drafter, DSparkDrafter):
             reach = list(range(-(-(self.gamma + 2) // self.pool.block_size)))
             self.draft([DraftRequest(0, 0, reach)] * requests, sampling, CounterStreams())
@@ -257,6 +260,9 @@ class DeviceExecutor:
                 "positions": [request.position for request in requests],
                 "inverse": inverse,
                 "uniforms": nothing if uniforms is None else uniforms,
+                "top_k": sampling.top_k,
+                "top_p": sampling.top_p,
+                "min_p": sampling.min_p,
                 "scale": calibration.scale(sampling.temperature),
                 "weights": weights,
                 "offsets": offsets,
@@ -284,8 +290,12 @@ class DeviceExecutor:
             favour = None
             if sampler.draft_tokens is None:
                 favour = Favour(asked["copied"], asked["copied"], self._named[:size], asked["bias"], asked["following"])
-            uniforms = asked["uniforms"] if sampled else None
-            drawn, confidence = sampler.whole_block(hidden, base, asked["anchors"], asked["inverse"], uniforms, favour)
+            uniforms = filters = None
+            if sampled:
+                uniforms, filters = asked["uniforms"], Filters(asked["top_k"], asked["top_p"], asked["min_p"])
+            drawn, confidence = sampler.whole_block(
+                hidden, base, asked["anchors"], asked["inverse"], uniforms, favour, filters
+            )
             self._draft_tokens[:size] = drawn.tokens
             self._usable[:size] = drawn.usable
             if confidence is None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
-from dspark_kernels import Kernels
+from dspark_kernels import Filters, Kernels
 from torch import Tensor
 
 from dspark_server.runtime.device import Device
@@ -37,6 +37,9 @@ class DeviceJudge:
                 "greedy": ((most,), BOOL),
                 "coins": ((most, widest), F64),
                 "last": ((most, widest + 1), F64),
+                "top_k": ((most,), I64),
+                "top_p": ((most,), F32),
+                "min_p": ((most,), F32),
             },
         )
 
@@ -104,6 +107,7 @@ class DeviceJudge:
     def _stage(self, noise: Noise, values: Mapping[str, Tensor | Sequence[int]], requests: int) -> Noise:
         """Upload the fields that are used; gives the noise on the device."""
         named = {"greedy": noise.greedy, "inverse": noise.inverse_temperature, "coins": noise.coins, "last": noise.last}
+        named |= {} if noise.filters is None else vars(noise.filters)
         used = {name: value for name, value in named.items() if value is not None}
         unused: dict[str, Tensor | Sequence[int]] = dict.fromkeys(self.staging.host, ())
         self.staging.upload({**unused, **values, **used})
@@ -114,4 +118,8 @@ class DeviceJudge:
                 return None
             return field[:, : value.shape[1]].contiguous() if value.dim() == 2 else field
 
-        return Noise(there("greedy"), there("inverse"), there("coins"), there("last"))
+        filters = None
+        if noise.filters is not None:
+            fields = self.staging.there
+            filters = Filters(*(fields[name][:requests] for name in ("top_k", "top_p", "min_p")))
+        return Noise(there("greedy"), there("inverse"), there("coins"), there("last"), filters)

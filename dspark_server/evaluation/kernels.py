@@ -1,4 +1,4 @@
-"""The Triton kernels against the roofline: `python -m dspark_server.evaluation.kernels [--context 1024]`.
+"""The Triton kernels against the roofline: `python -m dspark_server.evaluation.kernels [--fp8] [--filtered]`.
 
 Prints, for Qwen3-8B on an H100 and steps of 1 to 256 tokens, the least time each kernel's bytes and FLOPs allow, beside
 that of the step's matrix products. Nothing here is measured.
@@ -6,6 +6,7 @@ that of the step's matrix products. Nothing here is measured.
 
 import argparse
 
+import torch
 from dspark_kernels.triton.costs import Cost, step_costs
 from dspark_kernels.triton.launch import H100 as GPU
 from dspark_kernels.triton.shapes import QWEN3_8B as MODEL
@@ -23,8 +24,12 @@ def seconds(cost: Cost) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--context", type=int, default=1024, help="tokens of context of each request")
+    parser.add_argument("--fp8", action="store_true", help="a KV cache of e4m3")
+    parser.add_argument("--filtered", action="store_true", help="every request with top-k and top-p")
     arguments = parser.parse_args()
-    each = [{cost.kernel: cost for cost in step_costs(MODEL, *step, arguments.context, GPU)} for step in STEPS]
+    cache = torch.float8_e4m3fn if arguments.fp8 else None
+    about = (arguments.context, GPU, cache, arguments.filtered)
+    each = [{cost.kernel: cost for cost in step_costs(MODEL, *step, *about)} for step in STEPS]
     print(f"{QWEN3_8B.name} on an {H100.name}, {arguments.context} tokens of context: µs of a step (MB moved; GFLOP)\n")
     print("| B = requests x queries | " + " | ".join(f"{r * q} = {r} x {q}" for r, q in STEPS) + " |")
     print("| --- |" + " --- |" * len(STEPS))

@@ -8,11 +8,13 @@ from dspark_server.errors import ConfigError
 from dspark_server.runtime.device import Device
 
 
-def choose_kernels(attention: str, device: Device | None, dtype: torch.dtype, block_size: int) -> Kernels:
+def choose_kernels(
+    attention: str, device: Device | None, dtype: torch.dtype, block_size: int, cache: str = "auto"
+) -> Kernels:
     """The kernel set of the CPU, or the Triton one of a GPU, there with flash-attn's attention where that is wanted.
 
-    `attention` is "auto", "flash-attn" or "triton". Raises ConfigError for an attention that is not installed, or that
-    takes neither `dtype` nor `block_size`.
+    `attention` is "auto", "flash-attn" or "triton"; `cache` names the KV cache's dtype, fp8 of which auto leaves to
+    Triton. Raises ConfigError for an attention that is not installed, or that takes neither `dtype` nor `block_size`.
     """
     if device is None:
         return dspark_kernels.load()
@@ -27,7 +29,7 @@ def choose_kernels(attention: str, device: Device | None, dtype: torch.dtype, bl
         return kernels
     from dspark_kernels import flash
 
-    if attention == "auto" and (not flash.installed() or dtype == torch.float32):
+    if attention == "auto" and (not flash.installed() or dtype == torch.float32 or cache == "fp8"):
         return kernels
     try:
         return flash.over(kernels, dtype, block_size)

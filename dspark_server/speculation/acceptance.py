@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from dspark_kernels import Kernels
+from dspark_kernels import Filters, Kernels
 from torch import Tensor
 
 from dspark_server.speculation.law import distribution, draw, draw_coupled, permitted, top
@@ -156,13 +156,15 @@ def _stood_greedily(best: Tensor, token: Tensor, drafted: Tensor, lengths: Tenso
 @dataclass(frozen=True)
 class Noise:
     """What `accept_at_once` draws with: greedy [R] bool; inverse_temperature [R] f32, 1 for greedy rows; coins [R, L]
-    and last [R, L + 1] f64. What is None is not needed: greedy if no row is, the others if all are.
+    and last [R, L + 1] f64. What is None is not needed: greedy if no row is, the others if all are, filters if no row
+    may have any.
     """
 
     greedy: Tensor | None
     inverse_temperature: Tensor | None = None
     coins: Tensor | None = None
     last: Tensor | None = None
+    filters: Filters | None = None
 
     @classmethod
     def of(cls, sampling: SamplingBatch, streams: Streams, width: int) -> "Noise":
@@ -176,6 +178,7 @@ class Noise:
             1 / sampling.temperature.masked_fill(sampling.greedy, 1.0),
             streams.uniform(Purpose.COIN, sampling, slots[:-1]),
             streams.uniform(Purpose.RESIDUAL, sampling, slots),
+            sampling.filters(torch.arange(len(sampling))) if sampling.filtered else None,
         )
 
 
@@ -184,7 +187,8 @@ def accept_at_once(
 ) -> Accepted:
     """`accept` for batches that are `SamplingBatch.at_once`, reading nothing on the host.
 
-    logits [N, V] float32: request r owns rows start[r] .. start[r] + lengths[r], both [R] i64; others are not read.
+    logits [N, V] float32: request r owns rows start[r] .. start[r] + lengths[r], both [R] i64, start rising; what
+    stands in other rows does not matter.
     """
     drafted = draft.tokens[draft.row.clamp(min=0)]
     greedy = None
@@ -196,6 +200,8 @@ def accept_at_once(
     if noise.inverse_temperature is None or noise.last is None:
         assert greedy is not None, "a batch has rows of some rule"
         return greedy
+    if noise.filters is not None:
+        logits = _filtered_everywhere(logits, start, noise.inverse_temperature, noise.filters, kernels)
     # The kernel judges all requests, and what it says of the greedy ones is not used: they bring no draft to it, and
     # theirs may have rows and slots that q does not reach (`DraftBlock.alone`).
     row = draft.row.clamp(min=0) if draft.q is None else draft.row.clamp(0, len(draft.q) - 1)
@@ -279,6 +285,16 @@ def _filtered(mine: _Pass, scale: Tensor, kernels: Kernels) -> tuple[Tensor, Ten
     request = torch.repeat_interleave(mine.lengths + 1)
     rows = torch.arange(len(request), device=start.device) + (mine.start - start)[request]
     return kernels.filter_logits(mine.logits, rows, scale[request], mine.sampling.filters(request)), start
+
+
+def _filtered_everywhere(
+    logits: Tensor, start: Tensor, inverse_temperature: Tensor, filters: Filters, kernels: Kernels
+) -> Tensor:
+    """The same rows [N, V], each after the filters of the last request that starts at or before it."""
+    row = torch.arange(len(logits), device=start.device)
+    owner = (torch.searchsorted(start, row, right=True) - 1).clamp(min=0)
+    theirs = Filters(filters.top_k[owner], filters.top_p[owner], filters.min_p[owner])
+    return kernels.filter_logits(logits, row, inverse_temperature[owner], theirs)
 
 
 def residual(p: Tensor, q: Tensor | None, drafted: Tensor, columns: Tensor | None = None) -> Tensor:

@@ -136,8 +136,8 @@ class SamplingBatch:
 
     @property
     def at_once(self) -> bool:
-        """Every row is greedy, or drawn by inverse CDF from the bare softmax: whole blocks can be drawn and judged."""
-        return Rule.COUPLED not in self.traits.rules and not self.controls and (self.all_greedy or not self.filtered)
+        """Every row is greedy, or drawn by inverse CDF under its filters alone: blocks are drawn and judged whole."""
+        return Rule.COUPLED not in self.traits.rules and not self.controls
 
     def to(self, device: torch.device) -> "SamplingBatch":
         """The same with tensors on `device`."""

@@ -189,7 +189,7 @@ class BlockSampler:
         )
 
     def takes_whole_blocks(self, sampling: SamplingBatch) -> bool:
-        """Whether one call of the kernels does it without a look: a vanilla head, nobody's law filtered."""
+        """Whether one call of the kernels does it without a look: a vanilla head, no seeds, nobody's controls."""
         return self.in_one_call and sampling.at_once and not self.keep_logits
 
     def whole_block_noise(self, sampling: SamplingBatch, streams: Streams) -> tuple[Tensor, Tensor | None]:

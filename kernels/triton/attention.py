@@ -227,8 +227,9 @@ def launches(
         (grid if tokens else 0, kv_heads, parts),
         dict(
             queries=qkv, keys=for_launch(keys), values=for_launch(values), out=into, peaks=peaks, masses=masses,
-            query_start=query_start, context_len=context_len, block_tables=block_tables, scale=float(scale), softcap=float(softcap or 0.0),
-            runs=runs, tokens=tokens, query_stride=qkv.stride(0), table_stride=block_tables.stride(0),
+            query_start=query_start, context_len=context_len, block_tables=block_tables, scale=float(scale),
+            softcap=float(softcap or 0.0), runs=runs, tokens=tokens, query_stride=qkv.stride(0),
+            table_stride=block_tables.stride(0),
         ),
         tile.warps,
         tile.stages,

@@ -3,8 +3,9 @@
     python -m dspark_kernels.triton.compile [--targets 80 90 100] [--models Qwen3-8B] [--families attention] [--one]
 
 prints registers a thread, bytes spilled to local memory, shared memory of a block, and occupancy: the share of a
-streaming multiprocessor's warps that fit at once. Keys are split as on an H100 (132 multiprocessors). Exits 1 if a
-kernel spills or does not fit its GPU. Kernels over e4m3 are not compiled for sm_80, which has none ("-"). These are facts of the binary; how fast it is, they do not say.
+streaming multiprocessor's warps that fit at once. Keys are split as on an H100 (132 multiprocessors). Kernels over e4m3
+are not compiled for sm_80, which has none: "-". Exits 1 if a kernel spills or does not fit its GPU. These are facts of
+the binary; how fast it is, they do not say.
 """
 
 import argparse

@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterator
 import torch
 import triton
 import triton.language as tl
-from dspark_kernels.interface import DraftedTokens, Favour
+from dspark_kernels.interface import DraftedTokens, Favour, Filters
 from dspark_kernels.triton import vocabulary
 from dspark_kernels.triton.draw import PART, draw_column, soften
 from dspark_kernels.triton.elementwise import NO_RANK, rank, ranked_column
 from dspark_kernels.triton.favour import favoured_logit
+from dspark_kernels.triton.filter import floor_of
 from dspark_kernels.triton.launch import Launch, power_of_two
 from torch import Tensor
 
@@ -25,7 +26,7 @@ BLOCK = 1024  # columns in a step
 @triton.jit
 def draft(
     base, w1, w2, anchors, names, inverse_temperature, uniforms, favoured, place, named, bias, following,
-    scratch, tokens, law, on, odds, usable,
+    top_k, top_p, min_p, scratch, tokens, law, on, odds, usable,
     SLOTS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, TILE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -73,6 +74,13 @@ def draft(
                 tl.load(logits + spot), total, active, named + at, bias + at, on + at, odds + at, True
             )
 
+        floor = float("-inf")
+        if top_k is not None:
+            if fine & (scale > 0.0):
+                k = tl.load(top_k + row)
+                p = tl.load(top_p + row)
+                floor = floor_of(logits, None, spot, score, scale, k, p, tl.load(min_p + row), COLUMNS, BLOCK)
+
         best = tl.full([], NO_RANK, tl.int64)
         peak = float("-inf")
         mass = 0.0
@@ -83,7 +91,8 @@ def draft(
             if favoured is not None:
                 logit = tl.where(column == spot, score, logit)
             best = tl.maximum(best, tl.max(tl.where(inside, rank(logit, column), NO_RANK), 0))
-            peak, mass = soften(peak, mass, tl.where(fine & inside, logit * scale, float("-inf")))
+            kept = fine & inside & (logit * scale >= floor)
+            peak, mass = soften(peak, mass, tl.where(kept, logit * scale, float("-inf")))
         choice = tl.where(fine, ranked_column(best).to(tl.int32), 0)
 
         if law is not None:
@@ -95,7 +104,8 @@ def draft(
                 logit = tl.load(logits + column, mask=inside, other=float("-inf"))
                 if favoured is not None:
                     logit = tl.where(column == spot, score, logit)
-                chance = tl.where(sampled & inside, tl.exp(logit * scale - peak) / mass, 0.0)
+                kept = sampled & inside & (logit * scale >= floor)
+                chance = tl.where(kept, tl.exp(logit * scale - peak) / mass, 0.0)
                 tl.store(law + at * COLUMNS + column, chance, mask=inside)
                 sum64 += tl.sum(chance.to(tl.float64), 0)
             tl.debug_barrier()  # other threads read this law
@@ -126,6 +136,7 @@ def launches(
     inverse_temperature: Tensor,
     uniforms: Tensor | None,
     favour: Favour | None,
+    filters: Filters | None,
     drawn: DraftedTokens,
 ) -> Iterator[Launch]:
     """The launches of `Kernels.draft_tokens` into `drawn`, whose `usable` is all slots yet.
@@ -138,7 +149,12 @@ def launches(
         named=favour and favour.named.view(torch.uint8), bias=favour and favour.bias,
         following=favour and favour.following.to(torch.int8),
     )  # fmt: skip
-    given = dict(base=base, names=names, inverse_temperature=inverse_temperature, uniforms=uniforms, **suggested)
+    if uniforms is None:  # greedy rows have nothing to filter
+        filters = None
+    bounds = dict(top_k=filters and filters.top_k, top_p=filters and filters.top_p, min_p=filters and filters.min_p)
+    given = dict(
+        base=base, names=names, inverse_temperature=inverse_temperature, uniforms=uniforms, **suggested, **bounds
+    )
     found = dict(
         tokens=drawn.tokens, law=drawn.law, on=drawn.on.view(torch.uint8), odds=drawn.odds, usable=drawn.usable
     )

@@ -9,7 +9,7 @@ import triton
 from dspark_kernels.cpu.build import KernelBuildError
 from dspark_kernels.interface import DraftedTokens, Favour, Filters, LayerParts, PackedLinear
 from dspark_kernels.reference import PlainLinear, ReferenceKernels
-from dspark_kernels.triton import accept, attention, elementwise, rotary, sequential
+from dspark_kernels.triton import accept, attention, elementwise, filter, rotary, sequential
 from dspark_kernels.triton.launch import H100, Gpu
 from torch import Tensor, empty, empty_like
 
@@ -125,14 +125,7 @@ class TritonKernels:
         favour: Favour | None,
         filters: Filters | None = None,
     ) -> DraftedTokens:
-        """Without a look at the device: there is a law where there are `uniforms`, though all rows may be greedy.
-
-        With `filters` it is the plain PyTorch one, which looks: a filtered draft has no kernel yet.
-        """
-        if filters is not None:
-            return ReferenceKernels().draft_tokens(
-                base, anchors, names, head, inverse_temperature, uniforms, favour, filters
-            )
+        """Without a look at the device: there is a law where there are `uniforms`, though all rows may be greedy."""
         rows, slots, _ = base.shape
         device, weights = base.device, None
         if head is not None:
@@ -152,7 +145,7 @@ class TritonKernels:
             return self.linear(x, head[1], torch.float32)
 
         for launch in sequential.launches(
-            base, anchors, names, weights, multiply, inverse_temperature, uniforms, favour, drawn
+            base, anchors, names, weights, multiply, inverse_temperature, uniforms, favour, filters, drawn
         ):
             launch.run()
         return drawn
@@ -180,8 +173,9 @@ class TritonKernels:
         return count, token, failed
 
     def filter_logits(self, logits: Tensor, rows: Tensor, inverse_temperature: Tensor, filters: Filters) -> Tensor:
-        """In plain PyTorch, row by row: no kernel of its own yet."""
-        return ReferenceKernels().filter_logits(logits, rows, inverse_temperature, filters)
+        out = empty((len(rows), logits.shape[1]), dtype=logits.dtype, device=logits.device)
+        filter.launch(logits, rows, inverse_temperature, filters, out).run()
+        return out
 
     def draft_loss(
         self,

@@ -4,8 +4,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from dspark_kernels.interface import DraftedTokens, Favour
-from dspark_kernels.triton import accept, attention, elementwise, rotary, sequential
+from dspark_kernels.interface import DraftedTokens, Favour, Filters
+from dspark_kernels.triton import accept, attention, elementwise, filter, rotary, sequential, vocabulary
 from dspark_kernels.triton.launch import Gpu, Launch
 from torch import Tensor
 
@@ -87,7 +87,11 @@ def cases(model: Model, gpu: Gpu) -> Iterator[Case]:
         yield Case("argmax", part, launch)
     for family, cache in (("rotary", dtype), ("rotary, e4m3", torch.float8_e4m3fn)):
         yield Case(family, "q, k with norm" if model.qk_norm else "q, k", _rotary(model, rows, cache))
-    yield from _drafting(model)
+    yield from _drafting(model, None)
+    of_all, index = _on_meta(torch.float32, (rows,), (rows,)), _empty(torch.int64, rows)
+    filters = Filters(index, *of_all)
+    yield from _drafting(model, filters)
+    yield Case("filter_logits", "", filter.launch(logits, index, of_all[0], filters, torch.empty_like(logits)))
     for law in ("dense" if model.columns == model.vocabulary else "named", "greedy"):
         yield from _acceptance(model, law)
 
@@ -138,8 +142,9 @@ def _rotary(model: Model, rows: int, cache: torch.dtype) -> Launch:
     return rotary.launch(qkv, index, table, index, keys, values, model.q_heads, norm, norm, 1e-6)
 
 
-def _drafting(model: Model) -> Iterator[Case]:
+def _drafting(model: Model, filters: Filters | None) -> Iterator[Case]:
     """The head over the model's own columns, and over so few that whole blocks are one launch."""
+    family = "draft_tokens" if filters is None else "draft_tokens, filtered"
     for columns in sorted({model.columns, 2048}):
         rows, slots = 32, model.gamma
         base = _empty(torch.float32, rows, slots, columns)
@@ -161,10 +166,11 @@ def _drafting(model: Model) -> Iterator[Case]:
         seen: set[object] = set()
         for launch in sequential.launches(
             base, drawn.usable, names, (w1, w2), multiply,
-            _empty(torch.float32, rows), _empty(torch.float64, rows, slots), favour, drawn,
+            _empty(torch.float32, rows), _empty(torch.float64, rows, slots), favour, filters, drawn,
         ):  # fmt: skip
-            if launch.kernel not in seen:  # the slots of a block are alike
-                yield Case("draft_tokens", f"{launch.kernel.__name__}, {columns} columns", launch)
+            alike = filters is not None and launch.kernel in (vocabulary.slot_parts, vocabulary.slot_pick)
+            if launch.kernel not in seen and not alike:  # the slots of a block are alike
+                yield Case(family, f"{launch.kernel.__name__}, {columns} columns", launch)
             seen.add(launch.kernel)
 
 

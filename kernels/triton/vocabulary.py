@@ -2,7 +2,7 @@
 
 Each row is cut into parts, a program for each: the first launch leaves their softmaxes, the second writes the law and
 its mass part by part, the third draws. The favoured column is left out of the first and joins in the others, as its
-logit is not known before the row's log-sum-exp is.
+logit is not known before the row's log-sum-exp is. With filters there is one launch more, for the row's floor.
 """
 
 from collections.abc import Iterator, Mapping
@@ -11,9 +11,11 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from dspark_kernels.triton import filter
 from dspark_kernels.triton.draw import PART, draw_column, draw_part, merge, soften
 from dspark_kernels.triton.elementwise import NO_RANK, rank, ranked_column
 from dspark_kernels.triton.favour import favoured_logit
+from dspark_kernels.triton.filter import floor_of
 from dspark_kernels.triton.launch import Launch, power_of_two
 from torch import Tensor
 
@@ -102,10 +104,55 @@ def _whole(
     return peak, (broken == 0) & (top > float("-inf")), spot, score
 
 
+@triton.jit
+def _total(peaks, scaled_masses, row, scale, score, top, PARTS: tl.constexpr, PARTS_BLOCK: tl.constexpr):
+    """The sum of exp(logit * scale - top) over the row, the favoured column with its `score` included."""
+    every = tl.arange(0, PARTS_BLOCK)
+    part_peaks = tl.load(peaks + row * PARTS + every, mask=every < PARTS, other=float("-inf"))
+    part_masses = tl.load(scaled_masses + row * PARTS + every, mask=every < PARTS, other=0.0)
+    total = tl.sum(tl.where(part_masses > 0.0, part_masses * tl.exp(part_peaks * scale - top), 0.0), 0)
+    return total + tl.where(score > float("-inf"), tl.exp(score * scale - top), 0.0)
+
+
+@triton.jit(do_not_specialize=["slot"])
+def slot_floor(
+    base, correction, inverse_temperature, place, named, bias, following, on, odds, peaks, masses, scaled_masses,
+    top_k, top_p, min_p, floors, totals, slot,
+    SLOTS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr, PARTS_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Grid (R): the least of a sampled row's logits / T that its filters leave, and the sum of exp(logit / T - peak)
+    over what they leave: floors, totals [R] float32.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    at = row * SLOTS + slot
+    scale = tl.load(inverse_temperature + row)
+    peak, fine, spot, score = _whole(
+        base, correction, place, named, bias, following, on, odds, peaks, masses, row, at, COLUMNS, PARTS, PARTS_BLOCK,
+        False,
+    )  # fmt: skip
+    if fine & (scale > 0.0):
+        logits = base + at * COLUMNS
+        if correction is not None:
+            correction += row * COLUMNS
+        k = tl.load(top_k + row)
+        p = tl.load(top_p + row)
+        floor = floor_of(logits, correction, spot, score, scale, k, p, tl.load(min_p + row), COLUMNS, BLOCK)
+        top = tl.maximum(peak, score) * scale
+        total = _total(peaks, scaled_masses, row, scale, score, top, PARTS, PARTS_BLOCK)
+        if floor > float("-inf"):
+            total = 0.0
+            for start in range(0, COLUMNS, BLOCK):
+                column = start + tl.arange(0, BLOCK)
+                logit = tl.where(column == spot, score, _logits(logits, correction, column, COLUMNS))
+                total += tl.sum(tl.where(logit * scale >= floor, tl.exp(logit * scale - top), 0.0), 0)
+        tl.store(floors + row, floor)
+        tl.store(totals + row, total)
+
+
 @triton.jit(do_not_specialize=["slot"])
 def slot_law(
     base, correction, inverse_temperature, place, named, bias, following, on, odds, law, peaks, masses, scaled_masses,
-    law_masses, slot,
+    law_masses, floors, totals, slot,
     SLOTS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr, PARTS_BLOCK: tl.constexpr, PART: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -119,12 +166,13 @@ def slot_law(
         False,
     )  # fmt: skip
     sampled = fine & (scale > 0.0)
-    every = tl.arange(0, PARTS_BLOCK)
-    part_peaks = tl.load(peaks + row * PARTS + every, mask=every < PARTS, other=float("-inf"))
-    part_masses = tl.load(scaled_masses + row * PARTS + every, mask=every < PARTS, other=0.0)
     top = tl.maximum(peak, score) * scale
-    total = tl.sum(tl.where(part_masses > 0.0, part_masses * tl.exp(part_peaks * scale - top), 0.0), 0)
-    total += tl.where(score > float("-inf"), tl.exp(score * scale - top), 0.0)
+    floor = float("-inf")
+    if floors is not None:
+        floor = tl.load(floors + row)
+        total = tl.load(totals + row)
+    else:
+        total = _total(peaks, scaled_masses, row, scale, score, top, PARTS, PARTS_BLOCK)
     if correction is not None:
         correction += row * COLUMNS
     end = tl.minimum(part * PART + PART, COLUMNS)
@@ -133,7 +181,8 @@ def slot_law(
         column = start + tl.arange(0, BLOCK)
         logit = _logits(base + at * COLUMNS, correction, column, end)
         logit = tl.where(column == spot, score, logit)
-        chance = tl.where(sampled & (column < end), tl.exp(logit * scale - top) / total, 0.0)
+        kept = sampled & (column < end) & (logit * scale >= floor)
+        chance = tl.where(kept, tl.exp(logit * scale - top) / total, 0.0)
         tl.store(law + at * COLUMNS + column, chance, mask=column < end)
         mass += tl.sum(chance.to(tl.float64), 0)
     tl.store(law_masses + row * PARTS + part, mass)
@@ -188,17 +237,26 @@ def launches(
     peaks, masses, scaled_masses = base.new_empty(3, rows, parts)
     ranks = base.new_empty(rows, parts, dtype=torch.int64)
     law_masses = base.new_empty(rows, parts, dtype=torch.float64)
+    floors = totals = None
+    if given["top_k"] is not None:
+        floors, totals = base.new_empty(2, rows)
     arguments = dict(
         **given, **found, correction=correction, peaks=peaks, masses=masses, scaled_masses=scaled_masses, ranks=ranks,
-        law_masses=law_masses, slot=slot,
+        law_masses=law_masses, floors=floors, totals=totals, slot=slot,
     )  # fmt: skip
     constants = dict(SLOTS=slots, COLUMNS=columns, PARTS=parts, PART=part, BLOCK=min(part, BLOCK))
 
-    def launch(kernel: Any, grid: tuple[int, ...], **more: int) -> Launch:
-        wanted = {name: value for name, value in arguments.items() if name in kernel.arg_names}
-        return Launch(kernel, grid, wanted, constants=constants | more)
+    def launch(kernel: Any, grid: tuple[int, ...], warps: int = 4, **more: int) -> Launch:
+        wanted, cut = (
+            {name: value for name, value in each.items() if name in kernel.arg_names}
+            for each in (arguments, constants | more)
+        )
+        return Launch(kernel, grid, wanted, warps, constants=cut)
 
     yield launch(slot_parts, (rows, parts))
+    if floors is not None:
+        block = min(power_of_two(columns), filter.BLOCK)
+        yield launch(slot_floor, (rows,), filter.WARPS, PARTS_BLOCK=power_of_two(parts), BLOCK=block)
     if found["law"] is not None:
         yield launch(slot_law, (rows, parts), PARTS_BLOCK=power_of_two(parts))
     yield launch(slot_pick, (rows,), PARTS_BLOCK=power_of_two(parts))

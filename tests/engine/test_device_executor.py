@@ -111,6 +111,8 @@ def sampled(temperature: float = 0.9, max_tokens: int = 12, **params: Any) -> Sa
 
 
 AT_ONCE = [greedy(14), sampled(), greedy(9), sampled(0.5), greedy(12), sampled(1.3)]
+FILTERED = [sampled(top_p=0.7), greedy(14), sampled(top_k=5), sampled(0.8, top_k=40, top_p=0.9, min_p=0.02),
+            sampled(), sampled(1.3, min_p=0.1)]  # fmt: skip
 SLOT_BY_SLOT = [seeded(3, 10), sampled(top_p=0.7), greedy(8), sampled(top_k=5, min_p=0.05),
                 sampled(logit_bias=((7, 4.0),), frequency_penalty=0.5), seeded(3, 9)]  # fmt: skip
 
@@ -138,6 +140,17 @@ def test_the_same_tokens_and_so_many_waits(selection: str) -> None:
         assert steps < device.syncs <= 2 * steps
     assert executor_of(core).passes.replays > 0
     assert executor_of(core).drafts.replays > 0
+
+
+@pytest.mark.parametrize("selection", ["lagged", "fixed"])
+def test_filters_cost_no_wait(selection: str) -> None:
+    core, device = both(generate(FILTERED), selection)
+    assert core.loop.stats.accepted_tokens > 0
+    assert device.surprises == []
+    assert device.syncs <= core.loop.stats.steps * (1 if selection == "lagged" else 2)
+    assert executor_of(core).drafts.replays > 0
+    bare = [sampled(params.temperature, params.max_tokens) for params in FILTERED]
+    assert generate(FILTERED)(load(None)[0]) != generate(bare)(load(None)[0]), "the filters do not matter here"
 
 
 def test_copies_of_the_context_beside_the_drafters_blocks() -> None:
@@ -204,9 +217,10 @@ def test_padding_never_reaches_a_row_that_is_read() -> None:
 
 
 # They come and go, so that every input changes from step to step; and their prompts repeat themselves.
-STALE = [sampled(0.05, 14), sampled(0.7, 14), greedy(3), sampled(0.5, 12), sampled(0.1, 12), sampled(0.9, 10)]
+STALE = [sampled(0.05, 14), sampled(0.7, 14, top_k=3), greedy(3), sampled(0.5, 12), sampled(0.1, 12),
+         sampled(0.9, 10, top_p=0.6), sampled(1.5, 9, min_p=0.2), sampled(1.2, 7, top_k=2)]  # fmt: skip
 STALE_PROMPTS = [
-    prompt * (1 + 2 * (index != 2)) for index, prompt in enumerate(prompts(6, shortest=4, longest=8, seed=3))
+    prompt * (1 + 2 * (index != 2)) for index, prompt in enumerate(prompts(len(STALE), shortest=4, longest=8, seed=3))
 ]
 
 
@@ -256,13 +270,13 @@ def without_confidence(directory: Path) -> Path:
 
 
 # Under lagged the device knows by itself what the host tells it under causal; a confidence head, what requests record.
-ASKED = ("requests", "anchors", "positions", "inverse", "uniforms", "scale", "weights", "offsets", "copied", "bias",
-         "following", "tables")  # fmt: skip
+ASKED = ("requests", "anchors", "positions", "inverse", "uniforms", "top_k", "top_p", "min_p", "scale", "weights",
+         "offsets", "copied", "bias", "following", "tables")  # fmt: skip
 RUNS = ("tokens", "count", "context", "rows", "draft_row", "keep", "limits", "tables")
 INPUTS = (
     [("lagged", "asked", name) for name in ASKED]
     + [("lagged", "runs", name) for name in RUNS]
-    + [("lagged", "judge", name) for name in ("run", "inverse", "greedy", "coins", "last")]
+    + [("lagged", "judge", name) for name in ("run", "inverse", "greedy", "coins", "last", "top_k", "top_p", "min_p")]
     + [("causal", "judge", name) for name in ("start", "lengths", "row", "tokens")]
     + [("unsure", "runs", "recorded")]
 )

@@ -26,6 +26,11 @@ def filtered(kernels: object, logits: Tensor, rows: Tensor, scale: Tensor, filte
     ties=st.booleans(),
 )
 def test_what_is_left_is_what_the_plain_filters_leave(seed: int, vocabulary: int, spread: float, ties: bool) -> None:
+    agree(NATIVE, *case(seed, vocabulary, spread, ties))
+
+
+def case(seed: int, vocabulary: int, spread: float, ties: bool) -> tuple[Tensor, Tensor, Tensor, Filters]:
+    """Logits, some of them without anything, or with NaN or +inf; rows of them, inverse temperatures and filters."""
     noise = torch.Generator().manual_seed(seed)
     logits = torch.randn(9, vocabulary, generator=noise) * spread
     if ties:
@@ -40,8 +45,13 @@ def test_what_is_left_is_what_the_plain_filters_leave(seed: int, vocabulary: int
         torch.where(torch.rand(12, generator=noise) < 0.5, torch.rand(12, generator=noise).clamp(min=1e-6), 1.0),
         torch.where(torch.rand(12, generator=noise) < 0.3, torch.rand(12, generator=noise), 0.0),
     )
-    ours, plain = (filtered(kernels, logits, rows, scale, filters) for kernels in (NATIVE, REFERENCE))
-    for i in range(12):
+    return logits, rows, scale, filters
+
+
+def agree(kernels: object, logits: Tensor, rows: Tensor, scale: Tensor, filters: Filters) -> None:
+    """The kernels leave what the plain ones leave."""
+    ours, plain = (filtered(each, logits, rows, scale, filters) for each in (kernels, REFERENCE))
+    for i in range(len(rows)):
         a, b = ours[i], plain[i]
         if bool((logits[rows[i]] < math.inf).all()):
             kept = a > -math.inf
@@ -63,6 +73,10 @@ def _at_the_edge(p: Tensor, kept: Tensor, differ: Tensor, filters: Filters, row:
 
 @pytest.mark.parametrize("kernels", [NATIVE, REFERENCE], ids=["native", "reference"])
 def test_edges(kernels: object) -> None:
+    check_edges(kernels)
+
+
+def check_edges(kernels: object) -> None:
     """Ties at an edge stay, the best token always does, and each filter sees what the ones before it left."""
     logits = torch.tensor([[0.4, 0.1, 0.2, 0.1, 0.2]]).log()
 

@@ -27,12 +27,16 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> list[list[str]]:
 
 def test_every_family_compiles_for_every_target_without_spills(table: list[list[str]]) -> None:
     families = {"attention", "combine", "norm", "silu_mul", "argmax", "rotary", "draft_tokens", "accept_by_ratio"}
+    over_fp8 = {"attention, e4m3", "rotary, e4m3"}
+    families |= over_fp8 | {"draft_tokens, filtered", "filter_logits"}
     assert {row[1] for row in table} == families
     for row in table:
         registers, spilled = row[4].split(" / "), row[5].split(" / ")
-        assert len(registers) == len(TARGETS)
+        assert len(registers) == len(spilled) == len(TARGETS)
+        if row[1] in over_fp8:
+            assert registers.pop(0) == spilled.pop(0) == "-", "sm_80 has no e4m3"
         assert all(0 < int(count) <= 255 for count in registers)
-        assert spilled == ["0", "0", "0"]
+        assert set(spilled) == {"0"}
 
 
 def test_occupancy_is_what_registers_and_shared_memory_leave() -> None:

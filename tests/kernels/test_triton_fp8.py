@@ -66,7 +66,7 @@ def test_ragged_attention(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_code_is_read_as_the_number_it_is(dtype: torch.dtype) -> None:
-    """A query that sees one key gives its value back; a NaN among the values is seen, and reaches its own column only."""
+    """A query that sees one key gives its value back; a NaN among the values reaches its own column only."""
     case = paged([(1, 0)], groups=1, kv_heads=1, size=256, block=1, dtype=dtype, cache=E4M3)
     case.values.view(torch.uint8)[:] = torch.arange(256, dtype=torch.uint8)
     expected = torch.arange(256, dtype=torch.uint8).view(E4M3).to(dtype).unsqueeze(0)

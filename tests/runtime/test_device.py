@@ -43,6 +43,23 @@ def test_the_cache_is_in_the_models_type_or_fp8() -> None:
             cache_dtype("fp8", torch.bfloat16, native, None)
 
 
+def test_fp8_is_for_a_gpu_that_has_it_and_for_tritons_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    triton, bfloat16 = load_kernels("triton"), torch.bfloat16
+    gpu = object.__new__(CudaDevice)
+    monkeypatch.setattr(CudaDevice, "where", torch.device("cuda", 0), raising=False)
+    for capability, allowed in (((8, 0), False), ((8, 6), False), ((8, 9), True), ((9, 0), True), ((12, 0), True)):
+        monkeypatch.setattr("torch.cuda.get_device_capability", lambda _, capability=capability: capability)
+        if allowed:
+            assert cache_dtype("fp8", bfloat16, triton, gpu) == torch.float8_e4m3fn
+        else:
+            with pytest.raises(ConfigError, match=r"needs compute capability 8\.9, this GPU has 8\.[06]: leave it"):
+                cache_dtype("fp8", bfloat16, triton, gpu)
+    monkeypatch.setattr("dspark_kernels.flash.installed", lambda: True)
+    assert choose_kernels("auto", TwinDevice(), bfloat16, 256, "fp8").name == "triton"
+    with pytest.raises(ConfigError, match="flash-attn does not load"):
+        choose_kernels("auto", TwinDevice(), bfloat16, 256, "auto")
+
+
 def test_fp8_rows_are_rounded_and_clamped_never_nan() -> None:
     cache = torch.zeros(4, 1, 4, dtype=torch.float8_e4m3fn)
     rows = torch.tensor([[[1.0, -1.06, 449.0, -1e9]], [[0.0019, 2**-9, 17.0, 448.0]]])

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
 import torch
-from dspark_kernels import ReferenceKernels
+from dspark_kernels import Filters, ReferenceKernels
 from dspark_kernels.reference import read_rows
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -261,6 +261,22 @@ class TwinKernels(ReferenceKernels):
         seen = read_rows(values, slots).masked_fill(hidden[:, :, None, None], 0.0)
         out = torch.einsum("qhgk,qkhd->qhgd", weights, seen).flatten(1)
         return out.masked_fill((index >= query_start[-1]).unsqueeze(1), float("nan")).to(qkv.dtype)
+
+    def filter_logits(self, logits: Tensor, rows: Tensor, inverse_temperature: Tensor, filters: Filters) -> Tensor:
+        out = logits[rows]
+        scaled = out * inverse_temperature.unsqueeze(1)
+        ordered = scaled.sort(-1, descending=True).values
+        off = torch.full_like(inverse_temperature, -torch.inf)
+        place = filters.top_k.clamp(1, out.shape[1]) - 1
+        kth = ordered.gather(1, place.unsqueeze(1)).squeeze(1)
+        floor = torch.maximum(ordered[:, 0] + filters.min_p.log(), torch.where(filters.top_k > 0, kth, off))
+        law = torch.softmax(ordered.masked_fill(ordered < floor.unsqueeze(1), -torch.inf).double(), -1)
+        inside = law.cumsum(-1) - law < filters.top_p.double().unsqueeze(1)
+        last = (inside.sum(1, keepdim=True) - 1).clamp(min=0)
+        nucleus = torch.maximum(floor, ordered.gather(1, last).squeeze(1))
+        floor = torch.where(filters.top_p < 1, nucleus, floor)
+        fine = (out < torch.inf).all(-1, keepdim=True)
+        return out.masked_fill(fine & (scaled < floor.unsqueeze(1)), -torch.inf)
 
     def accept_by_ratio(
         self,
