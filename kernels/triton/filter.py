@@ -1,9 +1,9 @@
 """Top-k, top-p and min-p as a floor under a row's logits: what is below it is left out, ties at it stay.
 
 Top-k and top-p ask for the same: the greatest value of the row at which enough of it is reached, k tokens or the share
-top_p of the mass. It is found by bisection between values, a pass over the row for each, and every pass ends on values
-that stand there: gaps are skipped, ties end it, and the floor is exact. A program takes a row and reads it some 10
-to 20 times for a filter, all but the first from the L2 cache as long as the rows at work fit there.
+top_p of the mass. It is found by bisection between values. Every step ends on values that stand in the row: gaps are
+skipped, ties end it, and the floor is exact. A program takes a row; once what may still be the floor fits into a block,
+it leaves that in scratch memory and goes on in registers, so the row itself is read some 10 times.
 """
 
 import triton
@@ -12,7 +12,7 @@ from dspark_kernels.interface import Filters
 from dspark_kernels.triton.launch import Launch, power_of_two
 from torch import Tensor
 
-BLOCK = 8192  # columns in a step
+BLOCK = 4096  # columns in a step
 WARPS = 16
 
 
@@ -26,44 +26,81 @@ def _scaled(base, correction, spot, score, scale, column, COLUMNS: tl.constexpr)
 
 
 @triton.jit
+def _beyond(value, middle, low, high, peak, MASS: tl.constexpr):
+    """Of values [BLOCK]: how much and how many are above `middle`, the least of those, the greatest of the others.
+
+    A value weighs 1, or exp(value - peak) with MASS; the last two are no further apart than `low` and `high`.
+    """
+    over = value > middle
+    count = tl.sum(over.to(tl.int32), 0)
+    weight = count.to(tl.float64)
+    if MASS:
+        weight = tl.sum(tl.where(over, tl.exp(value - peak), 0.0), 0).to(tl.float64)
+    others = tl.where(over, low, tl.maximum(value, low))
+    return weight, count, tl.min(tl.where(over, value, high), 0), tl.max(others, 0)
+
+
+@triton.jit
+def _middle(low, high):
+    """Between them, below `high`."""
+    middle = 0.5 * low + 0.5 * high
+    return tl.where((middle >= low) & (middle < high), middle, low)
+
+
+@triton.jit
 def _greatest(
-    base, correction, spot, score, scale, low, peak, wanted,
+    base, correction, spot, score, scale, few, low, peak, count, wanted,
     MASS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The greatest v of the row's values, `low` to `peak`, such that those from v on weigh `wanted` (float64).
 
-    A value weighs 1, or exp(value - peak) with MASS. Those from `low` on are taken to weigh enough.
+    The `count` values from `low` on are taken to weigh enough. few [BLOCK] is scratch; the weights are `_beyond`'s.
     """
     high = peak
-    while low < high:
-        middle = 0.5 * low + 0.5 * high
-        middle = tl.where((middle >= low) & (middle < high), middle, low)
+    while (low < high) & (count > BLOCK):
+        middle = _middle(low, high)
         weight = tl.zeros([], tl.float64)
+        many = 0
         above = high
         below = low
         for first in range(0, COLUMNS, BLOCK):
             value = _scaled(base, correction, spot, score, scale, first + tl.arange(0, BLOCK), COLUMNS)
-            beyond = value > middle
-            share = tl.where(beyond, 1.0, 0.0)
-            if MASS:
-                share = tl.where(beyond, tl.exp(value - peak), 0.0)
-            weight += tl.sum(share, 0).to(tl.float64)
-            above = tl.minimum(above, tl.min(tl.where(beyond, value, high), 0))
-            below = tl.maximum(below, tl.max(tl.where(beyond, low, value), 0))
+            more, number, least, greatest = _beyond(value, middle, low, high, peak, MASS)
+            weight += more
+            many += number
+            above = tl.minimum(above, least)
+            below = tl.maximum(below, greatest)
         enough = weight >= wanted
         low = tl.where(enough, above, low)
         high = tl.where(enough, high, below)
+        count = tl.where(enough, many, count)
+    if low < high:
+        tl.debug_barrier()  # `few` may have been read
+        left = 0
+        for first in range(0, COLUMNS, BLOCK):
+            value = _scaled(base, correction, spot, score, scale, first + tl.arange(0, BLOCK), COLUMNS)
+            stays = value >= low
+            tl.store(few + left + tl.cumsum(stays.to(tl.int32), 0) - 1, value, mask=stays)
+            left += tl.sum(stays.to(tl.int32), 0)
+        tl.debug_barrier()  # other threads read these values
+        place = tl.arange(0, BLOCK)
+        value = tl.load(few + place, mask=place < left, other=float("-inf"))
+        while low < high:
+            weight, many, above, below = _beyond(value, _middle(low, high), low, high, peak, MASS)
+            low = tl.where(weight >= wanted, above, low)
+            high = tl.where(weight >= wanted, high, below)
     return low
 
 
 @triton.jit
 def floor_of(
-    base, correction, spot, score, scale, top_k, top_p, min_p, COLUMNS: tl.constexpr, BLOCK: tl.constexpr
+    base, correction, spot, score, scale, few, top_k, top_p, min_p, COLUMNS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """The least of a row's scaled logits that its filters leave; -inf for a row with NaN or +inf, or only -inf.
 
     base [COLUMNS] float32, plus correction [COLUMNS] if there is one, but for the column `spot` (-1: none), which has
-    the logit `score`. Each filter sees what the ones before it left: min_p (0: off), top_k (0: off), top_p (1: off).
+    the logit `score`; few [BLOCK] float32 is scratch. Each filter sees what the ones before it left: min_p (0: off),
+    top_k (0: off), top_p (1: off).
     """
     floor = float("-inf")
     wanted = (min_p > 0.0) | ((top_k > 0) & (top_k < COLUMNS)) | (top_p < 1.0)
@@ -83,33 +120,40 @@ def floor_of(
             if min_p > 0.0:
                 floor = peak + tl.log(min_p)
             if (top_k > 0) & (top_k <= count):
-                enough = top_k.to(tl.float64)
-                kth = _greatest(base, correction, spot, score, scale, least, peak, enough, False, COLUMNS, BLOCK)
+                kth = _greatest(
+                    base, correction, spot, score, scale, few, least, peak, count, top_k.to(tl.float64), False,
+                    COLUMNS, BLOCK,
+                )  # fmt: skip
                 floor = tl.maximum(floor, kth)
             if top_p < 1.0:
                 mass = tl.zeros([], tl.float64)
                 low = peak
+                count = 0
                 for first in range(0, COLUMNS, BLOCK):
                     value = _scaled(base, correction, spot, score, scale, first + tl.arange(0, BLOCK), COLUMNS)
                     share = tl.where(value >= floor, tl.exp(value - peak), 0.0)
                     low = tl.minimum(low, tl.min(tl.where(share > 0.0, value, peak), 0))
                     mass += tl.sum(share, 0).to(tl.float64)
-                enough = top_p.to(tl.float64) * mass
-                floor = _greatest(base, correction, spot, score, scale, low, peak, enough, True, COLUMNS, BLOCK)
+                    count += tl.sum((share > 0.0).to(tl.int32), 0)
+                floor = _greatest(
+                    base, correction, spot, score, scale, few, low, peak, count, top_p.to(tl.float64) * mass, True,
+                    COLUMNS, BLOCK,
+                )  # fmt: skip
     return floor
 
 
 @triton.jit
 def filter_logits(
-    logits, rows, inverse_temperature, top_k, top_p, min_p, out, VOCABULARY: tl.constexpr, BLOCK: tl.constexpr
+    logits, rows, inverse_temperature, few, top_k, top_p, min_p, out, VOCABULARY: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Grid (n): out [n, VOCABULARY], rows of logits with -inf where a filter leaves a token out."""
+    """Grid (n): out [n, VOCABULARY], rows of logits with -inf where a filter leaves a token out; few [n, BLOCK]."""
     row = tl.program_id(0).to(tl.int64)
     base = logits + tl.load(rows + row) * VOCABULARY
     scale = tl.load(inverse_temperature + row)
     floor = floor_of(
-        base, None, -1, 0.0, scale, tl.load(top_k + row), tl.load(top_p + row), tl.load(min_p + row), VOCABULARY, BLOCK
-    )
+        base, None, -1, 0.0, scale, few + row * BLOCK, tl.load(top_k + row), tl.load(top_p + row), tl.load(min_p + row),
+        VOCABULARY, BLOCK,
+    )  # fmt: skip
     for first in range(0, VOCABULARY, BLOCK):
         column = first + tl.arange(0, BLOCK)
         logit = tl.load(base + column, mask=column < VOCABULARY, other=0.0)
@@ -120,13 +164,14 @@ def filter_logits(
 def launch(logits: Tensor, rows: Tensor, inverse_temperature: Tensor, filters: Filters, out: Tensor) -> Launch:
     """`Kernels.filter_logits` into out [n, V]."""
     vocabulary = logits.shape[1]
+    block = min(power_of_two(vocabulary), BLOCK)
     return Launch(
         filter_logits,
         (len(rows),),
         dict(
-            logits=logits, rows=rows, inverse_temperature=inverse_temperature, top_k=filters.top_k,
-            top_p=filters.top_p, min_p=filters.min_p, out=out,
+            logits=logits, rows=rows, inverse_temperature=inverse_temperature, few=out.new_empty(len(rows), block),
+            top_k=filters.top_k, top_p=filters.top_p, min_p=filters.min_p, out=out,
         ),
         WARPS,
-        constants=dict(VOCABULARY=vocabulary, BLOCK=min(power_of_two(vocabulary), BLOCK)),
+        constants=dict(VOCABULARY=vocabulary, BLOCK=block),
     )  # fmt: skip

@@ -26,11 +26,13 @@ BLOCK = 1024  # columns in a step
 @triton.jit
 def draft(
     base, w1, w2, anchors, names, inverse_temperature, uniforms, favoured, place, named, bias, following,
-    top_k, top_p, min_p, scratch, tokens, law, on, odds, usable,
+    top_k, top_p, min_p, few, scratch, tokens, law, on, odds, usable,
     SLOTS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, TILE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Grid (R). `scratch` [R, COLUMNS] float32 holds a slot's logits; the rest as in `Kernels.draft_tokens`."""
+    """Grid (R). `scratch` [R, COLUMNS] float32 holds a slot's logits, few [R, BLOCK] is `floor_of`'s; the rest as in
+    `Kernels.draft_tokens`.
+    """
     row = tl.program_id(0).to(tl.int64)
     scale = tl.load(inverse_temperature + row)
     logits = scratch + row * COLUMNS
@@ -79,7 +81,8 @@ def draft(
             if fine & (scale > 0.0):
                 k = tl.load(top_k + row)
                 p = tl.load(top_p + row)
-                floor = floor_of(logits, None, spot, score, scale, k, p, tl.load(min_p + row), COLUMNS, BLOCK)
+                least = tl.load(min_p + row)
+                floor = floor_of(logits, None, spot, score, scale, few + row * BLOCK, k, p, least, COLUMNS, BLOCK)
 
         best = tl.full([], NO_RANK, tl.int64)
         peak = float("-inf")
@@ -170,7 +173,10 @@ def launches(
     yield Launch(
         draft,
         (rows,),
-        dict(**given, **found, w1=w1, w2=w2, anchors=anchors, scratch=base.new_empty(rows, columns)),
+        dict(
+            **given, **found, w1=w1, w2=w2, anchors=anchors, scratch=base.new_empty(rows, columns),
+            few=filters and base.new_empty(rows, block),
+        ),
         8,
         constants=dict(
             SLOTS=slots, COLUMNS=columns, RANK=rank_size, RANK_BLOCK=max(power_of_two(rank_size), 1),

@@ -117,11 +117,11 @@ def _total(peaks, scaled_masses, row, scale, score, top, PARTS: tl.constexpr, PA
 @triton.jit(do_not_specialize=["slot"])
 def slot_floor(
     base, correction, inverse_temperature, place, named, bias, following, on, odds, peaks, masses, scaled_masses,
-    top_k, top_p, min_p, floors, totals, slot,
+    few, top_k, top_p, min_p, floors, totals, slot,
     SLOTS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr, PARTS_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Grid (R): the least of a sampled row's logits / T that its filters leave, and the sum of exp(logit / T - peak)
-    over what they leave: floors, totals [R] float32.
+    over what they leave: floors, totals [R] float32. few [R, BLOCK] is scratch.
     """
     row = tl.program_id(0).to(tl.int64)
     at = row * SLOTS + slot
@@ -136,7 +136,9 @@ def slot_floor(
             correction += row * COLUMNS
         k = tl.load(top_k + row)
         p = tl.load(top_p + row)
-        floor = floor_of(logits, correction, spot, score, scale, k, p, tl.load(min_p + row), COLUMNS, BLOCK)
+        floor = floor_of(
+            logits, correction, spot, score, scale, few + row * BLOCK, k, p, tl.load(min_p + row), COLUMNS, BLOCK
+        )
         top = tl.maximum(peak, score) * scale
         total = _total(peaks, scaled_masses, row, scale, score, top, PARTS, PARTS_BLOCK)
         if floor > float("-inf"):
@@ -237,12 +239,14 @@ def launches(
     peaks, masses, scaled_masses = base.new_empty(3, rows, parts)
     ranks = base.new_empty(rows, parts, dtype=torch.int64)
     law_masses = base.new_empty(rows, parts, dtype=torch.float64)
-    floors = totals = None
+    block = min(power_of_two(columns), filter.BLOCK)
+    few = floors = totals = None
     if given["top_k"] is not None:
+        few = base.new_empty(rows, block)
         floors, totals = base.new_empty(2, rows)
     arguments = dict(
         **given, **found, correction=correction, peaks=peaks, masses=masses, scaled_masses=scaled_masses, ranks=ranks,
-        law_masses=law_masses, floors=floors, totals=totals, slot=slot,
+        law_masses=law_masses, few=few, floors=floors, totals=totals, slot=slot,
     )  # fmt: skip
     constants = dict(SLOTS=slots, COLUMNS=columns, PARTS=parts, PART=part, BLOCK=min(part, BLOCK))
 
@@ -255,7 +259,6 @@ def launches(
 
     yield launch(slot_parts, (rows, parts))
     if floors is not None:
-        block = min(power_of_two(columns), filter.BLOCK)
         yield launch(slot_floor, (rows,), filter.WARPS, PARTS_BLOCK=power_of_two(parts), BLOCK=block)
     if found["law"] is not None:
         yield launch(slot_law, (rows, parts), PARTS_BLOCK=power_of_two(parts))
