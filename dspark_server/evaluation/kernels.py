@@ -28,8 +28,10 @@ def main() -> None:
     parser.add_argument("--filtered", action="store_true", help="every request with top-k and top-p")
     arguments = parser.parse_args()
     cache = torch.float8_e4m3fn if arguments.fp8 else None
-    about = (arguments.context, GPU, cache, arguments.filtered)
-    each = [{cost.kernel: cost for cost in step_costs(MODEL, *step, *about)} for step in STEPS]
+    each = [
+        {c.kernel: c for c in step_costs(MODEL, *step, arguments.context, GPU, cache, arguments.filtered)}
+        for step in STEPS
+    ]
     print(f"{QWEN3_8B.name} on an {H100.name}, {arguments.context} tokens of context: µs of a step (MB moved; GFLOP)\n")
     print("| B = requests x queries | " + " | ".join(f"{r * q} = {r} x {q}" for r, q in STEPS) + " |")
     print("| --- |" + " --- |" * len(STEPS))
