@@ -217,45 +217,52 @@ def test_padding_never_reaches_a_row_that_is_read() -> None:
 
 
 # They come and go, so that every input changes from step to step; and their prompts repeat themselves.
-STALE = [sampled(0.05, 14), sampled(0.7, 14, top_k=3), greedy(3), sampled(0.5, 12), sampled(0.1, 12),
-         sampled(0.9, 10, top_p=0.6), sampled(1.5, 9, min_p=0.2), sampled(1.2, 7, top_k=2)]  # fmt: skip
+STALE = [sampled(0.05, 14), sampled(0.7, 14), greedy(3), sampled(0.5, 12), sampled(0.1, 12), sampled(0.9, 10)]
+STALE_FILTERED = [sampled(0.05, 14), sampled(0.7, 14, top_k=3), greedy(3), sampled(0.5, 12), sampled(0.1, 12),
+                  sampled(0.9, 10, top_p=0.6), sampled(1.5, 9, min_p=0.2), sampled(1.2, 7, top_k=2)]  # fmt: skip
 STALE_PROMPTS = [
-    prompt * (1 + 2 * (index != 2)) for index, prompt in enumerate(prompts(len(STALE), shortest=4, longest=8, seed=3))
+    prompt * (1 + 2 * (index != 2))
+    for index, prompt in enumerate(prompts(len(STALE_FILTERED), shortest=4, longest=8, seed=3))
 ]
 
 
 class Served(NamedTuple):
-    """A core that has served STALE, and what it should come to when it serves that again."""
+    """A core that has served `params`, and what it should come to when it serves that again."""
 
     core: EngineCore
     seen: list[Seen]
     selection: str
+    params: list[SamplingParams]
     wanted: list[Any]
 
 
-def _serve(core: EngineCore, seen: list[Seen], selection: str) -> list[Any]:
+def _serve(core: EngineCore, seen: list[Seen], selection: str, params: list[SamplingParams]) -> list[Any]:
     """Tokens, number of passes (one that was run ahead in vain is run again) and what each step came to."""
     seen.clear()
     core.select(selection)
     core.loop._survival = FIRST_GUESS
     passes = executor_of(core).passes
     before = passes.replays
-    tokens = core.generate(STALE_PROMPTS, STALE)
+    tokens = core.generate(STALE_PROMPTS[: len(params)], params)
     return [tokens, passes.replays - before, *seen]
 
 
-@pytest.fixture(scope="module", params=["lagged", "causal", "unsure"])
+@pytest.fixture(scope="module", params=["lagged", "causal", "unsure", "filtered"])
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    selection, draft = request.param, None
+    selection, draft, params = request.param, None, STALE
+    if selection == "filtered":
+        selection, params = "lagged", STALE_FILTERED
     if selection == "unsure":
         selection, draft = "lagged", without_confidence(tmp_path_factory.mktemp("drafter"))
     with TwinDevice() as device:
         core, seen = load(device, selection, draft=draft, enable_prefix_caching=False, cuda_graph_sizes=(24,))
-        _serve(core, seen, selection)
-        wanted = _serve(core, seen, selection)
-        assert _serve(core, seen, selection) == wanted, "the same work twice is not the same: the tests have no force"
-        yield Served(core, seen, selection, wanted)
-        assert _serve(core, seen, selection) == wanted, "a test left something behind"
+        _serve(core, seen, selection, params)
+        wanted = _serve(core, seen, selection, params)
+        assert _serve(core, seen, selection, params) == wanted, (
+            "the same work twice is not the same: the tests have no force"
+        )
+        yield Served(core, seen, selection, params, wanted)
+        assert _serve(core, seen, selection, params) == wanted, "a test left something behind"
 
 
 def without_confidence(directory: Path) -> Path:
@@ -270,15 +277,16 @@ def without_confidence(directory: Path) -> Path:
 
 
 # Under lagged the device knows by itself what the host tells it under causal; a confidence head, what requests record.
-ASKED = ("requests", "anchors", "positions", "inverse", "uniforms", "top_k", "top_p", "min_p", "scale", "weights",
-         "offsets", "copied", "bias", "following", "tables")  # fmt: skip
+ASKED = ("requests", "anchors", "positions", "inverse", "uniforms", "scale", "weights", "offsets", "copied", "bias",
+         "following", "tables")  # fmt: skip
 RUNS = ("tokens", "count", "context", "rows", "draft_row", "keep", "limits", "tables")
 INPUTS = (
     [("lagged", "asked", name) for name in ASKED]
     + [("lagged", "runs", name) for name in RUNS]
-    + [("lagged", "judge", name) for name in ("run", "inverse", "greedy", "coins", "last", "top_k", "top_p", "min_p")]
+    + [("lagged", "judge", name) for name in ("run", "inverse", "greedy", "coins", "last")]
     + [("causal", "judge", name) for name in ("start", "lengths", "row", "tokens")]
     + [("unsure", "runs", "recorded")]
+    + [("filtered", buffer, name) for buffer in ("asked", "judge") for name in ("top_k", "top_p", "min_p")]
 )
 
 
@@ -300,7 +308,7 @@ def test_an_input_that_is_not_refilled_is_found_out(
 
     monkeypatch.setattr(Staging, "upload", stale)
     try:
-        found = _serve(core, served.seen, served.selection)
+        found = _serve(core, served.seen, served.selection, served.params)
     except (AssertionError, RuntimeError, IndexError, ValueError):
         found = []
         core.batcher.recover([*core.batcher.running, *core.batcher.waiting])
