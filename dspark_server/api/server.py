@@ -33,6 +33,9 @@ from dspark_server.errors import ConfigError, EngineDeadError
 logger = logging.getLogger(__name__)
 
 HEADER_TIMEOUT = 30.0  # seconds in which a request's headers must have arrived
+# Seconds an idle connection is kept: longer than clients (httpx 5) and proxies (60) keep theirs, so that it is they who
+# close it, and never the server under a request that is on its way.
+KEEP_ALIVE = 75
 LAST_LOOK = 1.0  # seconds a server with a dead engine still answers: readiness shows it, requests get their error
 LAST_WORDS_TIMEOUT = 5  # seconds for the last chunks to reach their readers
 MOST_FRAMING = 2 << 20  # bytes of a request that are not body before its connection is cut
@@ -246,6 +249,7 @@ def _config(app: Door, settings: ServerSettings) -> uvicorn.Config:
         log_config=_log_config(settings),
         log_level=settings.log_level,
         server_header=False,
+        timeout_keep_alive=KEEP_ALIVE,
         timeout_graceful_shutdown=LAST_WORDS_TIMEOUT,
     )
 

@@ -102,6 +102,16 @@ def test_openai_client_leaves_in_mid_stream(server: Running) -> None:
     server.wait(lambda: server.engine.aborted == aborted + 1, seconds=0.5)
 
 
+def test_an_idle_connection_outlives_those_of_its_clients(server: Running) -> None:
+    """httpx drops one after 5 s: were the server as quick, it would close some under a request on its way."""
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=5) as connection:
+        for pause in (6, 0):
+            connection.sendall(b"GET /live HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert connection.recv(1000).startswith(b"HTTP/1.1 200")
+            time.sleep(pause)
+
+
 STALLING = {"step_seconds": 0.01, "settings": {"stall_timeout": 0.4}}
 
 
