@@ -98,6 +98,7 @@ class DeviceExecutor:
                 "top_p": ((most,), F32),
                 "min_p": ((most,), F32),
                 "scale": ((most, wide), F32),
+                "shift": ((most, wide), F32),
                 "weights": ((most, 2), F32),
                 "offsets": ((most, wide), F32),
                 "copied": ((most, wide), I64),
@@ -251,6 +252,7 @@ class DeviceExecutor:
         calibration, nothing = self._dspark.sampler.calibration, torch.zeros(0)
         favour = None if copies is None else copies.all_named()
         weights, offsets = (nothing, nothing)
+        scale, shift = calibration.scaling(sampling.temperature)
         if copies is not None:
             weights, offsets = calibration.trust(sampling.temperature, copies.bucket)
         self._asked.upload(
@@ -263,7 +265,8 @@ class DeviceExecutor:
                 "top_k": sampling.top_k,
                 "top_p": sampling.top_p,
                 "min_p": sampling.min_p,
-                "scale": calibration.scale(sampling.temperature),
+                "scale": scale,
+                "shift": shift,
                 "weights": weights,
                 "offsets": offsets,
                 "copied": nothing if favour is None else favour.tokens,
@@ -302,7 +305,7 @@ class DeviceExecutor:
                 self._survival[:size] = torch.nan
             else:
                 favoured = (drawn.on, drawn.odds, asked["weights"], asked["offsets"])
-                self._survival[:size] = survival_from(confidence, asked["scale"], favoured)
+                self._survival[:size] = survival_from(confidence, asked["scale"], asked["shift"], favoured)
             return drawn.law, drawn.on, drawn.odds, confidence
 
         return work

@@ -1,4 +1,4 @@
-"""`dspark-server calibrate`: fit sequential temperature scaling on what the target does with whole blocks.
+"""`dspark-server calibrate`: fit sequential scaling (temperature and offset) on what the target does with whole blocks.
 
 So are the tables that say how far copies from the context are believed. Prompts are the held-out ones of a training
 corpus: half of them fit, the other half judges.
@@ -24,7 +24,7 @@ from dspark_server.speculation.dspark import DSparkConfig
 from dspark_server.training.corpus import Corpus, Split
 
 BIASES = np.arange(-2, 16.01, 0.25)
-GRID = np.exp(np.linspace(np.log(0.2), np.log(5.0), 161))
+LEAST_SLOPE = 0.05  # a head that says nothing, or the contrary, is not believed further than this
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,14 @@ class CalibrateConfig:
     plots: Path | None = None
 
 
+@dataclass(frozen=True)
+class Scaling:
+    """What divides the logits of c_k and what is then added, by position [gamma]."""
+
+    temperatures: tuple[float, ...]
+    offsets: tuple[float, ...]
+
+
 def calibrate(run: CalibrateConfig) -> dict[str, Any]:
     """Fit, store beside the checkpoint, and say how well predictions held before and after on the other prompts."""
     directory = resolve_model(run.drafter)
@@ -48,7 +56,8 @@ def calibrate(run: CalibrateConfig) -> dict[str, Any]:
     held_out = Split.of(corpus, run.held_out, 0).held_out
     prompts = [corpus.sequence(index)[: int(corpus.prompt_length[index])].tolist() for index in held_out]
     before = Calibration.load(directory, DSparkConfig.load(directory, load_config(resolve_model(run.model))).block_size)
-    tables, fitted, report = before.copying, {}, {}
+    tables, report = before.copying, {}
+    fitted: dict[float, Scaling] = {}
     for temperature in (0.0, 1.0):
         samples = run.samples if temperature else 1
         blocks = collect(
@@ -62,10 +71,11 @@ def calibrate(run: CalibrateConfig) -> dict[str, Any]:
         ).blocks
         fit, test = blocks.of(blocks.group % 2 == 0), blocks.of(blocks.group % 2 == 1)
         tables = fit_copying(fit, tables, greedy=temperature == 0)
-        fitted[temperature] = fit_temperatures(fit, tables, temperature, len(before.greedy))
+        fitted[temperature] = fit_scaling(fit, len(before.greedy))
         raw, scaled = uncalibrated(test), predicted(test, fitted[temperature], tables, temperature)
         report[f"{temperature:g}"] = {
-            "temperatures": fitted[temperature],
+            "temperatures": list(fitted[temperature].temperatures),
+            "offsets": list(fitted[temperature].offsets),
             "fitted_on_blocks": len(fit.accepted),
             "judged_on_blocks": len(test.accepted),
             "copied_alone": float(test.alone.mean()) if len(test.alone) else 0.0,
@@ -79,9 +89,11 @@ def calibrate(run: CalibrateConfig) -> dict[str, Any]:
             path = run.plots / f"calibration-T{temperature:g}.png"
             plot_reliability({"before": raw, "after": scaled}, test, path)
     about: dict[str, object] = without_nan(
-        {name: {k: v for k, v in part.items() if k != "temperatures"} for name, part in report.items()}
+        {name: {k: v for k, v in part.items() if k not in ("temperatures", "offsets")} for name, part in report.items()}
     )
-    Calibration(tuple(fitted[0.0]), tuple(fitted[1.0]), tables).save(directory, {"fit": about})
+    greedy, sampled = fitted[0.0], fitted[1.0]
+    stored = Calibration(greedy.temperatures, sampled.temperatures, tables, greedy.offsets, sampled.offsets)
+    stored.save(directory, {"fit": about})
     return report
 
 
@@ -121,48 +133,50 @@ def _alone(blocks: Blocks, prior: tuple[float, ...]) -> tuple[float, ...]:
 
 def logistic(features: Floats, labels: Floats, prior: Floats) -> Floats:
     """Weights [f] of the logistic regression of labels [N] on features [N, f], drawn a little towards `prior` [f]."""
+
+    def misfit(weights: Floats) -> float:
+        logits = features @ weights
+        return float(np.logaddexp(0, logits).sum() - labels @ logits + 0.5 * ((weights - prior) ** 2).sum())
+
     weights = prior.copy()
     for _ in range(30):
         chance = _sigmoid(features @ weights)
         gradient = features.T @ (chance - labels) + (weights - prior)
         curvature = (features.T * (chance * (1 - chance))) @ features + np.eye(len(prior))
         change = np.linalg.solve(curvature, gradient)
+        while misfit(weights - change) > misfit(weights) and np.abs(change).max() > 1e-6:
+            change = change / 2  # far from the best, Newton's step may go too far
         weights = weights - change
         if np.abs(change).max() < 1e-6:
             break
     return weights
 
 
-def fit_temperatures(blocks: Blocks, tables: CopyTables, temperature: float, gamma: int) -> list[float]:
-    """Left to right: the temperature of logit k whose cumulative product errs least, those before it fixed.
+def fit_scaling(blocks: Blocks, gamma: int) -> Scaling:
+    """Left to right: under which scaling of logit k the fates of the slots that were reached are likeliest.
 
-    Over the drafter's own blocks, `gamma` slots of each; what copies add to them is given by `tables`.
+    Over the drafter's own blocks, `gamma` slots of each, where no copy was favoured.
     """
-    blocks = blocks.of(~blocks.alone)
-    stood, known = measures.prefix_survived(blocks), measures.judged(blocks)
-    copied = _copied(blocks, tables, temperature)
-    survival = np.ones(len(blocks.accepted))
-    temperatures = []
+    stood = measures.prefix_survived(blocks).astype(float)
+    reached = (blocks.accepted[:, None] >= np.arange(blocks.gamma)) & measures.judged(blocks)
+    reached &= (blocks.match == 0) & ~blocks.alone[:, None] & ~np.isnan(blocks.confidence)
+    temperatures, offsets = [], []
     for k in range(gamma):
-
-        def chance(t: float, k: int = k) -> Floats:
-            return np.where(blocks.match[:, k] > 0, copied[:, k], _sigmoid(blocks.confidence[:, k] / t))
-
-        use = known[:, k] & (blocks.match[:, k] == 0)
-        best = 1.0
-        if use.any():
-            errors = [measures.expected_calibration_error((survival * chance(t))[use], stood[use, k]) for t in GRID]
-            best = float(round(GRID[int(np.argmin(errors))], 4))
-        temperatures.append(best)
-        survival = survival * chance(best)
-    return temperatures
+        use = reached[:, k]
+        features = np.stack([blocks.confidence[use, k], np.ones(use.sum())], axis=1)
+        slope, offset = logistic(features, stood[use, k], np.array([1.0, 0.0]))
+        temperatures.append(float(round(1 / max(slope, LEAST_SLOPE), 4)))
+        offsets.append(float(round(offset, 4)))
+    return Scaling(tuple(temperatures), tuple(offsets))
 
 
-def predicted(blocks: Blocks, temperatures: list[float], tables: CopyTables, temperature: float) -> Floats:
+def predicted(blocks: Blocks, scaling: Scaling, tables: CopyTables, temperature: float) -> Floats:
     """a_k [N, gamma] after scaling, as the engine computes it; of blocks copied alone, as it did (it knew more)."""
-    scale = np.ones(blocks.gamma)
-    scale[: len(temperatures)] = temperatures
-    chance = np.where(blocks.match > 0, _copied(blocks, tables, temperature), _sigmoid(blocks.confidence / scale))
+    scale, shift = np.ones(blocks.gamma), np.zeros(blocks.gamma)
+    gamma = len(scaling.temperatures)
+    scale[:gamma], shift[:gamma] = scaling.temperatures, scaling.offsets
+    own = _sigmoid(blocks.confidence / scale + shift)
+    chance = np.where(blocks.match > 0, _copied(blocks, tables, temperature), own)
     return np.asarray(np.where(blocks.alone[:, None], blocks.survival, chance.cumprod(axis=1)))
 
 

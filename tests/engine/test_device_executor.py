@@ -1,6 +1,7 @@
 """The executor of a device against the plain one, on the twin (tests/runtime/twin.py): float32, token by token."""
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from dspark_server.engine.step import FIRST_GUESS
 from dspark_server.engine.trace import StepTrace
 from dspark_server.runtime.graphs import Graphs
 from dspark_server.runtime.staging import Staging
+from dspark_server.speculation.calibration import Calibration
 from dspark_server.speculation.capacity import Profile
 
 from ..runtime.twin import TwinDevice, TwinKernels
@@ -249,11 +251,11 @@ def _serve(core: EngineCore, seen: list[Seen], selection: str, params: list[Samp
 
 @pytest.fixture(scope="module", params=["lagged", "causal", "unsure", "filtered"])
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    selection, draft, params = request.param, None, STALE
+    selection, draft, params = request.param, calibrated(tmp_path_factory.mktemp("drafter")), STALE
     if selection == "filtered":
         selection, params = "lagged", STALE_FILTERED
     if selection == "unsure":
-        selection, draft = "lagged", without_confidence(tmp_path_factory.mktemp("drafter"))
+        selection, draft = "lagged", without_confidence(draft)
     with TwinDevice() as device:
         core, seen = load(device, selection, draft=draft, enable_prefix_caching=False, cuda_graph_sizes=(24,))
         _serve(core, seen, selection, params)
@@ -263,6 +265,15 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         )
         yield Served(core, seen, selection, params, wanted)
         assert _serve(core, seen, selection, params) == wanted, "a test left something behind"
+
+
+def calibrated(directory: Path) -> Path:
+    """A drafter whose confidences are scaled otherwise at each temperature."""
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(FIXTURES / "dspark_qwen3_vanilla" / "draft" / name, directory)
+    greedy = [1.0 + 0.1 * k for k in range(7)]
+    Calibration(tuple(greedy), (1.0,) * 7, greedy_offset=(0.3,) * 7, sampled_offset=(-0.3,) * 7).save(directory, {})
+    return directory
 
 
 def without_confidence(directory: Path) -> Path:
@@ -277,8 +288,8 @@ def without_confidence(directory: Path) -> Path:
 
 
 # Under lagged the device knows by itself what the host tells it under causal; a confidence head, what requests record.
-ASKED = ("requests", "anchors", "positions", "inverse", "uniforms", "scale", "weights", "offsets", "copied", "bias",
-         "following", "tables")  # fmt: skip
+ASKED = ("requests", "anchors", "positions", "inverse", "uniforms", "scale", "shift", "weights", "offsets",
+         "copied", "bias", "following", "tables")  # fmt: skip
 RUNS = ("tokens", "count", "context", "rows", "draft_row", "keep", "limits", "tables")
 INPUTS = (
     [("lagged", "asked", name) for name in ASKED]

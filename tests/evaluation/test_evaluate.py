@@ -14,7 +14,7 @@ from dspark_server.config import SpeculativeConfig
 from dspark_server.engine.request import SamplingParams
 from dspark_server.errors import ConfigError
 from dspark_server.evaluation import compare, evaluate
-from dspark_server.evaluation.calibrate import CalibrateConfig, calibrate, predicted
+from dspark_server.evaluation.calibrate import CalibrateConfig, Scaling, calibrate, predicted
 from dspark_server.evaluation.collect import Collected, collect, read_prompts
 from dspark_server.evaluation.evaluate import THRESHOLDS, summary
 from dspark_server.evaluation.measures import judged
@@ -137,13 +137,15 @@ def test_calibrate_stores_what_the_engine_then_uses(tmp_path: Path) -> None:
     )
     gamma = len(report["0"]["temperatures"])
     stored = Calibration.load(drafter, gamma)
-    assert (list(stored.greedy), list(stored.sampled)) == (report["0"]["temperatures"], report["1"]["temperatures"])
+    greedy, sampled = Scaling(stored.greedy, stored.greedy_offset), Scaling(stored.sampled, stored.sampled_offset)
+    for scaling, part in ((greedy, report["0"]), (sampled, report["1"])):
+        assert (list(scaling.temperatures), list(scaling.offsets)) == (part["temperatures"], part["offsets"])
     assert stored != Calibration.identity(gamma)
     assert (tmp_path / "plots" / "calibration-T0.png").exists()
-    for temperature, temperatures in ((0.0, list(stored.greedy)), (1.0, list(stored.sampled))):
+    for temperature, scaling in ((0.0, greedy), (1.0, sampled)):
         blocks = run(temperature, drafter=drafter, top_k=2, tokens=80).blocks
         assert (blocks.match > 0).any()
-        expected = predicted(blocks, temperatures, stored.copying, temperature)
+        expected = predicted(blocks, scaling, stored.copying, temperature)
         known = judged(blocks)
         np.testing.assert_allclose(blocks.survival[known], expected[known], rtol=1e-4)
 

@@ -7,7 +7,7 @@ import pytest
 from numpy.testing import assert_allclose
 
 from dspark_server.evaluation import measures
-from dspark_server.evaluation.calibrate import fit_copying, fit_temperatures, predicted
+from dspark_server.evaluation.calibrate import Scaling, fit_copying, fit_scaling, predicted
 from dspark_server.evaluation.collect import Blocks
 from dspark_server.evaluation.evaluate import uncalibrated
 from dspark_server.speculation.copying import BUCKETS, CopyTables
@@ -62,18 +62,19 @@ def test_threshold_sweep_cuts_at_the_first_slot_below() -> None:
     assert rows[1] == {"threshold": 0.6, "acceptance_rate": 1.0, "tau": 1.5, "verified": 0.5}
 
 
-def test_temperatures_of_a_known_world_are_found() -> None:
-    """Logits twice too sharp at every position: STS finds 2 everywhere and the error nearly vanishes."""
+def test_the_scaling_of_a_known_world_is_found() -> None:
+    """Logits twice too sharp and a unit too high at every position: that is found, and the error nearly vanishes."""
     noise = np.random.default_rng(1)
     n, gamma = 60_000, 4
     truth = noise.normal(0.8, 1.2, (n, gamma))
     stands = noise.random((n, gamma)) < 1 / (1 + np.exp(-truth))
     accepted = stands.cumprod(axis=1).sum(axis=1)
-    world = blocks(accepted.tolist(), gamma, 2 * truth)
+    world = blocks(accepted.tolist(), gamma, 2 * truth + 1)
     assert max(measures.ece_by_position(uncalibrated(world), world)) > 0.05
-    temperatures = fit_temperatures(world, CopyTables(), 1.0, world.gamma)
-    assert_allclose(temperatures, 2.0, rtol=0.12)
-    assert max(measures.ece_by_position(predicted(world, temperatures, CopyTables(), 1.0), world)) < 0.012
+    scaling = fit_scaling(world, world.gamma)
+    assert_allclose(scaling.temperatures, 2.0, rtol=0.1)
+    assert_allclose(scaling.offsets, -0.5, atol=0.08)
+    assert max(measures.ece_by_position(predicted(world, scaling, CopyTables(), 1.0), world)) < 0.012
 
 
 def test_copies_are_believed_as_far_as_the_text_repeats_itself() -> None:
@@ -94,7 +95,7 @@ def test_copies_are_believed_as_far_as_the_text_repeats_itself() -> None:
         assert_allclose([trust[0], trust[1], trust[2 + bucket]], [0.5, 0.25, 1.0], atol=0.06)
         # Where the blocks tell nothing, the tables stay as they were.
         assert bias[bucket + 1] == getattr(CopyTables(), "greedy_bias" if greedy else "sampled_bias")[bucket + 1]
-        seen = predicted(world, [1.0], tables, 0.0 if greedy else 1.0)
+        seen = predicted(world, Scaling((1.0,), (0.0,)), tables, 0.0 if greedy else 1.0)
         assert max(measures.ece_by_position(seen, world)) < 0.012
 
 

@@ -26,6 +26,14 @@ def test_what_is_saved_is_what_divides_the_logits(tmp_path: Path) -> None:
     torch.testing.assert_close(got, torch.sigmoid(logits / scale).cumprod(1))
 
 
+def test_offsets_are_added_to_scaled_logits(tmp_path: Path) -> None:
+    Calibration((2.0, 1.0), (0.5, 4.0), greedy_offset=(1.0, 0.0), sampled_offset=(-1.0, 2.0)).save(tmp_path, {})
+    logits = torch.tensor([[1.0, 2.0]]).expand(3, 2)
+    got = Calibration.load(tmp_path, 2).survival(logits, torch.tensor([0.0, 1.0, 0.5]))
+    wanted = torch.tensor([[1.5, 2.0], [1.0, 2.5], [1.0, 2.0]])
+    torch.testing.assert_close(got, torch.sigmoid(wanted).cumprod(1))
+
+
 @pytest.mark.parametrize(
     "fields",
     [
@@ -34,6 +42,9 @@ def test_what_is_saved_is_what_divides_the_logits(tmp_path: Path) -> None:
         {"temperatures": {"0": [1.0], "1": [1.0]}},
         {"temperatures": {"0": [1.0, 0.0], "1": [1.0, 1.0]}},
         {"temperatures": {"0": [1.0, "x"], "1": [1.0, 1.0]}},
+        {"temperatures": {"0": [1.0, 1.0], "1": [1.0, 1.0]}, "offsets": {"0": [0.0], "1": [0.0, 0.0]}},
+        {"temperatures": {"0": [1.0, 1.0], "1": [1.0, 1.0]}, "offsets": {"0": [0.0, 1e999], "1": [0.0, 0.0]}},
+        {"temperatures": {"0": [1.0, 1.0], "1": [1.0, 1.0]}, "offsets": {"0": [0.0, 0.0]}},
     ],
 )
 def test_a_wrong_file_is_refused(tmp_path: Path, fields: dict[str, object]) -> None:
