@@ -43,8 +43,11 @@ def plot_evaluation(blocks: Blocks, domains: list[str], result: dict[str, Any], 
 
 def plot_reliability(kinds: dict[str, Floats], blocks: Blocks, path: Path) -> None:
     """Predicted against observed survival of the prefix, one panel a position, one line for each of `kinds`."""
-    figure = Figure((3 * blocks.gamma, 3), layout="constrained")
-    for slot, axes in enumerate(np.atleast_1d(figure.subplots(1, blocks.gamma))):
+    columns = min(blocks.gamma, 6)
+    rows = -(-blocks.gamma // columns)
+    figure = Figure((3 * columns, 3 * rows), layout="constrained")
+    for slot in range(blocks.gamma):
+        axes = figure.add_subplot(rows, columns, slot + 1)
         axes.plot([0, 1], [0, 1], color="grey", linewidth=0.8)
         for name, survival in kinds.items():
             points = measures.reliability(survival, blocks, slot)
