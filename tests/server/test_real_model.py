@@ -191,6 +191,7 @@ def test_logprobs_do_not_depend_on_speculation(server: tuple[str, object]) -> No
     assert one["token_logprobs"] == pytest.approx(other["token_logprobs"], abs=0.15)  # bfloat16
 
 
+# Every field has an end: of an integer without a maximum, one sample in fifty at temperature 1 is a hundred digits.
 SCHEMA = {
     "type": "object",
     "properties": {
@@ -204,17 +205,14 @@ SCHEMA = {
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_answers_have_the_form_asked_for(server: tuple[str, object], temperature: float) -> None:
-    def ask(least: int = 4, **form: object) -> list[str]:
-        """The answers that ended, at least so many of four."""
-        body = {"prompt": "Describe a person in JSON:\n", "max_tokens": 200, "n": 4, "temperature": temperature} | form
+    def ask(**form: object) -> list[str]:
+        body = {"prompt": "Describe a person in JSON:\n", "max_tokens": 120, "n": 4, "temperature": temperature} | form
         answer = httpx.post(f"{server[0]}/v1/completions", json=body, timeout=60).json()
-        whole = [choice["text"] for choice in answer["choices"] if choice["finish_reason"] == "stop"]
-        assert len(whole) >= least
-        return whole
+        assert {choice["finish_reason"] for choice in answer["choices"]} == {"stop"}
+        return [choice["text"] for choice in answer["choices"]]
 
     wanted = {"type": "json_schema", "json_schema": {"name": "person", "schema": SCHEMA}}
-    # White space between JSON's tokens has no end of its own, so that a rare sample at temperature 1 runs on.
-    for text in ask(3, response_format=wanted) + ask(3, structured_outputs={"json": SCHEMA}):
+    for text in ask(response_format=wanted) + ask(structured_outputs={"json": SCHEMA}):
         person = json.loads(text)
         assert set(person) == {"name", "age"}
         assert isinstance(person["name"], str)
