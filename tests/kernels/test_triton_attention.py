@@ -31,10 +31,18 @@ RUNS = [(9, 33), (0, 5), (1, 0), (3, 14)]
     ("causal", "window", "softcap"),
     [(True, None, None), (False, None, None), (True, 6, None), (False, 7, 1.5), (True, 1, 0.5)],
 )
+@pytest.mark.parametrize("cache", [None, torch.float8_e4m3fn])
 def test_attention(
-    groups: int, kv_heads: int, size: int, dtype: torch.dtype, causal: bool, window: int | None, softcap: float | None
+    groups: int,
+    kv_heads: int,
+    size: int,
+    dtype: torch.dtype,
+    causal: bool,
+    window: int | None,
+    softcap: float | None,
+    cache: torch.dtype | None,
 ) -> None:
-    case = paged(RUNS, groups=groups, kv_heads=kv_heads, size=size, block=8, dtype=dtype)
+    case = paged(RUNS, groups=groups, kv_heads=kv_heads, size=size, block=8, dtype=dtype, cache=cache)
     close(case.attend(TRITON, causal, window, softcap), case.attend(REFERENCE, causal, window, softcap))
 
 

@@ -1,4 +1,4 @@
-"""Triton's kernels over an e4m3 cache, against the plain ones."""
+"""Triton's kernels over an e4m3 cache, against the plain ones; the grid of shapes is test_triton_attention's."""
 
 import pytest
 import torch
@@ -16,28 +16,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 TRITON, REFERENCE = triton_kernels(), load("reference")
 E4M3 = torch.float8_e4m3fn
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-RUNS = [(9, 33), (0, 5), (1, 0), (3, 14)]
-
-
-@pytest.mark.parametrize(
-    ("groups", "kv_heads", "size", "dtype"),
-    [
-        (3, 2, 64, torch.float32),
-        (4, 1, 128, torch.bfloat16),
-        (1, 2, 96, torch.float16),
-        (2, 1, 256, torch.bfloat16),
-        (17, 1, 40, torch.float32),
-    ],
-)
-@pytest.mark.parametrize(
-    ("causal", "window", "softcap"),
-    [(True, None, None), (False, None, None), (True, 6, None), (False, 7, 1.5), (True, 1, 0.5)],
-)
-def test_attention(
-    groups: int, kv_heads: int, size: int, dtype: torch.dtype, causal: bool, window: int | None, softcap: float | None
-) -> None:
-    case = paged(RUNS, groups=groups, kv_heads=kv_heads, size=size, block=8, dtype=dtype, cache=E4M3)
-    close(case.attend(TRITON, causal, window, softcap), case.attend(REFERENCE, causal, window, softcap))
 
 
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
