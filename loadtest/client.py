@@ -1,4 +1,4 @@
-"""One streaming request to an OpenAI-style /v1/completions, and the two ways to send many: closed loop and Poisson.
+"""One streaming request to an OpenAI-style /v1/completions, and ways to send many: closed loop, steady load, Poisson.
 
 Nothing here knows which server answers. Times are seconds of `time.perf_counter`.
 """
@@ -7,8 +7,8 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from contextlib import asynccontextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any
 
@@ -26,7 +26,8 @@ class RequestOptions:
     """What all requests of a run have in common.
 
     `timeout` is in seconds for a whole request. With `request_seed`, request i asks for sampling seed
-    `request_seed` + i. `extra_body` has the last word on every field.
+    `request_seed` + i. With `running_usage` every chunk is to say how many tokens there are so far. `extra_body` has
+    the last word on every field.
     """
 
     model: str
@@ -36,6 +37,7 @@ class RequestOptions:
     timeout: float = 600.0
     api_key: str | None = None
     request_seed: int | None = None
+    running_usage: bool = False
     extra_body: dict[str, Any] = field(default_factory=dict)
 
     def body(self, prompt: str, index: int) -> dict[str, Any]:
@@ -46,7 +48,8 @@ class RequestOptions:
             "max_tokens": self.max_tokens,
             "temperature": self.temperature,
             "stream": True,
-            "stream_options": {"include_usage": True},
+            "stream_options": {"include_usage": True}
+            | ({"continuous_usage_stats": True} if self.running_usage else {}),
         }
         if self.ignore_eos:
             body["ignore_eos"] = True
@@ -103,10 +106,23 @@ def connect(url: str, api_key: str | None = None) -> httpx.AsyncClient:
     return httpx.AsyncClient(base_url=url, headers=headers, timeout=None, limits=limits, trust_env=False)
 
 
+# Called for each chunk with text: when it came, and how many tokens it brought.
+Progress = Callable[[float, int], None]
+
+
 async def send(
-    client: httpx.AsyncClient, options: RequestOptions, prompt: str, index: int = 0, *, due: float | None = None
+    client: httpx.AsyncClient,
+    options: RequestOptions,
+    prompt: str,
+    index: int = 0,
+    *,
+    due: float | None = None,
+    progress: Progress = lambda _now, _tokens: None,
 ) -> Outcome:
-    """Send one request now and read its stream to the end; never raises for what a server or network does."""
+    """Send one request now and read its stream to the end; never raises for what a server or network does.
+
+    What `progress` is told are the server's counts if it sends them with every chunk, else one token a chunk.
+    """
     outcome = Outcome(started=time.perf_counter())
     outcome.queued = max(0.0, outcome.started - due) if due is not None else 0.0
     try:
@@ -116,7 +132,7 @@ async def send(
         ):
             if response.status_code != 200:
                 raise _Failure(f"http_{response.status_code}", (await response.aread())[:300].decode(errors="replace"))
-            await _read(response, outcome)
+            await _read(response, outcome, progress)
     except _Failure as failure:
         outcome.error, outcome.detail = failure.kind, failure.detail
     except (TimeoutError, httpx.TimeoutException):
@@ -128,10 +144,10 @@ async def send(
     return outcome
 
 
-async def _read(response: httpx.Response, outcome: Outcome) -> None:
+async def _read(response: httpx.Response, outcome: Outcome, progress: Progress) -> None:
     """Fill `outcome` from a stream of completion chunks."""
     first = first_text = last_text = last = None
-    texts, usage = 0, None
+    texts, told, usage = 0, 0, None
     async for now, data in _events(response):
         if data == b"[DONE]":
             break
@@ -153,6 +169,9 @@ async def _read(response: httpx.Response, outcome: Outcome) -> None:
             last_text = now
             first_text = first_text or now
             texts += 1
+            so_far = (chunk.get("usage") or {}).get("completion_tokens") or told + 1
+            progress(now, so_far - told)
+            told = so_far
     else:
         raise _Failure("truncated", "the stream ended without [DONE]")
     outcome.counted = usage is not None
@@ -209,6 +228,69 @@ async def closed_loop(
 
     await asyncio.gather(*[user() for _ in range(users)])
     return outcomes
+
+
+@dataclass
+class SteadyLoad:
+    """What came of a steady load so far: its requests that ended, and (time, tokens) of every chunk that came."""
+
+    outcomes: list[Outcome] = field(default_factory=list)
+    chunks: list[tuple[float, int]] = field(default_factory=list)
+    sent: int = 0
+
+    def tokens_between(self, start: float, end: float) -> int:
+        """Output tokens that came after `start` and up to `end`, of whatever requests."""
+        return sum(tokens for time, tokens in self.chunks if start < time <= end)
+
+
+@asynccontextmanager
+async def steady_load(
+    client: httpx.AsyncClient,
+    options: RequestOptions,
+    prompt: Callable[[int], str],
+    *,
+    users: int,
+    first: int = 0,
+    report: Report = lambda _: None,
+) -> AsyncIterator[SteadyLoad]:
+    """`users` busy users out of step with each other, for as long as the context is open.
+
+    Their first answers have lengths from 1 / `users` of `options.max_tokens` to all of it, and the context opens when
+    the last of these has ended: without that, requests of equal lengths go in waves, and how many waves a measurement
+    happens to cover is part of its result. On leaving, requests that have not ended are given up.
+    """
+    load = SteadyLoad()
+    indices = count(first)
+    options = replace(options, running_usage=True)
+    out_of_step = asyncio.Semaphore(0)
+
+    async def ask(options: RequestOptions) -> Outcome:
+        index = next(indices)
+        load.sent += 1
+        outcome = await send(
+            client, options, prompt(index), index, progress=lambda now, tokens: load.chunks.append((now, tokens))
+        )
+        load.outcomes.append(outcome)
+        report(outcome)
+        if outcome.error:
+            await asyncio.sleep(PAUSE_AFTER_ERROR)
+        return outcome
+
+    async def user(number: int) -> None:
+        await ask(replace(options, max_tokens=-(-options.max_tokens * (number + 1) // users)))
+        out_of_step.release()
+        while True:
+            await ask(options)
+
+    tasks = [asyncio.create_task(user(number)) for number in range(users)]
+    try:
+        for _ in range(users):
+            await out_of_step.acquire()
+        yield load
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def open_loop(

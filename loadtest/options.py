@@ -34,6 +34,7 @@ def build_parser(documentation: str) -> argparse.ArgumentParser:
     add("--rate", type=_rates, metavar="R,…", help="open loop: Poisson arrivals, requests a second")
     add("--requests-per-level", type=_count, metavar="N", help="default: 4 per user, at least 16; Poisson: 60 s")
     add("--duration", type=_positive, metavar="S", help="seconds in which requests are begun, instead of a number")
+    add("--steady", type=_positive, metavar="S", help="closed loop: a window of so many seconds, users out of step")
     add("--rounds", type=_count, default=1, metavar="N", help="repeat the sweep; figures are medians (default 1)")
     add("--warmup", type=_whole, default=2, metavar="N", help="requests before each run, not counted (default 2)")
     add("--max-in-flight", type=_count, metavar="N", help="Poisson: further requests wait in the client, timed apart")
@@ -73,8 +74,10 @@ def check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Non
         parser.error("give either --concurrency (closed loop) or --rate (Poisson)")
     if not arguments.concurrency and not arguments.rate:
         arguments.concurrency = [1, 4, 16]
-    if arguments.requests_per_level and arguments.duration:
-        parser.error("give either --requests-per-level or --duration")
+    if sum(bool(way) for way in (arguments.requests_per_level, arguments.duration, arguments.steady)) > 1:
+        parser.error("give one of --requests-per-level, --duration and --steady")
+    if arguments.steady and arguments.rate:
+        parser.error("--steady is for --concurrency")
     if arguments.requests_per_level and arguments.requests_per_level < max(arguments.concurrency or [0]):
         parser.error("--requests-per-level is below a concurrency, which would never be reached")
     if arguments.max_in_flight and not arguments.rate:

@@ -6,7 +6,7 @@ of the other policy whose median is best there. The noise of a round is taken to
 is pooled, and 95 % intervals follow from it.
 
 examples:
-  loadtest/run.py --compare none,fixed,causal --rounds 3 --prompts math.jsonl --out build/math  # and code, chat
+  loadtest/run.py --compare none,fixed,causal --rounds 3 --steady 10 --prompts math.jsonl --out build/math  # code, chat
   loadtest/ratios.py build/math build/code build/chat
 """
 

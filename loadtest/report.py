@@ -86,12 +86,17 @@ def spread(name: str, seconds: Sequence[float]) -> Result:
     return result | {f"p{q}_{name}_ms": percentile(values, q) if values else None for q in PERCENTILES}
 
 
-def summarize(outcomes: Sequence[Outcome], duration: float, slo: Slo | None = None) -> Result:
-    """The figures of one run that took `duration` seconds. Tokens and latencies are those of completed requests."""
+def summarize(
+    outcomes: Sequence[Outcome], duration: float, slo: Slo | None = None, *, output_tokens: int | None = None
+) -> Result:
+    """The figures of one run that took `duration` seconds. Tokens and latencies are those of completed requests.
+
+    `output_tokens` is for a run that is a window of a longer load: what came in it, of whatever requests.
+    """
     done = [outcome for outcome in outcomes if outcome.error is None]
     failed = [outcome for outcome in outcomes if outcome.error is not None]
     inputs = sum(outcome.prompt_tokens for outcome in done)
-    outputs = sum(outcome.output_tokens for outcome in done)
+    outputs = sum(outcome.output_tokens for outcome in done) if output_tokens is None else output_tokens
     rates = [rate for outcome in done if (rate := outcome.user_rate) is not None]
     samples = {str(outcome.error): outcome.detail for outcome in reversed(failed)}
     return {

@@ -12,8 +12,8 @@ examples:
     python loadtest/run.py --url ours=http://127.0.0.1:8000 --url vllm=http://127.0.0.1:8001 \\
         --prompts math.jsonl code.jsonl chat.jsonl --tokenizer MODEL_DIR --concurrency 1,8,32 --rounds 3
 
-  selection policies, each in a server started and stopped here (A B C D, then again):
-    python loadtest/run.py --compare none,fixed,causal,lagged --concurrency 1,2,4,8,16,32 --rounds 3 \\
+  selection policies, each in a server started and stopped here (A B C D, then again), ten seconds of steady load each:
+    python loadtest/run.py --compare none,fixed,causal,lagged --concurrency 1,2,4,8,16,32 --rounds 3 --steady 10 \\
         --speculative-config '{"method": "dspark", "model": "DRAFTER_DIR"}' --serve-args '--max-num-seqs 32'
 
 Writes results.json (vllm bench serve's names), results.csv and two plots into --out. What the figures mean:
@@ -40,7 +40,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # for `python loadtest/run.py`
 
-from loadtest.client import LoadTestError, Outcome, RequestOptions, closed_loop, connect, open_loop
+from loadtest.client import LoadTestError, Outcome, RequestOptions, closed_loop, connect, open_loop, steady_load
 from loadtest.counters import scrape
 from loadtest.options import build_parser, check
 from loadtest.plots import plot
@@ -63,12 +63,16 @@ class Target:
 
 @dataclass(frozen=True)
 class Plan:
-    """How each run goes. `requests` None: four per user, at least 16; for Poisson arrivals `duration` seconds."""
+    """How each run goes. `requests` None: four per user, at least 16; for Poisson arrivals `duration` seconds.
+
+    With `steady` a closed loop is measured over a window of so many seconds instead.
+    """
 
     levels: Sequence[Level]
     rounds: int = 1
     requests: int | None = None
     duration: float | None = None
+    steady: float | None = None
     warmup: int = 2
     max_in_flight: int | None = None
     seed: int = 0
@@ -77,7 +81,7 @@ class Plan:
 
     def requests_of(self, level: Level) -> int | None:
         """How many requests a run sends; None if time decides."""
-        if self.requests is not None or self.duration is not None:
+        if self.requests is not None or self.duration is not None or self.steady is not None:
             return self.requests
         return max(16, 4 * level.concurrency) if level.concurrency is not None else None
 
@@ -102,6 +106,8 @@ async def measure(
             users = min(plan.warmup, level.concurrency or plan.warmup)
             await closed_loop(client, options, prompts, users=users, first=first, requests=plan.warmup)
         first += plan.warmup
+        if plan.steady is not None:
+            return await _measure_steady(client, level.concurrency or 1, plan, options, prompts, first, report)
         requests = plan.requests_of(level)
         before = await scrape(client)
         cpu, start = time.process_time(), time.perf_counter()
@@ -137,6 +143,33 @@ async def measure(
     if plan.save_detailed:
         result |= detailed(outcomes)
     return result, first + len(outcomes)
+
+
+async def _measure_steady(
+    client: httpx.AsyncClient,
+    users: int,
+    plan: Plan,
+    options: RequestOptions,
+    prompts: Callable[[int], str],
+    first: int,
+    report: Callable[[Outcome], None],
+) -> tuple[Result, int]:
+    """A window of `plan.steady` seconds of a steady load. Latencies are those of requests that ended within it."""
+    async with steady_load(client, options, prompts, users=users, first=first, report=report) as load:
+        before = await scrape(client)
+        ended = len(load.outcomes)
+        cpu, start = time.process_time(), time.perf_counter()
+        await asyncio.sleep(plan.steady or 0.0)
+        end = time.perf_counter()
+        cpu = time.process_time() - cpu
+        within = load.outcomes[ended:]
+        counters = (await scrape(client)).since(before)
+    tokens = load.tokens_between(start, end)
+    result: Result = {"model_id": options.model, "client_cpu": cpu / (end - start)}
+    result |= summarize(within, end - start, plan.slo, output_tokens=tokens) | counters.figures()
+    if plan.save_detailed:
+        result |= detailed(within)
+    return result, first + load.sent
 
 
 async def run(
@@ -244,6 +277,7 @@ async def load_test(arguments: argparse.Namespace, console: Console) -> Report:
         rounds=arguments.rounds,
         requests=arguments.requests_per_level,
         duration=arguments.duration,
+        steady=arguments.steady,
         warmup=arguments.warmup,
         max_in_flight=arguments.max_in_flight,
         seed=arguments.seed,

@@ -93,7 +93,10 @@ class FakeApp:
                     return
             self.generated += min(2, tokens - number)
             self.drafts += tokens - number > 1
-            await event(send, {"choices": [{"index": 0, "text": "x " * min(2, tokens - number)}]})
+            chunk = {"choices": [{"index": 0, "text": "x " * min(2, tokens - number)}]}
+            if body["stream_options"].get("continuous_usage_stats") and word != "plain":
+                chunk["usage"] = {"prompt_tokens": 7, "completion_tokens": min(number + 2, tokens)}
+            await event(send, chunk)
             await asyncio.sleep(CHUNK_DELAY)
         if word != "plain":
             await event(send, {"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": tokens}})

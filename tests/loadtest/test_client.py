@@ -1,11 +1,12 @@
 """The client against real sockets: what it counts, what it times, what it calls an error."""
 
 import asyncio
+import time
 from collections import Counter
 
 import pytest
 
-from loadtest.client import RequestOptions, closed_loop, connect, open_loop, send
+from loadtest.client import RequestOptions, closed_loop, connect, open_loop, send, steady_load
 from loadtest.report import summarize
 from loadtest.workload import poisson_arrivals
 
@@ -158,6 +159,46 @@ def test_closed_loop_does_not_flood_a_full_server(url):
     outcomes = drive(url, closed_loop, lambda index: "busy", users=2, duration=0.5)
     assert Counter(outcome.error for outcome in outcomes) == {"http_503": len(outcomes)}
     assert len(outcomes) <= 12
+
+
+def test_progress_is_the_servers_count_where_it_sends_one(url):
+    def told(prompt, **options):
+        chunks = []
+
+        async def run():
+            async with connect(url) as client:
+                chosen = RequestOptions(model="fake", max_tokens=7, **options)
+                await send(client, chosen, prompt, progress=lambda now, tokens: chunks.append((now, tokens)))
+
+        asyncio.run(run())
+        assert chunks == sorted(chunks)
+        return [tokens for _, tokens in chunks]
+
+    assert told("ok", running_usage=True) == [2, 2, 2, 1]
+    assert told("ok") == told("plain", running_usage=True) == [1, 1, 1, 1]
+
+
+def test_a_steady_load_is_open_while_all_users_are_busy_and_out_of_step(app, url):
+    async def run():
+        async with connect(url) as client:
+            options = RequestOptions(model="fake", max_tokens=8)
+            async with steady_load(client, options, lambda index: f"ok {index}", users=4, first=3) as load:
+                start, before, ended = time.perf_counter(), app.generated, len(load.outcomes)
+                await asyncio.sleep(0.5)
+                assert app.running >= 3  # a user may just be between two requests
+                end, generated = time.perf_counter(), app.generated - before
+            assert len(load.outcomes) > ended
+            return load, load.tokens_between(start, end), generated
+
+    load, tokens, generated = asyncio.run(run())
+    assert sorted(body["max_tokens"] for body in app.bodies[:4]) == [2, 4, 6, 8]
+    assert {body["max_tokens"] for body in app.bodies[4:]} == {8}
+    assert load.sent == len(app.bodies)
+    assert sorted(int(body["prompt"].split()[1]) for body in app.bodies) == list(range(3, 3 + load.sent))
+    assert tokens == pytest.approx(generated, abs=16)  # chunks on their way at either edge
+    assert tokens > 100
+    assert load.tokens_between(0.0, 0.0) == 0
+    assert load.tokens_between(0.0, float("inf")) > tokens  # the ramp
 
 
 def test_open_loop_sends_whether_or_not_others_ended(app, url):

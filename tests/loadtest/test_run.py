@@ -57,6 +57,20 @@ def test_a_sweep(tmp_path, capsys, prompts):
     assert "TTFT" in capsys.readouterr().out
 
 
+def test_a_steady_window_counts_what_comes_in_it(tmp_path, prompts):
+    app = FakeApp()
+    with serving(app) as url:
+        arguments = ["--url", url, "--concurrency", "3", "--steady", "0.5", "--max-tokens", "8", "--prompts", prompts]
+        assert main([*arguments, "--out", str(tmp_path)]) == 0
+    (run,) = results(tmp_path)["runs"]
+    assert run["duration"] == pytest.approx(0.5, abs=0.2)
+    assert run["total_output_tokens"] == pytest.approx(run["server_generation_tokens"], abs=12)
+    assert run["output_throughput"] == pytest.approx(run["total_output_tokens"] / run["duration"])
+    assert run["total_output_tokens"] < app.generated - 8  # neither the warm-up nor the ramp
+    assert 0 < run["completed"] < len(app.bodies)
+    assert run["failed"] == 0
+
+
 def test_poisson(tmp_path, prompts):
     def bodies(directory, seed):
         app = FakeApp(metrics=False)
@@ -137,6 +151,8 @@ def test_no_server_at_the_url(tmp_path, capsys):
         (["--url", "http://a", "--url", "http://a"], "a name of its own"),
         (["--url", "http://a", "--concurrency", "0"], "at least 1"),
         (["--url", "http://a", "--concurrency", "8", "--requests-per-level", "4"], "never be reached"),
+        (["--url", "http://a", "--duration", "1", "--steady", "1"], "give one of"),
+        (["--url", "http://a", "--rate", "1", "--steady", "1"], "--steady is for"),
         (["--url", "http://a", "--rate", "-1"], "no positive number"),
         (["--url", "http://a", "--rate", "1", "--concurrency", "1"], "either --concurrency"),
         (["--url", "http://a", "--slo", "speed=1"], "is no SLO"),
