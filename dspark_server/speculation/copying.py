@@ -26,6 +26,7 @@ from torch import Tensor
 
 WIDTH = 12  # tokens a copy drafts alone
 ALONE = 4  # matched tokens from which a greedy request needs no backbone
+ALONE_WEIGHT = 30.0  # draft tokens of a request's own record that a table's `alone` counts like (docs/experiments.md)
 BUCKETS = (2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32)  # least match lengths that the tables tell apart
 ORDERS = (4, 2)  # n-grams that are looked up, longest first
 SETTLED = 8  # a match this long is not given up for a longer one

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dspark_server.runtime.batch import Batch
 from dspark_server.runtime.kv import KVPool, LayerGroup
-from dspark_server.speculation.copying import CopyBias, CopyTables, Match
+from dspark_server.speculation.copying import ALONE_WEIGHT, CopyBias, CopyTables, Match
 from dspark_server.speculation.history import SurvivalHistory, rates
 from dspark_server.speculation.noise import Streams
 from dspark_server.speculation.sampling import SamplingBatch
@@ -72,11 +72,11 @@ def with_copies(
 ) -> DraftBlock:
     """The drafter's block, widened to `gamma` slots, and below it one row for each match that is drafted alone.
 
-    How likely copies are to survive the tables say first, then more and more each request's own record.
+    How likely copies are to survive the tables say, and each request's own record beside them.
     """
     tokens = torch.tensor([match.tokens for match in matches], dtype=torch.int64).view(len(matches), gamma)
     alone, usable = torch.tensor([match.length for match in matches], dtype=torch.int64), [gamma] * len(matches)
-    survival = rates(records, tables.chance_alone(alone, gamma)).cumprod(dim=1)
+    survival = rates(records, tables.chance_alone(alone, gamma), ALONE_WEIGHT).cumprod(dim=1)
     if block is None:
         return DraftBlock(tokens, None, None, None, survival, torch.tensor(usable), alone=alone)
     missing = gamma - block.tokens.shape[1]

@@ -48,8 +48,8 @@ class SurvivalHistory:
         self.idle += 1
 
 
-def rates(records: Sequence[SurvivalHistory], prior: Tensor) -> Tensor:
-    """Expected survival [R, gamma] float32 by R records, each slot with its `prior` [R, gamma] (see `rate`)."""
+def rates(records: Sequence[SurvivalHistory], prior: Tensor, weight: float) -> Tensor:
+    """Expected survival [R, gamma] float32 by R records, where `prior` [R, gamma] counts like `weight` draft tokens."""
     stood = torch.tensor([record.stood for record in records]).unsqueeze(1)
     tried = torch.tensor([record.tried for record in records]).unsqueeze(1)
-    return (stood + PRIOR_WEIGHT * prior) / (tried + PRIOR_WEIGHT)
+    return (stood + weight * prior) / (tried + weight)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dspark_server.speculation.copying import BUCKETS, ContextIndex, CopyBias, CopyTables, Match, buckets
+from dspark_server.speculation.copying import ALONE_WEIGHT, BUCKETS, ContextIndex, CopyBias, CopyTables, Match, buckets
 from dspark_server.speculation.drafter import DraftBlock, with_copies
 from dspark_server.speculation.history import SurvivalHistory
 
@@ -123,7 +123,9 @@ def test_lone_copies_stand_below_the_drafters_rows() -> None:
         proven.record(3, 3, 0.0)
     alone = with_copies(None, [Match(4, [7, 8, 9])] * 2, [SurvivalHistory(), proven], 3, TABLES).survival
     assert alone is not None
-    assert alone[1, 2] > 0.9 > alone[0, 2], "what a request's copies came to is believed"
+    believed = [(proven.stood + ALONE_WEIGHT * chance) / (proven.tried + ALONE_WEIGHT) for chance in TABLES.alone[2:5]]
+    assert alone[1].tolist() == pytest.approx(torch.tensor(believed).cumprod(0).tolist())
+    assert bool((alone[1] > alone[0]).all()), "what a request's copies came to counts"
 
 
 @pytest.mark.parametrize("broken", [{"alone": [0.5]}, {"greedy_bias": [float("nan")] * len(BUCKETS)}])
