@@ -3,8 +3,9 @@
 // A task is (run, query tile, key/value heads): all heads, since a token's lie side by side in the cache and memory is
 // fastest read in order, or one, if there are too few runs for the threads. Its rows are the tile's queries for all the
 // query heads that share a head, so keys and values are read once for the group. Keys are visited in tiles of KEYS at
-// fixed absolute positions with an online softmax, while those of the next tile are fetched into L2. Every row adds its
-// products in order of position: a row's result depends neither on the task it is in nor on what else is in the step.
+// fixed absolute positions with an online softmax, while those a tile further on, across the end of the task, are
+// fetched into L2. Every row adds its products in order of position: a row's result depends neither on the task it is
+// in nor on what else is in the step.
 // Context is not split between threads, so a single long run keeps at most Hkv of them busy.
 #include "product.h"
 
@@ -103,8 +104,8 @@ ALWAYS_INLINE void transpose_bfloat16(const char *base, const long *offsets, con
 }
 #endif
 
-// Keys at base + offsets [count] -> key [head_dim, KEYS] float32, or [head_dim / 2, KEYS] pairs, while those at base + next are fetched. What columns
-// past `count` hold does not matter: they are masked.
+// Keys at base + offsets [count] -> key [head_dim, KEYS] float32, or [head_dim / 2, KEYS] pairs, while those at base +
+// next are fetched. What columns past `count` hold does not matter: they are masked.
 ALWAYS_INLINE void pack_keys(const char *base, const long *offsets, const long *next, long count, long head_dim,
                              int dtype, int pairs, float *key) {
 #ifdef TRANSPOSES
@@ -197,18 +198,16 @@ ALWAYS_INLINE void soften_row(const Scratch *scratch, long i, float *score, long
   store(scratch->weight + i * LANES, weight);
 }
 
-// Bytes from the start of the cache to each of a run's keys [position, position + KEYS); 0 for those not before `end`.
-static void locate_keys(const Attention *attention, long run, long head, long position, long end, long *offsets) {
+// Bytes from the start of the cache to each of `count` of a run's keys from `position` on.
+static void locate_keys(const Attention *attention, long run, long head, long position, long count, long *offsets) {
   const int32_t *table = attention->block_tables + run * attention->table_width;
   long row = attention->head_dim * element_size(attention->dtype), token = attention->kv_heads * row;
   long block = position / attention->block_size, within = position % attention->block_size, i = 0;
-  long count = smaller(KEYS, end - position);
   while (i < count) {
     long offset = (table[block++] * attention->block_size + within) * token + head * row;
     for (; within < attention->block_size && i < count; within++, offset += token) offsets[i++] = offset;
     within = 0;
   }
-  for (; i < KEYS; i++) offsets[i] = 0;
 }
 
 static Piece piece_of(const Attention *attention, long task) {
@@ -226,23 +225,53 @@ static Piece piece_of(const Attention *attention, long task) {
                  task % parts * attention->task_heads};
 }
 
-// Where the thread's next task begins, or most likely does: another thread may take it first.
-static void locate_next_keys(const Attention *attention, long task, long last, long *offsets) {
-  long next = task + 1 < last ? task + 1 : __atomic_load_n(&attention->tasks.next, __ATOMIC_RELAXED);
-  Piece piece = piece_of(attention, smaller(next, attention->tasks.count - 1));
-  long position = attention->context_len[piece.run] + piece.query;
-  long begin = attention->window ? larger(0, position + 1 - attention->window) / KEYS * KEYS : 0;
-  locate_keys(attention, piece.run, piece.head, begin, position + piece.queries, offsets);
+// The keys that some query of a piece sees: [*begin, *end), begin at the start of a tile.
+static void visible_keys(const Attention *attention, Piece piece, long *begin, long *end) {
+  long first = attention->context_len[piece.run] + piece.query, last = first + piece.queries;
+  long run_queries = attention->query_start[piece.run + 1] - attention->query_start[piece.run];
+  *begin = attention->window ? larger(0, first + 1 - attention->window) / KEYS * KEYS : 0;
+  *end = attention->causal ? last : attention->context_len[piece.run] + run_queries;
 }
 
-// Do `task`; the thread has taken those before `last`.
-ALWAYS_INLINE void attend_piece(const Attention *attention, const Scratch *scratch, long task, long last, int pairs) {
+// How far a thread has fetched: keys [position, end) of `task` are next, and then those of the task after it.
+typedef struct {
+  long task, run, head, position, end;
+} Fetched;
+
+static void fetch_task(const Attention *attention, long task, Fetched *fetched) {
+  Piece piece = piece_of(attention, task);
+  fetched->task = task;
+  fetched->run = piece.run;
+  fetched->head = piece.head;
+  visible_keys(attention, piece, &fetched->position, &fetched->end);
+}
+
+// Where the next `count` keys to be fetched lie, those of task `upcoming` (or none: -1) after the current one's. Always
+// KEYS offsets: where there are no keys left, one that has been fetched.
+static void locate_next(const Attention *attention, Fetched *fetched, long upcoming, long count, long *offsets) {
+  long found = 0;
+  while (found < count) {
+    if (fetched->position == fetched->end) {
+      if (upcoming < 0 || fetched->task == upcoming) break;
+      fetch_task(attention, upcoming, fetched);
+    }
+    long some = smaller(count - found, fetched->end - fetched->position);
+    locate_keys(attention, fetched->run, fetched->head, fetched->position, some, offsets + found);
+    fetched->position += some;
+    found += some;
+  }
+  for (long i = found; i < KEYS; i++) offsets[i] = found ? offsets[0] : 0;
+}
+
+// Do `task`, after which this thread does `upcoming` (-1: not known).
+ALWAYS_INLINE void attend_piece(const Attention *attention, const Scratch *scratch, long task, long upcoming,
+                                Fetched *fetched, int pairs) {
   Piece piece = piece_of(attention, task);
   long run = piece.run, query = piece.query, heads = attention->task_heads;
   long group = attention->q_heads / attention->kv_heads, head_dim = attention->head_dim;
   long dim = round_up(head_dim, DEPTH), rows = piece.queries * group, first_token = attention->query_start[run];
   long context = attention->context_len[run], run_queries = attention->query_start[run + 1] - first_token;
-  long total = context + run_queries, begin = total, end = 0, first_column = piece.head * group * head_dim;
+  long total = context + run_queries, begin, end, first_column = piece.head * group * head_dim;
   int dtype = attention->dtype;
   for (long i = 0; i < heads * rows; i++) {
     long token = query + i % rows / group, position = context + token;
@@ -255,23 +284,22 @@ ALWAYS_INLINE void attend_piece(const Attention *attention, const Scratch *scrat
       read_floats(row, from, dtype, head_dim);
     scratch->end[i] = attention->causal ? position + 1 : total;
     scratch->begin[i] = attention->window ? larger(0, position + 1 - attention->window) : 0;
-    begin = smaller(begin, scratch->begin[i]);
-    end = larger(end, scratch->end[i]);
     scratch->peak[i] = -INFINITY;
   }
   memset(scratch->sum, 0, heads * rows * dim * sizeof(float));
   memset(scratch->weight, 0, heads * rows * LANES * sizeof(float));
 
-  long offsets[2][KEYS] = {{0}}, first = begin / KEYS * KEYS;
+  long here[KEYS] = {0}, next[KEYS];
   long head_bytes = head_dim * element_size(dtype);
-  locate_keys(attention, run, piece.head, first, end, offsets[0]);
-  for (long position = first, tile = 0; position < end; position += KEYS, tile++) {
-    const long *here = offsets[tile % 2], *next = offsets[(tile + 1) % 2];
-    if (position + KEYS < end)
-      locate_keys(attention, run, piece.head, position + KEYS, end, offsets[(tile + 1) % 2]);
-    else
-      locate_next_keys(attention, task, last, offsets[(tile + 1) % 2]);
+  visible_keys(attention, piece, &begin, &end);
+  if (fetched->task != task) fetch_task(attention, task, fetched);
+  for (long position = begin; position < end; position += KEYS) {
     long count = smaller(KEYS, end - position), columns = round_up(count, 32);
+    locate_keys(attention, run, piece.head, position, count, here);
+    // As many keys are fetched as are read, from where the last tile left off: across the end of the task, so that the
+    // first tile of the next one does not have to wait.
+    if (fetched->task == task) fetched->position = larger(fetched->position, position + count);
+    locate_next(attention, fetched, upcoming, count, next);
     for (long head = 0; head < heads; head++) {
       const char *keys = (const char *)attention->keys + head * head_bytes;
       const char *values = (const char *)attention->values + head * head_bytes;
@@ -320,17 +348,24 @@ static Scratch make_scratch(long head_rows, long heads, long dim) {
   return scratch;
 }
 
+static long take_task(Tasks *tasks) {
+  long first, last;
+  return take_tasks(tasks, &first, &last) ? first : -1;
+}
+
 static void attend(void *context) {
   Attention *attention = context;
-  long rows = attention->tile_queries * (attention->q_heads / attention->kv_heads), first, last;
+  long rows = attention->tile_queries * (attention->q_heads / attention->kv_heads), task, upcoming;
   Scratch scratch = make_scratch(rows, attention->task_heads, round_up(attention->head_dim, DEPTH));
-  while (take_tasks(&attention->tasks, &first, &last)) {
-    for (long task = first; task < last; task++) {
-      if (DOT && attention->dtype == BFLOAT16 && attention->head_dim % (2 * LANES) == 0)
-        attend_piece(attention, &scratch, task, last, DOT);
-      else
-        attend_piece(attention, &scratch, task, last, 0);
-    }
+  Fetched fetched = {.task = -1};
+  for (task = take_task(&attention->tasks); task >= 0; task = upcoming >= 0 ? upcoming : take_task(&attention->tasks)) {
+    // Taken early, so that its keys can be fetched early; but towards the end whoever is free should take what is left.
+    int plenty = attention->tasks.count - __atomic_load_n(&attention->tasks.next, __ATOMIC_RELAXED) > 2;
+    upcoming = plenty ? take_task(&attention->tasks) : -1;
+    if (DOT && attention->dtype == BFLOAT16 && attention->head_dim % (2 * LANES) == 0)
+      attend_piece(attention, &scratch, task, upcoming, &fetched, DOT);
+    else
+      attend_piece(attention, &scratch, task, upcoming, &fetched, 0);
   }
 }
 
