@@ -50,56 +50,85 @@ typedef struct {
   long *begin, *end;  // [rows] visible key positions
 } Scratch;
 
-#if defined(__AVX512F__) || defined(__AVX2__)
-#define TRANSPOSES 1
-// One step of a transposition by perfect shuffles; log2(LANES) of them transpose [LANES][LANES] words.
-ALWAYS_INLINE void interleave(words *to, const words *from) {
 #ifdef __AVX512F__
-  const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-  const __m512i high = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+#define TRANSPOSES 1
+// [LANES][LANES] words in place: words, then pairs of them within quarters of a register, then quarters.
+ALWAYS_INLINE void transpose(words *rows) {
+  __m512i *a = (__m512i *)rows, b[LANES];
 #pragma GCC unroll 8
-  for (int i = 0; i < LANES / 2; i++) {
-    to[2 * i] = (words)_mm512_permutex2var_epi32((__m512i)from[i], low, (__m512i)from[i + LANES / 2]);
-    to[2 * i + 1] = (words)_mm512_permutex2var_epi32((__m512i)from[i], high, (__m512i)from[i + LANES / 2]);
+  for (int i = 0; i < 16; i += 2) {
+    b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+    b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
   }
-#else
 #pragma GCC unroll 4
-  for (int i = 0; i < LANES / 2; i++) {  // AVX2 interleaves within halves of a register
-    __m256i a = (__m256i)from[i], b = (__m256i)from[i + LANES / 2];
-    __m256i low = _mm256_unpacklo_epi32(a, b), high = _mm256_unpackhi_epi32(a, b);
-    to[2 * i] = (words)_mm256_permute2x128_si256(low, high, 0x20);
-    to[2 * i + 1] = (words)_mm256_permute2x128_si256(low, high, 0x31);
+  for (int i = 0; i < 16; i += 4) {
+    a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
+    a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
+    a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
+    a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
   }
-#endif
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) {  // quarter q of a[4 g + i] is column 4 q + i of rows 4 g to 4 g + 3
+    b[i] = _mm512_shuffle_i32x4(a[i], a[4 + i], 0x88);
+    b[4 + i] = _mm512_shuffle_i32x4(a[i], a[4 + i], 0xdd);
+    b[8 + i] = _mm512_shuffle_i32x4(a[8 + i], a[12 + i], 0x88);
+    b[12 + i] = _mm512_shuffle_i32x4(a[8 + i], a[12 + i], 0xdd);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) {
+    a[i] = _mm512_shuffle_i32x4(b[i], b[8 + i], 0x88);
+    a[4 + i] = _mm512_shuffle_i32x4(b[4 + i], b[12 + i], 0x88);
+    a[8 + i] = _mm512_shuffle_i32x4(b[i], b[8 + i], 0xdd);
+    a[12 + i] = _mm512_shuffle_i32x4(b[4 + i], b[12 + i], 0xdd);
+  }
 }
+#elif defined(__AVX2__)
+#define TRANSPOSES 1
+// [LANES][LANES] words in place: words, then pairs of them within halves of a register, then halves.
+ALWAYS_INLINE void transpose(words *rows) {
+  __m256i *a = (__m256i *)rows, b[LANES];
+#pragma GCC unroll 4
+  for (int i = 0; i < 8; i += 2) {
+    b[i] = _mm256_unpacklo_epi32(a[i], a[i + 1]);
+    b[i + 1] = _mm256_unpackhi_epi32(a[i], a[i + 1]);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 8; i += 4) {
+    a[i] = _mm256_unpacklo_epi64(b[i], b[i + 2]);
+    a[i + 1] = _mm256_unpackhi_epi64(b[i], b[i + 2]);
+    a[i + 2] = _mm256_unpacklo_epi64(b[i + 1], b[i + 3]);
+    a[i + 3] = _mm256_unpackhi_epi64(b[i + 1], b[i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) {
+    b[i] = _mm256_permute2x128_si256(a[i], a[4 + i], 0x20);
+    b[4 + i] = _mm256_permute2x128_si256(a[i], a[4 + i], 0x31);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; i++) a[i] = b[i];
+}
+#endif
 
+#ifdef TRANSPOSES
 // 2 * LANES consecutive bfloat16 of each of LANES rows at base + offsets -> column [2 * LANES][KEYS] float32, or
 // [LANES][KEYS] pairs; base + next is fetched.
 ALWAYS_INLINE void transpose_bfloat16(const char *base, const long *offsets, const long *next, int pairs,
                                       float *column) {
-  words a[LANES], b[LANES];
+  words rows[LANES];
 #pragma GCC unroll 16
   for (int i = 0; i < LANES; i++) {
-    a[i] = load_words(base + offsets[i]);
+    rows[i] = load_words(base + offsets[i]);
     FETCH(base + next[i]);
   }
-  interleave(b, a);
-  interleave(a, b);
-  interleave(b, a);
-#ifdef __AVX512F__
-  interleave(a, b);
-  const words *done = a;
-#else
-  const words *done = b;
-#endif
+  transpose(rows);
 #pragma GCC unroll 16
   for (int i = 0; i < LANES; i++) {
     if (pairs) {
-      store(column + i * KEYS, (floats)done[i]);
+      store(column + i * KEYS, (floats)rows[i]);
       continue;
     }
-    store(column + 2 * i * KEYS, (floats)(done[i] << 16));
-    store(column + (2 * i + 1) * KEYS, (floats)(done[i] & 0xffff0000u));
+    store(column + 2 * i * KEYS, (floats)(rows[i] << 16));
+    store(column + (2 * i + 1) * KEYS, (floats)(rows[i] & 0xffff0000u));
   }
 }
 #endif
@@ -130,11 +159,11 @@ ALWAYS_INLINE void pack_keys(const char *base, const long *offsets, const long *
 // the words come in the order in which unpacking leaves them: `in_order` undoes that for sums.
 static void pair_values(const char *base, const long *offsets, long count, long head_dim, float *value) {
 #if DOT
-  for (long i = 0; i < count; i += 2) {
-    const char *even = base + offsets[i], *odd = base + offsets[i + 1];
-    for (long j = 0; j < head_dim; j += 2 * LANES) {
-      __m512i a = (__m512i)load_words(even + 2 * j);
-      __m512i b = i + 1 < count ? (__m512i)load_words(odd + 2 * j) : _mm512_setzero_si512();
+  for (long j = 0; j < head_dim; j += 2 * LANES) {
+#pragma GCC unroll 4
+    for (long i = 0; i < count; i += 2) {
+      __m512i a = (__m512i)load_words(base + offsets[i] + 2 * j);
+      __m512i b = i + 1 < count ? (__m512i)load_words(base + offsets[i + 1] + 2 * j) : _mm512_setzero_si512();
       store(value + i / 2 * head_dim + j, (floats)_mm512_unpacklo_epi16(a, b));
       store(value + i / 2 * head_dim + j + LANES, (floats)_mm512_unpackhi_epi16(a, b));
     }

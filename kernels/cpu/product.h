@@ -19,6 +19,13 @@ typedef struct {
   long column_bytes;    // bytes further along the row for each column of the product
 } Ahead;
 
+// GCC would load a vector anew for each row it is multiplied with, and loads of 64 bytes are as dear as products.
+#if defined(__AVX512F__)
+#define IN_REGISTER(vector) __asm__("" : "+v"(vector))
+#else
+#define IN_REGISTER(vector)
+#endif
+
 ALWAYS_INLINE floats add_product(floats sum, const float *x, floats w, int pairs) {
 #if DOT
   if (pairs) {
@@ -41,7 +48,10 @@ ALWAYS_INLINE void multiply(int rows, int width, int pairs, const float *x, long
   for (long k = 0; k < depth; k++) {
     floats row[WIDE];
 #pragma GCC unroll 4
-    for (int j = 0; j < width; j++) row[j] = load(w + k * w_stride + j * LANES);
+    for (int j = 0; j < width; j++) {
+      row[j] = load(w + k * w_stride + j * LANES);
+      IN_REGISTER(row[j]);
+    }
     for (int each = 0; each <= pairs; each++)
       FETCH(ahead.base + ahead.offsets[((k << pairs) + each) % AHEAD_ROWS] +
             ahead.column_bytes * (column + width * LANES - 1));
