@@ -23,6 +23,7 @@ from dspark_server.speculation.capacity import Capacity
 from dspark_server.speculation.controls import Controls
 from dspark_server.speculation.copying import ALONE, Match
 from dspark_server.speculation.drafter import DraftBlock
+from dspark_server.speculation.history import SurvivalHistory
 from dspark_server.speculation.noise import CounterStreams, Streams
 from dspark_server.speculation.sampling import GREEDY_BELOW, SamplingBatch
 from dspark_server.speculation.selection import Candidate, Load, Selection
@@ -33,7 +34,8 @@ CONTRADICTION = (
     "The request's constraints (form, allowed_token_ids, bad_words, logit_bias, min_tokens) leave no token that could "
     "follow."
 )
-FIRST_GUESS = 0.6  # survival of a draft token before any was judged
+FIRST_GUESS = 0.6  # survival of a draft token before there was any
+POPULATION_MEMORY = 0.995  # as history.MEMORY, for all requests together
 
 
 Judge = Callable[
@@ -73,7 +75,7 @@ class StepLoop:
         self.stats.accepted_per_position = [0] * executor.gamma
         self.capacity = capacity
         self._selection = selection
-        self._survival = FIRST_GUESS  # of all requests together
+        self._everyone = SurvivalHistory(memory=POPULATION_MEMORY)
         self._max_draft_tokens = min(executor.gamma, max_draft_tokens or executor.gamma)
         self._block = min(self._max_draft_tokens, executor.block)
         self._copying = copying
@@ -159,9 +161,10 @@ class StepLoop:
         alone = {request for request, match in matches.items() if match and copied_alone(request, match)}
         # The last token a request may commit is never a draft: one token always comes from the target.
         limits = [min(self._allowance(r, r in alone), r.remaining - 1) for r in candidates]
+        prior = self._everyone.rate(FIRST_GUESS)
         choice = self._selection.drafting(
             [
-                Candidate(limit, request.history.rate(self._survival), request.history.probe_due, request in alone)
+                Candidate(limit, request.history.rate(prior), request.history.probe_due, request in alone)
                 for limit, request in zip(limits, candidates, strict=True)
             ],
             load,
@@ -221,14 +224,15 @@ class StepLoop:
 
     def _survival_of(self, block: DraftBlock, requests: list[Request]) -> Tensor:
         """a_k [R, gamma]; where no confidence head says it, what each request's own drafts have come to."""
-        if block.survival is not None and not bool(block.survival[:, 0].isnan().any()):
+        if block.survival is not None and block.told:
             return block.survival
         recorded = self._recorded(requests)
         return recorded if block.survival is None else torch.where(block.survival.isnan(), recorded, block.survival)
 
     def _recorded(self, requests: list[Request]) -> Tensor:
         """a_k [R, gamma] where no confidence head says it: what each request's own drafts have come to."""
-        rates = torch.tensor([request.history.rate(self._survival) for request in requests])
+        prior = self._everyone.rate(FIRST_GUESS)
+        rates = torch.tensor([request.history.rate(prior) for request in requests])
         return rates.unsqueeze(1) ** torch.arange(1, self.executor.gamma + 1)
 
     def _rest(self, plan: Plan, requests: list[Request], limits: list[int], count: int) -> Rest:
@@ -269,7 +273,7 @@ class StepLoop:
     def _learn(self, drafted: Drafted, verified: Verification, accepted: Accepted) -> None:
         """Keep what drafts came to: for all to see, and in each request's records, of the drafter and of copies."""
         stood = dict(zip(verified.requests, accepted.count.tolist(), strict=True))
-        survival = drafted.survival.nan_to_num().tolist()
+        survival, told = drafted.survival.nan_to_num().tolist(), drafted.block.told
         rows = zip(drafted.requests, drafted.lengths, survival, strict=True)
         for row, (request, length, chances) in enumerate(rows):
             for position, chance in enumerate(chances[:length]):
@@ -279,12 +283,13 @@ class StepLoop:
                 kind.survived += position < stood[request]
             if row >= drafted.backbone:
                 if length:
-                    request.copied.record(length, stood[request], chances[0])
+                    request.copied.judged(length, stood[request])
                 continue
-            request.history.record(length, stood[request], chances[0])
-            if length:
-                share = stood[request] / min(length, stood[request] + 1)
-                self._survival += 0.01 * (share - self._survival)
+            for record in (request.history, self._everyone):
+                if told:
+                    record.expected(chances[: self._block])
+                else:
+                    record.judged(length, stood[request])
 
     def _commit(
         self, plan: Plan, prefixes: dict[Request, list[int]], verified: Verification, accepted: Accepted | None

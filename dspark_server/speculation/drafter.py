@@ -62,6 +62,11 @@ class DraftBlock:
     base_logits: Tensor | None = None
     logits: Tensor | None = None
 
+    @property
+    def told(self) -> bool:
+        """How likely its prefixes are to survive, the drafter says of every block."""
+        return self.survival is not None and not bool(self.survival[:, 0].isnan().any())
+
 
 def with_copies(
     block: DraftBlock | None,

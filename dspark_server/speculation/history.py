@@ -7,18 +7,23 @@ import torch
 from torch import Tensor
 
 MEMORY = 0.9  # of what was seen before, this much counts after one more draft
-PRIOR_WEIGHT = 3.0  # the prior counts like so many draft tokens
+PRIOR_WEIGHT = 6.0  # the prior counts like so many draft tokens
 LONGEST_WAIT = 64  # steps between two probes of a request that does not draft
 
 
 @dataclass
 class SurvivalHistory:
-    """One request's record. All of it is known before the next draft's noise is drawn, so selection may read it."""
+    """One request's record. All of it is known before the next draft's noise is drawn, so selection may read it.
+
+    What confidence says of a draft is kept rather than what became of it, where there is a confidence: the chances of
+    its tokens tell as much as several throws of their coins, and a draft that selection dropped has them too.
+    """
 
     stood: float = 0.0
     tried: float = 0.0
     idle: int = 0  # steps since the last draft
     wait: int = 1  # idle steps until the next probe
+    memory: float = MEMORY
 
     def rate(self, prior: float) -> float:
         """Expected survival of a draft token whose predecessors survived."""
@@ -29,14 +34,18 @@ class SurvivalHistory:
         """It has been left out long enough."""
         return self.idle >= self.wait
 
-    def record(self, verified: int, accepted: int, first_survival: float) -> None:
-        """A draft had `verified` tokens looked at, of which `accepted` stood.
+    def expected(self, survival: Sequence[float]) -> None:
+        """A draft was made whose prefixes [gamma] survive with these chances."""
+        self._add(sum(survival), 1 + sum(survival[:-1]))
 
-        A draft that selection dropped whole was not judged; its confidence in the first token stands in for that.
-        """
-        tried = min(verified, accepted + 1) if verified else 1
-        self.stood = MEMORY * self.stood + (accepted if verified else first_survival)
-        self.tried = MEMORY * self.tried + tried
+    def judged(self, verified: int, accepted: int) -> None:
+        """Of a draft `verified` tokens were looked at, of which `accepted` stood."""
+        if verified:
+            self._add(accepted, min(verified, accepted + 1))
+
+    def _add(self, stood: float, tried: float) -> None:
+        self.stood = self.memory * self.stood + stood
+        self.tried = self.memory * self.tried + tried
 
     def drafted(self, *, probing: bool) -> None:
         """It drafts in this step because it pays, or to see whether it would: then the next wait is twice as long."""

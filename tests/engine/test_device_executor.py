@@ -18,12 +18,13 @@ from dspark_server.config import EngineConfig, SpeculativeConfig
 from dspark_server.engine.core import EngineCore
 from dspark_server.engine.device_executor import DeviceExecutor
 from dspark_server.engine.request import SamplingParams
-from dspark_server.engine.step import FIRST_GUESS
+from dspark_server.engine.step import POPULATION_MEMORY
 from dspark_server.engine.trace import StepTrace
 from dspark_server.runtime.graphs import Graphs
 from dspark_server.runtime.staging import Staging
 from dspark_server.speculation.calibration import Calibration
 from dspark_server.speculation.capacity import Profile
+from dspark_server.speculation.history import SurvivalHistory
 
 from ..runtime.twin import TwinDevice, TwinKernels
 from .support import FIXTURES, greedy, prompts, seeded
@@ -242,7 +243,7 @@ def _serve(core: EngineCore, seen: list[Seen], selection: str, params: list[Samp
     """Tokens, number of passes (one that was run ahead in vain is run again) and what each step came to."""
     seen.clear()
     core.select(selection)
-    core.loop._survival = FIRST_GUESS
+    core.loop._everyone = SurvivalHistory(memory=POPULATION_MEMORY)
     passes = executor_of(core).passes
     before = passes.replays
     tokens = core.generate(STALE_PROMPTS[: len(params)], params)

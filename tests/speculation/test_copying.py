@@ -120,7 +120,7 @@ def test_lone_copies_stand_below_the_drafters_rows() -> None:
     assert with_copies(block, [], [], 3, TABLES).tokens.tolist() == [[1, 2, 0]]
     proven = SurvivalHistory()
     for _ in range(20):
-        proven.record(3, 3, 0.0)
+        proven.judged(3, 3)
     alone = with_copies(None, [Match(4, [7, 8, 9])] * 2, [SurvivalHistory(), proven], 3, TABLES).survival
     assert alone is not None
     believed = [(proven.stood + ALONE_WEIGHT * chance) / (proven.tried + ALONE_WEIGHT) for chance in TABLES.alone[2:5]]
