@@ -172,15 +172,14 @@ class DeviceExecutor:
         block = None
         if asked:
             assert isinstance(self.drafter, DSparkDrafter), "the engine must not draft without a drafter"
-            here = sampling if len(asked) == len(requests) else sampling.select(torch.arange(len(asked)))
-            copies = self.drafter.copies(asked, here)
+            copies = self.drafter.copies(asked, sampling)
             sampler = self.drafter.sampler
             # Where the drafter has names of its own, a copied token may need a column: known only from the logits.
-            if sampler.takes_whole_blocks(here) and (copies is None or sampler.draft_tokens is None):
+            if sampler.takes_whole_blocks(sampling) and (copies is None or sampler.draft_tokens is None):
                 after = rest() if rest and len(asked) == len(requests) else None
-                block = self._draft_whole(asked, here, streams, copies, after)
+                block = self._draft_whole(asked, sampling, streams, copies, after)
             else:
-                block = self._draft_slot_by_slot(asked, here, streams, copies)
+                block = self._draft_slot_by_slot(asked, sampling, streams, copies)
         return add_copies(block, requests, self.gamma, self.drafter)
 
     def _draft_whole(

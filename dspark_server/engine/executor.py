@@ -4,7 +4,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from dspark_server.models.decoder import Decoder
@@ -55,7 +54,8 @@ class Executor(Protocol):
     ) -> DraftBlock:
         """Draft up to gamma tokens after each anchor. KV slots for anchor and block are reserved.
 
-        Requests whose block is copied alone come last. `rest`: what will be asked for next, if that is certain.
+        Requests whose block is copied alone come last; `sampling` has a row for each of the others. `rest`: what will
+        be asked for next, if that is certain.
         """
 
     def verify(self, runs: list[Run]) -> tuple[Tensor, list[int]]:
@@ -85,8 +85,7 @@ class TorchExecutor:
         asked = asked_of_drafter(requests)
         block = None
         if asked:
-            here = sampling if len(asked) == len(requests) else sampling.select(torch.arange(len(asked)))
-            block = self.drafter.propose(asked, here, streams, self.pool)
+            block = self.drafter.propose(asked, sampling, streams, self.pool)
         return add_copies(block, requests, self.gamma, self.drafter)
 
     def verify(self, runs: list[Run]) -> tuple[Tensor, list[int]]:

@@ -35,6 +35,7 @@ CONTRADICTION = (
     "follow."
 )
 FIRST_GUESS = 0.6  # survival of a draft token before there was any
+NOBODY = SamplingBatch.of(position=[], key=[])
 POPULATION_MEMORY = 0.995  # as history.MEMORY, for all requests together
 
 
@@ -194,7 +195,7 @@ class StepLoop:
                     DraftRequest(r.tokens[-1], len(r.tokens) - 1, r.blocks, matches.get(r), r in alone, r.copied)
                     for r in requests
                 ],
-                sampling_batch(requests),
+                sampling_batch(requests[:backbone]),
                 self._streams,
                 rest,
             )
@@ -392,6 +393,8 @@ def copied_alone(request: Request, match: Match) -> bool:
 
 def sampling_batch(requests: list[Request]) -> SamplingBatch:
     """How each request samples the tokens that follow its anchor."""
+    if not requests:
+        return NOBODY
     params = [request.params for request in requests]
     return SamplingBatch.of(
         temperature=[p.temperature for p in params],

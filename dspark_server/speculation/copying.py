@@ -20,9 +20,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from dspark_kernels import UNNAMED, Favour
 from torch import Tensor
+
+Floats = npt.NDArray[np.float64]
 
 WIDTH = 12  # tokens a copy drafts alone
 ALONE = 4  # matched tokens from which a greedy request needs no backbone
@@ -140,9 +144,10 @@ class CopyTables:
     def _tensors(self) -> dict[str, Tensor]:
         return {name: torch.tensor(getattr(self, name)) for name in self.__dataclass_fields__}
 
-    def chance_alone(self, length: Tensor, gamma: int) -> Tensor:
-        """[R, gamma]: that a token stands if those before it do, in copies of matches of `length` [R]."""
-        return self._tensors["alone"][buckets(length, gamma)]
+    def chance_alone(self, lengths: Sequence[int], gamma: int) -> Floats:
+        """[R, gamma]: that a token stands if those before it do, in copies of matches of `lengths` [R]."""
+        longer = np.array(lengths, dtype=np.int64).reshape(-1, 1) + np.arange(gamma)
+        return np.array(self.alone)[np.searchsorted(BUCKETS, longer, side="right") - 1]
 
 
 def buckets(length: Tensor, gamma: int) -> Tensor:

@@ -81,7 +81,8 @@ def with_copies(
     """
     tokens = torch.tensor([match.tokens for match in matches], dtype=torch.int64).view(len(matches), gamma)
     alone, usable = torch.tensor([match.length for match in matches], dtype=torch.int64), [gamma] * len(matches)
-    survival = rates(records, tables.chance_alone(alone, gamma), ALONE_WEIGHT).cumprod(dim=1)
+    chances = tables.chance_alone([match.length for match in matches], gamma)
+    survival = torch.from_numpy(rates(records, chances, ALONE_WEIGHT).cumprod(axis=1)).float()
     if block is None:
         return DraftBlock(tokens, None, None, None, survival, torch.tensor(usable), alone=alone)
     missing = gamma - block.tokens.shape[1]

@@ -3,8 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float64]
 
 MEMORY = 0.9  # of what was seen before, this much counts after one more draft
 PRIOR_WEIGHT = 6.0  # the prior counts like so many draft tokens
@@ -57,8 +59,8 @@ class SurvivalHistory:
         self.idle += 1
 
 
-def rates(records: Sequence[SurvivalHistory], prior: Tensor, weight: float) -> Tensor:
-    """Expected survival [R, gamma] float32 by R records, where `prior` [R, gamma] counts like `weight` draft tokens."""
-    stood = torch.tensor([record.stood for record in records]).unsqueeze(1)
-    tried = torch.tensor([record.tried for record in records]).unsqueeze(1)
-    return (stood + weight * prior) / (tried + weight)
+def rates(records: Sequence[SurvivalHistory], prior: Floats, weight: float) -> Floats:
+    """Expected survival [R, gamma] by R records, where `prior` [R, gamma] counts like `weight` draft tokens."""
+    stood = np.array([record.stood for record in records]).reshape(-1, 1)
+    tried = np.array([record.tried for record in records]).reshape(-1, 1)
+    return np.asarray((stood + weight * prior) / (tried + weight))
