@@ -54,8 +54,10 @@ LOSSLESS = (
          "p = torch.softmax(mine.logits[mine.start[active] + slot], -1)",
          "tests/speculation/test_losslessness.py::test_ratio_rule_has_the_targets_joint_law"),
     _one("retrospective search over this step's survivals", SELECTION,
-         "return ranked.first(admitted(ranked.values, seconds, load, self._floor))",
-         "return ranked.first(best_count(ranked.values, seconds * (1 + np.arange(len(seconds)) % 2), load))",
+         "return admit(survival.tolist(), limits, load, seconds, self._floor).lengths",
+         "every = (ranked := Ranked.of(survival, limits)).values\n"
+         "        bumpy = seconds.upto(len(every)) * (1 + np.arange(len(every) + 1) % 2)\n"
+         "        return ranked.first(best_count(every, bumpy, load))",
          "tests/speculation/test_selection.py::test_whether_a_token_is_kept_does_not_depend_on_it_or_on_later_ones"),
     Mutant("prefix cut at a forbidden token", (
         (SEQUENTIAL, "                here = permitted(here, at, columns)\n", ""),

@@ -3,7 +3,8 @@
 import logging
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
+from dataclasses import replace
+from functools import lru_cache, partial
 from itertools import pairwise
 
 import torch
@@ -35,7 +36,6 @@ CONTRADICTION = (
     "follow."
 )
 FIRST_GUESS = 0.6  # survival of a draft token before there was any
-NOBODY = SamplingBatch.of(position=[], key=[])
 POPULATION_MEMORY = 0.995  # as history.MEMORY, for all requests together
 
 
@@ -393,8 +393,16 @@ def copied_alone(request: Request, match: Match) -> bool:
 
 def sampling_batch(requests: list[Request]) -> SamplingBatch:
     """How each request samples the tokens that follow its anchor."""
-    if not requests:
-        return NOBODY
+    return replace(
+        _lasting(tuple(requests)),
+        position=torch.tensor([len(request.tokens) for request in requests], dtype=torch.int64),
+        draft_number=torch.tensor([request.draft_number for request in requests], dtype=torch.int64),
+    )
+
+
+@lru_cache(maxsize=2)  # those that draft and those that sample: from step to step they are mostly the same
+def _lasting(requests: tuple[Request, ...]) -> SamplingBatch:
+    """The part of `sampling_batch` that stays the same."""
     params = [request.params for request in requests]
     return SamplingBatch.of(
         temperature=[p.temperature for p in params],
@@ -404,7 +412,6 @@ def sampling_batch(requests: list[Request]) -> SamplingBatch:
         coupled=[p.seed is not None for p in params],
         key=[request.nonce if p.seed is None else p.seed for request, p in zip(requests, params, strict=True)],
         choice=[request.choice for request in requests],
-        position=[len(request.tokens) for request in requests],
-        draft_number=[request.draft_number for request in requests],
+        position=[0] * len(requests),
         controls=[request.controls for request in requests],
     )

@@ -19,7 +19,7 @@ import numpy as np
 from dspark_server.engine.request import Request
 from dspark_server.engine.trace import Drafted, StepTrace
 from dspark_server.speculation.capacity import Capacity
-from dspark_server.speculation.selection import Ranked, step_seconds, theta_by_count
+from dspark_server.speculation.selection import Ranked, StepCost, theta_by_count
 
 logger = logging.getLogger(__name__)
 
@@ -169,7 +169,7 @@ class StepWatch:
         ranked = Ranked.of(drafted.survival, drafted.limits)
         convex = trace.selection != "lagged"
         count = len(ranked.values)
-        seconds = step_seconds(self._capacity, trace.load, count, drafted.backbone, convex=convex)
+        seconds = StepCost.of(self._capacity, trace.load, drafted.backbone, convex=convex).upto(count)
         theta = theta_by_count(ranked.values, seconds, trace.load)
         points = np.unique(np.linspace(0, count, min(count + 1, MAX_POINTS)).round().astype(int))
         # Only a policy that ranks all drafts together stands on this curve; fixed and threshold stand near it.

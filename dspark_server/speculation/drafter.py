@@ -79,6 +79,10 @@ def with_copies(
 
     How likely copies are to survive the tables say, and each request's own record beside them.
     """
+    if block is not None and not matches:
+        missing = gamma - block.tokens.shape[1]
+        survival = None if block.survival is None else F.pad(block.survival, (0, missing))
+        return replace(block, tokens=F.pad(block.tokens, (0, missing)), survival=survival)
     tokens = torch.tensor([match.tokens for match in matches], dtype=torch.int64).view(len(matches), gamma)
     alone, usable = torch.tensor([match.length for match in matches], dtype=torch.int64), [gamma] * len(matches)
     chances = tables.chance_alone([match.length for match in matches], gamma)

@@ -9,9 +9,10 @@ worth Theta = tau / seconds, tau the tokens it is expected to commit.
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from heapq import heapify, heappop, heapreplace
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -159,9 +160,8 @@ class Causal:
         return None
 
     def lengths(self, survival: Tensor, limits: Sequence[int], load: Load, backbone: int | None = None) -> list[int]:
-        ranked = Ranked.of(survival, limits)
-        seconds = step_seconds(self._capacity, load, len(ranked.values), _or(backbone, limits), convex=True)
-        return ranked.first(admitted(ranked.values, seconds, load, self._floor))
+        seconds = StepCost.of(self._capacity, load, _or(backbone, limits), convex=True)
+        return admit(survival.tolist(), limits, load, seconds, self._floor).lengths
 
 
 class Lagged:
@@ -184,7 +184,7 @@ class Lagged:
 
     def lengths(self, survival: Tensor, limits: Sequence[int], load: Load, backbone: int | None = None) -> list[int]:
         ranked = Ranked.of(survival, limits)
-        seconds = step_seconds(self._capacity, load, len(ranked.values), _or(backbone, limits), convex=False)
+        seconds = StepCost.of(self._capacity, load, _or(backbone, limits), convex=False).upto(len(ranked.values))
         best = best_count(ranked.values, seconds, load, self._floor)
         # Counted in whole blocks, not in usable slots: whether a slot is usable is known from this block's own tokens.
         slots = survival.numel()
@@ -245,20 +245,38 @@ def _or(backbone: int | None, limits: Sequence[int]) -> int:
     return len(limits) if backbone is None else backbone
 
 
-def step_seconds(capacity: Capacity, load: Load, drafts: int, requests: int, *, convex: bool) -> Floats:
-    """[drafts + 1] seconds that tau is bought with when 0 .. drafts draft tokens of `requests` requests are verified.
+@dataclass(frozen=True)
+class StepCost:
+    """Seconds that tau is bought with when so many draft tokens are verified.
 
     Prefill tokens in the pass make each draft token as dear as it then is, but what they cost themselves buys other
     tokens than tau: were it counted, any draft would look cheap beside a long chunk.
     """
-    table = capacity.convex if convex else capacity.raw
-    last = len(table) - 1
-    count = np.arange(drafts + 1)
-    tokens = np.minimum(load.tokens + count, last)
-    prefill = table[min(load.tokens, last)] - table[min(load.sampling, last)]
-    fixed = capacity.draft(requests) + capacity.overhead + capacity.attention(load.context, load.pairs) - prefill
-    more = capacity.attention(0.0, load.per_draft)
-    return np.asarray(np.maximum(table[tokens] + fixed + count * more, 1e-9))
+
+    table: Floats
+    tokens: int
+    fixed: float
+    each: float
+
+    @classmethod
+    def of(cls, capacity: Capacity, load: Load, requests: int, *, convex: bool) -> "StepCost":
+        """Of a step in which `requests` requests draft; `convex`: on the minorant of the measured curve."""
+        table = capacity.convex if convex else capacity.raw
+        last = len(table) - 1
+        prefill = float(table[min(load.tokens, last)] - table[min(load.sampling, last)])
+        fixed = capacity.draft(requests) + capacity.overhead + capacity.attention(load.context, load.pairs) - prefill
+        return cls(table, load.tokens, fixed, capacity.attention(0.0, load.per_draft))
+
+    def __call__(self, count: int) -> float:
+        """Seconds with `count` draft tokens."""
+        place = min(self.tokens + count, len(self.table) - 1)
+        return max(float(self.table[place]) + self.fixed + count * self.each, 1e-9)
+
+    def upto(self, drafts: int) -> Floats:
+        """[drafts + 1] seconds with 0 .. drafts draft tokens."""
+        count = np.arange(drafts + 1)
+        places = np.minimum(self.tokens + count, len(self.table) - 1)
+        return np.asarray(np.maximum(self.table[places] + self.fixed + count * self.each, 1e-9))
 
 
 def within_floor(seconds: Floats, floor: float | None) -> int:
@@ -268,12 +286,49 @@ def within_floor(seconds: Floats, floor: float | None) -> int:
     return int(np.searchsorted(seconds[1:], 1 / floor, side="right"))
 
 
-def admitted(survivals: Floats, seconds: Floats, load: Load, floor: float | None = None) -> int:
-    """Algorithm 1 over ranked survivals [n] and seconds [n + 1]: how many, stopping where Theta first fails to rise."""
-    most = min(load.room, within_floor(seconds, floor), len(survivals))
-    theta = theta_by_count(survivals, seconds, load)[: most + 1]
-    stops = np.nonzero(theta[1:] <= theta[:-1])[0]
-    return int(stops[0]) if len(stops) else most
+class Admitted(NamedTuple):
+    """Prefix lengths [R], and tokens a second with them."""
+
+    lengths: list[int]
+    theta: float
+
+
+def admit(
+    survival: Sequence[Sequence[float]],
+    limits: Sequence[int],
+    load: Load,
+    seconds: Callable[[int], float],
+    floor: float | None = None,
+) -> Admitted:
+    """Algorithm 1 over blocks of survivals [R][gamma]: the likeliest token left is next, until Theta fails to rise.
+
+    Ties go to the earlier request, and so to the earlier position of a request. `seconds` as StepCost has it. Plain
+    numbers: the few tokens looked at are no work for arrays, whose code a pass has driven out of the caches.
+    """
+    lengths = [0] * len(limits)
+    heads = [(-_at_most(1.0, block[0]), row) for row, block in enumerate(survival) if limits[row] > 0]
+    heapify(heads)
+    gained, best = 0.0, load.sampling / seconds(0)
+    for count in range(1, load.room + 1):
+        if not heads:
+            break
+        negative, row = heads[0]
+        took = seconds(count)
+        theta = (load.sampling + (gained - negative)) / took
+        if theta <= best or (floor and took > 1 / floor):
+            break
+        gained, best = gained - negative, theta
+        lengths[row] += 1
+        if lengths[row] < limits[row]:
+            heapreplace(heads, (-_at_most(-negative, survival[row][lengths[row]]), row))
+        else:
+            heappop(heads)
+    return Admitted(lengths, best)
+
+
+def _at_most(most: float, value: float) -> float:
+    """A NaN says nothing of any token: it is last, and so is all that follows it."""
+    return min(most, value) if value == value else 0.0
 
 
 def best_count(survivals: Floats, seconds: Floats, load: Load, floor: float | None = None) -> int:
@@ -303,18 +358,18 @@ def choose_drafting(
     if not able:
         return Choice(copies)
     able.sort(key=lambda index: -candidates[index].rate)
-    seconds = step_seconds(capacity, load, 1, 0, convex=True)
-    best, drafting = load.sampling / float(seconds[0]), 0
+    seconds = StepCost.of(capacity, load, 0, convex=True)
+    best, drafting = load.sampling / seconds(0), 0
 
     def hopeless(rate: float) -> bool:
         """Not even a first token that costs no draft would pay; later ones cost no less, as the curve is convex."""
-        return (load.sampling + rate) / float(seconds[1]) <= best
+        return (load.sampling + rate) / seconds(1) <= best
 
     if not hopeless(candidates[able[0]].rate):
         sizes = _sizes(len(able))
         thetas = predicted_thetas([candidates[i] for i in able], len(able), sizes, load, capacity, floor)
-        if thetas.max() > best:
-            drafting, best = sizes[int(thetas.argmax())], float(thetas.max())
+        if max(thetas) > best:
+            drafting, best = sizes[thetas.index(max(thetas))], max(thetas)
     chosen = able[:drafting]
     due = [index for index in able[drafting:] if candidates[index].probe_due]
     if due and (chosen or not hopeless(OPTIMISM)):
@@ -335,28 +390,18 @@ def predicted_thetas(
     load: Load,
     capacity: Capacity,
     floor: float | None = None,
-) -> Floats:
+) -> list[float]:
     """Theta [S] if the first sizes[s] candidates draft and `Causal` then selects; survivals are rate^k.
 
     Of the candidates after the first `known` nothing is known, and OPTIMISM is taken for their rate.
     """
-    rates = np.array([candidate.rate for candidate in candidates])
-    rates[known:] = OPTIMISM
-    limits = np.array([candidate.limit for candidate in candidates])
-    position = np.arange(1, limits.max() + 1)
-    values = np.where(position <= limits[:, None], rates[:, None] ** position, 0.0)
-    taking_part = np.arange(len(rates)) < np.asarray(sizes)[:, None]
-    # All subsets side by side. Zeros, last, stand for tokens that are not there: none of them can raise Theta.
-    ranked = -np.sort(-(values * taking_part[:, :, None]).reshape(len(sizes), -1), axis=1)
-    drafts = np.array([capacity.draft(size) for size in sizes])
-    seconds = step_seconds(capacity, load, ranked.shape[1], 0, convex=True) + drafts[:, None]
-    tau = load.sampling + np.concatenate([np.zeros((len(sizes), 1)), ranked.cumsum(axis=1)], axis=1)
-    theta = tau / seconds
-    rises = (theta[:, 1:] > theta[:, :-1]) & (np.arange(ranked.shape[1]) < load.room)
-    if floor:
-        rises &= seconds[:, 1:] <= 1 / floor
-    count = np.where(rises.all(axis=1), ranked.shape[1], rises.argmin(axis=1))
-    return np.asarray(theta[np.arange(len(sizes)), count])
+    rates = [candidate.rate if index < known else OPTIMISM for index, candidate in enumerate(candidates)]
+    limits = [candidate.limit for candidate in candidates]
+    blocks = [[rate**k for k in range(1, limit + 1)] for rate, limit in zip(rates, limits, strict=True)]
+    return [
+        admit(blocks[:size], limits[:size], load, StepCost.of(capacity, load, size, convex=True), floor).theta
+        for size in sizes
+    ]
 
 
 def _sizes(count: int) -> list[int]:

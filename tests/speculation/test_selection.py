@@ -19,12 +19,12 @@ from dspark_server.speculation.selection import (
     Load,
     Ranked,
     Selection,
-    admitted,
+    StepCost,
+    admit,
     best_count,
     build_selection,
     choose_drafting,
     predicted_thetas,
-    step_seconds,
     theta_by_count,
     within_floor,
 )
@@ -55,6 +55,14 @@ def candidates(limits: list[int], rate: float = 0.9) -> list[Candidate]:
 
 def falling(generator: np.random.Generator, requests: int, gamma: int) -> Tensor:
     return torch.from_numpy(generator.random((requests, gamma)).cumprod(axis=1)).float()
+
+
+def early_stop(survivals: np.ndarray, seconds: np.ndarray, load: Load, floor: float | None = None) -> int:
+    """Algorithm 1 over ranked survivals [n] and seconds [n + 1]: how many, stopping where Theta first fails to rise."""
+    most = min(load.room, within_floor(seconds, floor), len(survivals))
+    theta = theta_by_count(survivals, seconds, load)[: most + 1]
+    stops = np.nonzero(theta[1:] <= theta[:-1])[0]
+    return int(stops[0]) if len(stops) else most
 
 
 # ---- policies that do not price anything --------------------------------------------------------------------------
@@ -123,6 +131,32 @@ def test_causal_is_the_best_of_all_prefixes_on_a_convex_cost(seed: int) -> None:
 
         best = max(theta(each) for each in itertools.product(*(range(limit + 1) for limit in most)))
         assert theta(tuple(lengths)) == pytest.approx(best, rel=1e-9)
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(0, 7), st.lists(st.sampled_from([0.3, 0.5, 0.9, 1.0, 0.0, np.nan]), min_size=7, max_size=7)
+        ),
+        max_size=9,
+    ),
+    st.integers(0, 40),
+    st.sampled_from([None, 0.5, 0.05]),
+    st.integers(0, 2**32 - 1),
+)
+def test_causal_walks_along_the_ranking(
+    rows: list[tuple[int, list[float]]], room: int, floor: float | None, seed: int
+) -> None:
+    """Ties, NaNs and bumps in the curve among them: the same tokens as the first so many of all ranked at once."""
+    generator = np.random.default_rng(seed)
+    costs = capacity(np.sort(generator.random(120) + 0.5).tolist(), draft=0.1)
+    here, most = load(max(1, len(rows)), room), [limit for limit, _ in rows]
+    survival = torch.tensor([block for _, block in rows]).view(len(rows), 7).cumprod(1)
+    for convex in (True, False):
+        seconds = StepCost.of(costs, here, len(rows), convex=convex)
+        ranked = Ranked.of(survival, most)
+        expected = ranked.first(early_stop(ranked.values, seconds.upto(len(ranked.values)), here, floor))
+        assert admit(survival.tolist(), most, here, seconds, floor).lengths == expected
 
 
 @pytest.mark.parametrize("policy", ["causal", "threshold", "fixed", "lagged"])
@@ -203,7 +237,7 @@ def test_appendix_a_retrospective_search_and_ours() -> None:
     seconds = 1 / np.array(SPS)
 
     def ours(draft: Context) -> int:
-        return admitted(appendix_survival(draft[0]), seconds, load(1))
+        return admit([appendix_survival(draft[0]).tolist()], [2], load(1), seconds.tolist().__getitem__).lengths[0]
 
     def retrospective(draft: Context) -> int:
         return best_count(appendix_survival(draft[0]), seconds, load(1))
@@ -316,7 +350,7 @@ def test_a_crowd_of_newcomers_is_probed_in_part() -> None:
 def test_what_drafting_is_predicted_to_be_worth_is_what_selection_would_make_of_it(
     rows: list[tuple[int, float]], known: int, room: int, floor: float | None, seed: int
 ) -> None:
-    """All subsets at once, against one after another through the functions that select."""
+    """Against ranking all of a subset's tokens and walking along them."""
     generator = np.random.default_rng(seed)
     costs = capacity((1 + generator.random(200).cumsum()).tolist(), draft=float(generator.random()))
     here = Load(sampling=5, tokens=7, room=room, context=100, per_draft=20)
@@ -326,8 +360,8 @@ def test_what_drafting_is_predicted_to_be_worth_is_what_selection_would_make_of_
     for size in sizes:
         rates = np.array([each.rate if index < known else OPTIMISM for index, each in enumerate(crowd[:size])])
         values = Ranked.rank(rates[:, None] ** np.arange(1, 8), [each.limit for each in crowd[:size]]).values
-        seconds = step_seconds(costs, here, len(values), size, convex=True)
-        expected.append(theta_by_count(values, seconds, here)[admitted(values, seconds, here, floor)])
+        seconds = StepCost.of(costs, here, size, convex=True).upto(len(values))
+        expected.append(theta_by_count(values, seconds, here)[early_stop(values, seconds, here, floor)])
     np.testing.assert_allclose(predicted_thetas(crowd, known, sizes, here, costs, floor), expected, rtol=1e-12)
 
 
