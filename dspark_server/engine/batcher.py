@@ -7,6 +7,7 @@ exists, only selection may drop it (DSPARK, "No value-dependent drop").
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from math import ceil
 from time import monotonic
 
 from dspark_server.engine.blocks import BlockPool
@@ -58,6 +59,7 @@ class Plan:
         )
 
 
+DRAFTED_SHARE = 0.1  # of a step in what drafts are taken to want
 RETURNED = -1  # turn of a place in front, for a request that was preempted
 
 
@@ -82,6 +84,7 @@ class Batcher:
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self._clock = clock
+        self._drafted = float(gamma)  # draft tokens verified in a step for each decoding request, lately
 
     # -- arrival and departure ---------------------------------------------------------------------------------------
 
@@ -169,8 +172,8 @@ class Batcher:
         self._reserve_running()
         decoding = [request for request in self.running if request.is_decoding]
         room = self.max_num_batched_tokens - len(decoding)
-        # Drafts want gamma tokens each, but prefill must not starve behind them: it gets at least half of the rest.
-        prefill_room = max(room - self.gamma * len(decoding), room // 2)
+        # Drafts get what they lately took, but prefill must not starve behind them: it gets at least half of the rest.
+        prefill_room = max(room - ceil(self._drafted * len(decoding)), room // 2)
         scheduled = [Scheduled(request, 1) for request in decoding]
         spent = 0
         for request in self.running:
@@ -186,6 +189,13 @@ class Batcher:
             scheduled.append(Scheduled(request, chunk))
             spent += chunk
         return Plan(scheduled, draft_room=room - spent)
+
+    def drafted(self, plan: Plan, tokens: int) -> None:
+        """A step planned like this verifies `tokens` draft tokens. Where that is all the room, more may be wanted."""
+        if requests := len(plan.decoding):
+            each = tokens / requests
+            if tokens < plan.draft_room or each > self._drafted:
+                self._drafted += DRAFTED_SHARE * (each - self._drafted)
 
     def _reserve_running(self) -> None:
         """Slots for every running request's anchor and gamma draft tokens, preempting the last in line if need be."""

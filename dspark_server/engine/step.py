@@ -116,6 +116,8 @@ class StepLoop:
         planned = self._clock()
         drafted = self._draft(plan, load)
         prefixes = drafted.prefix_of() if drafted else {}
+        draft_tokens = sum(map(len, prefixes.values()))
+        self.batcher.drafted(plan, draft_tokens)
         selected = self._clock()
         verified = self._verify(plan, prefixes)
         judged = self._clock()
@@ -130,7 +132,7 @@ class StepLoop:
         self._count_drafting(plan, drafted)
         failpoints.hit("step.commit")
         outputs = self._commit(plan, prefixes, verified, accepted)
-        tokens = load.tokens + sum(map(len, prefixes.values()))
+        tokens = load.tokens + draft_tokens
         self.stats.steps += 1
         self.stats.iteration_tokens.append(tokens)
         self.batcher.update_gauges()

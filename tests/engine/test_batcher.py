@@ -71,6 +71,28 @@ def test_prefill_is_chunked_and_shares_the_step_with_decoding() -> None:
     assert plan.draft_room == 3
 
 
+def test_prefill_gets_what_drafts_do_not_take_and_at_least_half() -> None:
+    batch = batcher(64, tokens=26, gamma=8)
+    for first in (1, 2):
+        batch.add(request(4, first=first, max_tokens=90))
+    run(batch)
+    batch.add(request(100, first=3))
+
+    def chunk(drafted: int) -> int:
+        """Tokens of the long prompt in a step that verifies so many draft tokens, if there is room."""
+        plan = batch.plan()
+        batch.drafted(plan, min(drafted, plan.draft_room))
+        return sum(entry.count for entry in plan.scheduled) - len(plan.decoding)
+
+    assert chunk(0) == 12, "at first, whole blocks are taken to be wanted: half of 26 less two anchors"
+    assert [chunk(0) for _ in range(60)][-1] == 23
+    assert [chunk(8) for _ in range(60)][-1] == 23, "as much as there is room for may be less than is wanted"
+    batch.remove(batch.running[-1])
+    assert [chunk(16) for _ in range(60)][-1] == 0
+    batch.add(request(100, first=4))
+    assert chunk(16) == 12
+
+
 def test_everyone_ends_in_spite_of_preemption() -> None:
     batch = batcher(blocks=9, seqs=4)
     requests = [request(9, first=100 * i, max_tokens=16) for i in range(6)]
