@@ -54,7 +54,7 @@ LOSSLESS = (
          "p = torch.softmax(mine.logits[mine.start[active] + slot], -1)",
          "tests/speculation/test_losslessness.py::test_ratio_rule_has_the_targets_joint_law"),
     _one("retrospective search over this step's survivals", SELECTION,
-         "return admit(survival.tolist(), limits, load, seconds, self._floor).lengths",
+         "return admit(survival.tolist(), limits, load.sampling, seconds.room(load, self._floor), seconds).lengths",
          "every = (ranked := Ranked.of(survival, limits)).values\n"
          "        bumpy = seconds.upto(len(every)) * (1 + np.arange(len(every) + 1) % 2)\n"
          "        return ranked.first(best_count(every, bumpy, load))",

@@ -26,6 +26,7 @@ Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
 
 POLICIES = ("causal", "lagged", "fixed", "threshold", "none")
+MARGIN = 1.25  # what `Causal` takes a draft token to cost, of what the table says (StepCost)
 OPTIMISM = 0.95  # survival that a probe may hope for: where even that does not pay, load is the reason, not the request
 
 
@@ -161,7 +162,7 @@ class Causal:
 
     def lengths(self, survival: Tensor, limits: Sequence[int], load: Load, backbone: int | None = None) -> list[int]:
         seconds = StepCost.of(self._capacity, load, _or(backbone, limits), convex=True)
-        return admit(survival.tolist(), limits, load, seconds, self._floor).lengths
+        return admit(survival.tolist(), limits, load.sampling, seconds.room(load, self._floor), seconds).lengths
 
 
 class Lagged:
@@ -251,32 +252,45 @@ class StepCost:
 
     Prefill tokens in the pass make each draft token as dear as it then is, but what they cost themselves buys other
     tokens than tau: were it counted, any draft would look cheap beside a long chunk.
+
+    A draft token counts `margin` times what the table says it adds. The last one admitted gains nothing by definition,
+    but brings work the table does not know (to commit it, to send it), and the curve is known to a tenth at best: on a
+    busy machine a policy that trusts it loses to one that never drafts (docs/experiments.md).
     """
 
     table: Floats
     tokens: int
     fixed: float
     each: float
+    margin: float = 1.0
 
     @classmethod
     def of(cls, capacity: Capacity, load: Load, requests: int, *, convex: bool) -> "StepCost":
-        """Of a step in which `requests` requests draft; `convex`: on the minorant of the measured curve."""
+        """Of a step in which `requests` draft; `convex`: on the minorant of the measured curve, with MARGIN."""
         table = capacity.convex if convex else capacity.raw
         last = len(table) - 1
         prefill = float(table[min(load.tokens, last)] - table[min(load.sampling, last)])
         fixed = capacity.draft(requests) + capacity.overhead + capacity.attention(load.context, load.pairs) - prefill
-        return cls(table, load.tokens, fixed, capacity.attention(0.0, load.per_draft))
+        each = capacity.attention(0.0, load.per_draft)
+        return cls(table, load.tokens, fixed, each, MARGIN if convex else 1.0)
 
     def __call__(self, count: int) -> float:
-        """Seconds with `count` draft tokens."""
-        place = min(self.tokens + count, len(self.table) - 1)
-        return max(float(self.table[place]) + self.fixed + count * self.each, 1e-9)
+        """Seconds, margin and all, with `count` draft tokens."""
+        last = len(self.table) - 1
+        none = float(self.table[min(self.tokens, last)])
+        more = float(self.table[min(self.tokens + count, last)]) - none + count * self.each
+        return max(none + self.fixed + self.margin * more, 1e-9)
 
-    def upto(self, drafts: int) -> Floats:
-        """[drafts + 1] seconds with 0 .. drafts draft tokens."""
-        count = np.arange(drafts + 1)
-        places = np.minimum(self.tokens + count, len(self.table) - 1)
-        return np.asarray(np.maximum(self.table[places] + self.fixed + count * self.each, 1e-9))
+    def upto(self, drafts: int, margin: float | None = None) -> Floats:
+        """[drafts + 1] seconds with 0 .. drafts draft tokens; with another margin if one is given."""
+        count, last = np.arange(drafts + 1), len(self.table) - 1
+        none = self.table[min(self.tokens, last)]
+        more = self.table[np.minimum(self.tokens + count, last)] - none + count * self.each
+        return np.asarray(np.maximum(none + self.fixed + (self.margin if margin is None else margin) * more, 1e-9))
+
+    def room(self, load: Load, floor: float | None) -> int:
+        """How many draft tokens may join; with `floor`, so that the step takes no longer than 1 / floor seconds."""
+        return min(load.room, within_floor(self.upto(load.room, margin=1.0), floor)) if floor else load.room
 
 
 def within_floor(seconds: Floats, floor: float | None) -> int:
@@ -296,26 +310,26 @@ class Admitted(NamedTuple):
 def admit(
     survival: Sequence[Sequence[float]],
     limits: Sequence[int],
-    load: Load,
+    sampling: int,
+    room: int,
     seconds: Callable[[int], float],
-    floor: float | None = None,
 ) -> Admitted:
     """Algorithm 1 over blocks of survivals [R][gamma]: the likeliest token left is next, until Theta fails to rise.
 
+    The step gives `sampling` tokens without drafts, and `room` draft tokens may join.
     Ties go to the earlier request, and so to the earlier position of a request. `seconds` as StepCost has it. Plain
     numbers: the few tokens looked at are no work for arrays, whose code a pass has driven out of the caches.
     """
     lengths = [0] * len(limits)
     heads = [(-_at_most(1.0, block[0]), row) for row, block in enumerate(survival) if limits[row] > 0]
     heapify(heads)
-    gained, best = 0.0, load.sampling / seconds(0)
-    for count in range(1, load.room + 1):
+    gained, best = 0.0, sampling / seconds(0)
+    for count in range(1, room + 1):
         if not heads:
             break
         negative, row = heads[0]
-        took = seconds(count)
-        theta = (load.sampling + (gained - negative)) / took
-        if theta <= best or (floor and took > 1 / floor):
+        theta = (sampling + (gained - negative)) / seconds(count)
+        if theta <= best:
             break
         gained, best = gained - negative, theta
         lengths[row] += 1
@@ -398,9 +412,10 @@ def predicted_thetas(
     rates = [candidate.rate if index < known else OPTIMISM for index, candidate in enumerate(candidates)]
     limits = [candidate.limit for candidate in candidates]
     blocks = [[rate**k for k in range(1, limit + 1)] for rate, limit in zip(rates, limits, strict=True)]
+    costs = [StepCost.of(capacity, load, size, convex=True) for size in sizes]
     return [
-        admit(blocks[:size], limits[:size], load, StepCost.of(capacity, load, size, convex=True), floor).theta
-        for size in sizes
+        admit(blocks[:size], limits[:size], load.sampling, cost.room(load, floor), cost).theta
+        for size, cost in zip(sizes, costs, strict=True)
     ]
 
 

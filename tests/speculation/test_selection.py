@@ -13,6 +13,7 @@ from dspark_server.errors import ConfigError
 from dspark_server.speculation.capacity import Capacity, Profile
 from dspark_server.speculation.history import LONGEST_WAIT, SurvivalHistory
 from dspark_server.speculation.selection import (
+    MARGIN,
     OPTIMISM,
     Candidate,
     Lagged,
@@ -57,9 +58,10 @@ def falling(generator: np.random.Generator, requests: int, gamma: int) -> Tensor
     return torch.from_numpy(generator.random((requests, gamma)).cumprod(axis=1)).float()
 
 
-def early_stop(survivals: np.ndarray, seconds: np.ndarray, load: Load, floor: float | None = None) -> int:
-    """Algorithm 1 over ranked survivals [n] and seconds [n + 1]: how many, stopping where Theta first fails to rise."""
-    most = min(load.room, within_floor(seconds, floor), len(survivals))
+def early_stop(survivals: np.ndarray, cost: StepCost, load: Load, floor: float | None = None) -> int:
+    """Algorithm 1 over ranked survivals [n]: how many, stopping where Theta first fails to rise."""
+    seconds = cost.upto(len(survivals))
+    most = min(load.room, within_floor(cost.upto(len(survivals), margin=1.0), floor), len(survivals))
     theta = theta_by_count(survivals, seconds, load)[: most + 1]
     stops = np.nonzero(theta[1:] <= theta[:-1])[0]
     return int(stops[0]) if len(stops) else most
@@ -127,7 +129,10 @@ def test_causal_is_the_best_of_all_prefixes_on_a_convex_cost(seed: int) -> None:
 
         def theta(chosen: tuple[int, ...], survival: Tensor = survival, costs: Capacity = costs) -> float:
             tokens = sum(1 + float(row[:length].sum()) for row, length in zip(survival, chosen, strict=True))
-            return tokens / (costs.draft(len(chosen)) + costs.raw[len(chosen) + sum(chosen)])
+            anchors = costs.raw[len(chosen)]
+            return tokens / (
+                costs.draft(len(chosen)) + anchors + MARGIN * (costs.raw[len(chosen) + sum(chosen)] - anchors)
+            )
 
         best = max(theta(each) for each in itertools.product(*(range(limit + 1) for limit in most)))
         assert theta(tuple(lengths)) == pytest.approx(best, rel=1e-9)
@@ -155,8 +160,9 @@ def test_causal_walks_along_the_ranking(
     for convex in (True, False):
         seconds = StepCost.of(costs, here, len(rows), convex=convex)
         ranked = Ranked.of(survival, most)
-        expected = ranked.first(early_stop(ranked.values, seconds.upto(len(ranked.values)), here, floor))
-        assert admit(survival.tolist(), most, here, seconds, floor).lengths == expected
+        expected = ranked.first(early_stop(ranked.values, seconds, here, floor))
+        room = seconds.room(here, floor)
+        assert admit(survival.tolist(), most, here.sampling, room, seconds).lengths == expected
 
 
 @pytest.mark.parametrize("policy", ["causal", "threshold", "fixed", "lagged"])
@@ -237,7 +243,7 @@ def test_appendix_a_retrospective_search_and_ours() -> None:
     seconds = 1 / np.array(SPS)
 
     def ours(draft: Context) -> int:
-        return admit([appendix_survival(draft[0]).tolist()], [2], load(1), seconds.tolist().__getitem__).lengths[0]
+        return admit([appendix_survival(draft[0]).tolist()], [2], 1, 2, seconds.tolist().__getitem__).lengths[0]
 
     def retrospective(draft: Context) -> int:
         return best_count(appendix_survival(draft[0]), seconds, load(1))
@@ -360,8 +366,8 @@ def test_what_drafting_is_predicted_to_be_worth_is_what_selection_would_make_of_
     for size in sizes:
         rates = np.array([each.rate if index < known else OPTIMISM for index, each in enumerate(crowd[:size])])
         values = Ranked.rank(rates[:, None] ** np.arange(1, 8), [each.limit for each in crowd[:size]]).values
-        seconds = StepCost.of(costs, here, size, convex=True).upto(len(values))
-        expected.append(theta_by_count(values, seconds, here)[early_stop(values, seconds, here, floor)])
+        cost = StepCost.of(costs, here, size, convex=True)
+        expected.append(theta_by_count(values, cost.upto(len(values)), here)[early_stop(values, cost, here, floor)])
     np.testing.assert_allclose(predicted_thetas(crowd, known, sizes, here, costs, floor), expected, rtol=1e-12)
 
 
