@@ -26,7 +26,7 @@ Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
 
 POLICIES = ("causal", "lagged", "fixed", "threshold", "none")
-MARGIN = 1.25  # what `Causal` takes a draft token to cost, of what the table says (StepCost)
+MARGIN = 1.15  # what `Causal` takes a draft token to cost, of what the table says (StepCost)
 OPTIMISM = 0.95  # survival that a probe may hope for: where even that does not pay, load is the reason, not the request
 
 

@@ -244,6 +244,7 @@ def _serve(core: EngineCore, seen: list[Seen], selection: str, params: list[Samp
     seen.clear()
     core.select(selection)
     core.loop._everyone = SurvivalHistory(memory=POPULATION_MEMORY)
+    core.batcher._drafted = float(core.batcher.gamma)
     passes = executor_of(core).passes
     before = passes.replays
     tokens = core.generate(STALE_PROMPTS[: len(params)], params)
