@@ -114,7 +114,7 @@ class EngineCore:
             capacity=capacity,
             max_draft_tokens=config.speculative.num_speculative_tokens,
             kernels=place.kernels,
-            copying=drafter.copying is not None and policy != "none",
+            copying=drafter.copying if policy != "none" else None,
             check_invariants=config.check_invariants,
             **loop_options,
         )

@@ -22,7 +22,7 @@ from dspark_server.runtime.batch import Run
 from dspark_server.speculation.acceptance import Accepted, DraftTokens, accept
 from dspark_server.speculation.capacity import Capacity
 from dspark_server.speculation.controls import Controls
-from dspark_server.speculation.copying import ALONE, Match
+from dspark_server.speculation.copying import ALONE, ALONE_WEIGHT, CopyTables, Match
 from dspark_server.speculation.drafter import DraftBlock
 from dspark_server.speculation.history import SurvivalHistory
 from dspark_server.speculation.noise import CounterStreams, Streams
@@ -61,7 +61,7 @@ class StepLoop:
         *,
         capacity: Capacity | None = None,
         max_draft_tokens: int | None = None,
-        copying: bool = False,
+        copying: CopyTables | None = None,
         kernels: Kernels | None = None,
         judge: Judge | None = None,
         timing: Callable[[float, float], tuple[float, float]] | None = None,
@@ -167,7 +167,9 @@ class StepLoop:
         prior = self._everyone.rate(FIRST_GUESS)
         choice = self._selection.drafting(
             [
-                Candidate(limit, request.history.rate(prior), request.history.probe_due, request in alone)
+                Candidate(limit, self._copied_rate(request, matches[request]), copies=True)
+                if request in alone
+                else Candidate(limit, request.history.rate(prior), request.history.probe_due)
                 for limit, request in zip(limits, candidates, strict=True)
             ],
             load,
@@ -224,6 +226,12 @@ class StepLoop:
         if not self._copying:
             return {}
         return {request: request.context.match(request.tokens, self.executor.gamma) for request in requests}
+
+    def _copied_rate(self, request: Request, match: Match | None) -> float:
+        """The chance that the first token of a copy stands, as `with_copies` will have it."""
+        assert self._copying is not None
+        assert match is not None
+        return request.copied.rate(self._copying.first_alone(match.length), ALONE_WEIGHT)
 
     def _survival_of(self, block: DraftBlock, requests: list[Request]) -> Tensor:
         """a_k [R, gamma]; where no confidence head says it, what each request's own drafts have come to."""

@@ -14,6 +14,7 @@ Shapes: R requests, gamma draft tokens each, C columns of draft logits, BUCKETS 
 
 import itertools
 import math
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
@@ -148,6 +149,10 @@ class CopyTables:
         """[R, gamma]: that a token stands if those before it do, in copies of matches of `lengths` [R]."""
         longer = np.array(lengths, dtype=np.int64).reshape(-1, 1) + np.arange(gamma)
         return np.array(self.alone)[np.searchsorted(BUCKETS, longer, side="right") - 1]
+
+    def first_alone(self, length: int) -> float:
+        """That the first token of a copy stands which follows a match of `length`."""
+        return self.alone[bisect_right(BUCKETS, length) - 1]
 
 
 def buckets(length: Tensor, gamma: int) -> Tensor:

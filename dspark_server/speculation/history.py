@@ -27,9 +27,9 @@ class SurvivalHistory:
     wait: int = 1  # idle steps until the next probe
     memory: float = MEMORY
 
-    def rate(self, prior: float) -> float:
-        """Expected survival of a draft token whose predecessors survived."""
-        return (self.stood + PRIOR_WEIGHT * prior) / (self.tried + PRIOR_WEIGHT)
+    def rate(self, prior: float, weight: float = PRIOR_WEIGHT) -> float:
+        """Expected survival of a draft token whose predecessors survived; `prior` counts like `weight` draft tokens."""
+        return (self.stood + weight * prior) / (self.tried + weight)
 
     @property
     def probe_due(self) -> bool:

@@ -34,7 +34,7 @@ OPTIMISM = 0.95  # survival that a probe may hope for: where even that does not 
 class Candidate:
     """A request that could draft: its longest useful prefix (0: none), the survival expected of each next token.
 
-    `copies`: its draft is copied from its own context and costs nothing.
+    `copies`: its draft is copied from its own context and costs next to nothing; `rate` is its first token's.
     """
 
     limit: int
@@ -363,21 +363,23 @@ def choose_drafting(
 
     Theta is predicted for growing subsets, with survivals rate^k, the draft's own cost, and the count that selection
     would keep. Requests left out for long enough draft too, if a good draft could pay at this load at all. Copies cost
-    nothing to draft, so they always do.
+    next to nothing to draft, so they do wherever a first token could pay.
     """
-    if load.room <= 0:
+    if load.room <= 0 or not candidates:
         return Choice([])
-    copies = [index for index, candidate in enumerate(candidates) if candidate.limit > 0 and candidate.copies]
-    able = [index for index, candidate in enumerate(candidates) if candidate.limit > 0 and not candidate.copies]
-    if not able:
-        return Choice(copies)
-    able.sort(key=lambda index: -candidates[index].rate)
     seconds = StepCost.of(capacity, load, 0, convex=True)
     best, drafting = load.sampling / seconds(0), 0
 
     def hopeless(rate: float) -> bool:
         """Not even a first token that costs no draft would pay; later ones cost no less, as the curve is convex."""
         return (load.sampling + rate) / seconds(1) <= best
+
+    there = [index for index, candidate in enumerate(candidates) if candidate.limit > 0]
+    copies = [index for index in there if candidates[index].copies and not hopeless(candidates[index].rate)]
+    able = [index for index in there if not candidates[index].copies]
+    if not able:
+        return Choice(copies)
+    able.sort(key=lambda index: -candidates[index].rate)
 
     if not hopeless(candidates[able[0]].rate):
         sizes = _sizes(len(able))

@@ -315,6 +315,14 @@ def test_everybody_drafts_on_an_idle_machine() -> None:
     assert not choice.probing
 
 
+def test_copies_are_made_where_a_first_token_could_pay() -> None:
+    rows = [Candidate(12, 0.9, copies=True), Candidate(12, 0.3, copies=True), Candidate(4, 0.0)]
+    idle, busy = (capacity([1.0 + each * n for n in range(1, 99)], draft=9.0) for each in (0.01, 0.2))
+    assert choose_drafting(rows, load(3), idle).drafting == [0, 1]
+    assert choose_drafting(rows, load(3), busy).drafting == [0]
+    assert choose_drafting(rows, load(3), capacity([0.1 * n for n in range(1, 99)], draft=9.0)).drafting == []
+
+
 def test_those_with_the_better_record_draft_first() -> None:
     costs = capacity([1.0 + 0.12 * tokens for tokens in range(1, 100)], draft=0.25)
     rows = [Candidate(4, rate) for rate in (0.05, 0.9, 0.1, 0.95)]
