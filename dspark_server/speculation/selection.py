@@ -254,8 +254,8 @@ class StepCost:
     tokens than tau: were it counted, any draft would look cheap beside a long chunk.
 
     A draft token counts `margin` times what the table says it adds. The last one admitted gains nothing by definition,
-    but brings work the table does not know (to commit it, to send it), and the curve is known to a tenth at best: on a
-    busy machine a policy that trusts it loses to one that never drafts (docs/experiments.md).
+    but brings work the table does not know (to commit it, to send it), and the curve is known to a tenth at best
+    (docs/experiments.md).
     """
 
     table: Floats
