@@ -231,7 +231,7 @@ class StepLoop:
         """The chance that the first token of a copy stands, as `with_copies` will have it."""
         assert self._copying is not None
         assert match is not None
-        return request.copied.rate(self._copying.first_alone(match.length), ALONE_WEIGHT)
+        return request.copied.rate(self._copying.chance_alone(match.length, 1)[0], ALONE_WEIGHT)
 
     def _survival_of(self, block: DraftBlock, requests: list[Request]) -> Tensor:
         """a_k [R, gamma]; where no confidence head says it, what each request's own drafts have come to."""

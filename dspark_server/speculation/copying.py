@@ -21,13 +21,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from dspark_kernels import UNNAMED, Favour
 from torch import Tensor
-
-Floats = npt.NDArray[np.float64]
 
 WIDTH = 12  # tokens a copy drafts alone
 ALONE = 4  # matched tokens from which a greedy request needs no backbone
@@ -145,14 +141,9 @@ class CopyTables:
     def _tensors(self) -> dict[str, Tensor]:
         return {name: torch.tensor(getattr(self, name)) for name in self.__dataclass_fields__}
 
-    def chance_alone(self, lengths: Sequence[int], gamma: int) -> Floats:
-        """[R, gamma]: that a token stands if those before it do, in copies of matches of `lengths` [R]."""
-        longer = np.array(lengths, dtype=np.int64).reshape(-1, 1) + np.arange(gamma)
-        return np.array(self.alone)[np.searchsorted(BUCKETS, longer, side="right") - 1]
-
-    def first_alone(self, length: int) -> float:
-        """That the first token of a copy stands which follows a match of `length`."""
-        return self.alone[bisect_right(BUCKETS, length) - 1]
+    def chance_alone(self, length: int, gamma: int) -> list[float]:
+        """[gamma]: that a token stands if those before it do, in a copy of what followed a match of `length`."""
+        return [self.alone[bisect_right(BUCKETS, length + slot) - 1] for slot in range(gamma)]
 
 
 def buckets(length: Tensor, gamma: int) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from dspark_server.runtime.batch import Batch
 from dspark_server.runtime.kv import KVPool, LayerGroup
 from dspark_server.speculation.copying import ALONE_WEIGHT, CopyBias, CopyTables, Match
-from dspark_server.speculation.history import SurvivalHistory, rates
+from dspark_server.speculation.history import SurvivalHistory
 from dspark_server.speculation.noise import Streams
 from dspark_server.speculation.sampling import SamplingBatch
 
@@ -79,22 +79,26 @@ def with_copies(
 
     How likely copies are to survive the tables say, and each request's own record beside them.
     """
-    if block is not None and not matches:
+    if block is not None:
         missing = gamma - block.tokens.shape[1]
         survival = None if block.survival is None else F.pad(block.survival, (0, missing))
-        return replace(block, tokens=F.pad(block.tokens, (0, missing)), survival=survival)
+        block = replace(block, tokens=F.pad(block.tokens, (0, missing)), survival=survival)
+        if not matches:
+            return block
     tokens = torch.tensor([match.tokens for match in matches], dtype=torch.int64).view(len(matches), gamma)
     alone, usable = torch.tensor([match.length for match in matches], dtype=torch.int64), [gamma] * len(matches)
-    chances = tables.chance_alone([match.length for match in matches], gamma)
-    survival = torch.from_numpy(rates(records, chances, ALONE_WEIGHT).cumprod(axis=1)).float()
+    chances = [
+        [record.rate(chance, ALONE_WEIGHT) for chance in tables.chance_alone(match.length, gamma)]
+        for match, record in zip(matches, records, strict=True)
+    ]
+    survival = torch.tensor(chances).view(len(matches), gamma).cumprod(dim=1)
     if block is None:
         return DraftBlock(tokens, None, None, None, survival, torch.tensor(usable), alone=alone)
-    missing = gamma - block.tokens.shape[1]
     above = torch.full(block.tokens.shape, torch.nan) if block.survival is None else block.survival
     return replace(
         block,
-        tokens=torch.cat([F.pad(block.tokens, (0, missing)), tokens]),
-        survival=torch.cat([F.pad(above, (0, missing)), survival]),
+        tokens=torch.cat([block.tokens, tokens]),
+        survival=torch.cat([above, survival]),
         usable=torch.cat([block.usable, block.usable.new_tensor(usable)]),
         alone=alone,
     )

@@ -3,11 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
-
-Floats = npt.NDArray[np.float64]
-
 MEMORY = 0.9  # of what was seen before, this much counts after one more draft
 PRIOR_WEIGHT = 6.0  # the prior counts like so many draft tokens
 LONGEST_WAIT = 64  # steps between two probes of a request that does not draft
@@ -57,10 +52,3 @@ class SurvivalHistory:
     def left_out(self) -> None:
         """It does not draft in this step."""
         self.idle += 1
-
-
-def rates(records: Sequence[SurvivalHistory], prior: Floats, weight: float) -> Floats:
-    """Expected survival [R, gamma] by R records, where `prior` [R, gamma] counts like `weight` draft tokens."""
-    stood = np.array([record.stood for record in records]).reshape(-1, 1)
-    tried = np.array([record.tried for record in records]).reshape(-1, 1)
-    return np.asarray((stood + weight * prior) / (tried + weight))
