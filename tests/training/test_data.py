@@ -69,12 +69,11 @@ def test_a_killed_run_goes_on_to_the_same_corpus(
     run: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = make_data(replace(run, output=tmp_path / "whole.npz"))
-    step, steps = StepLoop.step, 0
+    step = StepLoop.step
 
     def killed(self: StepLoop) -> list[StepOutput]:
-        nonlocal steps
-        steps += 1
-        if steps == 20:
+        # By what is finished, not by a count of steps: drafts decide how many steps a job takes.
+        if run.log.read_text().count("\n") > 2:
             raise KeyboardInterrupt
         return step(self)
 
