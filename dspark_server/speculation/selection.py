@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from heapq import heapify, heappop, heapreplace
+from itertools import accumulate
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -30,8 +31,7 @@ MARGIN = 1.15  # what `Causal` takes a draft token to cost, of what the table sa
 OPTIMISM = 0.95  # survival that a probe may hope for: where even that does not pay, load is the reason, not the request
 
 
-@dataclass(frozen=True)
-class Candidate:
+class Candidate(NamedTuple):
     """A request that could draft: its longest useful prefix (0: none), the survival expected of each next token.
 
     `copies`: its draft is copied from its own context and costs next to nothing; `rate` is its first token's.
@@ -383,14 +383,14 @@ def choose_drafting(
 
     if not hopeless(candidates[able[0]].rate):
         sizes = _sizes(len(able))
-        thetas = predicted_thetas([candidates[i] for i in able], len(able), sizes, load, capacity, floor)
+        thetas = predicted_thetas([candidates[i] for i in able], len(able), sizes, load, capacity, floor, best)
         if max(thetas) > best:
             drafting, best = sizes[thetas.index(max(thetas))], max(thetas)
     chosen = able[:drafting]
     due = [index for index in able[drafting:] if candidates[index].probe_due]
     if due and (chosen or not hopeless(OPTIMISM)):
         sizes = [drafting + size for size in _sizes(len(due))]
-        thetas = predicted_thetas([candidates[i] for i in chosen + due], drafting, sizes, load, capacity, floor)
+        thetas = predicted_thetas([candidates[i] for i in chosen + due], drafting, sizes, load, capacity, floor, best)
         # As many probes as could pay together: were it all or none, a crowd of newcomers would never find out.
         probing = max((size for size, theta in zip(sizes, thetas, strict=True) if theta > best), default=drafting)
         due = due[: probing - drafting]
@@ -406,19 +406,39 @@ def predicted_thetas(
     load: Load,
     capacity: Capacity,
     floor: float | None = None,
+    above: float = 0.0,
 ) -> list[float]:
     """Theta [S] if the first sizes[s] candidates draft and `Causal` then selects; survivals are rate^k.
 
-    Of the candidates after the first `known` nothing is known, and OPTIMISM is taken for their rate.
+    Of the candidates after the first `known` nothing is known, and OPTIMISM is taken for their rate. 0 where a bound
+    says that Theta is not `above`: on a busy machine that is most of them, and the walk is what takes time.
     """
     rates = [candidate.rate if index < known else OPTIMISM for index, candidate in enumerate(candidates)]
     limits = [candidate.limit for candidate in candidates]
-    blocks = [[rate**k for k in range(1, limit + 1)] for rate, limit in zip(rates, limits, strict=True)]
     costs = [StepCost.of(capacity, load, size, convex=True) for size in sizes]
+    # No draft token costs less than the first, on a convex curve: what one must bring, and what each block could at
+    # best have left over after that, for what its draft costs.
+    price = above * (costs[0](1) - costs[0](0))
+    left = list(accumulate(_left_over(rate, limit, price) for rate, limit in zip(rates, limits, strict=True)))
+    wanted = [above * cost(0) * (1 - 1e-9) - load.sampling for cost in costs]
+    pays = [left[size - 1] >= want for size, want in zip(sizes, wanted, strict=True)]
+    most = max((size for size, may in zip(sizes, pays, strict=True) if may), default=0)
+    blocks = [[rate**k for k in range(1, limit + 1)] for rate, limit in zip(rates[:most], limits, strict=False)]
     return [
-        admit(blocks[:size], limits[:size], load.sampling, cost.room(load, floor), cost).theta
-        for size, cost in zip(sizes, costs, strict=True)
+        admit(blocks[:size], limits[:size], load.sampling, cost.room(load, floor), cost).theta if may else 0.0
+        for size, cost, may in zip(sizes, costs, pays, strict=True)
     ]
+
+
+def _left_over(rate: float, limit: int, price: float) -> float:
+    """What a block of survivals rate^k brings at most, in tokens, if each of those kept costs `price` tokens."""
+    total, survival = 0.0, rate
+    for _ in range(limit):
+        if survival <= price:
+            break
+        total += survival - price
+        survival *= rate
+    return total
 
 
 def _sizes(count: int) -> list[int]:

@@ -376,7 +376,20 @@ def test_what_drafting_is_predicted_to_be_worth_is_what_selection_would_make_of_
         values = Ranked.rank(rates[:, None] ** np.arange(1, 8), [each.limit for each in crowd[:size]]).values
         cost = StepCost.of(costs, here, size, convex=True)
         expected.append(theta_by_count(values, cost.upto(len(values)), here)[early_stop(values, cost, here, floor)])
-    np.testing.assert_allclose(predicted_thetas(crowd, known, sizes, here, costs, floor), expected, rtol=1e-12)
+    thetas = predicted_thetas(crowd, known, sizes, here, costs, floor)
+    np.testing.assert_allclose(thetas, expected, rtol=1e-12)
+    # What is left out as hopeless is.
+    for above in (here.sampling / costs.raw[here.sampling], *thetas):
+        for theta, found in zip(thetas, predicted_thetas(crowd, known, sizes, here, costs, floor, above), strict=True):
+            assert found == theta or (found == 0 and theta <= above)
+
+
+def test_a_crowd_that_cannot_pay_is_not_looked_at_block_by_block() -> None:
+    costs = capacity([1.0 + 0.1 * tokens for tokens in range(1, 400)], draft=0.4)
+    crowd = [Candidate(4, 0.5)] * 64
+    best = 64 / costs.raw[64]
+    assert predicted_thetas(crowd, 64, [1, 64], load(64), costs, above=best) == [0, 0]
+    assert min(predicted_thetas(crowd, 64, [1, 64], load(64), costs)) > 0
 
 
 def test_a_prefill_chunk_does_not_make_drafts_look_cheap() -> None:
