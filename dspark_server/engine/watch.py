@@ -164,7 +164,7 @@ class StepWatch:
         )
 
     def _theta(self, trace: StepTrace, drafted: Drafted, chosen: int) -> tuple[list[tuple[int, float]], float | None]:
-        """Theta over B for this step's blocks, on the curve its policy looks at, margin and all, and at its choice."""
+        """Theta over B for this step's blocks, on the curve its policy looks at, and at its choice."""
         assert self._capacity is not None
         ranked = Ranked.of(drafted.survival, drafted.limits)
         convex = trace.selection != "lagged"

@@ -27,7 +27,6 @@ Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
 
 POLICIES = ("causal", "lagged", "fixed", "threshold", "none")
-MARGIN = 1.15  # what `Causal` takes a draft token to cost, of what the table says (StepCost)
 OPTIMISM = 0.95  # survival that a probe may hope for: where even that does not pay, load is the reason, not the request
 
 
@@ -252,45 +251,37 @@ class StepCost:
 
     Prefill tokens in the pass make each draft token as dear as it then is, but what they cost themselves buys other
     tokens than tau: were it counted, any draft would look cheap beside a long chunk.
-
-    A draft token counts `margin` times what the table says it adds. The last one admitted gains nothing by definition,
-    but brings work the table does not know (to commit it, to send it), and the curve is known to a tenth at best
-    (docs/experiments.md).
     """
 
     table: Floats
     tokens: int
     fixed: float
     each: float
-    margin: float = 1.0
 
     @classmethod
     def of(cls, capacity: Capacity, load: Load, requests: int, *, convex: bool) -> "StepCost":
-        """Of a step in which `requests` draft; `convex`: on the minorant of the measured curve, with MARGIN."""
+        """Of a step in which `requests` draft; `convex`: on the minorant of the measured curve."""
         table = capacity.convex if convex else capacity.raw
         last = len(table) - 1
         prefill = float(table[min(load.tokens, last)] - table[min(load.sampling, last)])
         fixed = capacity.draft(requests) + capacity.overhead + capacity.attention(load.context, load.pairs) - prefill
         each = capacity.attention(0.0, load.per_draft)
-        return cls(table, load.tokens, fixed, each, MARGIN if convex else 1.0)
+        return cls(table, load.tokens, fixed, each)
 
     def __call__(self, count: int) -> float:
-        """Seconds, margin and all, with `count` draft tokens."""
-        last = len(self.table) - 1
-        none = float(self.table[min(self.tokens, last)])
-        more = float(self.table[min(self.tokens + count, last)]) - none + count * self.each
-        return max(none + self.fixed + self.margin * more, 1e-9)
+        """Seconds with `count` draft tokens."""
+        pass_seconds = float(self.table[min(self.tokens + count, len(self.table) - 1)])
+        return max(pass_seconds + self.fixed + count * self.each, 1e-9)
 
-    def upto(self, drafts: int, margin: float | None = None) -> Floats:
-        """[drafts + 1] seconds with 0 .. drafts draft tokens; with another margin if one is given."""
-        count, last = np.arange(drafts + 1), len(self.table) - 1
-        none = self.table[min(self.tokens, last)]
-        more = self.table[np.minimum(self.tokens + count, last)] - none + count * self.each
-        return np.asarray(np.maximum(none + self.fixed + (self.margin if margin is None else margin) * more, 1e-9))
+    def upto(self, drafts: int) -> Floats:
+        """[drafts + 1] seconds with 0 .. drafts draft tokens."""
+        count = np.arange(drafts + 1)
+        pass_seconds = self.table[np.minimum(self.tokens + count, len(self.table) - 1)]
+        return np.asarray(np.maximum(pass_seconds + self.fixed + count * self.each, 1e-9))
 
     def room(self, load: Load, floor: float | None) -> int:
         """How many draft tokens may join; with `floor`, so that the step takes no longer than 1 / floor seconds."""
-        return min(load.room, within_floor(self.upto(load.room, margin=1.0), floor)) if floor else load.room
+        return min(load.room, within_floor(self.upto(load.room), floor)) if floor else load.room
 
 
 def within_floor(seconds: Floats, floor: float | None) -> int:

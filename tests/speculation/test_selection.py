@@ -13,7 +13,6 @@ from dspark_server.errors import ConfigError
 from dspark_server.speculation.capacity import Capacity, Profile
 from dspark_server.speculation.history import LONGEST_WAIT, SurvivalHistory
 from dspark_server.speculation.selection import (
-    MARGIN,
     OPTIMISM,
     Candidate,
     Lagged,
@@ -61,7 +60,7 @@ def falling(generator: np.random.Generator, requests: int, gamma: int) -> Tensor
 def early_stop(survivals: np.ndarray, cost: StepCost, load: Load, floor: float | None = None) -> int:
     """Algorithm 1 over ranked survivals [n]: how many, stopping where Theta first fails to rise."""
     seconds = cost.upto(len(survivals))
-    most = min(load.room, within_floor(cost.upto(len(survivals), margin=1.0), floor), len(survivals))
+    most = min(load.room, within_floor(seconds, floor), len(survivals))
     theta = theta_by_count(survivals, seconds, load)[: most + 1]
     stops = np.nonzero(theta[1:] <= theta[:-1])[0]
     return int(stops[0]) if len(stops) else most
@@ -129,10 +128,7 @@ def test_causal_is_the_best_of_all_prefixes_on_a_convex_cost(seed: int) -> None:
 
         def theta(chosen: tuple[int, ...], survival: Tensor = survival, costs: Capacity = costs) -> float:
             tokens = sum(1 + float(row[:length].sum()) for row, length in zip(survival, chosen, strict=True))
-            anchors = costs.raw[len(chosen)]
-            return tokens / (
-                costs.draft(len(chosen)) + anchors + MARGIN * (costs.raw[len(chosen) + sum(chosen)] - anchors)
-            )
+            return tokens / (costs.draft(len(chosen)) + costs.raw[len(chosen) + sum(chosen)])
 
         best = max(theta(each) for each in itertools.product(*(range(limit + 1) for limit in most)))
         assert theta(tuple(lengths)) == pytest.approx(best, rel=1e-9)
