@@ -92,10 +92,19 @@ class Capacity:
         """[max_tokens + 1] seconds of a target pass over B tokens, attention to context excepted."""
         return self._raw
 
-    @property
-    def convex(self) -> Floats:
-        """The greatest convex minorant of `raw`: on it, an early stop finds the global best (DSPARK.md, step 6)."""
-        return self._convex
+    def convex(self, tokens: int) -> Floats:
+        """The greatest convex minorant of `raw[tokens:]`: there an early stop finds the best (DSPARK.md, step 6).
+
+        From `tokens` on only: what a smaller pass would cost is no choice of a step that has so many, and a curve that
+        rises before and is flat from there on has to look flat.
+        """
+        start = min(tokens, len(self._raw) - 1)
+        found = self._convex.get(start)
+        if found is None:
+            last = len(self._raw) - 1
+            corners = [start, *(size for size in self._profile.tokens if start < size < last), last]
+            found = self._convex[start] = convex_minorant(corners, self._raw[corners].tolist())
+        return found
 
     @property
     def verify_seconds(self) -> dict[int, float]:
@@ -140,13 +149,14 @@ class Capacity:
             self._rebuild()
 
     def _rebuild(self) -> None:
-        self._raw = np.maximum.accumulate(_dense(self._profile.tokens, self._verify_knots, self._sizes))
-        self._convex = convex_minorant(self._raw)
+        # Where measured times fall, the knots are raised, not what is between them: straight lines all the way.
+        self._raw = _dense(self._profile.tokens, np.maximum.accumulate(self._verify_knots), self._sizes)
+        self._convex: dict[int, Floats] = {}
         sizes = [size for size in self._profile.tokens if size < len(self._raw)]
         self._verify_seconds = {size: float(self._raw[size]) for size in sizes}
         self._drafts = np.zeros(len(self._requests))
         if len(self._draft_knots):
-            self._drafts = np.maximum.accumulate(_dense(self._profile.requests, self._draft_knots, self._requests))
+            self._drafts = _dense(self._profile.requests, np.maximum.accumulate(self._draft_knots), self._requests)
 
 
 def _dense(sizes: Sequence[int], seconds: Floats, at: npt.NDArray[np.int64]) -> Floats:
@@ -171,14 +181,15 @@ def _correct(sizes: Sequence[int], knots: Floats, size: int, seconds: float, exp
     knots[right] *= 1 + CORRECTION * share * (seconds / expected - 1)
 
 
-def convex_minorant(values: Floats) -> Floats:
-    """The greatest convex function on 0 .. n-1 that nowhere exceeds `values` [n]."""
+def convex_minorant(sizes: Sequence[int], seconds: Sequence[float]) -> Floats:
+    """The greatest convex function on sizes[0], sizes[0] + 1 .. sizes[-1] that nowhere exceeds `seconds` at `sizes`."""
     hull: list[int] = []
-    for index in range(len(values)):
+    for index, (size, value) in enumerate(zip(sizes, seconds, strict=True)):
         while len(hull) > 1:
             a, b = hull[-2], hull[-1]
-            if (values[b] - values[a]) * (index - a) < (values[index] - values[a]) * (b - a):
+            if (seconds[b] - seconds[a]) * (size - sizes[a]) < (value - seconds[a]) * (sizes[b] - sizes[a]):
                 break
             hull.pop()
         hull.append(index)
-    return np.interp(np.arange(len(values)), hull, values[hull])
+    corners = [sizes[index] for index in hull], [seconds[index] for index in hull]
+    return np.asarray(np.interp(np.arange(sizes[0], sizes[-1] + 1), *corners))

@@ -143,7 +143,8 @@ class Off:
 class Causal:
     """Algorithm 1: admit by falling survival, stop at the first token that does not raise Theta.
 
-    The cost curve is the convex minorant of the measured one, on which this greedy walk ends at the global best.
+    The cost curve is the convex minorant of the measured one from the step's tokens on: on it this greedy walk ends at
+    the global best.
     `floor` bounds the step so that every user gets at least that many steps, and so tokens, a second.
     """
 
@@ -253,31 +254,29 @@ class StepCost:
     tokens than tau: were it counted, any draft would look cheap beside a long chunk.
     """
 
-    table: Floats
-    tokens: int
+    table: Floats  # seconds of the target pass, by draft tokens
     fixed: float
     each: float
 
     @classmethod
     def of(cls, capacity: Capacity, load: Load, requests: int, *, convex: bool) -> "StepCost":
-        """Of a step in which `requests` draft; `convex`: on the minorant of the measured curve."""
-        table = capacity.convex if convex else capacity.raw
-        last = len(table) - 1
-        prefill = float(table[min(load.tokens, last)] - table[min(load.sampling, last)])
+        """Of a step in which `requests` draft; `convex`: on the minorant of the measured curve from its tokens on."""
+        raw = capacity.raw
+        tokens, sampling = (min(count, len(raw) - 1) for count in (load.tokens, load.sampling))
+        prefill = float(raw[tokens] - raw[sampling])
         fixed = capacity.draft(requests) + capacity.overhead + capacity.attention(load.context, load.pairs) - prefill
         each = capacity.attention(0.0, load.per_draft)
-        return cls(table, load.tokens, fixed, each)
+        return cls(capacity.convex(tokens) if convex else raw[tokens:], fixed, each)
 
     def __call__(self, count: int) -> float:
         """Seconds with `count` draft tokens."""
-        pass_seconds = float(self.table[min(self.tokens + count, len(self.table) - 1)])
-        return max(pass_seconds + self.fixed + count * self.each, 1e-9)
+        return max(float(self.table[min(count, len(self.table) - 1)]) + self.fixed + count * self.each, 1e-9)
 
     def upto(self, drafts: int) -> Floats:
         """[drafts + 1] seconds with 0 .. drafts draft tokens."""
         count = np.arange(drafts + 1)
-        pass_seconds = self.table[np.minimum(self.tokens + count, len(self.table) - 1)]
-        return np.asarray(np.maximum(pass_seconds + self.fixed + count * self.each, 1e-9))
+        seconds = self.table[np.minimum(count, len(self.table) - 1)] + self.fixed + count * self.each
+        return np.asarray(np.maximum(seconds, 1e-9))
 
     def room(self, load: Load, floor: float | None) -> int:
         """How many draft tokens may join; with `floor`, so that the step takes no longer than 1 / floor seconds."""

@@ -24,7 +24,7 @@ from loadtest import simulate as command
 
 PROFILES = Path(__file__).parents[2] / "configs/profiles"
 MOE = "v4-flash-like-8xh200"
-USERS = (16, 64, 256, 512)
+USERS = (16, 64, 256, 512, 1000)  # 512 times a block of 6 is where this machine's passes begin to cost more
 SHORT = Workload(output_tokens=48, requests=12)
 
 
@@ -96,7 +96,8 @@ def test_budgets_fall_smoothly_with_load(points: dict[str, list[Point]]) -> None
     budgets = [point.budget for point in points["causal"]]
     assert budgets == sorted(budgets, reverse=True)
     assert 4 <= budgets[1] <= 6  # figure 8 at moderate load
-    assert budgets[-1] < budgets[0] - 1
+    assert budgets[-1] < budgets[-2] < budgets[0]
+    assert budgets[-1] < budgets[0] - 1.5
 
 
 def test_causal_is_never_below_one_token_drafted_or_none(points: dict[str, list[Point]]) -> None:

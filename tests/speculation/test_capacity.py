@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dspark_server.errors import ConfigError
-from dspark_server.speculation.capacity import Capacity, Profile, convex_minorant
+from dspark_server.speculation.capacity import Capacity, Profile
 
 PROFILE = Profile((1, 2, 4, 8), (1.0, 1.0, 2.0, 6.0), (1, 4), (0.5, 0.8), 0.02, 0.01)
 
@@ -22,15 +22,24 @@ def test_times_are_interpolated_and_extended_by_the_last_slope() -> None:
     assert capacity.attention(context=100.0, pairs=500.0) == pytest.approx(7.0)
 
 
-@given(st.lists(st.floats(0.01, 10), min_size=1, max_size=40))
-def test_the_minorant_is_convex_below_and_the_greatest(values: list[float]) -> None:
-    curve = np.array(values)
-    minorant = convex_minorant(curve)
+@given(st.lists(st.tuples(st.integers(1, 5), st.floats(0.01, 10)), min_size=1, max_size=20), st.integers(0, 110))
+def test_the_minorant_is_convex_below_and_the_greatest(rows: list[tuple[int, float]], start: int) -> None:
+    sizes = tuple(np.cumsum([step for step, _ in rows]).tolist())
+    capacity = Capacity(Profile(sizes, tuple(seconds for _, seconds in rows), (1,), (0.1,), 0.0, 0.0), 100, 8)
+    curve, minorant = capacity.raw[min(start, 100) :], capacity.convex(start)
+    assert (np.diff(capacity.raw) >= -1e-12).all()
     assert (minorant <= curve + 1e-9).all()
     assert (np.diff(minorant, 2) >= -1e-9).all()
     # At every corner it touches the curve, so that no convex function in between is greater.
     corners = [0, *(np.nonzero(np.diff(minorant, 2) > 1e-7)[0] + 1).tolist(), len(curve) - 1]
     np.testing.assert_allclose(minorant[corners], curve[corners], atol=1e-6)
+
+
+def test_a_step_sees_a_flat_curve_where_it_stands_on_one() -> None:
+    """As of a mixture of experts: a pass rises until all experts are read, then costs the same for long."""
+    capacity = Capacity(Profile((1, 200, 2400, 4000), (1.0, 9.0, 9.0, 17.0), (1,), (0.1,), 0.0, 0.0), 4000, 8)
+    assert capacity.convex(1)[1000] == pytest.approx(1.0 + 1000 * 8 / 2399)
+    np.testing.assert_allclose(capacity.convex(1000)[:1400], 9.0)
 
 
 def test_serving_moves_the_table_slowly_towards_what_steps_take() -> None:
