@@ -27,6 +27,7 @@ Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
 
 POLICIES = ("causal", "lagged", "fixed", "threshold", "none")
+PROBING = 0.02  # of the steps' seconds, what may be spent on drafts that only find out whether a request's drafts pay
 OPTIMISM = 0.95  # survival that a probe may hope for: where even that does not pay, load is the reason, not the request
 
 
@@ -153,9 +154,10 @@ class Causal:
     def __init__(self, capacity: Capacity, floor: float | None = None) -> None:
         self._capacity = capacity
         self._floor = floor
+        self._purse = Purse()
 
     def drafting(self, candidates: Sequence[Candidate], load: Load) -> Choice:
-        return choose_drafting(candidates, load, self._capacity, self._floor)
+        return choose_drafting(candidates, load, self._capacity, self._floor, self._purse)
 
     def count(self, slots: int, load: Load) -> int | None:
         return None
@@ -178,10 +180,11 @@ class Lagged:
     def __init__(self, capacity: Capacity, floor: float | None = None) -> None:
         self._capacity = capacity
         self._floor = floor
+        self._purse = Purse()
         self._shares: deque[float] = deque(maxlen=self.LAG)
 
     def drafting(self, candidates: Sequence[Candidate], load: Load) -> Choice:
-        return choose_drafting(candidates, load, self._capacity, self._floor)
+        return choose_drafting(candidates, load, self._capacity, self._floor, self._purse)
 
     def lengths(self, survival: Tensor, limits: Sequence[int], load: Load, backbone: int | None = None) -> list[int]:
         ranked = Ranked.of(survival, limits)
@@ -346,14 +349,37 @@ def theta_by_count(survivals: Floats, seconds: Floats, load: Load) -> Floats:
     return np.asarray((load.sampling + np.concatenate([[0.0], survivals.cumsum()])) / seconds)
 
 
+class Purse:
+    """What there is for probes: a share of the steps in which some are due, saved until it pays for one.
+
+    Without a bound, requests that come and go faster than they can be known make a busy machine pay for getting to know
+    them: 16 greedy requests of 96 tokens spent 8 % of every second step on probes, none of which led to a draft.
+    """
+
+    def __init__(self, share: float = PROBING) -> None:
+        self._share = share
+        self._saved = 0.0
+
+    def afford(self, due: int, seconds: float, cost: Callable[[int], float]) -> int:
+        """How many of the `due` requests probe in a step of so many seconds; `cost` says what some draft for."""
+        self._saved = min(self._saved + self._share * seconds, cost(due))
+        probing = max((size for size in _sizes(due) if cost(size) <= self._saved), default=0)
+        self._saved -= cost(probing)
+        return probing
+
+
 def choose_drafting(
-    candidates: Sequence[Candidate], load: Load, capacity: Capacity, floor: float | None = None
+    candidates: Sequence[Candidate],
+    load: Load,
+    capacity: Capacity,
+    floor: float | None = None,
+    purse: Purse | None = None,
 ) -> Choice:
     """Before any noise is drawn: the requests whose drafts are expected to pay for themselves, best histories first.
 
     Theta is predicted for growing subsets, with survivals rate^k, the draft's own cost, and the count that selection
-    would keep. Requests left out for long enough draft too, if a good draft could pay at this load at all. Copies cost
-    next to nothing to draft, so they do wherever a first token could pay.
+    would keep. Requests left out for long enough draft too, if a good draft could pay at this load at all and the
+    `purse` (None: a full one) allows. Copies cost next to nothing to draft: they do wherever a first token could pay.
     """
     if load.room <= 0 or not candidates:
         return Choice([])
@@ -384,6 +410,9 @@ def choose_drafting(
         # As many probes as could pay together: were it all or none, a crowd of newcomers would never find out.
         probing = max((size for size, theta in zip(sizes, thetas, strict=True) if theta > best), default=drafting)
         due = due[: probing - drafting]
+        if due and purse:
+            alone = capacity.draft(drafting)
+            due = due[: purse.afford(len(due), seconds(0), lambda more: capacity.draft(drafting + more) - alone)]
     else:
         due = []
     return Choice(sorted([*copies, *chosen, *due]), frozenset(due))

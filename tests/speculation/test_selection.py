@@ -14,9 +14,11 @@ from dspark_server.speculation.capacity import Capacity, Profile
 from dspark_server.speculation.history import LONGEST_WAIT, SurvivalHistory
 from dspark_server.speculation.selection import (
     OPTIMISM,
+    PROBING,
     Candidate,
     Lagged,
     Load,
+    Purse,
     Ranked,
     Selection,
     StepCost,
@@ -335,6 +337,30 @@ def test_a_poor_record_is_probed_again_if_load_allows() -> None:
         choose_drafting([waiting], load(1), capacity([1.0 + 0.05 * n for n in range(1, 99)], draft=0.3)).drafting == []
     )
     assert choose_drafting([poor], load(1), capacity([1.0 * n for n in range(1, 99)], draft=0.3)).drafting == []
+
+
+@pytest.mark.parametrize("policy", ["causal", "lagged"])
+def test_probes_take_their_share_of_the_time_and_no_more(policy: str) -> None:
+    """A crowd that is always due, on a machine where no draft is known to pay: none waits for ever either."""
+    costs = capacity([1.0 + 0.02 * n for n in range(1, 999)], draft=0.05)
+    chosen, crowd, here = build_selection(policy, costs), [Candidate(4, 0.0, probe_due=True)] * 8, load(8)
+    assert len(choose_drafting(crowd, here, costs).probing) == 8
+    spent, probes = 0.0, 0
+    for _ in range(1000):
+        choice = chosen.drafting(crowd, here)
+        assert choice.probing == set(choice.drafting)
+        spent += costs.draft(len(choice.probing))
+        probes += len(choice.probing)
+    assert 0.5 * PROBING < spent / (1000 * costs.raw[8]) <= PROBING
+    assert probes > 100
+
+
+def test_a_probe_is_saved_for_and_no_more_than_those_due_need() -> None:
+    purse = Purse(share=0.1)
+    assert [purse.afford(1, 1.0, lambda n: 0.25 * n) for _ in range(6)] == [0, 0, 1, 0, 0, 1]
+    purse = Purse(share=10.0)
+    assert purse.afford(3, 1.0, lambda n: float(n)) == 3
+    assert purse.afford(3, 0.0, lambda n: float(n)) == 0  # nothing was kept but what three needed
 
 
 def test_a_crowd_of_newcomers_is_probed_in_part() -> None:
