@@ -1,6 +1,7 @@
 """The client against real sockets: what it counts, what it times, what it calls an error."""
 
 import asyncio
+import statistics
 import time
 from collections import Counter
 
@@ -184,8 +185,12 @@ def test_a_steady_load_is_open_while_all_users_are_busy_and_out_of_step(app, url
             options = RequestOptions(model="fake", max_tokens=8)
             async with steady_load(client, options, lambda index: f"ok {index}", users=4, first=3) as load:
                 start, before, ended = time.perf_counter(), app.generated, len(load.outcomes)
-                await asyncio.sleep(0.5)
-                assert app.running >= 3  # a user may just be between two requests
+                running = []
+                for _ in range(50):
+                    await asyncio.sleep(0.01)
+                    running.append(app.running)
+                # Each user may just be between two requests, and after a stall of this process all of them are.
+                assert statistics.median(running) >= 3
                 end, generated = time.perf_counter(), app.generated - before
             assert len(load.outcomes) > ended
             return load, load.tokens_between(start, end), generated
@@ -193,8 +198,11 @@ def test_a_steady_load_is_open_while_all_users_are_busy_and_out_of_step(app, url
     load, tokens, generated = asyncio.run(run())
     assert sorted(body["max_tokens"] for body in app.bodies[:4]) == [2, 4, 6, 8]
     assert {body["max_tokens"] for body in app.bodies[4:]} == {8}
-    assert load.sent == len(app.bodies)
-    assert sorted(int(body["prompt"].split()[1]) for body in app.bodies) == list(range(3, 3 + load.sent))
+    # What is given up on leaving may not have got as far as the server.
+    arrived = [int(body["prompt"].split()[1]) for body in app.bodies]
+    assert len(set(arrived)) == len(arrived) >= len(load.outcomes)
+    missing = set(range(3, 3 + load.sent)) - set(arrived)
+    assert len(missing) == load.sent - len(arrived) <= 4
     assert tokens == pytest.approx(generated, abs=16)  # chunks on their way at either edge
     assert tokens > 100
     assert load.tokens_between(0.0, 0.0) == 0
