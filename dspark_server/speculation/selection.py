@@ -350,10 +350,11 @@ def theta_by_count(survivals: Floats, seconds: Floats, load: Load) -> Floats:
 
 
 class Purse:
-    """What there is for probes: a share of the steps in which some are due, saved until it pays for one.
+    """Seconds there are for probes: a share of the steps in which some are due, saved until it pays for one.
 
     Without a bound, requests that come and go faster than they can be known make a busy machine pay for getting to know
-    them: 16 greedy requests of 96 tokens spent 8 % of every second step on probes, none of which led to a draft.
+    them: with 16 greedy requests of 96 tokens a third of the steps drafted, and every draft was a probe
+    (docs/experiments.md).
     """
 
     def __init__(self, share: float = PROBING) -> None:
@@ -361,7 +362,7 @@ class Purse:
         self._saved = 0.0
 
     def afford(self, due: int, seconds: float, cost: Callable[[int], float]) -> int:
-        """How many of the `due` requests probe in a step of so many seconds; `cost` says what some draft for."""
+        """How many of the `due` requests probe in a step of `seconds`; `cost(n)`: seconds that n of them draft for."""
         self._saved = min(self._saved + self._share * seconds, cost(due))
         probing = max((size for size in _sizes(due) if cost(size) <= self._saved), default=0)
         self._saved -= cost(probing)
