@@ -38,6 +38,7 @@ def _one(name: str, file: str, text: str, replacement: str, killer: str) -> Muta
 STEP, DSPARK = "dspark_server/engine/step.py", "dspark_server/speculation/dspark.py"
 SEQUENTIAL = "dspark_server/speculation/sequential.py"
 ACCEPTANCE, SELECTION = "dspark_server/speculation/acceptance.py", "dspark_server/speculation/selection.py"
+ADMISSION = "dspark_server/speculation/admission.py"
 TRITON, TRITON_TESTS = "kernels/triton/", "tests/kernels/test_triton_"
 DEVICE = "tests/engine/test_device_executor.py"
 MONTE_CARLO = "tests/engine/test_monte_carlo.py::test_the_law_is_the_targets"
@@ -56,7 +57,7 @@ LOSSLESS = (
     _one("retrospective search over this step's survivals", SELECTION,
          "return admit(survival.tolist(), limits, load.sampling, seconds.room(load, self._floor), seconds).lengths",
          "every = (ranked := Ranked.of(survival, limits)).values\n"
-         "        bumpy = seconds.upto(len(every)) * (1 + np.arange(len(every) + 1) % 2)\n"
+         "        bumpy = seconds.upto(len(every)) * [1 + count % 2 for count in range(len(every) + 1)]\n"
          "        return ranked.first(best_count(every, bumpy, load))",
          "tests/speculation/test_selection.py::test_whether_a_token_is_kept_does_not_depend_on_it_or_on_later_ones"),
     Mutant("prefix cut at a forbidden token", (
@@ -82,6 +83,10 @@ LOSSLESS = (
          "usable = [min(limit, usable) for limit, usable",
          "usable = [limit if limit <= usable else 0 for limit, usable",
          "tests/speculation/test_nan.py::test_a_nan_at_a_slot_keeps_exactly_the_slots_before_it"),
+    _one("costs are looked up by limits that a NaN has cut", STEP,
+         "self._selection.lengths(survival, usable, load, backbone, sum(asked.limits))",
+         "self._selection.lengths(survival, usable, load, backbone, sum(usable))",
+         "tests/speculation/test_nan.py::test_what_a_draft_may_reach_is_counted_before_it"),
     _one("native head draws from the law of another temperature", "kernels/cpu/head.c",
          "choice = draw_column(weights, columns, head->uniforms[at], cells);",
          "for (long j = 0; j < columns; j++) weights[j] *= weights[j];\n"
@@ -123,7 +128,7 @@ LOSSLESS = (
     _one("padding writes to a slot that is somebody's", "dspark_server/runtime/layout.py",
          "positions % block_size, scratch)\n\n    asker", "positions % block_size, 0)\n\n    asker",
          f"{DEVICE}::test_padding_never_reaches_a_row_that_is_read"),
-    _one("the device keeps the unlikeliest", SELECTION, "argsort(descending=True, stable=True)",
+    _one("the device keeps the unlikeliest", ADMISSION, "argsort(descending=True, stable=True)",
          "argsort(descending=False, stable=True)", f"{DEVICE}::test_the_same_tokens_and_so_many_waits[lagged]"),
     _one("a static input is a step old", "dspark_server/runtime/staging.py",
          "            field.zero_()\n",

@@ -14,7 +14,7 @@ from dspark_server.engine.blocks import BlockPool
 from dspark_server.engine.request import Request, Status
 from dspark_server.engine.stats import EngineStats
 from dspark_server.errors import RequestError
-from dspark_server.speculation.selection import Load
+from dspark_server.speculation.admission import Load
 
 LAST_PRIORITY = 2**31 - 1  # of what must never be in anybody's way
 

@@ -28,13 +28,13 @@ from dspark_server.runtime.kv import KVPool
 from dspark_server.runtime.layout import lay_out, lay_out_blocks
 from dspark_server.runtime.staging import Staging
 from dspark_server.speculation.acceptance import Accepted, DraftTokens
+from dspark_server.speculation.admission import keep_likeliest
 from dspark_server.speculation.calibration import survival_from
 from dspark_server.speculation.copying import WIDTH, CopyBias
 from dspark_server.speculation.drafter import DraftBlock, DraftRequest, NoDrafter
 from dspark_server.speculation.dspark import DSparkDrafter
 from dspark_server.speculation.noise import CounterStreams, Streams
 from dspark_server.speculation.sampling import SamplingBatch
-from dspark_server.speculation.selection import keep_likeliest
 
 I32, I64, F32, F64, BOOL = torch.int32, torch.int64, torch.float32, torch.float64, torch.bool
 

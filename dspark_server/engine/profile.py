@@ -23,7 +23,7 @@ from dspark_server.speculation.sampling import SamplingBatch
 
 logger = logging.getLogger(__name__)
 
-VERSION = 2  # of what is measured; another one makes every kept profile stale
+VERSION = 3  # of what is measured; another one makes every kept profile stale
 REPEATS = 5
 PATIENCE = 0.5  # seconds for the repeats of one size, the first two excepted
 
@@ -53,9 +53,9 @@ class Profiler:
         requests = _sizes(max_requests) if self._executor.block else []
         with tqdm(total=len(sizes) + len(requests) + 4, desc="measuring costs", unit="size", leave=False) as bar:
 
-            def timed(work: Callable[[], object]) -> float:
+            def timed(work: Callable[[], object], before: Callable[[], object] | None = None) -> float:
                 bar.update()
-                return _median_seconds(work)
+                return _median_seconds(work, before)
 
             def slope(queries: int) -> float:
                 """Seconds for one more token of context of a run of so many query tokens."""
@@ -64,7 +64,8 @@ class Profiler:
                 return max(0.0, timed(self._pass(queries, far)) - timed(self._pass(queries, near))) / (far - near)
 
             verify = [timed(self._pass(tokens, near)) for tokens in sizes]
-            draft = [timed(self._draft(count, near)) for count in requests]
+            # As in service after a target pass, which leaves nothing of the drafter in the caches.
+            draft = [timed(self._draft(count, near), self._pass(1, near)) for count in requests]
             few = min(self._run_length, max_tokens)
             single, several = slope(1), slope(few)
         per_query = max(0.0, several - single) / (few - 1) if few > 1 else 0.0
@@ -156,11 +157,13 @@ def _sizes(most: int) -> list[int]:
     return sorted({size for size in steps if size < most} | {most})
 
 
-def _median_seconds(work: Callable[[], object]) -> float:
-    """After one warm-up call; fewer repeats where they are slow."""
+def _median_seconds(work: Callable[[], object], before: Callable[[], object] | None) -> float:
+    """After one warm-up call, and each time after a call of `before`; fewer repeats where they are slow."""
     work()
     seconds: list[float] = []
     while len(seconds) < REPEATS and (len(seconds) < 2 or sum(seconds) < PATIENCE):
+        if before:
+            before()
         began = time.perf_counter()
         work()
         seconds.append(time.perf_counter() - began)

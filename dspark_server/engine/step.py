@@ -1,4 +1,4 @@
-"""The step loop: plan, draft, select, verify, accept, commit (DSpark §3; DSPARK.md "One decoding cycle")."""
+"""The step loop: plan, choose, draft, select, verify, accept, commit (DSpark §3; DSPARK.md "One decoding cycle")."""
 
 import logging
 import time
@@ -17,17 +17,19 @@ from dspark_server.engine.executor import DraftRequest, Executor, Rest
 from dspark_server.engine.logprobs import token_logprobs
 from dspark_server.engine.request import FinishReason, Request
 from dspark_server.engine.stats import SURVIVAL_BINS
-from dspark_server.engine.trace import Drafted, StepOutput, StepTrace, Verification, output_of
+from dspark_server.engine.trace import Asked, Drafted, StepOutput, StepTrace, Verification, output_of
 from dspark_server.runtime.batch import Run
 from dspark_server.speculation.acceptance import Accepted, DraftTokens, accept
+from dspark_server.speculation.admission import Load
 from dspark_server.speculation.capacity import Capacity
 from dspark_server.speculation.controls import Controls
 from dspark_server.speculation.copying import ALONE, ALONE_WEIGHT, CopyTables, Match
 from dspark_server.speculation.drafter import DraftBlock
+from dspark_server.speculation.drafting import Candidate
 from dspark_server.speculation.history import SurvivalHistory
 from dspark_server.speculation.noise import CounterStreams, Streams
 from dspark_server.speculation.sampling import GREEDY_BELOW, SamplingBatch
-from dspark_server.speculation.selection import Candidate, Load, Selection
+from dspark_server.speculation.selection import Selection
 
 logger = logging.getLogger(__name__)
 
@@ -113,8 +115,9 @@ class StepLoop:
         failpoints.hit("step.plan")
         plan = self.batcher.plan()
         load = plan.load
-        planned = self._clock()
-        drafted = self._draft(plan, load)
+        asked = self._choose(plan, load)
+        chosen = self._clock()
+        drafted = self._draft(plan, load, asked) if asked else None
         prefixes = drafted.prefix_of() if drafted else {}
         draft_tokens = sum(map(len, prefixes.values()))
         self.batcher.drafted(plan, draft_tokens)
@@ -138,7 +141,7 @@ class StepLoop:
         self.batcher.update_gauges()
         if self._check_invariants:
             self.batcher.check()
-        draft, verify, whole = selected - planned, judged - selected, self._clock() - began
+        draft, verify, whole = selected - chosen, judged - selected, self._clock() - began
         if self._timing:
             draft, verify = self._timing(draft, verify)
         host = whole - draft - verify
@@ -157,8 +160,8 @@ class StepLoop:
             self.stats.verify_seconds = self.capacity.verify_seconds
         return outputs
 
-    def _draft(self, plan: Plan, load: Load) -> Drafted | None:
-        """Draft a block for those the policy lets draft, and choose how much of each is verified."""
+    def _choose(self, plan: Plan, load: Load) -> Asked | None:
+        """Who drafts, as the policy has it."""
         candidates = plan.decoding
         matches = self._matches(candidates)
         alone = {request for request, match in matches.items() if match and copied_alone(request, match)}
@@ -188,16 +191,21 @@ class StepLoop:
             return None
         # Copies last: the drafter's rows come first.
         order = sorted(choice.drafting, key=lambda index: candidates[index] in alone)
-        requests, most = [candidates[index] for index in order], [limits[index] for index in order]
-        count = self._selection.count(len(requests) * self.executor.gamma, load)
-        rest = None if count is None else partial(self._rest, plan, requests, most, count)
+        requests = [candidates[index] for index in order]
         backbone = sum(request not in alone for request in requests)
+        return Asked(requests, [limits[index] for index in order], [matches.get(r) for r in requests], backbone)
+
+    def _draft(self, plan: Plan, load: Load, asked: Asked) -> Drafted | None:
+        """Draft a block for those who were asked, and select how much of each is verified."""
+        requests, backbone = asked.requests, asked.backbone
+        count = self._selection.count(len(requests) * self.executor.gamma, load)
+        rest = None if count is None else partial(self._rest, plan, requests, asked.limits, count)
         try:
             failpoints.hit("step.draft")
             block = self.executor.draft(
                 [
-                    DraftRequest(r.tokens[-1], len(r.tokens) - 1, r.blocks, matches.get(r), r in alone, r.copied)
-                    for r in requests
+                    DraftRequest(r.tokens[-1], len(r.tokens) - 1, r.blocks, match, row >= backbone, r.copied)
+                    for row, (r, match) in enumerate(zip(requests, asked.matches, strict=True))
                 ],
                 sampling_batch(requests[:backbone]),
                 self._streams,
@@ -212,8 +220,8 @@ class StepLoop:
             return None
         survival = failpoints.passed("draft.survival", self._survival_of(block, requests))
         # A NaN at slot k cuts the prefix to k - 1, never shorter: earlier tokens were sampled without knowing of it.
-        usable = [min(limit, usable) for limit, usable in zip(most, block.usable.tolist(), strict=True)]
-        lengths = self._selection.lengths(survival, usable, load, backbone)
+        usable = [min(limit, usable) for limit, usable in zip(asked.limits, block.usable.tolist(), strict=True)]
+        lengths = self._selection.lengths(survival, usable, load, backbone, sum(asked.limits))
         return Drafted(requests, block, survival, lengths, backbone, usable)
 
     def _allowance(self, request: Request, alone: bool) -> int:

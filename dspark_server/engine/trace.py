@@ -7,8 +7,22 @@ from torch import Tensor
 from dspark_server.engine.logprobs import TokenLogprob, token_logprobs
 from dspark_server.engine.request import Request
 from dspark_server.speculation.acceptance import Accepted
+from dspark_server.speculation.admission import Load
+from dspark_server.speculation.copying import Match
 from dspark_server.speculation.drafter import DraftBlock
-from dspark_server.speculation.selection import Load
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Who drafts in a step: `requests[i]` at most `limits[i]` tokens; `matches[i]` is where its text stood before.
+
+    The drafter makes the first `backbone` rows, the others are copied from their matches.
+    """
+
+    requests: list[Request]
+    limits: list[int]
+    matches: list[Match | None]
+    backbone: int
 
 
 @dataclass(frozen=True)

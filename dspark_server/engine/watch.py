@@ -18,8 +18,8 @@ import numpy as np
 
 from dspark_server.engine.request import Request
 from dspark_server.engine.trace import Drafted, StepTrace
+from dspark_server.speculation.admission import Ranked, StepCost, theta_by_count
 from dspark_server.speculation.capacity import Capacity
-from dspark_server.speculation.selection import Ranked, StepCost, theta_by_count
 
 logger = logging.getLogger(__name__)
 
@@ -167,9 +167,9 @@ class StepWatch:
         """Theta over B for this step's blocks, on the curve its policy looks at, and at its choice."""
         assert self._capacity is not None
         ranked = Ranked.of(drafted.survival, drafted.limits)
-        convex = trace.selection != "lagged"
         count = len(ranked.values)
-        seconds = StepCost.of(self._capacity, trace.load, drafted.backbone, convex=convex).upto(count)
+        slots = None if trace.selection == "lagged" else count
+        seconds = StepCost.of(self._capacity, trace.load, drafted.backbone, slots).upto(count)
         theta = theta_by_count(ranked.values, seconds, trace.load)
         points = np.unique(np.linspace(0, count, min(count + 1, MAX_POINTS)).round().astype(int))
         # Only a policy that ranks all drafts together stands on this curve; fixed and threshold stand near it.

@@ -80,7 +80,7 @@ def show_costs(capacity: Capacity, console: Console) -> None:
 
 
 def plot_costs(capacity: Capacity, path: Path) -> None:
-    """SPS(B), and seconds of a pass with the convex curve that policy causal walks on for one request."""
+    """SPS(B), and seconds of a pass with its convex minorant."""
     profile, tokens = capacity.profile, np.arange(1, len(capacity.raw))
     figure = Figure((9, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -88,7 +88,7 @@ def plot_costs(capacity: Capacity, path: Path) -> None:
     left.plot(profile.tokens, 1 / np.array(profile.verify), "o", markersize=3)
     left.set(xlabel="tokens of a target pass, B", ylabel="SPS(B), steps/s", xscale="log")
     right.plot(tokens, 1e3 * capacity.raw[1:], label="target pass")
-    right.plot(tokens, 1e3 * capacity.convex(1), "--", label="convex minorant")
+    right.plot(tokens, 1e3 * capacity.convex(1, len(capacity.raw)), "--", label="convex minorant")
     right.plot(profile.requests, 1e3 * np.array(profile.draft), label="draft for R requests")
     right.set(xlabel="B, or R", ylabel="ms")
     right.legend()

@@ -18,7 +18,8 @@ from dspark_server.errors import ConfigError
 
 Floats = npt.NDArray[np.float64]
 
-CORRECTION = 0.02  # how far one step moves the table towards what it took
+CORRECTION = 0.02  # how far one step moves its whole table towards what it took: mostly the machine is slower or faster
+SHAPE = 0.005  # and how far, beyond that, the measured sizes next to its own
 REBUILD_EVERY = 32  # observations between two looks at the corrected table
 OUTLIER = 3.0  # a step that took this many times longer than expected says nothing about cost
 
@@ -92,18 +93,18 @@ class Capacity:
         """[max_tokens + 1] seconds of a target pass over B tokens, attention to context excepted."""
         return self._raw
 
-    def convex(self, tokens: int) -> Floats:
-        """The greatest convex minorant of `raw[tokens:]`: there an early stop finds the best (DSPARK.md, step 6).
+    def convex(self, tokens: int, drafts: int) -> Floats:
+        """The greatest convex minorant of `raw` from `tokens` on, as far as so many drafts reach or a little further.
 
-        From `tokens` on only: what a smaller pass would cost is no choice of a step that has so many, and a curve that
-        rises before and is flat from there on has to look flat.
+        There an early stop finds the best (DSPARK.md, step 6). No further than that: what a smaller or greater pass
+        would cost is no choice of this step, and the nearer the ends, the closer the minorant is to the curve.
         """
         start = min(tokens, len(self._raw) - 1)
-        found = self._convex.get(start)
+        last = min(start + (1 << max(0, drafts - 1).bit_length()), len(self._raw) - 1)  # powers of two: few to keep
+        found = self._convex.get((start, last))
         if found is None:
-            last = len(self._raw) - 1
             corners = [start, *(size for size in self._profile.tokens if start < size < last), last]
-            found = self._convex[start] = convex_minorant(corners, self._raw[corners].tolist())
+            found = self._convex[start, last] = convex_minorant(corners, self._raw[corners].tolist())
         return found
 
     @property
@@ -151,7 +152,7 @@ class Capacity:
     def _rebuild(self) -> None:
         # Where measured times fall, the knots are raised, not what is between them: straight lines all the way.
         self._raw = _dense(self._profile.tokens, np.maximum.accumulate(self._verify_knots), self._sizes)
-        self._convex: dict[int, Floats] = {}
+        self._convex: dict[tuple[int, int], Floats] = {}
         sizes = [size for size in self._profile.tokens if size < len(self._raw)]
         self._verify_seconds = {size: float(self._raw[size]) for size in sizes}
         self._drafts = np.zeros(len(self._requests))
@@ -169,16 +170,22 @@ def _dense(sizes: Sequence[int], seconds: Floats, at: npt.NDArray[np.int64]) -> 
 
 
 def _correct(sizes: Sequence[int], knots: Floats, size: int, seconds: float, expected: float) -> None:
-    """Move the knots around `size` towards `seconds`, each by its share in the interpolated value."""
+    """Move all knots towards `seconds`, those around `size` further, each by its share in the interpolated value.
+
+    Were it those alone, a machine that slows down would make the size that is served dear and leave the others cheap:
+    more drafts would look worth their while for no reason.
+    """
     if not expected / OUTLIER < seconds < expected * OUTLIER:
         return
+    off = seconds / expected - 1
+    knots *= 1 + CORRECTION * off
     right = int(np.searchsorted(sizes, size))
     if right == 0 or right == len(sizes):
-        knots[min(right, len(sizes) - 1)] *= 1 + CORRECTION * (seconds / expected - 1)
+        knots[min(right, len(sizes) - 1)] *= 1 + SHAPE * off
         return
     share = (size - sizes[right - 1]) / (sizes[right] - sizes[right - 1])
-    knots[right - 1] *= 1 + CORRECTION * (1 - share) * (seconds / expected - 1)
-    knots[right] *= 1 + CORRECTION * share * (seconds / expected - 1)
+    knots[right - 1] *= 1 + SHAPE * (1 - share) * off
+    knots[right] *= 1 + SHAPE * share * off
 
 
 def convex_minorant(sizes: Sequence[int], seconds: Sequence[float]) -> Floats:

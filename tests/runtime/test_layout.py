@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dspark_server.runtime.batch import Batch, Run
 from dspark_server.runtime.layout import lay_out, lay_out_blocks
-from dspark_server.speculation.selection import Ranked, keep_likeliest
+from dspark_server.speculation.admission import Ranked, keep_likeliest
 
 from .twin import AWAY, Far, TwinDevice, TwinError
 

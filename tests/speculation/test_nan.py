@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from torch import Tensor
 
 from dspark_server.engine.core import EngineCore
 from dspark_server.engine.trace import StepTrace
+from dspark_server.speculation.admission import Load
 from dspark_server.speculation.heads import ConfidenceHead
 from tests.engine.support import greedy, prompts, tiny_core
 
@@ -81,3 +83,24 @@ def test_only_that_requests_prefix_is_cut(monkeypatch: pytest.MonkeyPatch, sourc
     first = next(step.drafted for step in steps if step.drafted is not None and len(step.drafted.requests) == len(made))
     assert first.lengths[:row] + first.lengths[row + 1 :] == [drafter.gamma] * 2
     assert first.lengths[row] == (drafter.gamma if (source, value) == ("confidence", "inf") else slot)
+
+
+def test_what_a_draft_may_reach_is_counted_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A NaN lowers limits, and only the drafted tokens may have led there: costs are not looked up by them."""
+    core = tiny_core()
+    bias, real = core.loop.executor.drafter.sampler.head.bias, core.loop._selection.lengths
+    seen: list[tuple[int, int | None]] = []
+
+    def lengths(survival: Tensor, limits: list[int], load: Load, backbone: int, slots: int) -> list[int]:
+        seen.append((sum(limits), slots))
+        return real(survival, limits, load, backbone, slots)
+
+    def broken(*arguments: Tensor) -> Tensor:
+        found = bias(*arguments)
+        return found.index_fill(0, torch.tensor([0]), torch.nan) if len(found) == 2 else found
+
+    monkeypatch.setattr(core.loop.executor.drafter.sampler.head, "bias", broken)
+    monkeypatch.setattr(core.loop._selection, "lengths", lengths)
+    core.generate(prompts(2), greedy(12))
+    block = core.loop.executor.block
+    assert (block, 2 * block) in seen

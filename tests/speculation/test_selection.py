@@ -10,45 +10,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dspark_server.errors import ConfigError
-from dspark_server.speculation.capacity import Capacity, Profile
-from dspark_server.speculation.history import LONGEST_WAIT, SurvivalHistory
-from dspark_server.speculation.selection import (
-    OPTIMISM,
-    PROBING,
-    Candidate,
-    Lagged,
-    Load,
-    Purse,
-    Ranked,
-    Selection,
-    StepCost,
-    admit,
-    best_count,
-    build_selection,
-    choose_drafting,
-    predicted_thetas,
-    theta_by_count,
-    within_floor,
-)
+from dspark_server.speculation.admission import Load, admit, best_count, within_floor
+from dspark_server.speculation.capacity import Capacity
+from dspark_server.speculation.drafting import Candidate
+from dspark_server.speculation.selection import Lagged, Selection, build_selection
+from tests.speculation.costs import capacity, linear, load
 from tests.speculation.test_exact import Context, Pair, ratio_law
 
 limits = st.lists(st.integers(0, 7), max_size=12)
 AWARE = ("causal", "lagged")
-
-
-def capacity(verify: list[float], draft: float = 0.0, attention: float = 0.0) -> Capacity:
-    """Verification of B tokens takes verify[B - 1] seconds, a draft `draft` whoever takes part."""
-    sizes = tuple(range(1, len(verify) + 1))
-    drafts = ((1, 64), (draft, draft * 1.001)) if draft else ((), ())
-    return Capacity(Profile(sizes, tuple(verify), drafts[0], drafts[1], 0.0, attention), len(verify), 64)
-
-
-def linear(fixed: float, each: float, size: int = 100) -> Capacity:
-    return capacity([fixed + each * tokens for tokens in range(1, size + 1)])
-
-
-def load(requests: int, room: int = 1000) -> Load:
-    return Load(sampling=requests, tokens=requests, room=room)
 
 
 def candidates(limits: list[int], rate: float = 0.9) -> list[Candidate]:
@@ -57,15 +27,6 @@ def candidates(limits: list[int], rate: float = 0.9) -> list[Candidate]:
 
 def falling(generator: np.random.Generator, requests: int, gamma: int) -> Tensor:
     return torch.from_numpy(generator.random((requests, gamma)).cumprod(axis=1)).float()
-
-
-def early_stop(survivals: np.ndarray, cost: StepCost, load: Load, floor: float | None = None) -> int:
-    """Algorithm 1 over ranked survivals [n]: how many, stopping where Theta first fails to rise."""
-    seconds = cost.upto(len(survivals))
-    most = min(load.room, within_floor(seconds, floor), len(survivals))
-    theta = theta_by_count(survivals, seconds, load)[: most + 1]
-    stops = np.nonzero(theta[1:] <= theta[:-1])[0]
-    return int(stops[0]) if len(stops) else most
 
 
 # ---- policies that do not price anything --------------------------------------------------------------------------
@@ -134,33 +95,6 @@ def test_causal_is_the_best_of_all_prefixes_on_a_convex_cost(seed: int) -> None:
 
         best = max(theta(each) for each in itertools.product(*(range(limit + 1) for limit in most)))
         assert theta(tuple(lengths)) == pytest.approx(best, rel=1e-9)
-
-
-@given(
-    st.lists(
-        st.tuples(
-            st.integers(0, 7), st.lists(st.sampled_from([0.3, 0.5, 0.9, 1.0, 0.0, np.nan]), min_size=7, max_size=7)
-        ),
-        max_size=9,
-    ),
-    st.integers(0, 40),
-    st.sampled_from([None, 0.5, 0.05]),
-    st.integers(0, 2**32 - 1),
-)
-def test_causal_walks_along_the_ranking(
-    rows: list[tuple[int, list[float]]], room: int, floor: float | None, seed: int
-) -> None:
-    """Ties, NaNs and bumps in the curve among them: the same tokens as the first so many of all ranked at once."""
-    generator = np.random.default_rng(seed)
-    costs = capacity(np.sort(generator.random(120) + 0.5).tolist(), draft=0.1)
-    here, most = load(max(1, len(rows)), room), [limit for limit, _ in rows]
-    survival = torch.tensor([block for _, block in rows]).view(len(rows), 7).cumprod(1)
-    for convex in (True, False):
-        seconds = StepCost.of(costs, here, len(rows), convex=convex)
-        ranked = Ranked.of(survival, most)
-        expected = ranked.first(early_stop(ranked.values, seconds, here, floor))
-        room = seconds.room(here, floor)
-        assert admit(survival.tolist(), most, here.sampling, room, seconds).lengths == expected
 
 
 @pytest.mark.parametrize("policy", ["causal", "threshold", "fixed", "lagged"])
@@ -296,124 +230,6 @@ def test_context_makes_tokens_dearer() -> None:
     assert far < near
 
 
-# ---- who drafts at all --------------------------------------------------------------------------------------------
-
-
-def test_nobody_drafts_where_verification_costs_what_decoding_does() -> None:
-    """Per-token cost, no fixed part: a draft token is worth less than an anchor, and its draft is not free."""
-    costs = capacity([0.1 * tokens for tokens in range(1, 100)], draft=0.02)
-    rows = [Candidate(4, 0.9, probe_due=True)] * 6
-    assert choose_drafting(rows, load(6), costs).drafting == []
-
-
-def test_everybody_drafts_on_an_idle_machine() -> None:
-    costs = capacity([1.0 + 0.001 * tokens for tokens in range(1, 100)], draft=0.1)
-    choice = choose_drafting([Candidate(4, 0.6)] * 3, load(3), costs)
-    assert choice.drafting == [0, 1, 2]
-    assert not choice.probing
-
-
-def test_copies_are_made_where_a_first_token_could_pay() -> None:
-    rows = [Candidate(12, 0.9, copies=True), Candidate(12, 0.3, copies=True), Candidate(4, 0.0)]
-    idle, busy = (capacity([1.0 + each * n for n in range(1, 99)], draft=9.0) for each in (0.01, 0.2))
-    assert choose_drafting(rows, load(3), idle).drafting == [0, 1]
-    assert choose_drafting(rows, load(3), busy).drafting == [0]
-    assert choose_drafting(rows, load(3), capacity([0.1 * n for n in range(1, 99)], draft=9.0)).drafting == []
-
-
-def test_those_with_the_better_record_draft_first() -> None:
-    costs = capacity([1.0 + 0.12 * tokens for tokens in range(1, 100)], draft=0.25)
-    rows = [Candidate(4, rate) for rate in (0.05, 0.9, 0.1, 0.95)]
-    assert choose_drafting(rows, load(4), costs).drafting == [1, 3]
-
-
-def test_a_poor_record_is_probed_again_if_load_allows() -> None:
-    poor = Candidate(4, 0.05, probe_due=True)
-    choice = choose_drafting([poor], load(1), capacity([1.0 + 0.05 * n for n in range(1, 99)], draft=0.3))
-    assert choice.drafting == [0]
-    assert choice.probing == {0}
-    waiting = Candidate(4, 0.05)
-    assert (
-        choose_drafting([waiting], load(1), capacity([1.0 + 0.05 * n for n in range(1, 99)], draft=0.3)).drafting == []
-    )
-    assert choose_drafting([poor], load(1), capacity([1.0 * n for n in range(1, 99)], draft=0.3)).drafting == []
-
-
-@pytest.mark.parametrize("policy", ["causal", "lagged"])
-def test_probes_take_their_share_of_the_time_and_no_more(policy: str) -> None:
-    """A crowd that is always due, on a machine where no draft is known to pay: none waits for ever either."""
-    costs = capacity([1.0 + 0.02 * n for n in range(1, 999)], draft=0.05)
-    chosen, crowd, here = build_selection(policy, costs), [Candidate(4, 0.0, probe_due=True)] * 8, load(8)
-    assert len(choose_drafting(crowd, here, costs).probing) == 8
-    spent, probes = 0.0, 0
-    for _ in range(1000):
-        choice = chosen.drafting(crowd, here)
-        assert choice.probing == set(choice.drafting)
-        spent += costs.draft(len(choice.probing))
-        probes += len(choice.probing)
-    assert 0.5 * PROBING < spent / (1000 * costs.raw[8]) <= PROBING
-    assert probes > 100
-
-
-def test_a_probe_is_saved_for_and_no_more_than_those_due_need() -> None:
-    purse = Purse(share=0.1)
-    assert [purse.afford(1, 1.0, lambda n: 0.25 * n) for _ in range(6)] == [0, 0, 1, 0, 0, 1]
-    purse = Purse(share=10.0)
-    assert purse.afford(3, 1.0, lambda n: float(n)) == 3
-    assert purse.afford(3, 0.0, lambda n: float(n)) == 0  # nothing was kept but what three needed
-
-
-def test_a_crowd_of_newcomers_is_probed_in_part() -> None:
-    """Where all of them together would not pay, some do."""
-    sizes = tuple(range(1, 400))
-    verify = tuple(1.0 + 0.08 * max(0, tokens - 20) for tokens in sizes)
-    costs = Capacity(Profile(sizes, verify, (1, 64), (0.01, 2.0), 0.0, 0.0), 399, 64)
-    rows = [Candidate(4, 0.0, probe_due=True)] * 64
-    choice = choose_drafting(rows, load(64), costs)
-    assert choice.drafting == []  # at 64 anchors each draft token costs what an anchor does
-    choice = choose_drafting(rows[:16], load(16), costs)
-    assert choice.probing == set(choice.drafting)
-    assert 0 < len(choice.drafting) < 16
-
-
-@given(
-    st.lists(st.tuples(st.integers(1, 7), st.floats(0, 1)), min_size=1, max_size=9),
-    st.integers(0, 9),
-    st.integers(1, 40),
-    st.sampled_from([None, 0.5, 0.05]),
-    st.integers(0, 2**32 - 1),
-)
-def test_what_drafting_is_predicted_to_be_worth_is_what_selection_would_make_of_it(
-    rows: list[tuple[int, float]], known: int, room: int, floor: float | None, seed: int
-) -> None:
-    """Against ranking all of a subset's tokens and walking along them."""
-    generator = np.random.default_rng(seed)
-    costs = capacity((1 + generator.random(200).cumsum()).tolist(), draft=float(generator.random()))
-    here = Load(sampling=5, tokens=7, room=room, context=100, per_draft=20)
-    crowd = [Candidate(limit, rate) for limit, rate in sorted(rows, key=lambda row: -row[1])]
-    sizes = list(range(1, len(crowd) + 1))
-    expected = []
-    for size in sizes:
-        rates = np.array([each.rate if index < known else OPTIMISM for index, each in enumerate(crowd[:size])])
-        values = Ranked.rank(rates[:, None] ** np.arange(1, 8), [each.limit for each in crowd[:size]]).values
-        cost = StepCost.of(costs, here, size, convex=True)
-        expected.append(theta_by_count(values, cost.upto(len(values)), here)[early_stop(values, cost, here, floor)])
-    thetas = predicted_thetas(crowd, known, sizes, here, costs, floor)
-    np.testing.assert_allclose(thetas, expected, rtol=1e-12)
-    # What is left out as hopeless is.
-    for above in (here.sampling / costs.raw[here.sampling], *thetas):
-        for theta, found in zip(thetas, predicted_thetas(crowd, known, sizes, here, costs, floor, above), strict=True):
-            assert found == theta or (found == 0 and theta <= above)
-
-
-def test_a_crowd_that_cannot_pay_is_not_looked_at_block_by_block() -> None:
-    costs = capacity([1.0 + 0.1 * tokens for tokens in range(1, 400)], draft=0.4)
-    crowd = [Candidate(4, 0.5)] * 64
-    best = 64 / costs.raw[64]
-    assert predicted_thetas(crowd, 64, [1, 64], load(64), costs, above=best) == [0, 0]
-    assert min(predicted_thetas(crowd, 64, [1, 64], load(64), costs)) > 0
-
-
 def test_a_prefill_chunk_does_not_make_drafts_look_cheap() -> None:
     """Where drafts do not pay without the chunk, they do not pay beside it."""
     costs = capacity([1.0 + 0.1 * tokens for tokens in range(1, 400)])
@@ -439,48 +255,3 @@ def test_choices_and_lengths_stay_within_limits_and_room(limits: list[int], room
         lengths = policy.lengths(falling(generator, len(taken), 7), taken, here)
         assert all(0 <= length <= limit for length, limit in zip(lengths, taken, strict=True))
         assert sum(lengths) <= room
-
-
-def test_theta_counts_what_the_step_is_expected_to_commit() -> None:
-    theta = theta_by_count(np.array([0.5, 0.25]), np.array([1.0, 1.0, 2.0]), load(3))
-    np.testing.assert_allclose(theta, [3.0, 3.5, 1.875])
-
-
-# ---- a request's record ---------------------------------------------------------------------------------------------
-
-
-def test_a_record_starts_at_the_prior_and_follows_what_happens() -> None:
-    record = SurvivalHistory()
-    assert record.rate(0.6) == pytest.approx(0.6)
-    for _ in range(60):
-        record.judged(verified=4, accepted=1)
-    assert record.rate(0.6) == pytest.approx(0.5, abs=0.03)
-    for _ in range(60):
-        record.judged(verified=0, accepted=0)
-    assert record.rate(0.6) == pytest.approx(0.5, abs=0.03), "a draft nobody looked at says nothing"
-
-
-@pytest.mark.parametrize("chance", [0.1, 0.5, 0.9])
-def test_what_confidence_says_and_what_became_of_it_come_to_the_same(chance: float) -> None:
-    told, seen, throws = SurvivalHistory(memory=0.999), SurvivalHistory(memory=0.999), np.random.default_rng(7)
-    for _ in range(5000):
-        told.expected([chance**k for k in range(1, 6)])
-        seen.judged(5, int((throws.random(5) < chance).cumprod().sum()))
-    assert told.rate(0.3) == pytest.approx(chance, abs=0.01)
-    assert seen.rate(0.3) == pytest.approx(chance, abs=0.02)
-
-
-def test_probes_come_at_growing_intervals_until_drafting_pays() -> None:
-    record, probes = SurvivalHistory(), []
-    for step in range(300):
-        if record.probe_due:
-            probes.append(step)
-            record.drafted(probing=True)
-        else:
-            record.left_out()
-    gaps = np.diff(probes)
-    assert gaps[:5].tolist() == [3, 5, 9, 17, 33]
-    assert gaps.max() == LONGEST_WAIT + 1
-    record.drafted(probing=False)
-    record.left_out()
-    assert record.probe_due
