@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
 from itertools import pairwise
@@ -163,8 +163,8 @@ class StepLoop:
     def _choose(self, plan: Plan, load: Load) -> Asked | None:
         """Who drafts, as the policy has it."""
         candidates = plan.decoding
-        matches = self._matches(candidates)
-        alone = {request for request, match in matches.items() if match and copied_alone(request, match)}
+        matches = self._matches(request for request in candidates if may_copy_alone(request))
+        alone = {request for request, match in matches.items() if match and match.length >= ALONE}
         # The last token a request may commit is never a draft: one token always comes from the target.
         limits = [min(self._allowance(r, r in alone), r.remaining - 1) for r in candidates]
         prior = self._everyone.rate(FIRST_GUESS)
@@ -193,6 +193,7 @@ class StepLoop:
         order = sorted(choice.drafting, key=lambda index: candidates[index] in alone)
         requests = [candidates[index] for index in order]
         backbone = sum(request not in alone for request in requests)
+        matches |= self._matches(request for request in requests if request not in matches)
         return Asked(requests, [limits[index] for index in order], [matches.get(r) for r in requests], backbone)
 
     def _draft(self, plan: Plan, load: Load, asked: Asked) -> Drafted | None:
@@ -229,7 +230,7 @@ class StepLoop:
         most, own = self._max_draft_tokens if alone else self._block, request.params.max_draft_tokens
         return most if own is None else min(most, own)
 
-    def _matches(self, requests: list[Request]) -> dict[Request, Match | None]:
+    def _matches(self, requests: Iterable[Request]) -> dict[Request, Match | None]:
         """Where each request's text stood before."""
         if not self._copying:
             return {}
@@ -403,10 +404,9 @@ def _score_prompts(plan: Plan, logits: Tensor, row_start: list[int]) -> tuple[Te
     return logits[torch.tensor(kept, dtype=torch.int64).to(logits.device)], [*starts, len(kept)]
 
 
-def copied_alone(request: Request, match: Match) -> bool:
-    """Whether what follows the match is all the request drafts: where it is greedy, free, and the match is long."""
-    free = not isinstance(request.controls, Controls)
-    return match.length >= ALONE and free and request.params.temperature < GREEDY_BELOW
+def may_copy_alone(request: Request) -> bool:
+    """Whether what follows a long match is all that the request drafts: where it is greedy, and free."""
+    return request.params.temperature < GREEDY_BELOW and not isinstance(request.controls, Controls)
 
 
 def sampling_batch(requests: list[Request]) -> SamplingBatch:

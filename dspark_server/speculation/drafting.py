@@ -48,11 +48,16 @@ class Purse:
         self._saved = 0.0
 
     def afford(self, due: int, seconds: float, cost: Callable[[int], float]) -> int:
-        """How many of the `due` requests probe in a step of `seconds`; `cost(n)`: seconds that n of them draft for."""
+        """How many of the `due` requests may probe in a step of `seconds`; `cost(n)`: seconds that n of them draft for.
+
+        No more is saved than all of them would need.
+        """
         self._saved = min(self._saved + self._share * seconds, cost(due))
-        probing = max((size for size in _sizes(due) if cost(size) <= self._saved), default=0)
-        self._saved -= cost(probing)
-        return probing
+        return max((size for size in _sizes(due) if cost(size) <= self._saved), default=0)
+
+    def spend(self, seconds: float) -> None:
+        """So much has a step's probing cost."""
+        self._saved -= seconds
 
 
 def choose_drafting(
@@ -91,17 +96,22 @@ def choose_drafting(
             drafting, best = sizes[thetas.index(max(thetas))], max(thetas)
     chosen = able[:drafting]
     due = [index for index in able[drafting:] if candidates[index].probe_due]
-    if due and (chosen or not hopeless(OPTIMISM)):
+    if not chosen and hopeless(OPTIMISM):
+        due = []
+
+    def cost(more: int) -> float:
+        return capacity.draft(drafting + more) - capacity.draft(drafting)
+
+    if due and purse:
+        due = due[: purse.afford(len(due), seconds(0), cost)]
+    if due:
         sizes = [drafting + size for size in _sizes(len(due))]
         thetas = predicted_thetas([candidates[i] for i in chosen + due], drafting, sizes, load, capacity, floor, best)
         # As many probes as could pay together: were it all or none, a crowd of newcomers would never find out.
         probing = max((size for size, theta in zip(sizes, thetas, strict=True) if theta > best), default=drafting)
         due = due[: probing - drafting]
-        if due and purse:
-            alone = capacity.draft(drafting)
-            due = due[: purse.afford(len(due), seconds(0), lambda more: capacity.draft(drafting + more) - alone)]
-    else:
-        due = []
+        if purse:
+            purse.spend(cost(len(due)))
     return Choice(sorted([*copies, *chosen, *due]), frozenset(due))
 
 
@@ -122,19 +132,18 @@ def predicted_thetas(
     rates = [candidate.rate if index < known else OPTIMISM for index, candidate in enumerate(candidates)]
     limits = [candidate.limit for candidate in candidates]
     slots = list(accumulate(limits))
-    costs = [StepCost.of(capacity, load, size, slots[size - 1]) for size in sizes]
     # No draft token costs less than the first, on a convex curve, and it least on the longest: what one must bring, and
     # what each block could at best have left over after that, for what its draft costs.
-    price = above * (costs[-1](1) - costs[-1](0))
+    bare = StepCost.of(capacity, load, 0, slots[-1])
+    price = above * (bare(1) - bare(0))
     left = list(accumulate(_left_over(rate, limit, price) for rate, limit in zip(rates, limits, strict=True)))
-    wanted = [above * cost(0) * (1 - 1e-9) - load.sampling for cost in costs]
-    pays = [left[size - 1] >= want for size, want in zip(sizes, wanted, strict=True)]
-    most = max((size for size, may in zip(sizes, pays, strict=True) if may), default=0)
-    blocks = [[rate**k for k in range(1, limit + 1)] for rate, limit in zip(rates[:most], limits, strict=False)]
-    return [
-        admit(blocks[:size], limits[:size], load.sampling, cost.room(load, floor), cost).theta if may else 0.0
-        for size, cost, may in zip(sizes, costs, pays, strict=True)
-    ]
+    thetas = [0.0] * len(sizes)
+    for index, size in enumerate(sizes):
+        if left[size - 1] >= above * (bare(0) + capacity.draft(size)) * (1 - 1e-9) - load.sampling:
+            cost, block = StepCost.of(capacity, load, size, slots[size - 1]), zip(rates[:size], limits, strict=False)
+            survival = [[rate**k for k in range(1, limit + 1)] for rate, limit in block]
+            thetas[index] = admit(survival, limits[:size], load.sampling, cost.room(load, floor), cost).theta
+    return thetas
 
 
 def _left_over(rate: float, limit: int, price: float) -> float:
