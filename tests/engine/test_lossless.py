@@ -94,7 +94,7 @@ def test_no_draft_reuses_the_noise_of_another(monkeypatch: pytest.MonkeyPatch) -
         return draft(requests, sampling, streams)
 
     monkeypatch.setattr(core.loop.executor, "draft", look)
-    monkeypatch.setattr(core.loop._selection, "lengths", lambda survival, limits, load, backbone: [0] * len(limits))
+    monkeypatch.setattr(core.loop._selection, "lengths", lambda survival, limits, *_: [0] * len(limits))
     core.generate(prompts(9), SamplingParams(max_tokens=20, temperature=1.0, ignore_eos=True))
     assert core.loop.stats.preemptions > 0
     assert len(drawn) > 100
