@@ -115,6 +115,8 @@ ALWAYS_INLINE floats exp2_lanes(floats x) {
   return choose(x == x, scaled, x);
 }
 
+ALWAYS_INLINE floats silu_lanes(floats x) { return x / (1.0f + exp2_lanes(x * -1.44269504f)); }
+
 // row[0..padded) = exp(row - max); returns the sum, and the maximum through `max`. The padding holds -infinity.
 ALWAYS_INLINE float exponentials(float *row, long padded, float *max) {
   const float log2_e = 1.44269504f;
@@ -158,11 +160,23 @@ ALWAYS_INLINE void read_floats(float *restrict dst, const void *restrict src, in
   }
 }
 
-// dst[0..count) = src[0..count) rounded to dtype.
+// dst[0..count) = src[0..count) rounded to dtype. The processor's own conversion makes subnormal numbers zero.
 ALWAYS_INLINE void write_floats(void *restrict dst, const float *restrict src, int dtype, long count) {
   if (dtype == BFLOAT16) {
     uint16_t *to = dst;
-    for (long i = 0; i < count; i++) to[i] = to_bfloat16(src[i]);
+    long i = 0;
+#ifdef __AVX512BF16__
+    for (; i + LANES <= count; i += LANES) {
+      __m256bh rounded = _mm512_cvtneps_pbh((__m512)load(src + i));
+      memcpy(to + i, &rounded, sizeof rounded);
+    }
+    for (; i < count; i++) {
+      __m128bh rounded = _mm_cvtneps_pbh(_mm_set_ss(src[i]));
+      memcpy(to + i, &rounded, sizeof *to);
+    }
+#else
+    for (; i < count; i++) to[i] = to_bfloat16(src[i]);
+#endif
   } else {
     memcpy(dst, src, count * sizeof(float));
   }

@@ -14,7 +14,6 @@ typedef struct {
 
 static void silu_rows(void *context) {
   enum { CHUNK = 1024 };
-  const float log2_e = 1.44269504f;
   Silu *silu = context;
   int dtype = silu->dtype;
   long first, last;
@@ -26,10 +25,7 @@ static void silu_rows(void *context) {
         long count = smaller(CHUNK, silu->features - j);
         read_floats(gate, element(silu->gate_up, dtype, i * silu->stride + j), dtype, count);
         read_floats(up, element(silu->gate_up, dtype, i * silu->stride + silu->features + j), dtype, count);
-        for (long c = 0; c < count; c += LANES) {
-          floats x = load(gate + c);
-          store(gate + c, x / (1.0f + exp2_lanes(x * -log2_e)) * load(up + c));
-        }
+        for (long c = 0; c < count; c += LANES) store(gate + c, silu_lanes(load(gate + c)) * load(up + c));
         write_floats(mutable_element(silu->out, dtype, i * silu->features + j), gate, dtype, count);
       }
     }

@@ -21,17 +21,21 @@ typedef uint16_t input;
 typedef float input;
 #endif
 
-// out [rows, PANEL] = x [rows, 2 * pairs] times one panel of a packed block, while `ahead` [pairs, LINE] is fetched.
+// out [rows, PANEL] = x [rows, 2 * pairs] times one panel of a packed block, while what this thread multiplies after
+// it, from `then` on, and `ahead` [pairs, LINE] are fetched.
 ALWAYS_INLINE void multiply(int rows, const input *x, long x_stride, const uint16_t *weight, long pairs,
-                            const uint16_t *ahead, float *out) {
+                            const uint16_t *then, const uint16_t *ahead, float *out) {
   floats sum[TILE_ROWS][2];
 #pragma GCC unroll 16
   for (int i = 0; i < rows; i++) sum[i][0] = sum[i][1] = (floats){0};
+  const uint16_t *coming = weight + AHEAD * LINE;
   for (long k = 0; k < pairs; k++) {
     words first = load_words(weight), second = load_words(weight + 2 * LANES);
-    FETCH(weight + AHEAD * LINE);
-    FETCH(weight + (AHEAD + 1) * LINE);
+    if (k == pairs - AHEAD / 2) coming = then;
+    FETCH(coming);
+    FETCH(coming + LINE);
     FETCH(ahead + k * LINE);
+    coming += 2 * LINE;
     weight += 2 * BLOCK;
 #if DOT
 #pragma GCC unroll 16
@@ -68,8 +72,8 @@ ALWAYS_INLINE void multiply(int rows, const input *x, long x_stride, const uint1
 // multiply() for each number of rows, as a function of its own: the rows' sums live in registers.
 #define TILE(rows)                                                                                           \
   static void multiply_##rows(const input *x, long x_stride, const uint16_t *weight, long pairs,             \
-                              const uint16_t *ahead, float *out) {                                           \
-    multiply(rows, x, x_stride, weight, pairs, ahead, out);                                                  \
+                              const uint16_t *then, const uint16_t *ahead, float *out) {                     \
+    multiply(rows, x, x_stride, weight, pairs, then, ahead, out);                                            \
   }
 TILE(1) TILE(2) TILE(3) TILE(4) TILE(5) TILE(6)
 #if TILE_ROWS >= 9
@@ -79,8 +83,8 @@ TILE(7) TILE(8) TILE(9)
 TILE(10) TILE(11) TILE(12)
 #endif
 
-typedef void (*tile)(const input *x, long x_stride, const uint16_t *weight, long pairs, const uint16_t *ahead,
-                     float *out);
+typedef void (*tile)(const input *x, long x_stride, const uint16_t *weight, long pairs, const uint16_t *then,
+                     const uint16_t *ahead, float *out);
 static const tile tiles[TILE_ROWS + 1] = {
     0,          multiply_1,  multiply_2,  multiply_3, multiply_4, multiply_5, multiply_6,
 #if TILE_ROWS >= 9
@@ -96,33 +100,61 @@ typedef struct {
   const uint16_t *x, *weight;
   const float *bias;  // [Nout rounded up to BLOCK], or null
   void *out;
-  long rows, x_stride, in_features, out_features;
+  long rows, x_stride, in_features;
+  long out_features;  // columns of `out`
   int out_dtype;
+  int gated;  // W has as many rows again: out = silu(x times the first of them) * (x times the others)
 } Linear;
 
 // Rows of x that a thread copies (and converts) at a time: 1 MB of them stays in the L2 cache beside a block of W.
 static long rows_of_chunk(long padded) { return larger(4 * TILE_ROWS, (1 << 18) / padded / TILE_ROWS * TILE_ROWS); }
 
-// Rows [0, rows) of x against one packed block; `out` points at the block's first column.
+// result [height, BLOCK] = x [height, K] times one packed block, plus bias. A thread comes to block `then` next. Tile `t`
+// of `count` that the rows are cut into: a single one waits for memory whatever it does, of several the first two fetch
+// a half each of the block that follows.
+static void multiply_tile(const Linear *linear, const input *x, int height, long block, long then, long t, long count,
+                          float *result) {
+  long pairs = (linear->in_features + 1) / 2, size = BLOCK * 2 * pairs;
+  const uint16_t *weight = linear->weight + block * size;
+  const uint16_t *ahead = count == 1 ? weight : weight + size + t % 2 * (size / 2);
+  for (int panel = 0; panel < BLOCK; panel += PANEL)
+    tiles[height](x, 2 * pairs, weight + 2 * panel, pairs, linear->weight + then * size, ahead, result + panel);
+  if (!linear->bias) return;
+  for (int i = 0; i < height; i++)
+    for (int j = 0; j < BLOCK; j++) result[i * BLOCK + j] += linear->bias[block * BLOCK + j];
+}
+
+// gate [height, BLOCK] = silu(gate) * up, of numbers rounded to bfloat16 as if each had been a product of its own.
+static void gate_tile(int height, float *gate, float *up) {
+  uint16_t rounded[BLOCK];
+  for (int i = 0; i < height; i++, gate += BLOCK, up += BLOCK) {
+    write_floats(rounded, gate, BFLOAT16, BLOCK);
+    read_floats(gate, rounded, BFLOAT16, BLOCK);
+    write_floats(rounded, up, BFLOAT16, BLOCK);
+    read_floats(up, rounded, BFLOAT16, BLOCK);
+    for (int j = 0; j < BLOCK; j += LANES) store(gate + j, silu_lanes(load(gate + j)) * load(up + j));
+  }
+}
+
+// Rows [0, rows) of x against one packed block, or two where one gates the other; `out`: the block's first column.
 static void multiply_block(const Linear *linear, const input *x, long rows, long block, void *out) {
-  long pairs = (linear->in_features + 1) / 2;
-  const uint16_t *weight = linear->weight + block * BLOCK * 2 * pairs;
-  long columns = smaller(BLOCK, linear->out_features - block * BLOCK);
-  float result[TILE_ROWS * BLOCK] __attribute__((aligned(64)));
-  long count = (rows + TILE_ROWS - 1) / TILE_ROWS;
+  long padded = round_up(linear->in_features, 2), columns = smaller(BLOCK, linear->out_features - block * BLOCK);
+  float result[TILE_ROWS * BLOCK] __attribute__((aligned(64))), up[TILE_ROWS * BLOCK] __attribute__((aligned(64)));
+  long count = (rows + TILE_ROWS - 1) / TILE_ROWS, other = block + linear->out_features / BLOCK;
   for (long t = 0, first = 0; t < count; t++) {
     long last = rows * (t + 1) / count, height = last - first;
-    // A single tile waits for memory whatever it does. Of several, the first two fetch a half each of the next block.
-    const uint16_t *ahead = count == 1 ? weight : weight + (2 + t % 2) * pairs * BLOCK;
-    for (int panel = 0; panel < BLOCK; panel += PANEL)
-      tiles[height](x + first * 2 * pairs, 2 * pairs, weight + 2 * panel, pairs, ahead, result + panel);
-    for (long i = 0; i < height; i++) {
-      float *row = result + i * BLOCK;
-      if (linear->bias)
-        for (int j = 0; j < BLOCK; j++) row[j] += linear->bias[block * BLOCK + j];
-      write_floats(mutable_element(out, linear->out_dtype, (first + i) * linear->out_features), row,
-                   linear->out_dtype, columns);
+    const input *tile_rows = x + first * padded;
+    long next = t + 1 < count ? block : block + 1;
+    if (linear->gated) {
+      multiply_tile(linear, tile_rows, height, block, other, t, count, result);
+      multiply_tile(linear, tile_rows, height, other, next, t, count, up);
+      gate_tile(height, result, up);
+    } else {
+      multiply_tile(linear, tile_rows, height, block, next, t, count, result);
     }
+    for (long i = 0; i < height; i++)
+      write_floats(mutable_element(out, linear->out_dtype, (first + i) * linear->out_features), result + i * BLOCK,
+                   linear->out_dtype, columns);
     first = last;
   }
 }
@@ -130,20 +162,22 @@ static void multiply_block(const Linear *linear, const input *x, long rows, long
 static void multiply_blocks(void *context) {
   Linear *linear = context;
   long padded = round_up(linear->in_features, 2), chunk = rows_of_chunk(padded);
-  input *x = (input *)thread_scratch(smaller(chunk, linear->rows) * padded);
+  int as_it_is = DOT && linear->x_stride == padded;
+  input *scratch = as_it_is ? 0 : (input *)thread_scratch(smaller(chunk, linear->rows) * padded);
   long converted = -1, first, last;
   long blocks = (linear->out_features + BLOCK - 1) / BLOCK;
   while (take_tasks(&linear->tasks, &first, &last)) {
     for (long task = first; task < last; task++) {
       long part = task / blocks, start = part * chunk, rows = smaller(chunk, linear->rows - start);
-      if (part != converted) {
+      const input *x = as_it_is ? (const input *)linear->x + start * padded : scratch;
+      if (!as_it_is && part != converted) {
         for (long i = 0; i < rows; i++) {
-          x[(i + 1) * padded - 1] = 0;  // overwritten unless K is odd
+          scratch[(i + 1) * padded - 1] = 0;  // overwritten unless K is odd
           const uint16_t *from = linear->x + (start + i) * linear->x_stride;
 #if DOT
-          memcpy(x + i * padded, from, linear->in_features * sizeof *from);
+          memcpy(scratch + i * padded, from, linear->in_features * sizeof *from);
 #else
-          read_floats(x + i * padded, from, BFLOAT16, linear->in_features);
+          read_floats(scratch + i * padded, from, BFLOAT16, linear->in_features);
 #endif
         }
         converted = part;
@@ -154,14 +188,23 @@ static void multiply_blocks(void *context) {
   }
 }
 
+static void run_linear(Linear linear, int threads) {
+  long blocks = (linear.out_features + BLOCK - 1) / BLOCK, chunk = rows_of_chunk(round_up(linear.in_features, 2));
+  linear.tasks = (Tasks){0, blocks * ((linear.rows + chunk - 1) / chunk), larger(1, blocks / (8 * threads))};
+  run_parallel(multiply_blocks, &linear, threads);
+}
+
 // x [rows, K] bfloat16, weight packed, bias float32 -> out [rows, Nout] float32 or bfloat16.
 EXPORT void dspark_linear(const uint16_t *x, const uint16_t *weight, const float *bias, void *out, long rows,
                           long x_stride, long in_features, long out_features, int out_dtype, int threads) {
-  long blocks = (out_features + BLOCK - 1) / BLOCK, chunk = rows_of_chunk(round_up(in_features, 2));
-  long chunks = (rows + chunk - 1) / chunk;
-  Tasks tasks = {0, blocks * chunks, larger(1, blocks / (8 * threads))};
-  Linear linear = {tasks, x, weight, bias, out, rows, x_stride, in_features, out_features, out_dtype};
-  run_parallel(multiply_blocks, &linear, threads);
+  run_linear((Linear){{0}, x, weight, bias, out, rows, x_stride, in_features, out_features, out_dtype, 0}, threads);
+}
+
+// The same and `silu_mul` of it: weight [2 * features, K] with the gate first -> out [rows, features] bfloat16, where
+// features is a multiple of BLOCK. The halves never leave the caches of the core that made them.
+void dspark_gated_linear(const uint16_t *x, const uint16_t *weight, const float *bias, uint16_t *out, long rows,
+                         long x_stride, long in_features, long features, int threads) {
+  run_linear((Linear){{0}, x, weight, bias, out, rows, x_stride, in_features, features, BFLOAT16, 1}, threads);
 }
 
 typedef struct {

@@ -71,9 +71,7 @@ class NativeLayer:
         products = {name: getattr(parts, name) for name in ("qkv", "output", "gate_up", "down")}
         assert all(isinstance(product, NativeLinear) for product in products.values())
         hidden, features = parts.down.out_features, parts.down.in_features
-        self._scratch_width = max(hidden, features, parts.output.in_features) + max(
-            parts.qkv.out_features, 2 * features
-        )
+        self._scratch_width = max(hidden, parts.output.in_features) + max(parts.qkv.out_features, hidden + features)
         norms = ("input_norm", "post_attention_norm", "q_norm", "k_norm")
         self._layer = _Layer(
             **{name: None if (norm := getattr(parts, name)) is None else norm.data_ptr() for name in norms},
@@ -263,8 +261,8 @@ class NativeKernels:
         )  # fmt: skip
         return out
 
-    def fuse_layer(self, parts: LayerParts) -> NativeLayer:
-        return NativeLayer(self._decoder_layer, parts)
+    def fuse_layer(self, parts: LayerParts) -> NativeLayer | None:
+        return None if parts.down.in_features % 32 else NativeLayer(self._decoder_layer, parts)
 
     def draft_tokens(
         self,

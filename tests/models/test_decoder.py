@@ -86,8 +86,17 @@ def test_matches_transformers(variant: str, kernels: Kernels, tmp_path: Path) ->
 
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if "default" in name or "llama-m" in name or "-b" in name
                                      or "window" in name or "types" in name])  # fmt: skip
-def test_a_layer_in_one_call_is_the_layer(variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """To the last bit, causal or not."""
+@pytest.mark.parametrize(
+    ("lengths", "schedule"),
+    [(LENGTHS, SCHEDULES["chunks beside decode steps"]), ([130, 100, 5], [[130, 100, 5]])],
+    ids=["chunks", "slices"],
+)
+def test_a_layer_in_one_call_is_the_layer(
+    variant: str, lengths: list[int], schedule: list[list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the last bit, causal or not, whether threads share a product's columns or each takes some of the tokens."""
+    monkeypatch.setitem(globals(), "LENGTHS", lengths)
+    monkeypatch.setattr("dspark_kernels.cpu.native.get_num_threads", lambda: 2)
     monkeypatch.setenv("DSPARK_LINEAR", "native")
     save_tiny(tmp_path, **VARIANTS[variant])
     decoder = Decoder.load(tmp_path, torch.bfloat16, load("native"), max_model_len=256)
@@ -100,7 +109,7 @@ def test_a_layer_in_one_call_is_the_layer(variant: str, tmp_path: Path, monkeypa
         for calls in (fused, [None] * len(fused)):
             for layer, call in zip(decoder.layers, calls, strict=True):
                 layer._fused = call
-            logits, taps = run_schedule(decoder, SCHEDULES["chunks beside decode steps"], torch.bfloat16)
+            logits, taps = run_schedule(decoder, schedule, torch.bfloat16)
             outcomes.append([*logits, *(tap for each in taps for tap in each)])
         assert all(torch.equal(one, other) for one, other in zip(*outcomes, strict=True))
 
