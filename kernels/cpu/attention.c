@@ -377,20 +377,13 @@ static Scratch make_scratch(long head_rows, long heads, long dim) {
   return scratch;
 }
 
-static long take_task(Tasks *tasks) {
-  long first, last;
-  return take_tasks(tasks, &first, &last) ? first : -1;
-}
-
 static void attend(void *context) {
   Attention *attention = context;
   long rows = attention->tile_queries * (attention->q_heads / attention->kv_heads), task, upcoming;
   Scratch scratch = make_scratch(rows, attention->task_heads, round_up(attention->head_dim, DEPTH));
   Fetched fetched = {.task = -1};
   for (task = take_task(&attention->tasks); task >= 0; task = upcoming >= 0 ? upcoming : take_task(&attention->tasks)) {
-    // Taken early, so that its keys can be fetched early; but towards the end whoever is free should take what is left.
-    int plenty = attention->tasks.count - __atomic_load_n(&attention->tasks.next, __ATOMIC_RELAXED) > 2;
-    upcoming = plenty ? take_task(&attention->tasks) : -1;
+    upcoming = take_early(&attention->tasks);  // its keys are fetched early
     if (DOT && attention->dtype == BFLOAT16 && attention->head_dim % (2 * LANES) == 0)
       attend_piece(attention, &scratch, task, upcoming, &fetched, DOT);
     else

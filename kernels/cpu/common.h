@@ -211,6 +211,18 @@ ALWAYS_INLINE int take_tasks(Tasks *tasks, long *first, long *last) {
   return *first < tasks->count;
 }
 
+// The next single task, or -1.
+ALWAYS_INLINE long take_task(Tasks *tasks) {
+  long first, last;
+  return take_tasks(tasks, &first, &last) ? first : -1;
+}
+
+// The task after the current one, where a thread had better know it; -1 towards the end, when whoever is free should
+// take what is left.
+ALWAYS_INLINE long take_early(Tasks *tasks) {
+  return tasks->count - __atomic_load_n(&tasks->next, __ATOMIC_RELAXED) > 2 ? take_task(tasks) : -1;
+}
+
 // Rows in as many pieces as keep the threads level, one piece if there is little to do in all.
 ALWAYS_INLINE Tasks tasks_of_rows(long rows, long elements_per_row, int *threads) {
   const long worth_a_thread = 16384;  // elements; waking the pool costs a few microseconds

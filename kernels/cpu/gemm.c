@@ -111,12 +111,12 @@ static long rows_of_chunk(long padded) { return larger(4 * TILE_ROWS, (1 << 18) 
 
 // result [height, BLOCK] = x [height, K] times one packed block, plus bias. A thread comes to block `then` next. Tile `t`
 // of `count` that the rows are cut into: a single one waits for memory whatever it does, of several the first two fetch
-// a half each of the block that follows.
-static void multiply_tile(const Linear *linear, const input *x, int height, long block, long then, long t, long count,
-                          float *result) {
+// a half each of block `later`.
+static void multiply_tile(const Linear *linear, const input *x, int height, long block, long then, long later, long t,
+                          long count, float *result) {
   long pairs = (linear->in_features + 1) / 2, size = BLOCK * 2 * pairs;
   const uint16_t *weight = linear->weight + block * size;
-  const uint16_t *ahead = count == 1 ? weight : weight + size + t % 2 * (size / 2);
+  const uint16_t *ahead = count == 1 ? weight : linear->weight + later * size + t % 2 * (size / 2);
   for (int panel = 0; panel < BLOCK; panel += PANEL)
     tiles[height](x, 2 * pairs, weight + 2 * panel, pairs, linear->weight + then * size, ahead, result + panel);
   if (!linear->bias) return;
@@ -136,21 +136,22 @@ static void gate_tile(int height, float *gate, float *up) {
   }
 }
 
-// Rows [0, rows) of x against one packed block, or two where one gates the other; `out`: the block's first column.
-static void multiply_block(const Linear *linear, const input *x, long rows, long block, void *out) {
+// Rows [0, rows) of x against one packed block, or two where one gates the other; `out`: the block's first column. This
+// thread comes to block `later` next.
+static void multiply_block(const Linear *linear, const input *x, long rows, long block, long later, void *out) {
   long padded = round_up(linear->in_features, 2), columns = smaller(BLOCK, linear->out_features - block * BLOCK);
   float result[TILE_ROWS * BLOCK] __attribute__((aligned(64))), up[TILE_ROWS * BLOCK] __attribute__((aligned(64)));
-  long count = (rows + TILE_ROWS - 1) / TILE_ROWS, other = block + linear->out_features / BLOCK;
+  long count = (rows + TILE_ROWS - 1) / TILE_ROWS, gap = linear->out_features / BLOCK;
   for (long t = 0, first = 0; t < count; t++) {
     long last = rows * (t + 1) / count, height = last - first;
     const input *tile_rows = x + first * padded;
-    long next = t + 1 < count ? block : block + 1;
+    long then = t + 1 < count ? block : later;
     if (linear->gated) {
-      multiply_tile(linear, tile_rows, height, block, other, t, count, result);
-      multiply_tile(linear, tile_rows, height, other, next, t, count, up);
+      multiply_tile(linear, tile_rows, height, block, block + gap, later, t, count, result);
+      multiply_tile(linear, tile_rows, height, block + gap, then, later + gap, t, count, up);
       gate_tile(height, result, up);
     } else {
-      multiply_tile(linear, tile_rows, height, block, next, t, count, result);
+      multiply_tile(linear, tile_rows, height, block, then, later, t, count, result);
     }
     for (long i = 0; i < height; i++)
       write_floats(mutable_element(out, linear->out_dtype, (first + i) * linear->out_features), result + i * BLOCK,
@@ -164,33 +165,33 @@ static void multiply_blocks(void *context) {
   long padded = round_up(linear->in_features, 2), chunk = rows_of_chunk(padded);
   int as_it_is = DOT && linear->x_stride == padded;
   input *scratch = as_it_is ? 0 : (input *)thread_scratch(smaller(chunk, linear->rows) * padded);
-  long converted = -1, first, last;
+  long converted = -1, task, upcoming;
   long blocks = (linear->out_features + BLOCK - 1) / BLOCK;
-  while (take_tasks(&linear->tasks, &first, &last)) {
-    for (long task = first; task < last; task++) {
-      long part = task / blocks, start = part * chunk, rows = smaller(chunk, linear->rows - start);
-      const input *x = as_it_is ? (const input *)linear->x + start * padded : scratch;
-      if (!as_it_is && part != converted) {
-        for (long i = 0; i < rows; i++) {
-          scratch[(i + 1) * padded - 1] = 0;  // overwritten unless K is odd
-          const uint16_t *from = linear->x + (start + i) * linear->x_stride;
+  for (task = take_task(&linear->tasks); task >= 0; task = upcoming >= 0 ? upcoming : take_task(&linear->tasks)) {
+    upcoming = take_early(&linear->tasks);  // its weights are fetched early
+    long part = task / blocks, start = part * chunk, rows = smaller(chunk, linear->rows - start);
+    const input *x = as_it_is ? (const input *)linear->x + start * padded : scratch;
+    if (!as_it_is && part != converted) {
+      for (long i = 0; i < rows; i++) {
+        scratch[(i + 1) * padded - 1] = 0;  // overwritten unless K is odd
+        const uint16_t *from = linear->x + (start + i) * linear->x_stride;
 #if DOT
-          memcpy(scratch + i * padded, from, linear->in_features * sizeof *from);
+        memcpy(scratch + i * padded, from, linear->in_features * sizeof *from);
 #else
-          read_floats(scratch + i * padded, from, BFLOAT16, linear->in_features);
+        read_floats(scratch + i * padded, from, BFLOAT16, linear->in_features);
 #endif
-        }
-        converted = part;
       }
-      long corner = start * linear->out_features + task % blocks * BLOCK;
-      multiply_block(linear, x, rows, task % blocks, mutable_element(linear->out, linear->out_dtype, corner));
+      converted = part;
     }
+    long corner = start * linear->out_features + task % blocks * BLOCK;
+    long block = task % blocks, later = upcoming >= 0 ? upcoming % blocks : block;
+    multiply_block(linear, x, rows, block, later, mutable_element(linear->out, linear->out_dtype, corner));
   }
 }
 
 static void run_linear(Linear linear, int threads) {
   long blocks = (linear.out_features + BLOCK - 1) / BLOCK, chunk = rows_of_chunk(round_up(linear.in_features, 2));
-  linear.tasks = (Tasks){0, blocks * ((linear.rows + chunk - 1) / chunk), larger(1, blocks / (8 * threads))};
+  linear.tasks = (Tasks){0, blocks * ((linear.rows + chunk - 1) / chunk), 1};
   run_parallel(multiply_blocks, &linear, threads);
 }
 
