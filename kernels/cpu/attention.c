@@ -28,7 +28,7 @@ typedef struct {
   long runs, table_width, block_size, q_heads, kv_heads, head_dim, tile_queries, task_heads;
   long window;  // 0: none
   float scale;
-  int causal, dtype;
+  int causal, dtype, threads;
 } Attention;
 
 // A task: query tokens [query, query + queries) of a run, for `task_heads` key/value heads from `head` on.
@@ -383,7 +383,7 @@ static void attend(void *context) {
   Scratch scratch = make_scratch(rows, attention->task_heads, round_up(attention->head_dim, DEPTH));
   Fetched fetched = {.task = -1};
   for (task = take_task(&attention->tasks); task >= 0; task = upcoming >= 0 ? upcoming : take_task(&attention->tasks)) {
-    upcoming = take_early(&attention->tasks);  // its keys are fetched early
+    upcoming = take_early(&attention->tasks, attention->threads);  // its keys are fetched early
     if (DOT && attention->dtype == BFLOAT16 && attention->head_dim % (2 * LANES) == 0)
       attend_piece(attention, &scratch, task, upcoming, &fetched, DOT);
     else
@@ -409,10 +409,12 @@ EXPORT void dspark_paged_attention(const void *queries, long stride, const void 
   // The heads of a token lie side by side in the cache: one thread reads them all, if there are runs for every thread.
   long task_heads = tile_start[runs] >= 4 * threads ? kv_heads : 1;
   Tasks tasks = {0, tile_start[runs] * (kv_heads / task_heads), 1};
-  Attention attention = {tasks,       queries,    stride, keys,        values,     out,     query_start,
-                         context_len, block_tables, tile_start, runs,  table_width, block_size, q_heads,
-                         kv_heads,    head_dim,   tile_queries, task_heads, window, scale,      causal,  dtype};
   const long worth_a_thread = 65536;  // multiplications of scores; waking the pool costs a few microseconds
-  run_parallel(attend, &attention, (int)larger(1, smaller(threads, work / worth_a_thread)));
+  threads = (int)larger(1, smaller(threads, work / worth_a_thread));
+  Attention attention = {tasks,       queries,      stride,     keys,   values,      out,        query_start,
+                         context_len, block_tables, tile_start, runs,   table_width, block_size, q_heads,
+                         kv_heads,    head_dim,     tile_queries, task_heads, window, scale,     causal,
+                         dtype,       threads};
+  run_parallel(attend, &attention, threads);
   free(tile_start);
 }

@@ -217,10 +217,10 @@ ALWAYS_INLINE long take_task(Tasks *tasks) {
   return take_tasks(tasks, &first, &last) ? first : -1;
 }
 
-// The task after the current one, where a thread had better know it; -1 towards the end, when whoever is free should
-// take what is left.
-ALWAYS_INLINE long take_early(Tasks *tasks) {
-  return tasks->count - __atomic_load_n(&tasks->next, __ATOMIC_RELAXED) > 2 ? take_task(tasks) : -1;
+// The task after the current one, where a thread had better know it; -1 when there are no more left than threads, of
+// which whoever is free should take them.
+ALWAYS_INLINE long take_early(Tasks *tasks, int threads) {
+  return tasks->count - __atomic_load_n(&tasks->next, __ATOMIC_RELAXED) > threads ? take_task(tasks) : -1;
 }
 
 // Rows in as many pieces as keep the threads level, one piece if there is little to do in all.

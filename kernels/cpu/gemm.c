@@ -102,7 +102,7 @@ typedef struct {
   void *out;
   long rows, x_stride, in_features;
   long out_features;  // columns of `out`
-  int out_dtype;
+  int out_dtype, threads;
   int gated;  // W has as many rows again: out = silu(x times the first of them) * (x times the others)
 } Linear;
 
@@ -168,7 +168,7 @@ static void multiply_blocks(void *context) {
   long converted = -1, task, upcoming;
   long blocks = (linear->out_features + BLOCK - 1) / BLOCK;
   for (task = take_task(&linear->tasks); task >= 0; task = upcoming >= 0 ? upcoming : take_task(&linear->tasks)) {
-    upcoming = take_early(&linear->tasks);  // its weights are fetched early
+    upcoming = take_early(&linear->tasks, linear->threads);  // its weights are fetched early
     long part = task / blocks, start = part * chunk, rows = smaller(chunk, linear->rows - start);
     const input *x = as_it_is ? (const input *)linear->x + start * padded : scratch;
     if (!as_it_is && part != converted) {
@@ -189,23 +189,23 @@ static void multiply_blocks(void *context) {
   }
 }
 
-static void run_linear(Linear linear, int threads) {
+static void run_linear(Linear linear) {
   long blocks = (linear.out_features + BLOCK - 1) / BLOCK, chunk = rows_of_chunk(round_up(linear.in_features, 2));
   linear.tasks = (Tasks){0, blocks * ((linear.rows + chunk - 1) / chunk), 1};
-  run_parallel(multiply_blocks, &linear, threads);
+  run_parallel(multiply_blocks, &linear, linear.threads);
 }
 
 // x [rows, K] bfloat16, weight packed, bias float32 -> out [rows, Nout] float32 or bfloat16.
 EXPORT void dspark_linear(const uint16_t *x, const uint16_t *weight, const float *bias, void *out, long rows,
                           long x_stride, long in_features, long out_features, int out_dtype, int threads) {
-  run_linear((Linear){{0}, x, weight, bias, out, rows, x_stride, in_features, out_features, out_dtype, 0}, threads);
+  run_linear((Linear){{0}, x, weight, bias, out, rows, x_stride, in_features, out_features, out_dtype, threads, 0});
 }
 
 // The same and `silu_mul` of it: weight [2 * features, K] with the gate first -> out [rows, features] bfloat16, where
 // features is a multiple of BLOCK. The halves never leave the caches of the core that made them.
 void dspark_gated_linear(const uint16_t *x, const uint16_t *weight, const float *bias, uint16_t *out, long rows,
                          long x_stride, long in_features, long features, int threads) {
-  run_linear((Linear){{0}, x, weight, bias, out, rows, x_stride, in_features, features, BFLOAT16, 1}, threads);
+  run_linear((Linear){{0}, x, weight, bias, out, rows, x_stride, in_features, features, BFLOAT16, threads, 1});
 }
 
 typedef struct {
