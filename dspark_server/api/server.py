@@ -9,8 +9,8 @@ ends with an error.
 """
 
 import asyncio
-import gc
 import copy
+import gc
 import logging
 import socket
 from collections.abc import Callable, Iterable
