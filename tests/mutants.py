@@ -62,10 +62,10 @@ LOSSLESS = (
          "tests/speculation/test_selection.py::test_whether_a_token_is_kept_does_not_depend_on_it_or_on_later_ones"),
     Mutant("prefix cut at a forbidden token", (
         (SEQUENTIAL, "                here = permitted(here, at, columns)\n", ""),
-        (STEP, "        return Drafted(requests, block, survival,",
-         "        limits = [next((k for k, x in enumerate(row[:limit]) if x in r.stop_ids), limit)\n"
-         "                  for r, row, limit in zip(requests, block.tokens.tolist(), limits, strict=True)]\n"
-         "        return Drafted(requests, block, survival,"),
+        (STEP, "        lengths = self._selection.lengths(survival, usable,",
+         "        usable = [next((k for k, x in enumerate(row[:limit]) if x in r.stop_ids), limit)\n"
+         "                  for r, row, limit in zip(requests, block.tokens.tolist(), usable, strict=True)]\n"
+         "        lengths = self._selection.lengths(survival, usable,"),
      ), f"{MONTE_CARLO}[causal-3-float32-False]"),
     _one("native residual drawn from p", "kernels/cpu/accept.c",
          "          take_away(all, weights, left, total, request, slot);\n", "",
@@ -84,8 +84,7 @@ LOSSLESS = (
          "usable = [limit if limit <= usable else 0 for limit, usable",
          "tests/speculation/test_nan.py::test_a_nan_at_a_slot_keeps_exactly_the_slots_before_it"),
     _one("costs are looked up by limits that a NaN has cut", STEP,
-         "self._selection.lengths(survival, usable, load, backbone, sum(asked.limits))",
-         "self._selection.lengths(survival, usable, load, backbone, sum(usable))",
+         "slots = sum(asked.limits)", "slots = sum(usable)",
          "tests/speculation/test_nan.py::test_what_a_draft_may_reach_is_counted_before_it"),
     _one("native head draws from the law of another temperature", "kernels/cpu/head.c",
          "choice = draw_column(weights, columns, head->uniforms[at], cells);",
@@ -170,8 +169,9 @@ SAFETY = (
          f"{SECURITY}::test_what_never_ends_is_cut_before_anyone_needs_a_key"),
     _one("a body goes on for ever behind its answer", SERVER, "            self._lingering += len(body)\n", "",
          "tests/api/test_bad_bytes.py::test_a_gigabyte_in_chunks_is_cut"),
-    _one("a request gives way behind its draft", STEP, "        drafted = self._draft(plan, load)\n",
-         "        drafted = self._draft(plan, load)\n"
+    _one("a request gives way behind its draft", STEP,
+         "        drafted = self._draft(plan, load, asked) if asked else None\n",
+         "        drafted = self._draft(plan, load, asked) if asked else None\n"
          "        if not self.batcher.pool.available and len(self.batcher.running) > 1:\n"
          "            self.batcher.preempt(self.batcher.running[-1])\n",
          "tests/engine/test_preemption.py::test_it_takes_effect_between_commit_and_the_next_draft[step.draft]"),

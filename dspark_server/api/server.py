@@ -194,8 +194,8 @@ class Server(uvicorn.Server):
         engine = self._load()
         app = create_app(engine, self._settings)
         app.state.intake.warm_up()
-        # What there is now stays as long as the server: a full collection would look at all of it each time, an eighth
-        # of a second in which nobody gets a token.
+        # What there is now stays as long as the server (`serve` lets it go): a full collection would look at all of it
+        # each time, an eighth of a second in which nobody gets a token.
         gc.collect()
         gc.freeze()
         return engine, app
@@ -288,7 +288,10 @@ async def serve(
     sockets: list[socket.socket] | None = None,
 ) -> None:
     """Serve the engine that `load` makes; see Server.serve."""
-    await Server(load, settings or ServerSettings()).serve(sockets)
+    try:
+        await Server(load, settings or ServerSettings()).serve(sockets)
+    finally:
+        gc.unfreeze()
 
 
 def run(load: Callable[[], AsyncEngine], settings: ServerSettings | None = None) -> None:

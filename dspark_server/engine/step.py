@@ -222,8 +222,9 @@ class StepLoop:
         survival = failpoints.passed("draft.survival", self._survival_of(block, requests))
         # A NaN at slot k cuts the prefix to k - 1, never shorter: earlier tokens were sampled without knowing of it.
         usable = [min(limit, usable) for limit, usable in zip(asked.limits, block.usable.tolist(), strict=True)]
-        lengths = self._selection.lengths(survival, usable, load, backbone, sum(asked.limits))
-        return Drafted(requests, block, survival, lengths, backbone, usable)
+        slots = sum(asked.limits)
+        lengths = self._selection.lengths(survival, usable, load, backbone, slots)
+        return Drafted(requests, block, survival, lengths, backbone, usable, slots)
 
     def _allowance(self, request: Request, alone: bool) -> int:
         """Most draft tokens of a request's block, copied alone or not."""

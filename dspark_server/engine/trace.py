@@ -30,7 +30,8 @@ class Drafted:
     """A step's draft block: `requests[i]` owns row i and has the first `lengths[i]` of its tokens verified.
 
     survival [R, gamma] float32 is what selection went by: the block's own, or each request's record. The drafter made
-    the first `backbone` rows, the others are copies. At most `limits[i]` tokens of row i could have been verified.
+    the first `backbone` rows, the others are copies. At most `limits[i]` tokens of row i could have been verified,
+    before the draft `slots` of all rows.
     """
 
     requests: list[Request]
@@ -39,6 +40,7 @@ class Drafted:
     lengths: list[int]
     backbone: int
     limits: list[int]
+    slots: int
 
     def prefix_of(self) -> dict[Request, list[int]]:
         """The draft tokens to verify, by request."""

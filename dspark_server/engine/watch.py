@@ -168,7 +168,7 @@ class StepWatch:
         assert self._capacity is not None
         ranked = Ranked.of(drafted.survival, drafted.limits)
         count = len(ranked.values)
-        slots = None if trace.selection == "lagged" else count
+        slots = None if trace.selection == "lagged" else drafted.slots
         seconds = StepCost.of(self._capacity, trace.load, drafted.backbone, slots).upto(count)
         theta = theta_by_count(ranked.values, seconds, trace.load)
         points = np.unique(np.linspace(0, count, min(count + 1, MAX_POINTS)).round().astype(int))

@@ -75,8 +75,8 @@ class Capacity:
         self._profile = profile
         self._sizes = np.arange(max_tokens + 1)
         self._requests = np.arange(max_requests + 1)
-        self._verify_knots = np.array(profile.verify)
-        self._draft_knots = np.array(profile.draft)
+        self._verify_knots = np.array(profile.verify, dtype=np.float64)
+        self._draft_knots = np.array(profile.draft, dtype=np.float64)
         self._overhead = 0.0
         self._observations = 0
         self._rebuild()
@@ -94,7 +94,7 @@ class Capacity:
         return self._raw
 
     def convex(self, tokens: int, drafts: int) -> Floats:
-        """The greatest convex minorant of `raw` from `tokens` on, as far as so many drafts reach or a little further.
+        """The greatest convex minorant of `raw` from `tokens` on, as far as so many drafts reach or up to twice as far.
 
         There an early stop finds the best (DSPARK.md, step 6). No further than that: what a smaller or greater pass
         would cost is no choice of this step, and the nearer the ends, the closer the minorant is to the curve.
@@ -118,7 +118,7 @@ class Capacity:
 
     @property
     def overhead(self) -> float:
-        """Seconds of a step outside both models: planning, acceptance, commit."""
+        """Seconds of a step outside both models: planning, choosing who drafts, acceptance, commit."""
         return self._overhead
 
     def attention(self, context: float, pairs: float) -> float:

@@ -124,8 +124,8 @@ class Off:
 class Causal:
     """Algorithm 1: admit by falling survival, stop at the first token that does not raise Theta.
 
-    The cost curve is the convex minorant of the measured one between the step's tokens without and with all drafts: on
-    it this greedy walk ends at the global best.
+    The cost curve is the convex minorant of the measured one from the step's tokens to about where all its drafts would
+    end: on it this greedy walk ends at the global best.
     `floor` bounds the step so that every user gets at least that many steps, and so tokens, a second.
     """
 

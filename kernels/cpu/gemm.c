@@ -106,7 +106,8 @@ typedef struct {
   int gated;  // W has as many rows again: out = silu(x times the first of them) * (x times the others)
 } Linear;
 
-// Rows of x that a thread copies (and converts) at a time: 1 MB of them stays in the L2 cache beside a block of W.
+// Rows of x that a thread goes through at a time, copied or converted unless they can be read where they lie: they stay
+// in the L2 cache (1 MB in float32) beside a block of W.
 static long rows_of_chunk(long padded) { return larger(4 * TILE_ROWS, (1 << 18) / padded / TILE_ROWS * TILE_ROWS); }
 
 // result [height, BLOCK] = x [height, K] times one packed block, plus bias. A thread comes to block `then` next. Tile `t`
@@ -137,7 +138,7 @@ static void gate_tile(int height, float *gate, float *up) {
 }
 
 // Rows [0, rows) of x against one packed block, or two where one gates the other; `out`: the block's first column. This
-// thread comes to block `later` next.
+// thread comes to block `later` next; `block` itself, if that is not known.
 static void multiply_block(const Linear *linear, const input *x, long rows, long block, long later, void *out) {
   long padded = round_up(linear->in_features, 2), columns = smaller(BLOCK, linear->out_features - block * BLOCK);
   float result[TILE_ROWS * BLOCK] __attribute__((aligned(64))), up[TILE_ROWS * BLOCK] __attribute__((aligned(64)));
@@ -163,7 +164,7 @@ static void multiply_block(const Linear *linear, const input *x, long rows, long
 static void multiply_blocks(void *context) {
   Linear *linear = context;
   long padded = round_up(linear->in_features, 2), chunk = rows_of_chunk(padded);
-  int as_it_is = DOT && linear->x_stride == padded;
+  int as_it_is = DOT && linear->in_features == padded && linear->x_stride == padded;
   input *scratch = as_it_is ? 0 : (input *)thread_scratch(smaller(chunk, linear->rows) * padded);
   long converted = -1, task, upcoming;
   long blocks = (linear->out_features + BLOCK - 1) / BLOCK;

@@ -8,8 +8,10 @@
 #include "common.h"
 
 enum {
-  FEW = 12,    // tokens for which a thread reads all the weights rather than what others wrote
-  SLICE = 48,  // tokens of a slice, if there are enough for several slices a thread
+  // Tokens for which a thread reads all the weights rather than what others wrote, times the threads that share memory
+  // with it: measured with two. SLICE are always enough; a thread that has more than twice as many takes several.
+  FEW = 6,
+  SLICE = 48,
 };
 
 void dspark_rms_norm(const void *x, void *residual, const void *weight, void *out, long rows, long features,
@@ -37,8 +39,7 @@ typedef struct {
 
 // A layer's call.
 typedef struct {
-  Tasks tasks;  // slices of tokens
-  long slice;   // tokens of each
+  Tasks tasks;  // slices of tokens, all of about the same size
   const Layer *layer;
   uint16_t *delta, *residual;
   uint16_t *x;     // [tokens, hidden or queries] scratch: normed, then attention's output
@@ -87,8 +88,8 @@ typedef void (*stage)(const Pass *pass, long start, long count, int threads);
 ALWAYS_INLINE void take_slices(Pass *pass, stage stage) {
   long first, last;
   while (take_tasks(&pass->tasks, &first, &last)) {
-    long start = first * pass->slice;
-    stage(pass, start, smaller(pass->slice, pass->tokens - start), 1);
+    long start = pass->tokens * first / pass->tasks.count;
+    stage(pass, start, pass->tokens * last / pass->tasks.count - start, 1);
   }
 }
 
@@ -97,14 +98,12 @@ static void project_slices(void *context) { take_slices(context, project); }
 static void transform_slices(void *context) { take_slices(context, transform); }
 
 static void run_stage(Pass *pass, stage whole, void (*slices)(void *context), int threads) {
-  if (threads == 1 || pass->tokens < FEW * threads) {
+  if (threads == 1 || pass->tokens < threads * smaller(FEW * threads, SLICE)) {
     whole(pass, 0, pass->tokens, threads);
     return;
   }
   // As many slices for each thread; several, where there are enough tokens, so that who is late leaves some to others.
-  long slices_in_all = threads * larger(1, smaller(4, pass->tokens / (SLICE * threads)));
-  pass->slice = (pass->tokens + slices_in_all - 1) / slices_in_all;
-  pass->tasks = (Tasks){0, (pass->tokens + pass->slice - 1) / pass->slice, 1};
+  pass->tasks = (Tasks){0, threads * larger(1, smaller(4, pass->tokens / (SLICE * threads))), 1};
   run_parallel(slices, pass, threads);
 }
 
@@ -117,8 +116,7 @@ EXPORT void dspark_decoder_layer(const Layer *layer, uint16_t *delta, int first,
                                  const int32_t *block_tables, long tokens, long runs, long table_width,
                                  long block_size, int causal, uint16_t *scratch, int threads) {
   uint16_t *wide = scratch + tokens * larger(layer->hidden, queries_of(layer));
-  Pass pass = {{0},       0,       layer, delta, residual, scratch, wide, positions, slots,
-               cos_sin, keys,    values, tokens, first};
+  Pass pass = {{0}, layer, delta, residual, scratch, wide, positions, slots, cos_sin, keys, values, tokens, first};
   run_stage(&pass, project, project_slices, threads);
   dspark_paged_attention(wide, qkv_of(layer), keys, values, pass.x, query_start, context_len, block_tables, runs,
                          table_width, block_size, layer->q_heads, layer->kv_heads, layer->head_dim, layer->scale,

@@ -137,6 +137,17 @@ def test_linear_of_more_rows_than_fit_the_cache(native: NativeKernels) -> None:
     ours = native.linear(x, packed, torch.float32)
     torch.testing.assert_close(ours.double(), x.double() @ weight.double().T, atol=5e-3, rtol=1e-4)
     assert torch.equal(native.linear(x[149:], packed, torch.float32), ours[149:])
+    even, whole = native.pack_linear(weight[:, :4096].contiguous()), x[:, :4096].contiguous()
+    exact = whole.double() @ weight[:, :4096].double().T
+    torch.testing.assert_close(native.linear(whole, even, torch.float32).double(), exact, atol=5e-3, rtol=1e-4)
+
+
+def test_linear_reads_no_column_too_many(native: NativeKernels) -> None:
+    """An odd number of them is padded, with zeros, not with what stands behind a row."""
+    wide = torch.full((9, 52), torch.nan, dtype=torch.bfloat16)
+    wide[:, :51] = torch.randn(9, 51)
+    packed = native.pack_linear(torch.randn(37, 51).bfloat16())
+    assert torch.equal(native.linear(wide[:, :51], packed), native.linear(wide[:, :51].contiguous(), packed))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

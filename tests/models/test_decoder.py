@@ -85,20 +85,30 @@ def test_matches_transformers(variant: str, kernels: Kernels, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if "default" in name or "llama-m" in name or "-b" in name
-                                     or "window" in name or "types" in name])  # fmt: skip
+                                     or "window" in name or "types" in name] + ["llama-wide"])  # fmt: skip
 @pytest.mark.parametrize(
-    ("lengths", "schedule"),
-    [(LENGTHS, SCHEDULES["chunks beside decode steps"]), ([130, 100, 5], [[130, 100, 5]])],
-    ids=["chunks", "slices"],
+    ("lengths", "schedule", "threads"),
+    [
+        (LENGTHS, SCHEDULES["chunks beside decode steps"], 2),
+        ([130, 100, 5], [[130, 100, 5]], 2),
+        ([130, 100, 5], [[130, 100, 5]], 1),  # more rows of llama-wide than go through a product at once
+    ],
+    ids=["chunks", "slices", "whole"],
 )
 def test_a_layer_in_one_call_is_the_layer(
-    variant: str, lengths: list[int], schedule: list[list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    variant: str,
+    lengths: list[int],
+    schedule: list[list[int]],
+    threads: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """To the last bit, causal or not, whether threads share a product's columns or each takes some of the tokens."""
     monkeypatch.setitem(globals(), "LENGTHS", lengths)
-    monkeypatch.setattr("dspark_kernels.cpu.native.get_num_threads", lambda: 2)
+    monkeypatch.setattr("dspark_kernels.cpu.native.get_num_threads", lambda: threads)
     monkeypatch.setenv("DSPARK_LINEAR", "native")
-    save_tiny(tmp_path, **VARIANTS[variant])
+    wide = {"family": "llama", "hidden_size": 2048, "num_hidden_layers": 2}
+    save_tiny(tmp_path, **{**VARIANTS, "llama-wide": wide}[variant])
     decoder = Decoder.load(tmp_path, torch.bfloat16, load("native"), max_model_len=256)
     fused = [layer._fused for layer in decoder.layers]
     assert None not in fused
