@@ -1,6 +1,10 @@
 """Greedy and seeded tokens do not depend on the drafter, the batch, chunking, preemption or the prefix cache."""
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
+import torch
 
 from dspark_server.engine.executor import DraftRequest
 from dspark_server.engine.request import SamplingParams
@@ -101,6 +105,27 @@ def test_no_draft_reuses_the_noise_of_another(monkeypatch: pytest.MonkeyPatch) -
     assert len(set(drawn)) == len(drawn)
     numbers = [[number for key, _, number in drawn if key == own] for own in {key for key, _, _ in drawn}]
     assert all(own == list(range(1, len(own) + 1)) for own in numbers)
+
+
+def test_what_a_block_says_does_not_move_how_much_of_it_is_verified(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens that end the request, or may not come yet: only the coin may throw them out."""
+    stop = 7
+    own = SamplingParams(max_tokens=12, min_tokens=12, temperature=1.0, stop_token_ids=frozenset({stop}))
+    first = []
+    for written in (None, stop):
+        core, steps = tiny_core(), list[StepTrace]()
+        core.loop.watch(steps.append)
+        draft = core.loop.executor.draft
+
+        def drafted(*arguments: Any, draft: Any = draft, written: int | None = written) -> DraftBlock:
+            block = draft(*arguments)
+            return block if written is None else replace(block, tokens=torch.full_like(block.tokens, written))
+
+        monkeypatch.setattr(core.loop.executor, "draft", drafted)
+        core.generate(prompts(3), own)
+        first.append(next(step.drafted.lengths for step in steps if step.drafted))
+    assert sum(first[0]) > 0
+    assert first[0] == first[1]
 
 
 def test_unseeded_requests_with_one_prompt_differ() -> None:
