@@ -32,7 +32,7 @@ class SpeculativeConfig:
     )
     selection: str = setting(
         "causal",
-        "What the target verifies: what pays at the present load (causal, or lagged by a step), the whole block "
+        "What the target verifies: what pays at the present load (causal, or lagged by two steps), the whole block "
         "(fixed), likely prefixes (threshold), nothing (none).",
         group="Speculation",
         choices=SELECTIONS,
@@ -41,7 +41,10 @@ class SpeculativeConfig:
         0.5, "Survival that selection threshold asks for.", group="Speculation", minimum=0, maximum=1
     )
     min_user_tokens_per_second: float | None = setting(
-        None, "Bounds the steps of causal and lagged: every user gets that.", group="Speculation", above=0
+        None,
+        "Fewer drafts, of causal and lagged, where a step would take longer than leaves every user that much.",
+        group="Speculation",
+        above=0,
     )
     shortlist: int | None = setting(
         None,

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """How close the engine is to this machine: `make bench`.
 
-Three questions, the first two answered as a ratio of figures taken in turn, without a drafter:
+Three questions, the first two answered as a ratio of figures taken in turn:
 
-1. A target pass of B decoding requests against its packed matrix products alone (the floor).
+1. A target pass of B decoding requests against its packed matrix products alone (the floor), without a drafter.
 2. The same requests through HTTP streaming and through the engine driven offline.
 3. How a decoding step grows, with running requests and with context, drafter on (`--only growth --plot FILE`).
 """

@@ -44,6 +44,7 @@ ACCEPTANCE, SELECTION = "dspark_server/speculation/acceptance.py", "dspark_serve
 ADMISSION = "dspark_server/speculation/admission.py"
 TRITON, TRITON_TESTS = "kernels/triton/", "tests/kernels/test_triton_"
 DEVICE = "tests/engine/test_device_executor.py"
+CONFORMANCE = "tests/engine/test_conformance.py::test_fixture_is_reproduced"
 MONTE_CARLO = "tests/engine/test_monte_carlo.py::test_the_law_is_the_targets"
 
 LOSSLESS = (
@@ -106,12 +107,17 @@ LOSSLESS = (
     _one("lagged count from one step ago", SELECTION, "    LAG = 2\n", "    LAG = 1\n",
          "tests/speculation/test_selection.py::test_lagged_counts_by_the_survivals_of_two_steps_ago"),
     _one("draft context one row short", DSPARK, "Run([r.anchor, *mask], r.position, r.block_table, self.gamma)",
-         "Run([r.anchor, *mask], r.position - 1, r.block_table, self.gamma)", "tests/engine/test_conformance.py"),
-    _one("long chunks write no draft rows, and a prefix hit finds none", "dspark_server/engine/executor.py",
+         "Run([r.anchor, *mask], r.position - 1, r.block_table, self.gamma)", CONFORMANCE),
+    _one("steps without drafts write no draft rows, and a prefix hit finds none", "dspark_server/engine/executor.py",
+         "        self.drafter.observe(taps, batch, self.pool)",
+         "        if any(len(run.tokens) > 1 for run in runs):\n"
+         "            self.drafter.observe(taps, batch, self.pool)",
+         "tests/engine/test_lossless.py::test_a_prefix_hit_carries_the_draft_rows"),
+    _one("long chunks write no draft rows", "dspark_server/engine/executor.py",
          "        self.drafter.observe(taps, batch, self.pool)",
          "        if all(len(run.tokens) <= 8 for run in runs):\n"
          "            self.drafter.observe(taps, batch, self.pool)",
-         "tests/engine/test_conformance.py"),
+         CONFORMANCE),
     _one("Triton's queries see one key too many", TRITON + "attention.py", "(column[None, :] <= position[:, None])",
          "(column[None, :] <= position[:, None] + 1)", f"{TRITON_TESTS}attention.py::test_attention"),
     _one("Triton's window is one key too wide", TRITON + "attention.py",
@@ -160,7 +166,7 @@ SAFETY = (
     _one("a drain takes new requests", "dspark_server/engine/admission.py", "        if self.draining:\n",
          "        if self.closed:\n", f"{SUPERVISION}::test_a_prompt_that_was_being_tokenized_meanwhile_is_refused"),
     _one("the beginning of a key is enough", "dspark_server/api/auth.py", "hmac.compare_digest(key, token)",
-         "(token != b'' and key.startswith(token))", "tests/api/test_auth.py"),
+         "(token != b'' and key.startswith(token))", "tests/api/test_auth.py::test_what_does_not_open"),
     _one("keys share their prefixes", "dspark_server/engine/core.py",
          "chain_root(self.cache_identity, tenant, salt)", 'chain_root(self.cache_identity, "", salt)',
          "tests/api/test_limits.py::test_one_key_does_not_find_what_another_wrote"),
@@ -246,6 +252,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("name", nargs="?", default="", help="only mutants whose name contains this")
     chosen = [mutant for mutant in MUTANTS if parser.parse_args().name in mutant.name]
+    if not chosen:
+        parser.error("no mutant has a name like that")
     if not healthy(chosen):
         sys.exit("the tests fail without a mutant already")
     table = Table("mutant", "test", "outcome")

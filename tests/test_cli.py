@@ -38,6 +38,29 @@ def test_help_lists_the_commands_in_groups(run) -> None:
         assert [line.split()[1] for line in panel.splitlines()[1:] if line.split()[1:]] == list(commands)
 
 
+def test_profile_prints_and_draws_what_passes_cost(run, tmp_path: Path) -> None:
+    pair, plot = Path(__file__).parent / "fixtures" / "dspark_qwen3_vanilla", tmp_path / "costs.png"
+    drafter = json.dumps({"method": "dspark", "model": str(pair / "draft")})
+    flags = (
+        "--dtype",
+        "float32",
+        "--max-num-batched-tokens",
+        "64",
+        "--max-num-seqs",
+        "4",
+        "--kv-cache-memory-bytes",
+        "4000000",
+    )
+    done = run("profile", str(pair / "target"), *flags, "--speculative-config", drafter, "--again", "--plot", str(plot))
+    assert done.exit_code == 0, done.output
+    assert "SPS(B)" in done.output
+    assert "tokens of context cost each run" in done.output
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    without = run("profile", str(pair / "target"), *flags, "--speculative-config", '{"method": "none"}')
+    assert without.exit_code != 0
+    assert "needs a drafter" in without.output + without.stderr
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_help_of_a_command_ends_with_its_examples(name: str, run) -> None:
     text = run(name, "--help").output

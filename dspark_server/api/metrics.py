@@ -206,7 +206,10 @@ def speculation_families(labels: Sequence[str], stats: EngineStats) -> Iterator[
         values = [(middle, float(getattr(each, name))) for middle, each in bins]
         yield counters("survival_" + name, documentation, "predicted", values)
     yield counters(
-        "step_seconds", "Time of steps: draft with selection, verify, host.", "part", list(stats.seconds.items())
+        "step_seconds",
+        "Time of steps: draft with how much of it is verified, verify, host with who drafts.",
+        "part",
+        list(stats.seconds.items()),
     )
     costs = GaugeMetricFamily(
         "dspark:verify_seconds", "What selection believes a pass over so many tokens takes.", labels=(*LABELS, "tokens")

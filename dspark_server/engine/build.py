@@ -9,6 +9,7 @@ from dspark_kernels import Kernels
 from dspark_server.config import DEFAULT_CACHE_BYTES, UTILIZATION, EngineConfig
 from dspark_server.engine.device_executor import DeviceExecutor, working_bytes
 from dspark_server.engine.executor import TorchExecutor
+from dspark_server.engine.profile import warm_up
 from dspark_server.models.config import read_json
 from dspark_server.models.decoder import Decoder
 from dspark_server.models.hub import resolve_model
@@ -89,6 +90,8 @@ def build_executor(
     executor = over(place.group.least(fitting))
     if isinstance(executor, DeviceExecutor):
         executor.capture()
+    else:
+        warm_up(executor, executor.pool.num_blocks, config.block_size, target.max_model_len)
     return executor
 
 

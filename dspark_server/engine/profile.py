@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 VERSION = 3  # of what is measured; another one makes every kept profile stale
 REPEATS = 5
+WARM = (1, 16, 256)  # tokens of the passes that are run before the first request
 PATIENCE = 0.5  # seconds for the repeats of one size, the first two excepted
 
 
@@ -40,6 +41,15 @@ class Profiler:
         self._block_size = block_size
         self._longest = min(max_model_len, num_blocks * block_size)
         self._run_length = executor.gamma + 1
+
+    def warm_up(self) -> None:
+        """Passes of one token, of a few requests and of a prompt, and a draft: nothing is cold for the first one."""
+        if self._longest <= self._run_length:
+            return
+        for tokens in WARM:
+            self._pass(tokens, 1)()
+        if self._executor.block:
+            self._draft(1, 1)()
 
     def measure(self, max_tokens: int, max_requests: int, near: int = 64, far: int = 1024) -> Profile:
         """Time passes up to `max_tokens` tokens and drafts up to `max_requests` requests; a few seconds.
@@ -96,6 +106,12 @@ class Profiler:
         """Blocks of their own for each run, as long as there are any: what they hold does not matter."""
         each = -(-length // self._block_size)
         return [[(run * each + index) % self._num_blocks for index in range(each)] for run in range(runs)]
+
+
+@torch.inference_mode()
+def warm_up(executor: Executor, num_blocks: int, block_size: int, max_model_len: int) -> None:
+    """Run what serving will, on a KV pool that nobody uses yet."""
+    Profiler(executor, num_blocks, block_size, max_model_len).warm_up()
 
 
 @torch.inference_mode()

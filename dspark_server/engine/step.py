@@ -199,7 +199,7 @@ class StepLoop:
     def _draft(self, plan: Plan, load: Load, asked: Asked) -> Drafted | None:
         """Draft a block for those who were asked, and select how much of each is verified."""
         requests, backbone = asked.requests, asked.backbone
-        count = self._selection.count(len(requests) * self.executor.gamma, load)
+        count = self._selection.count(len(requests) * self.executor.gamma, load, backbone)
         rest = None if count is None else partial(self._rest, plan, requests, asked.limits, count)
         try:
             failpoints.hit("step.draft")

@@ -94,6 +94,7 @@ class StepCost:
     table: Floats  # seconds of the target pass, by draft tokens
     fixed: float
     each: float
+    prefill: float = 0.0  # that the step takes besides, for prompts
 
     @classmethod
     def of(cls, capacity: Capacity, load: Load, requests: int, slots: int | None = None) -> "StepCost":
@@ -108,7 +109,7 @@ class StepCost:
         fixed = capacity.draft(requests) + capacity.overhead + capacity.attention(load.context, load.pairs) - prefill
         each = capacity.attention(0.0, load.per_draft)
         table = raw[tokens:] if slots is None else capacity.convex(tokens, min(slots, load.room))
-        return cls(table, fixed, each)
+        return cls(table, fixed, each, prefill)
 
     def __call__(self, count: int) -> float:
         """Seconds with `count` draft tokens."""
@@ -122,7 +123,7 @@ class StepCost:
 
     def room(self, load: Load, floor: float | None) -> int:
         """How many draft tokens may join; with `floor`, so that the step takes no longer than 1 / floor seconds."""
-        return min(load.room, within_floor(self.upto(load.room), floor)) if floor else load.room
+        return min(load.room, within_floor(self.upto(load.room) + self.prefill, floor)) if floor else load.room
 
 
 def within_floor(seconds: Floats, floor: float | None) -> int:
@@ -177,9 +178,12 @@ def _at_most(most: float, value: float) -> float:
     return min(most, value) if value == value else 0.0
 
 
-def best_count(survivals: Floats, seconds: Floats, load: Load, floor: float | None = None) -> int:
-    """The count whose Theta is greatest of all. Looks at every survival: not for the block that is being judged."""
-    most = min(load.room, within_floor(seconds, floor), len(survivals))
+def best_count(survivals: Floats, seconds: Floats, load: Load, room: int | None = None) -> int:
+    """The count, at most `room` (None: the load's), whose Theta is greatest of all.
+
+    Looks at every survival: not for the block that is being judged.
+    """
+    most = min(load.room if room is None else room, len(survivals))
     return int(np.argmax(theta_by_count(survivals, seconds, load)[: most + 1]))
 
 

@@ -1,7 +1,8 @@
 """Verification policies: who drafts, and how many draft tokens of each request the target verifies.
 
-A policy is a pure function of survivals, costs and load, and sees no token (DSpark §3.2.2, §5.2). Who drafts is in
-`drafting`, Algorithm 1 in `admission`; shapes as there.
+A policy is a function of survivals, costs and load, of this step and of earlier ones (`lagged`'s counts, the purse for
+probes), and sees no token (DSpark §3.2.2, §5.2). Who drafts is in `drafting`, Algorithm 1 in `admission`; shapes as in
+the latter.
 """
 
 from collections import deque
@@ -26,8 +27,11 @@ class Selection(Protocol):
     def drafting(self, candidates: Sequence[Candidate], load: Load) -> Choice:
         """Before the draft: who drafts at all."""
 
-    def count(self, slots: int, load: Load) -> int | None:
-        """Before a draft of `slots` tokens: how many `lengths` will keep, likeliest first; None: depends on them."""
+    def count(self, slots: int, load: Load, backbone: int = 0) -> int | None:
+        """Before a draft of `slots` tokens, `backbone` of its blocks the drafter's: how many `lengths` will keep.
+
+        None: it depends on the draft. Otherwise the likeliest are kept.
+        """
 
     def lengths(
         self,
@@ -59,7 +63,7 @@ class Fixed:
                 room -= candidate.limit
         return Choice(chosen)
 
-    def count(self, slots: int, load: Load) -> int | None:
+    def count(self, slots: int, load: Load, backbone: int = 0) -> int | None:
         return None
 
     def lengths(
@@ -84,7 +88,7 @@ class Threshold:
     def drafting(self, candidates: Sequence[Candidate], load: Load) -> Choice:
         return Choice([index for index, candidate in enumerate(candidates) if candidate.limit > 0 and load.room > 0])
 
-    def count(self, slots: int, load: Load) -> int | None:
+    def count(self, slots: int, load: Load, backbone: int = 0) -> int | None:
         return None
 
     def lengths(
@@ -107,7 +111,7 @@ class Off:
     def drafting(self, candidates: Sequence[Candidate], load: Load) -> Choice:
         return Choice([])
 
-    def count(self, slots: int, load: Load) -> int | None:
+    def count(self, slots: int, load: Load, backbone: int = 0) -> int | None:
         return None
 
     def lengths(
@@ -139,7 +143,7 @@ class Causal:
     def drafting(self, candidates: Sequence[Candidate], load: Load) -> Choice:
         return choose_drafting(candidates, load, self._capacity, self._floor, self._purse)
 
-    def count(self, slots: int, load: Load) -> int | None:
+    def count(self, slots: int, load: Load, backbone: int = 0) -> int | None:
         return None
 
     def lengths(
@@ -184,17 +188,18 @@ class Lagged:
     ) -> list[int]:
         ranked = Ranked.of(survival, limits)
         backbone = len(limits) if backbone is None else backbone
-        seconds = StepCost.of(self._capacity, load, backbone).upto(len(ranked.values))
-        best = best_count(ranked.values, seconds, load, self._floor)
+        seconds = StepCost.of(self._capacity, load, backbone)
+        best = best_count(ranked.values, seconds.upto(len(ranked.values)), load, seconds.room(load, self._floor))
         # Counted in whole blocks, not in usable slots: whether a slot is usable is known from this block's own tokens.
         whole = survival.numel()
-        kept = self.count(whole, load)
+        kept = self.count(whole, load, backbone)
         self._shares.append(best / max(1, whole))
         return ranked.first(kept)
 
-    def count(self, slots: int, load: Load) -> int:
+    def count(self, slots: int, load: Load, backbone: int = 0) -> int:
         share = self._shares[0] if len(self._shares) == self.LAG else 1.0
-        return min(load.room, round(share * slots))
+        room = StepCost.of(self._capacity, load, backbone).room(load, self._floor) if self._floor else load.room
+        return min(room, round(share * slots))
 
 
 def build_selection(

@@ -70,17 +70,22 @@ def test_a_busy_batch_gives_the_solo_tokens(plain: list[list[int]], drafter: boo
     assert core.batcher.pool.usage == 0.0
 
 
-def test_a_prefix_hit_carries_the_draft_rows() -> None:
-    """After a hit the drafter proposes exactly what it does without one: acceptance counts are equal."""
+@pytest.mark.parametrize("drafting", [True, False])
+def test_a_prefix_hit_carries_the_draft_rows(drafting: bool) -> None:
+    """After a hit the drafter proposes exactly what it does without one, whether or not it was asked before the hit."""
     prompt = prompts(1, shortest=40, longest=40)[0]
-    cold = tiny_core()
-    first = cold.generate([prompt], greedy(40))
-    counts = list(cold.loop.stats.accepted_per_position), cold.loop.stats.drafts
-    second = cold.generate([prompt], greedy(40))
-    assert cold.loop.stats.prefix_hits > 0
-    assert second == first
-    assert [2 * n for n in counts[0]] == cold.loop.stats.accepted_per_position
-    assert 2 * counts[1] == cold.loop.stats.drafts
+    warm, cold = tiny_core(), tiny_core()
+    first = warm.generate([prompt], greedy(24) if drafting else replace(greedy(24), max_draft_tokens=0))[0]
+    assert (warm.loop.stats.drafts > 0) == drafting
+    proposed = []
+    for core in (warm, cold):
+        steps: list[StepTrace] = []
+        core.loop.watch(steps.append)
+        output = core.generate([prompt + first], greedy(40))
+        proposed.append((output, [step.drafted.block.tokens.tolist() for step in steps if step.drafted]))
+    assert warm.loop.stats.prefix_hits > 0
+    assert len(proposed[1][1]) > 10
+    assert proposed[0] == proposed[1]
 
 
 def test_no_draft_reuses_the_noise_of_another(monkeypatch: pytest.MonkeyPatch) -> None:

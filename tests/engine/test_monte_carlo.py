@@ -129,8 +129,9 @@ def run(
     def look(step: StepTrace) -> None:
         drafted = set(step.drafted.requests) if step.drafted else set()
         for request in step.verified.requests:
-            if request.is_decoding:
+            if request.is_decoding and request.remaining > 1:  # the last token is never a draft
                 seen["drafted" if request in drafted else "skipped"] += 1
+                seen["backed off"] += request.history.wait > 1
         if step.drafted:
             seen["cut"] += sum(length < 4 for length in step.drafted.lengths)
             seen["kept"] += sum(step.drafted.lengths)
@@ -179,6 +180,7 @@ def test_the_law_is_the_targets(
     assert statistic < critical
     assert seen["drafted"] > 500
     assert seen["skipped"] > 500  # some are left out
+    assert seen["backed off"] > 500  # and wait longer than a step to be tried again
     assert seen["cut"] > 500  # and of those that draft, not all is verified
     assert seen["kept"] > 500
     assert seen["favoured"] > 500  # by copies of the context, among them blocks that left their copy

@@ -1,5 +1,7 @@
 """Who drafts at all: where it pays, by each request's record, and how often the others try."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -129,6 +131,32 @@ def test_what_drafting_is_predicted_to_be_worth_is_what_selection_would_make_of_
     for above in (here.sampling / costs.raw[here.sampling], *thetas):
         for theta, found in zip(thetas, predicted_thetas(crowd, known, sizes, here, costs, floor, above), strict=True):
             assert found == theta or (found == 0 and theta <= above)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_no_other_subset_would_be_worth_more(seed: int) -> None:
+    """Against all of them of the sizes that are looked at, and none: 1, 2, 4 and everybody; 100 random cases a seed."""
+    generator = np.random.default_rng(seed)
+    for _ in range(100):
+        slopes = np.sort(generator.random(60)) * generator.choice([0.02, 0.1, 0.5])
+        costs = capacity((1 + slopes.cumsum()).tolist(), draft=0.3 * float(generator.random()) + 1e-3)
+        crowd = [Candidate(3, float(rate)) for rate in generator.random(int(generator.integers(1, 6)))]
+        here = Load(sampling=6, tokens=8, room=int(generator.integers(1, 20)))
+
+        def theta(
+            subset: tuple[int, ...], crowd: list[Candidate] = crowd, costs: Capacity = costs, here: Load = here
+        ) -> float:
+            values = sorted((crowd[index].rate ** k for index in subset for k in (1, 2, 3)), reverse=True)
+            prompts = costs.raw[8] - costs.raw[6]
+            return max(
+                (6 + sum(values[:count])) / (costs.draft(len(subset)) + costs.raw[8 + count] - prompts)
+                for count in range(min(len(values), here.room) + 1)
+            )
+
+        sizes = {0, 1, 2, 4, len(crowd)}
+        subsets = [s for size in sizes for s in itertools.combinations(range(len(crowd)), size)]
+        chosen = tuple(choose_drafting(crowd, here, costs).drafting)
+        assert theta(chosen) == pytest.approx(max(map(theta, subsets)), rel=1e-9)
 
 
 def test_a_crowd_that_cannot_pay_is_not_looked_at_block_by_block() -> None:

@@ -15,7 +15,7 @@ from dspark_server.speculation.capacity import Capacity
 from dspark_server.speculation.drafting import Candidate
 from dspark_server.speculation.selection import Lagged, Selection, build_selection
 from tests.speculation.costs import capacity, linear, load
-from tests.speculation.test_exact import Context, Pair, ratio_law
+from tests.speculation.test_exact import Context, Pair, ratio_law, total_variation
 
 limits = st.lists(st.integers(0, 7), max_size=12)
 AWARE = ("causal", "lagged")
@@ -77,24 +77,39 @@ def test_an_unknown_policy_is_refused_by_name() -> None:
 # ---- the load-aware ones ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("policy", AWARE)
 @pytest.mark.parametrize("seed", range(8))
-def test_causal_is_the_best_of_all_prefixes_on_a_convex_cost(seed: int) -> None:
-    """Against every combination of prefix lengths, 250 random cases a seed."""
+def test_it_is_the_best_of_all_prefixes(policy: str, seed: int) -> None:
+    """Against every combination of prefix lengths, 250 cases a seed: `causal` on a convex curve, `lagged` on any.
+
+    Two thirds of them beside prompts, with context or little room.
+    """
     generator = np.random.default_rng(seed)
-    for _ in range(250):
+    for case in range(250):
         requests, gamma = int(generator.integers(1, 4)), int(generator.integers(1, 4))
-        slopes = np.sort(generator.random(20)) * generator.choice([0.05, 1.0])
-        costs = capacity((1 + slopes.cumsum()).tolist(), draft=float(generator.random()) + 1e-3)
+        slopes = generator.random(30)
+        slopes = np.sort(slopes) if policy == "causal" else slopes**4
+        verify = 1 + (slopes * generator.choice([0.05, 1.0])).cumsum()
+        costs = capacity(verify.tolist(), draft=float(generator.random()) + 1e-3, attention=1e-3)
+        prefill, room = (int(generator.integers(9)), int(generator.integers(10))) if case % 3 else (0, 99)
+        here = Load(requests, requests + prefill, room, context=50, pairs=70, per_draft=20 * (case % 2))
         survival = falling(generator, requests, gamma)
         most = generator.integers(0, gamma + 1, requests).tolist()
-        lengths = build_selection("causal", costs).lengths(survival, most, load(requests))
+        chosen = build_selection(policy, costs)
+        for _ in range(3):  # lagged: the count is that of the same survivals two steps ago
+            lengths = chosen.lengths(survival, most, here)
 
-        def theta(chosen: tuple[int, ...], survival: Tensor = survival, costs: Capacity = costs) -> float:
-            tokens = sum(1 + float(row[:length].sum()) for row, length in zip(survival, chosen, strict=True))
-            return tokens / (costs.draft(len(chosen)) + costs.raw[len(chosen) + sum(chosen)])
+        def theta(
+            chosen: tuple[int, ...], survival: Tensor = survival, costs: Capacity = costs, here: Load = here
+        ) -> float:
+            tokens = sum(1 + float(row[:length].double().sum()) for row, length in zip(survival, chosen, strict=True))
+            whole = costs.raw[here.tokens + sum(chosen)] + 1e-3 * (here.pairs + sum(chosen) * here.per_draft)
+            prompts = costs.raw[here.tokens] - costs.raw[here.sampling]
+            return tokens / (costs.draft(len(chosen)) + whole - prompts)
 
-        best = max(theta(each) for each in itertools.product(*(range(limit + 1) for limit in most)))
-        assert theta(tuple(lengths)) == pytest.approx(best, rel=1e-9)
+        allowed = (each for each in itertools.product(*(range(limit + 1) for limit in most)) if sum(each) <= room)
+        assert sum(lengths) <= room
+        assert theta(tuple(lengths)) == pytest.approx(max(map(theta, allowed)), rel=1e-9)
 
 
 @pytest.mark.parametrize("policy", ["causal", "threshold", "fixed", "lagged"])
@@ -204,6 +219,51 @@ def test_lagged_is_exact_with_fresh_noise_and_only_then() -> None:
     assert replayed == pytest.approx(17 / 20, abs=1e-12)
 
 
+@pytest.mark.parametrize("policy", AWARE)
+@pytest.mark.parametrize("kind", ["random", "opposed", "zeros"])
+@pytest.mark.parametrize(("vocabulary", "gamma"), [(2, 2), (2, 3), (3, 2)])
+def test_the_joint_law_through_selection_is_the_targets(policy: str, kind: str, vocabulary: int, gamma: int) -> None:
+    """Exact, beside another request whose block competes for the same step, on a curve full of bumps.
+
+    How likely a prefix is to survive is said by the tokens before it, as by a confidence head; all blocks are
+    enumerated, those too that `lagged` counted by.
+    """
+    cuts = set()
+    for seed in range(3):
+        source = np.random.default_rng(seed)
+        pair, other = Pair(vocabulary, gamma, seed, kind), Pair(2, 2, seed + 9, "random")
+        costs = capacity((0.4 + source.choice([0.02, 0.3, 0.9], 30).cumsum()).tolist(), draft=0.1)
+        said = {context: float(source.random()) for context in (*pair.q, *other.q)}
+
+        def survival(*blocks: Context, said: dict[Context, float] = said) -> Tensor:
+            """[R, gamma], 0 where a block is shorter than that."""
+            rows = [np.cumprod([said[block[:k]] for k in range(len(block))]) for block in blocks]
+            return torch.tensor(np.stack([np.pad(row, (0, gamma - len(row))) for row in rows])).float()
+
+        def drafts(of: Pair) -> dict[Context, float]:
+            blocks = itertools.product(range(of.vocabulary), repeat=of.gamma)
+            return {block: float(np.prod([of.q[block[:k]][x] for k, x in enumerate(block)])) for block in blocks}
+
+        committed: dict[Context, float] = {}
+        before = drafts(other) if policy == "lagged" else {(0, 0): 1.0}
+        for (earlier, chance), (beside, share) in itertools.product(before.items(), drafts(other).items()):
+
+            def kept(
+                draft: Context, earlier: Context = earlier, beside: Context = beside, costs: Capacity = costs
+            ) -> int:
+                chosen, limits = build_selection(policy, costs), [gamma, 2]
+                if policy == "lagged":
+                    for _ in range(2):  # the steps before: other blocks of the other request, and this one's likeliest
+                        chosen.lengths(survival((0,) * gamma, earlier), limits, load(2))
+                return chosen.lengths(survival(draft, beside), limits, load(2))[0]
+
+            cuts |= {kept(draft) for draft in drafts(pair)}
+            for outcome, weight in ratio_law(pair, kept).items():
+                committed[outcome] = committed.get(outcome, 0.0) + chance * share * weight
+        assert total_variation(pair, committed) <= 1e-12
+    assert len(cuts) > 1
+
+
 def test_lagged_counts_by_the_survivals_of_two_steps_ago() -> None:
     policy = build_selection("lagged", linear(1.0, 0.2))
     likely, hopeless = torch.full((1, 4), 0.99).cumprod(1), torch.full((1, 4), 0.01).cumprod(1)
@@ -211,13 +271,19 @@ def test_lagged_counts_by_the_survivals_of_two_steps_ago() -> None:
     assert counts == [4, 4, 0, 4, 4]
 
 
-def test_a_floor_bounds_the_step() -> None:
+@pytest.mark.parametrize("policy", AWARE)
+def test_a_floor_bounds_the_step(policy: str) -> None:
     costs = linear(0.1, 0.01)
     survival = torch.full((1, 8), 0.999).cumprod(1)
-    free = build_selection("causal", costs).lengths(survival, [8], load(1))[0]
-    bound = build_selection("causal", costs, floor=1 / 0.135).lengths(survival, [8], load(1))[0]
-    assert free == 8
-    assert bound == 2  # 0.1 + 0.01 * (1 + 2) s
+
+    def lengths(here: Load, floor: float | None) -> list[int]:
+        chosen = build_selection(policy, costs, floor=floor)
+        return [chosen.lengths(survival, [8], here)[0] for _ in range(3)]
+
+    assert lengths(load(1), None) == [8] * 3
+    assert lengths(load(1), 1 / 0.135) == [2] * 3  # 0.1 + 0.01 * (1 + 2) s
+    assert lengths(Load(sampling=1, tokens=2, room=100), 1 / 0.135) == [1] * 3  # a token of a prompt beside it
+    assert lengths(Load(sampling=1, tokens=50, room=100), 1 / 0.135) == [0] * 3
     assert within_floor(np.array([0.2, 0.3]), 1 / 0.1) == 0
 
 
