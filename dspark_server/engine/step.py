@@ -29,7 +29,7 @@ from dspark_server.speculation.drafting import Candidate
 from dspark_server.speculation.history import SurvivalHistory
 from dspark_server.speculation.noise import CounterStreams, Streams
 from dspark_server.speculation.sampling import GREEDY_BELOW, SamplingBatch
-from dspark_server.speculation.selection import Selection
+from dspark_server.speculation.selection import Drafts, Selection
 
 logger = logging.getLogger(__name__)
 
@@ -223,7 +223,7 @@ class StepLoop:
         # A NaN at slot k cuts the prefix to k - 1, never shorter: earlier tokens were sampled without knowing of it.
         usable = [min(limit, usable) for limit, usable in zip(asked.limits, block.usable.tolist(), strict=True)]
         slots = sum(asked.limits)
-        lengths = self._selection.lengths(survival, usable, load, backbone, slots)
+        lengths = self._selection.lengths(survival, usable, load, Drafts(backbone, slots))
         return Drafted(requests, block, survival, lengths, backbone, usable, slots)
 
     def _allowance(self, request: Request, alone: bool) -> int:

@@ -7,7 +7,7 @@ the latter.
 
 from collections import deque
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -17,6 +17,13 @@ from dspark_server.speculation.capacity import Capacity
 from dspark_server.speculation.drafting import Candidate, Choice, Purse, choose_drafting
 
 POLICIES = ("causal", "lagged", "fixed", "threshold", "none")
+
+
+class Drafts(NamedTuple):
+    """Of a step, before its blocks are drafted: how many the drafter makes, the others being copies; tokens in all."""
+
+    backbone: int
+    slots: int
 
 
 class Selection(Protocol):
@@ -32,24 +39,17 @@ class Selection(Protocol):
 
         None: it depends on the draft. Otherwise the likeliest are kept.
         """
+        return None
 
-    def lengths(
-        self,
-        survival: Tensor,
-        limits: Sequence[int],
-        load: Load,
-        backbone: int | None = None,
-        slots: int | None = None,
-    ) -> list[int]:
+    def lengths(self, survival: Tensor, limits: Sequence[int], load: Load, drafts: Drafts | None = None) -> list[int]:
         """After the draft: the prefix length of each drafting request, at most its limit and `load.room` in all.
 
-        `survival` [R, gamma] float32 is the calibrated chance that the prefix up to each position survives; `backbone`
-        is how many of the blocks the drafter made (None: all), the others being copies. The limits came to `slots` in
-        all (None: they do) before the blocks were known, which may lower them.
+        `survival` [R, gamma] float32 is the calibrated chance that the prefix up to each position survives. `drafts`
+        was known before the blocks, which may have lowered limits; None: all are the drafter's, limits as they were.
         """
 
 
-class Fixed:
+class Fixed(Selection):
     """Every drafting request verifies its whole block; when room is short the oldest requests go first."""
 
     name = "fixed"
@@ -63,21 +63,11 @@ class Fixed:
                 room -= candidate.limit
         return Choice(chosen)
 
-    def count(self, slots: int, load: Load, backbone: int = 0) -> int | None:
-        return None
-
-    def lengths(
-        self,
-        survival: Tensor,
-        limits: Sequence[int],
-        load: Load,
-        backbone: int | None = None,
-        slots: int | None = None,
-    ) -> list[int]:
+    def lengths(self, survival: Tensor, limits: Sequence[int], load: Load, drafts: Drafts | None = None) -> list[int]:
         return list(limits)
 
 
-class Threshold:
+class Threshold(Selection):
     """Each request verifies its prefix as long as its survival is at least `threshold` (figure 5 of the paper)."""
 
     name = "threshold"
@@ -88,22 +78,12 @@ class Threshold:
     def drafting(self, candidates: Sequence[Candidate], load: Load) -> Choice:
         return Choice([index for index, candidate in enumerate(candidates) if candidate.limit > 0 and load.room > 0])
 
-    def count(self, slots: int, load: Load, backbone: int = 0) -> int | None:
-        return None
-
-    def lengths(
-        self,
-        survival: Tensor,
-        limits: Sequence[int],
-        load: Load,
-        backbone: int | None = None,
-        slots: int | None = None,
-    ) -> list[int]:
+    def lengths(self, survival: Tensor, limits: Sequence[int], load: Load, drafts: Drafts | None = None) -> list[int]:
         ranked = Ranked.of(survival, limits)
         return ranked.first(min(load.room, int((ranked.values >= self._threshold).sum())))
 
 
-class Off:
+class Off(Selection):
     """Nobody drafts; the drafter's context is still kept, so that it can be switched on at any step."""
 
     name = "none"
@@ -111,29 +91,12 @@ class Off:
     def drafting(self, candidates: Sequence[Candidate], load: Load) -> Choice:
         return Choice([])
 
-    def count(self, slots: int, load: Load, backbone: int = 0) -> int | None:
-        return None
-
-    def lengths(
-        self,
-        survival: Tensor,
-        limits: Sequence[int],
-        load: Load,
-        backbone: int | None = None,
-        slots: int | None = None,
-    ) -> list[int]:
+    def lengths(self, survival: Tensor, limits: Sequence[int], load: Load, drafts: Drafts | None = None) -> list[int]:
         return [0] * len(limits)
 
 
-class Causal:
-    """Algorithm 1: admit by falling survival, stop at the first token that does not raise Theta.
-
-    The cost curve is the convex minorant of the measured one from the step's tokens to about where all its drafts would
-    end: on it this greedy walk ends at the global best.
-    `floor` bounds the step so that every user gets at least that many steps, and so tokens, a second.
-    """
-
-    name = "causal"
+class LoadAware(Selection):
+    """Whoever is expected to pay drafts. `floor`: steps leave every user so many steps, and so tokens, a second."""
 
     def __init__(self, capacity: Capacity, floor: float | None = None) -> None:
         self._capacity = capacity
@@ -143,23 +106,23 @@ class Causal:
     def drafting(self, candidates: Sequence[Candidate], load: Load) -> Choice:
         return choose_drafting(candidates, load, self._capacity, self._floor, self._purse)
 
-    def count(self, slots: int, load: Load, backbone: int = 0) -> int | None:
-        return None
 
-    def lengths(
-        self,
-        survival: Tensor,
-        limits: Sequence[int],
-        load: Load,
-        backbone: int | None = None,
-        slots: int | None = None,
-    ) -> list[int]:
-        backbone, slots = len(limits) if backbone is None else backbone, sum(limits) if slots is None else slots
-        seconds = StepCost.of(self._capacity, load, backbone, slots)
+class Causal(LoadAware):
+    """Algorithm 1: admit by falling survival, stop at the first token that does not raise Theta.
+
+    The cost curve is the convex minorant of the measured one from the step's tokens to about where all its drafts would
+    end: on it this greedy walk ends at the global best.
+    """
+
+    name = "causal"
+
+    def lengths(self, survival: Tensor, limits: Sequence[int], load: Load, drafts: Drafts | None = None) -> list[int]:
+        drafts = drafts or Drafts(len(limits), sum(limits))
+        seconds = StepCost.of(self._capacity, load, drafts.backbone, drafts.slots)
         return admit(survival.tolist(), limits, load.sampling, seconds.room(load, self._floor), seconds).lengths
 
 
-class Lagged:
+class Lagged(LoadAware):
     """§5.2: how many tokens are verified is decided by the survivals of two steps ago, which ones by today's.
 
     The number K is then fixed before this step's blocks exist, so that a search over all of them, on the measured curve
@@ -170,24 +133,12 @@ class Lagged:
     LAG = 2
 
     def __init__(self, capacity: Capacity, floor: float | None = None) -> None:
-        self._capacity = capacity
-        self._floor = floor
-        self._purse = Purse()
+        super().__init__(capacity, floor)
         self._shares: deque[float] = deque(maxlen=self.LAG)
 
-    def drafting(self, candidates: Sequence[Candidate], load: Load) -> Choice:
-        return choose_drafting(candidates, load, self._capacity, self._floor, self._purse)
-
-    def lengths(
-        self,
-        survival: Tensor,
-        limits: Sequence[int],
-        load: Load,
-        backbone: int | None = None,
-        slots: int | None = None,
-    ) -> list[int]:
+    def lengths(self, survival: Tensor, limits: Sequence[int], load: Load, drafts: Drafts | None = None) -> list[int]:
         ranked = Ranked.of(survival, limits)
-        backbone = len(limits) if backbone is None else backbone
+        backbone = drafts.backbone if drafts else len(limits)
         seconds = StepCost.of(self._capacity, load, backbone)
         best = best_count(ranked.values, seconds.upto(len(ranked.values)), load, seconds.room(load, self._floor))
         # Counted in whole blocks, not in usable slots: whether a slot is usable is known from this block's own tokens.

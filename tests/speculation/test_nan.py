@@ -8,6 +8,7 @@ from dspark_server.engine.core import EngineCore
 from dspark_server.engine.trace import StepTrace
 from dspark_server.speculation.admission import Load
 from dspark_server.speculation.heads import ConfidenceHead
+from dspark_server.speculation.selection import Drafts
 from tests.engine.support import greedy, prompts, tiny_core
 
 
@@ -89,11 +90,11 @@ def test_what_a_draft_may_reach_is_counted_before_it(monkeypatch: pytest.MonkeyP
     """A NaN lowers limits, and only the drafted tokens may have led there: costs are not looked up by them."""
     core = tiny_core()
     bias, real = core.loop.executor.drafter.sampler.head.bias, core.loop._selection.lengths
-    seen: list[tuple[int, int | None]] = []
+    seen: list[tuple[int, int]] = []
 
-    def lengths(survival: Tensor, limits: list[int], load: Load, backbone: int, slots: int) -> list[int]:
-        seen.append((sum(limits), slots))
-        return real(survival, limits, load, backbone, slots)
+    def lengths(survival: Tensor, limits: list[int], load: Load, drafts: Drafts) -> list[int]:
+        seen.append((sum(limits), drafts.slots))
+        return real(survival, limits, load, drafts)
 
     def broken(*arguments: Tensor) -> Tensor:
         found = bias(*arguments)
