@@ -30,21 +30,21 @@ def build_parser(documentation: str) -> argparse.ArgumentParser:
     add("--api-key", help="sent as bearer token; default: the environment's OPENAI_API_KEY")
 
     add = parser.add_argument_group("load").add_argument
-    add("--concurrency", type=_counts, metavar="C,…", help="closed loop: users at once (default 1,4,16)")
+    add("--concurrency", type=counts, metavar="C,…", help="closed loop: users at once (default 1,4,16)")
     add("--rate", type=_rates, metavar="R,…", help="open loop: Poisson arrivals, requests a second")
-    add("--requests-per-level", type=_count, metavar="N", help="default: 4 per user, at least 16; Poisson: 60 s")
+    add("--requests-per-level", type=count, metavar="N", help="default: 4 per user, at least 16; Poisson: 60 s")
     add("--duration", type=_positive, metavar="S", help="seconds in which requests are begun, instead of a number")
     add("--steady", type=_positive, metavar="S", help="closed loop: a window of so many seconds, users out of step")
-    add("--rounds", type=_count, default=1, metavar="N", help="repeat the sweep; figures are medians (default 1)")
+    add("--rounds", type=count, default=1, metavar="N", help="repeat the sweep; figures are medians (default 1)")
     add("--warmup", type=_whole, default=2, metavar="N", help="requests before each run, not counted (default 2)")
-    add("--max-in-flight", type=_count, metavar="N", help="Poisson: further requests wait in the client, timed apart")
+    add("--max-in-flight", type=count, metavar="N", help="Poisson: further requests wait in the client, timed apart")
     add("--seed", type=int, default=0, help="of prompts, their order and arrival times (default 0)")
 
     add = parser.add_argument_group("requests").add_argument
     add("--prompts", type=Path, nargs="+", metavar="FILE", help='JSON lines {"prompt": …, "domain": …}')
     add("--tokenizer", metavar="DIR", help="apply this tokenizer's chat template to --prompts; default: as they are")
-    add("--prompt-words", type=_count, default=64, metavar="N", help="length of made-up prompts (default 64)")
-    add("--max-tokens", type=_count, default=128, metavar="N", help="output tokens of a request (default 128)")
+    add("--prompt-words", type=count, default=64, metavar="N", help="length of made-up prompts (default 64)")
+    add("--max-tokens", type=count, default=128, metavar="N", help="output tokens of a request (default 128)")
     add("--temperature", type=float, default=0.0, metavar="T", help="default 0")
     add("--ignore-eos", action=argparse.BooleanOptionalAction, default=True, help="always run to --max-tokens")
     add("--request-seeds", action="store_true", help="also send a sampling seed with each request (changes sampling)")
@@ -115,7 +115,7 @@ def _whole(text: str) -> int:
     return int(text)
 
 
-def _count(text: str) -> int:
+def count(text: str) -> int:
     if (value := _whole(text)) < 1:
         raise argparse.ArgumentTypeError("must be at least 1")
     return value
@@ -131,8 +131,8 @@ def _positive(text: str) -> float:
     return value
 
 
-def _counts(text: str) -> list[int]:
-    return [_count(part) for part in text.split(",")]
+def counts(text: str) -> list[int]:
+    return [count(part) for part in text.split(",")]
 
 
 def _rates(text: str) -> list[float]:

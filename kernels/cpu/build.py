@@ -18,7 +18,16 @@ from importlib import metadata
 from pathlib import Path
 
 SOURCES = sorted(path for path in Path(__file__).parent.iterdir() if path.suffix in (".c", ".h"))
-FLAGS = ("-std=gnu11", "-O3", "-ffp-contract=fast", "-fno-strict-aliasing", "-fvisibility=hidden", "-shared", "-fPIC")
+FLAGS = (
+    "-std=gnu11",
+    "-O3",
+    "-ffp-contract=fast",
+    "-fno-strict-aliasing",
+    "-fvisibility=hidden",
+    "-shared",
+    "-fPIC",
+    "-pthread",
+)
 
 
 class KernelBuildError(RuntimeError):

@@ -194,8 +194,8 @@ ALWAYS_INLINE void *mutable_element(void *base, int dtype, long index) {
 // answer, it holds up the loads that would have hit.
 #define FETCH(address) __builtin_prefetch(address, 0, 2)
 
-// Run body(context) on up to `threads` threads of torch's pool, the caller included, and wait for all of them. Bodies
-// share work out through a Tasks counter, so that a thread that is late or missing only leaves more for the others.
+// Run body(context) on the caller and up to `threads` - 1 others at once, and return when all that began have ended.
+// Bodies share work out through a Tasks counter, so that a thread that is late or missing leaves more for the others.
 void run_parallel(void (*body)(void *context), void *context, int threads);
 
 typedef struct {

@@ -117,7 +117,7 @@ class NativeLayer:
 
 
 class NativeKernels:
-    """`interface.Kernels` over the shared library at `library`, on torch's own threads."""
+    """`interface.Kernels` over the shared library at `library`, on as many threads as torch is set to use."""
 
     reads_fp8 = False
 
@@ -126,13 +126,10 @@ class NativeKernels:
         for function, arguments in _SIGNATURES.items():
             getattr(native, function).argtypes = arguments
             getattr(native, function).restype = None
-        threaded = _use_torch_threads(native)
         self.build = library.parent.name
         self._arena = Arena()
         self.lanes = int(native.dspark_lanes())
         self.name = "native-avx512" if self.lanes == 16 else "native-generic"
-        if not threaded:
-            self.name += "-single-thread"
         self._rms_norm = native.dspark_rms_norm
         self._rotary_kv_write = native.dspark_rotary_kv_write
         self._paged_attention = native.dspark_paged_attention
@@ -356,17 +353,6 @@ class NativeKernels:
             _CODES[target.dtype], get_num_threads(),
         )  # fmt: skip
         return cross_entropy, distance
-
-
-def _use_torch_threads(native: ctypes.CDLL) -> bool:
-    """Hand the library the GOMP_parallel that torch itself runs on; False if there is none to be found."""
-    for path in sorted((Path(torch.__file__).parent / "lib").glob("libgomp*")):
-        entry = ctypes.cast(ctypes.CDLL(str(path)).GOMP_parallel, c_void_p)
-        native.dspark_set_parallel.argtypes = [c_void_p]
-        native.dspark_set_parallel.restype = None
-        native.dspark_set_parallel(entry)
-        return True
-    return False
 
 
 def _addresses(filters: Filters) -> tuple[int, int, int]:

@@ -1,0 +1,86 @@
+"""The number of threads that compute, followed while serving."""
+
+import logging
+from collections.abc import Callable
+from statistics import median
+from time import monotonic
+
+from dspark_server.runtime import processors
+
+logger = logging.getLogger(__name__)
+
+LOOK = 1.0  # seconds between two looks at cpuset and quota
+WINDOW = 5.0  # seconds of steps that are compared with those before them
+FEWEST = 20  # steps of a window
+CHEAPER = 0.97  # of the cost before: what another number must reach to be kept
+WAIT, LONGEST_WAIT = 60.0, 960.0  # seconds between two trials; twice as long after each that was not kept
+
+
+class ThreadCount:
+    """As many threads as processors may be used, or fewer where a hypervisor takes their time and fewer are faster.
+
+    Cpuset and quota are limits: the number follows them at once. Stolen time only says what may be worth a trial. Where
+    the hypervisor limits the whole machine, fewer threads wait less for each other; where each processor has other
+    guests, more of them get more time. So the other number runs for a while, and what steps cost decides.
+    """
+
+    def __init__(
+        self,
+        most: int,
+        *,
+        usable: Callable[[], int] = processors.usable,
+        stolen: Callable[[], tuple[int, int]] = processors.stolen,
+        clock: Callable[[], float] = monotonic,
+    ) -> None:
+        """Never more than `most`. The others replace what the machine says."""
+        self._most = most
+        self._usable = usable
+        self._stolen = stolen
+        self._clock = clock
+        self._allowed = self.count = min(most, usable())
+        self._before: tuple[int, float] | None = None  # in a trial: the number before it, and its cost
+        self._wait = WAIT
+        self._next_trial = self._next_look = 0.0
+        self._begin_window(clock())
+
+    def stepped(self, cost: float) -> bool:
+        """A step cost so many times what the cost model says; whether `count` has changed."""
+        self._costs.append(cost)
+        now, count = self._clock(), self.count
+        if now < self._next_look:
+            return False
+        self._next_look = now + LOOK
+        allowed = min(self._most, self._usable())
+        if allowed != self._allowed:
+            self._allowed = self.count = allowed
+            self._before, self._wait, self._next_trial = None, WAIT, 0.0
+            self._begin_window(now)
+        elif now >= self._window_end and len(self._costs) >= FEWEST:
+            self._compare(median(self._costs), self._stolen_share(), now)
+            self._begin_window(now)
+        if self.count != count:
+            logger.info("computing with %d threads, %d before", self.count, count)
+        return self.count != count
+
+    def _compare(self, cost: float, stolen: float, now: float) -> None:
+        if self._before is not None:
+            count, cost_before = self._before
+            self._before = None
+            if cost > CHEAPER * cost_before:
+                self.count = count
+                self._wait = min(2 * self._wait, LONGEST_WAIT)
+            self._next_trial = now + self._wait
+        elif now >= self._next_trial:
+            promising = max(1, round(self._allowed * (1 - stolen)))
+            if promising != self.count:
+                self._before, self.count = (self.count, cost), promising
+
+    def _begin_window(self, now: float) -> None:
+        self._costs: list[float] = []
+        self._window_end = now + WINDOW
+        self._ticks = self._stolen()
+
+    def _stolen_share(self) -> float:
+        """Share of the window's processor time that the hypervisor gave to others."""
+        (before, all_before), (after, all_after) = self._ticks, self._stolen()
+        return max(0, after - before) / max(1, all_after - all_before)

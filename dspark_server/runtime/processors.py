@@ -1,0 +1,68 @@
+"""Processors that this process may use: its cpuset, the quota of its control group, the share a hypervisor takes."""
+
+import os
+from math import ceil
+from pathlib import Path
+
+CGROUPS = Path("/sys/fs/cgroup")
+MEMBERSHIP = Path("/proc/self/cgroup")
+STATISTICS = Path("/proc/stat")
+
+
+def usable(root: Path = CGROUPS, membership: Path = MEMBERSHIP) -> int:
+    """Number of processors whose time this process may use now: of its cpuset, and of its quota, rounded up."""
+    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    limit = quota(root, membership)
+    return affinity if limit is None else max(1, min(affinity, ceil(limit)))
+
+
+def quota(root: Path = CGROUPS, membership: Path = MEMBERSHIP) -> float | None:
+    """Processors' worth of time that control groups (version 2 or 1) allow this process; None: no limit.
+
+    The lowest limit of the process's group and those around it counts.
+    """
+    limits = [limit for group in _groups(root, membership) if (limit := _limit(group)) is not None]
+    return min(limits, default=None)
+
+
+def stolen(statistics: Path = STATISTICS) -> tuple[int, int]:
+    """Ticks that a hypervisor has given to others while this machine had work, and ticks in all, since the start."""
+    try:
+        fields = statistics.read_text().split("\n", 1)[0].split()
+    except OSError:
+        return 0, 0
+    ticks = [int(field) for field in fields[1:9]]  # user nice system idle iowait irq softirq steal
+    return (ticks[7], sum(ticks)) if len(ticks) == 8 else (0, sum(ticks))
+
+
+def _groups(root: Path, membership: Path) -> list[Path]:
+    """Directories of the process's control groups that may hold a limit, from its own to the outermost in sight."""
+    try:
+        lines = membership.read_text().splitlines()
+    except OSError:
+        return []
+    groups = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            top = root if (root / "cgroup.controllers").exists() else root / "unified"
+        elif "cpu" in controllers.split(","):
+            top = next((top for top in (root / controllers, root / "cpu") if top.exists()), root / "cpu")
+        else:
+            continue
+        # A container sees its own group as the top, though the path may be the host's.
+        own = top / path.lstrip("/")
+        groups += [own, *own.parents[: len(own.relative_to(top).parts)]] if own.exists() else [top]
+    return groups
+
+
+def _limit(group: Path) -> float | None:
+    """Processors' worth of time of one group; None: no limit."""
+    try:
+        if (group / "cpu.max").exists():
+            most, period = (group / "cpu.max").read_text().split()
+        else:
+            most, period = ((group / f"cpu.cfs_{name}_us").read_text().strip() for name in ("quota", "period"))
+        return None if most in ("max", "-1") else int(most) / int(period)
+    except (OSError, ValueError, ZeroDivisionError):
+        return None

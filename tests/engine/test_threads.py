@@ -1,0 +1,87 @@
+"""The number of threads, followed on a clock of the test's."""
+
+from dataclasses import dataclass
+
+import pytest
+
+from dspark_server.engine import threads
+from dspark_server.engine.threads import ThreadCount
+
+
+@dataclass
+class Machine:
+    """Costs of a step by number of threads; `share` of the time is stolen."""
+
+    processors: int
+    costs: dict[int, float]
+    share: float = 0.0
+    now: float = 0.0
+    _stolen: float = 0.0
+
+    def count(self, most: int = 64) -> ThreadCount:
+        return ThreadCount(
+            most,
+            usable=lambda: self.processors,
+            stolen=lambda: (int(self._stolen), int(100 * self.now)),
+            clock=lambda: self.now,
+        )
+
+    def run(self, count: ThreadCount, seconds: float) -> list[int]:
+        """Numbers of threads that it had, each once in a row."""
+        seen = [count.count]
+        for _ in range(int(seconds / 0.05)):
+            self.now += 0.05
+            self._stolen += 5 * self.share
+            changed = count.stepped(self.costs[count.count])
+            assert changed == (count.count != seen[-1])
+            if changed:
+                seen.append(count.count)
+        return seen
+
+
+def test_limits_are_followed_at_once() -> None:
+    machine = Machine(4, dict.fromkeys(range(1, 9), 1.0))
+    count = machine.count(most=8)
+    assert count.count == 4
+    machine.processors = 2
+    assert machine.run(count, threads.LOOK + 0.1) == [4, 2]
+    machine.processors = 64  # never more than asked for
+    assert machine.run(count, threads.LOOK + 0.1) == [2, 8]
+
+
+def test_fewer_threads_stay_where_they_are_faster() -> None:
+    machine = Machine(2, {2: 2.2, 1: 1.8}, share=0.5)
+    count = machine.count()
+    assert machine.run(count, 600) == [2, 1]
+
+
+def test_fewer_threads_go_where_they_are_slower() -> None:
+    machine = Machine(2, {2: 2.0, 1: 3.0}, share=0.5)
+    count = machine.count()
+    assert machine.run(count, threads.WINDOW + 1) == [2, 1]
+    assert machine.run(count, threads.WINDOW + 1) == [1, 2]
+    # Trials become rare: 120, 240, 480, 960, 960 ... seconds apart.
+    assert machine.run(count, 3600).count(1) == 5
+
+
+def test_threads_come_back_when_the_time_does() -> None:
+    machine = Machine(2, {2: 2.2, 1: 1.8}, share=0.5)
+    count = machine.count()
+    assert machine.run(count, 20)[-1] == 1
+    machine.share, machine.costs = 0.0, {2: 1.0, 1: 1.8}
+    assert machine.run(count, threads.WAIT + 2 * threads.WINDOW + 3) == [1, 2]
+    assert machine.run(count, 600) == [2]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.2])
+def test_a_little_stolen_time_changes_nothing(share: float) -> None:
+    machine = Machine(2, {2: 1.0, 1: 1.0}, share=share)
+    assert machine.run(machine.count(), 600) == [2]
+
+
+def test_a_new_limit_ends_a_trial() -> None:
+    machine = Machine(4, {4: 1.0, 2: 1.0, 1: 1.0}, share=0.5)
+    count = machine.count()
+    assert machine.run(count, threads.WINDOW + 1) == [4, 2]
+    machine.processors, machine.share = 1, 0.0
+    assert machine.run(count, 60) == [2, 1]
