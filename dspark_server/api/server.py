@@ -179,9 +179,7 @@ class Server(uvicorn.Server):
         self._loading = asyncio.create_task(self._load_engine())
 
     async def _load_engine(self) -> None:
-        # libgomp keeps a pool of workers per calling thread, and stops spinning between parallel regions once all
-        # pools together have more threads than there are cores. The loading thread's pool ends with it, so that the
-        # step thread's is the only one.
+        # libgomp keeps a pool of workers per calling thread: that of the loading thread ends with it.
         loader = ThreadPoolExecutor(1, thread_name_prefix="loader")
         loaded = loader.submit(self._prepare)
         loader.shutdown(wait=False)

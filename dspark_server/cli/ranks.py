@@ -18,6 +18,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from dspark_server.errors import ConfigError, EngineDeadError
+from dspark_server.runtime.processors import usable
 
 if TYPE_CHECKING:  # torch takes seconds, and a wrong setting should not
     from dspark_server.runtime.device import Device
@@ -113,8 +114,7 @@ class Ranks:
         first = self.rank = node * here
         self._local = 0
         # Before torch is imported: the ranks share the processors.
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // here)))
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable() // here)))
         _check_gpus(device, here)
         if nodes == 1:
             if sys.platform.startswith("linux"):

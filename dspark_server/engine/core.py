@@ -1,9 +1,11 @@
 """Builds an engine from its configuration: model, drafter, KV pool, batcher, step loop."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from dspark_kernels import Kernels
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -19,6 +21,7 @@ from dspark_server.engine.profile import profile
 from dspark_server.engine.request import FinishReason, Request, SamplingParams
 from dspark_server.engine.stats import EngineStats
 from dspark_server.engine.step import StepLoop
+from dspark_server.engine.threads import ThreadCount
 from dspark_server.engine.trace import StepOutput
 from dspark_server.errors import CheckpointError, ConfigError
 from dspark_server.models.decoder import Decoder
@@ -46,6 +49,7 @@ class EngineCore:
     cache_dtype: str
     backend: str
     speculation: str  # which drafter, which policy, for people
+    threads: ThreadCount | None = None  # None: another number of threads was asked for, or a GPU computes
 
     @property
     def batcher(self) -> Batcher:
@@ -83,6 +87,9 @@ class EngineCore:
         """
         failpoints.hit("engine.load")
         place = Place.choose(config, group, device, kernels)
+        threads = None if place.device or "OMP_NUM_THREADS" in os.environ else ThreadCount(torch.get_num_threads())
+        if threads:
+            torch.set_num_threads(threads.count)
         if isinstance(group, TorchGroup):
             announce(place.directory, place.dtype, config, group)
         target = place.load_target(config.max_model_len)
@@ -129,6 +136,7 @@ class EngineCore:
             cache_dtype=str(place.stored).removeprefix("torch."),
             backend=backend,
             speculation=_described(config.speculative, drafter, policy),
+            threads=threads,
         )
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
@@ -161,6 +169,12 @@ class EngineCore:
         if not self.loop.executor.gamma:
             return ("none",)
         return POLICIES if self.loop.capacity else ("fixed", "threshold", "none")
+
+    def follow_processors(self) -> None:
+        """Compute with as many threads as processors may be used now. Step thread only, after a step."""
+        capacity = self.loop.capacity
+        if self.threads and self.threads.stepped(capacity.slowdown if capacity else 1.0):
+            torch.set_num_threads(self.threads.count)
 
     def select(self, policy: str) -> None:
         """Select by another policy from the next step on; it starts without any history. Step thread only."""

@@ -113,6 +113,7 @@ class StepThread:
             held = [*batcher.running, *batcher.waiting]
             try:
                 outputs = self._core.loop.step()
+                self._core.follow_processors()
                 failures = 0
             except EngineDeadError as error:  # no step after it could go better
                 logger.exception("a step failed")
