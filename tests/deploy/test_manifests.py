@@ -170,8 +170,8 @@ def test_tensor_parallel_size_is_the_number_of_gpus_and_divides_the_heads(
         assert size == pods * int(container["resources"]["limits"]["nvidia.com/gpu"])
         target = TARGETS[settings(container, tmp_path, monkeypatch)["model"]]
         assert target["num_attention_heads"] % size == target["num_key_value_heads"] % size == 0
-        environment = {each["name"]: each.get("value") for each in container["env"]}
-        assert int(environment["OMP_NUM_THREADS"]) * (size // pods) == int(container["resources"]["limits"]["cpu"])
+        environment = {each["name"]: each.get("value") for each in container.get("env", ())}
+        assert "OMP_NUM_THREADS" not in environment  # threads follow limits.cpu, also when it changes in place
         if pods > 1:  # how each pod's server knows which ranks are its own
             assert {"MASTER_ADDR", "MASTER_PORT", "NNODES", "NODE_RANK"} <= environment.keys()
 
