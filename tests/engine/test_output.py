@@ -116,7 +116,7 @@ def offline(name: str, prompt: list[int], tokens: list[int], *, skip: bool) -> s
         return backend.decode(tokens, skip_special_tokens=skip)
     before = backend.decode(prompt, skip_special_tokens=skip)
     whole = backend.decode(prompt + tokens, skip_special_tokens=skip)
-    if "\ufffd" not in whole:
+    if "\ufffd" not in before + whole:
         return whole.removeprefix(before)
     special = {token for token, content in backend.get_added_tokens_decoder().items() if content.special}
     entries = [backend.id_to_token(token) for token in tokens if not (skip and token in special)]
