@@ -177,7 +177,7 @@ def test_the_bytes_of_tokens_add_up_to_the_text(prompt: str, text: str) -> None:
             for token in following:
                 spelled += decoder.piece(token)
                 shown += decoder.push([token])
-            assert spelled.decode() == shown + decoder.finish()
+            assert spelled.decode(errors="replace") == shown + decoder.finish()
             assert shown == backend.decode(start + following).removeprefix(backend.decode(start))
 
 
@@ -190,7 +190,7 @@ def test_bytes_are_the_vocabularys(name: str) -> None:
     assert DETOKENIZERS[name].bytes_of(BACKENDS[name].token_to_id("</s>")) == b"</s>"
 
 
-@every_tokenizer
+@pytest.mark.parametrize("name", ["llama_2", "gemma", "metaspace", "unigram"])
 def test_a_character_is_shown_with_its_last_byte(name: str) -> None:
     backend = BACKENDS[name]
     tokens = backend.encode("🙂🙂", add_special_tokens=False).ids[-8:]
