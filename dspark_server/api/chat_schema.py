@@ -31,10 +31,10 @@ TEXT_OR_PARTS: dict[str, Any] = {
             "items": {
                 "type": "object",
                 "properties": {
-                    "type": {"const": "text", "description": "Other kinds are refused."},
-                    "text": {"type": "string", "description": "The text."},
+                    "type": {"enum": list(TEXT_PARTS), "description": "Other kinds are refused."},
+                    "text": {"type": "string", "description": "The text; of a refusal it is `refusal`."},
                 },
-                "required": ["type", "text"],
+                "required": ["type"],
             },
         },
         {"type": "null"},
@@ -44,6 +44,8 @@ TEXT_OR_PARTS: dict[str, Any] = {
 
 class Message(Body):
     """One turn. `content` and `tool_calls` are checked by `Conversation.turns`, which can say what is wrong."""
+
+    parts: ClassVar[dict[str, frozenset[str]]] = {"content": frozenset({"type", *TEXT_PARTS.values()})}
 
     role: str = Field(min_length=1, max_length=MAX_NAME)
     """`system`, `user`, `assistant`, `tool` or any other that the template knows; `developer` may become `system`."""

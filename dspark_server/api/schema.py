@@ -63,6 +63,7 @@ class Body(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False, use_attribute_docstrings=True)
     unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {}  # fields that are refused but for these values
+    parts: ClassVar[dict[str, frozenset[str]]] = {}  # known fields of the objects in lists that others check
 
     @model_validator(mode="before")
     @classmethod
@@ -379,7 +380,15 @@ def _refuse_unsupported(values: dict[str, Any], kind: type[Body], *, within: str
 def _unknown(values: dict[str, Any], kind: type[Body], *, within: str = "") -> dict[str, None]:
     """Fields that `kind` does not know, in order; null is the same as absent, here too."""
     known = {field.alias or name for name, field in kind.model_fields.items()} | kind.unsupported.keys()
-    return dict.fromkeys(within + name for name, value in values.items() if value is not None and name not in known)
+    found = dict.fromkeys(within + name for name, value in values.items() if value is not None and name not in known)
+    for name, inner in kind.parts.items():
+        parts = values.get(name)
+        for part in parts if isinstance(parts, list) else ():
+            fields = part.items() if isinstance(part, dict) else ()
+            found |= {
+                f"{within}{name}[].{key}": None for key, value in fields if value is not None and key not in inner
+            }
+    return found
 
 
 def _biases(given: dict[str, float]) -> tuple[tuple[int, float], ...]:

@@ -192,6 +192,7 @@ def test_null_is_accepted_everywhere(server: Running) -> None:
 
 def test_fields_that_ask_for_nothing_are_accepted(server: Running) -> None:
     idle = {"modalities": ["text"], "function_call": "none", "functions": [], "echo": False, "top_logprobs": 0}
+    idle |= {"stop": [], "stop_token_ids": [], "bad_words": [], "logprobs": False}
     answer = server.chat("say x", tools=[], chat_template_kwargs={}, documents=[{"text": "a"}], store=False, **idle)
     assert answer.json()["choices"][0]["message"]["content"] == "x"
 
@@ -252,6 +253,9 @@ def test_logprobs_in_the_openai_client_and_as_ids(server: Running) -> None:
     assert all(entry.top_logprobs == [] for entry in answer.choices[0].logprobs.content)
     ids = server.engine.tokenizer.encode("a")
     fields = {"logprobs": True, "top_logprobs": 1, "return_tokens_as_token_ids": True}
+    for none in ({}, {"top_logprobs": 0}, {"top_logprobs": None}):
+        plain = server.chat("say a", logprobs=True, **none).json()["choices"][0]["logprobs"]["content"]
+        assert [each["top_logprobs"] for each in plain] == [[], []]
     entry = server.chat("say a", **fields).json()["choices"][0]["logprobs"]["content"][0]
     assert entry["token"] == entry["top_logprobs"][0]["token"] == f"token_id:{ids[0]}"
     assert entry["bytes"] == [97]
@@ -345,10 +349,12 @@ def test_what_the_openai_client_answered_can_be_sent_back(server: Running, caplo
 
 
 def test_unknown_fields_of_messages_are_logged_once(server: Running, caplog: pytest.LogCaptureFixture) -> None:
-    odd = {"role": "user", "content": "say x", "weight": 1, "cache": {"a": 1}, "nothing": None}
+    part = {"type": "text", "text": "say x", "cache_control": {"type": "ephemeral"}, "annotations": None}
+    odd = {"role": "user", "content": [part, part], "weight": 1, "nothing": None}
     assert server.chat([odd, odd, odd], unheard_of=1, store=None).status_code == 200
     lines = [record.message for record in caplog.records if "unknown" in record.message]
-    assert lines == ["ignoring 3 unknown request field(s): 'unheard_of', 'messages[].weight', 'messages[].cache'"]
+    names = "'unheard_of', 'messages[].weight', 'messages[].content[].cache_control'"
+    assert lines == [f"ignoring 3 unknown request field(s): {names}"]
 
 
 def test_a_seed_of_minus_one_is_none(server: Running) -> None:
