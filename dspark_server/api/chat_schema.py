@@ -1,6 +1,6 @@
 """The body of a chat completion: a conversation, which a chat template renders, and how to answer it."""
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 import orjson
 from pydantic import Field
@@ -20,6 +20,9 @@ RESERVED = frozenset(
     {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "chat_template", "tokenize"}
 )
 
+# Kinds of a message's parts that are text, and the field that has it; the last two as in OpenAI's Responses API.
+TEXT_PARTS = {"text": "text", "refusal": "refusal", "input_text": "text", "output_text": "text"}
+
 TEXT_OR_PARTS: dict[str, Any] = {
     "anyOf": [
         {"type": "string"},
@@ -28,10 +31,10 @@ TEXT_OR_PARTS: dict[str, Any] = {
             "items": {
                 "type": "object",
                 "properties": {
-                    "type": {"const": "text", "description": "Other kinds are refused."},
-                    "text": {"type": "string", "description": "The text."},
+                    "type": {"enum": list(TEXT_PARTS), "description": "Other kinds are refused."},
+                    "text": {"type": "string", "description": "The text; of a refusal it is `refusal`."},
                 },
-                "required": ["type", "text"],
+                "required": ["type"],
             },
         },
         {"type": "null"},
@@ -42,14 +45,20 @@ TEXT_OR_PARTS: dict[str, Any] = {
 class Message(Body):
     """One turn. `content` and `tool_calls` are checked by `Conversation.turns`, which can say what is wrong."""
 
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    """Who speaks; a template that does not know `developer` gets `system`."""
+    parts: ClassVar[dict[str, frozenset[str]]] = {"content": frozenset({"type", *TEXT_PARTS.values()})}
+
+    role: str = Field(min_length=1, max_length=MAX_NAME)
+    """`system`, `user`, `assistant`, `tool` or any other that the template knows; `developer` may become `system`."""
     content: Any = Field(None, json_schema_extra=TEXT_OR_PARTS)
     """Text, or a list of text parts, which stand on lines of their own."""
     name: str | None = Field(None, max_length=MAX_NAME)
     """Handed to the template."""
+    reasoning: str | None = None
+    """Handed to the template, under both names."""
     reasoning_content: str | None = None
-    """Handed to the template."""
+    """Older name of `reasoning`."""
+    refusal: str | None = None
+    """Content of an assistant that has none else."""
     tool_calls: Annotated[list[dict[str, Any]], Field(max_length=MAX_TOOL_CALLS, fail_fast=True)] | None = None
     """Calls the assistant made, as OpenAI has them; `arguments` is a JSON object as text, or the object."""
     tool_call_id: str | None = Field(None, max_length=MAX_NAME)
@@ -125,7 +134,11 @@ class Conversation(Body):
             )
         for index, tool in enumerate(self.tools or ()):
             function = tool.get("function")
-            if tool.get("type") != "function" or not isinstance(function, dict) or not _is_name(function.get("name")):
+            if (
+                tool.get("type") not in ("function", None)
+                or not isinstance(function, dict)
+                or not _is_name(function.get("name"))
+            ):
                 raise RequestError(
                     f'`tools.{index}` must be {{"type": "function", "function": {{"name": …}}}}, the name of at most '
                     f"{MAX_NAME} characters.",
@@ -148,7 +161,7 @@ class ChatRequest(Conversation, GenerationRequest):
     }
 
     max_tokens: int | None = Field(None, ge=1, le=LARGEST_COUNT)
-    """OpenAI's older name of `max_completion_tokens`."""
+    """OpenAI's older name of `max_completion_tokens`; of two the smaller counts."""
     max_completion_tokens: int | None = Field(None, ge=1, le=LARGEST_COUNT)
     """Most tokens of the answer; absent: as many as the context holds."""
     logprobs: bool = False
@@ -163,10 +176,11 @@ class ChatRequest(Conversation, GenerationRequest):
 
     @property
     def limit(self) -> tuple[str, int | None]:
-        """Most tokens of the answer, and the field that says so."""
-        if self.max_completion_tokens is None and self.max_tokens is not None:
-            return "max_tokens", self.max_tokens
-        return "max_completion_tokens", self.max_completion_tokens
+        """Most tokens of the answer, the smaller of both fields, and the field that says so."""
+        most, older = self.max_completion_tokens, self.max_tokens
+        if older is not None and (most is None or older < most):
+            return "max_tokens", older
+        return "max_completion_tokens", most
 
     def check(self) -> None:
         """See the base."""
@@ -174,24 +188,28 @@ class ChatRequest(Conversation, GenerationRequest):
         self.check_conversation()
         if self.top_logprobs and not self.logprobs:
             raise RequestError("`top_logprobs` needs `logprobs: true`.", param="top_logprobs")
-        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
-            raise RequestError(
-                "`max_tokens` and `max_completion_tokens` mean the same and differ; send one of them.",
-                param="max_completion_tokens",
-            )
         name, limit = self.limit
         if limit is not None and self.min_tokens > limit:
             raise RequestError(f"`min_tokens` must not exceed `{name}`.", param="min_tokens")
 
 
 def _turn(message: Message, place: str) -> dict[str, Any]:
-    turn: dict[str, Any] = {"role": message.role, "content": _text(message.content, place)}
-    if message.content is None and (message.role != "assistant" or not message.tool_calls):
+    content, reasoning = message.content, message.reasoning
+    if content is None:
+        content = message.refusal
+    if reasoning is None:
+        reasoning = message.reasoning_content
+    if content is None and not message.tool_calls and reasoning is None:
         needed = "content or tool calls" if message.role == "assistant" else "content"
         raise RequestError(f"`{place}` needs {needed}.", param="messages")
-    for name in ("name", "reasoning_content", "tool_call_id"):
-        if (value := getattr(message, name)) is not None:
-            turn[name] = value
+    turn: dict[str, Any] = {"role": message.role, "content": _text(content, place)}
+    told = {
+        "name": message.name,
+        "reasoning": reasoning,
+        "reasoning_content": reasoning,
+        "tool_call_id": message.tool_call_id,
+    }
+    turn |= {name: value for name, value in told.items() if value is not None}
     if message.tool_calls:
         turn["tool_calls"] = [
             _call(call, f"{place}.tool_calls.{index}") for index, call in enumerate(message.tool_calls)
@@ -213,15 +231,19 @@ def _text(content: Any, place: str) -> str:
     for part in content:
         if not isinstance(part, dict) or not isinstance(part.get("type"), str):
             raise RequestError(f'`{place}.content` must hold {{"type": "text", "text": …}} only.', param="messages")
-        if part["type"] != "text":
+        kind = part["type"]
+        if kind not in TEXT_PARTS:
             raise RequestError(
                 f"`{place}.content` has a part that is not text; this model takes text only.",
                 param="messages",
                 code="unsupported",
             )
-        if not isinstance(part.get("text"), str):
-            raise RequestError(f"`{place}.content` has a text part without its `text`.", param="messages")
-        texts.append(part["text"])
+        text = part.get(TEXT_PARTS[kind])
+        if not isinstance(text, str):
+            raise RequestError(
+                f"`{place}.content` has a {kind} part without its `{TEXT_PARTS[kind]}`.", param="messages"
+            )
+        texts.append(text)
     return "\n".join(texts)
 
 
@@ -231,7 +253,7 @@ def _call(call: dict[str, Any], place: str) -> dict[str, Any]:
     if (
         not isinstance(function, dict)
         or not _is_name(function.get("name"))
-        or call.get("type", "function") != "function"
+        or call.get("type") not in ("function", None)
     ):
         raise RequestError(f"`{place}` must be a function call with a name.", param="messages")
     arguments = function.get("arguments") or {}

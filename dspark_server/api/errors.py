@@ -10,6 +10,7 @@ import orjson
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 
+from dspark_server.api.routing import explained
 from dspark_server.errors import CapacityError, DeadlineError, EngineDeadError, LimitError, RequestError
 
 logger = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ def describe(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
     if isinstance(error, GenerationError):
         return 500, error_object(500, str(error), code="generation_failed"), {}
     if isinstance(error, HTTPException):
-        return _routing(error)
+        return error.status_code, error_object(error.status_code, error.detail), dict(error.headers or {})
     logger.error("unexpected error in a request", exc_info=error)
     return 500, error_object(500, "Internal server error."), {}
 
@@ -69,14 +70,7 @@ def install(app: FastAPI) -> None:
     """Make every exception that leaves a route an error object."""
 
     async def handle(request: Request, error: Exception) -> Response:
-        return error_response(error)
+        return error_response(explained(request, error) if isinstance(error, HTTPException) else error)
 
     for kind in (RequestError, CapacityError, EngineDeadError, GenerationError, HTTPException):
         app.add_exception_handler(kind, handle)
-
-
-def _routing(error: HTTPException) -> tuple[int, dict[str, Any], dict[str, str]]:
-    """What the router raises by itself: an unknown path, or a known one with another method."""
-    messages = {404: "There is nothing at this path.", 405: "This path does not take this method."}
-    message = messages.get(error.status_code, "The request could not be served.")
-    return error.status_code, error_object(error.status_code, message), dict(error.headers or {})

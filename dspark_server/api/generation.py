@@ -17,7 +17,7 @@ from dspark_server.api.drafts import DraftRecord
 from dspark_server.api.metrics import Metrics
 from dspark_server.engine.engine import AsyncEngine, Handle
 from dspark_server.engine.logprobs import TokenLogprob
-from dspark_server.engine.output import TextStream
+from dspark_server.engine.output import TextStream, TokenDecoder
 from dspark_server.engine.request import FinishReason
 from dspark_server.engine.thread import TokenEvent
 from dspark_server.errors import DSparkServerError
@@ -44,6 +44,7 @@ class Choice:
         "cached_tokens",
         "completion_tokens",
         "cumulative_logprob",
+        "decoder",
         "drafts",
         "finish_reason",
         "finish_sent",
@@ -92,7 +93,8 @@ class Choice:
         self.prompt_logprobs: list[TokenLogprob | None] | None = None
         self.siblings: list[Choice] = []  # of the first choice for a prompt: the others for it
         self.cumulative_logprob = 0.0
-        self.text_offset = 0  # characters of the tokens whose log-probabilities have been sent
+        self.decoder: TokenDecoder | None = None  # of the tokens whose log-probabilities have been sent
+        self.text_offset = 0  # characters of theirs
         self.completion_tokens = 0
         self.cached_tokens = 0
         self.drafts = generation.draft_record()

@@ -6,7 +6,7 @@ from dspark_server.api.chat_schema import ChatRequest
 from dspark_server.api.generation import Choice
 from dspark_server.api.schema import CompletionRequest, GenerationRequest
 from dspark_server.engine.logprobs import TokenLogprob
-from dspark_server.engine.output import Detokenizer
+from dspark_server.engine.output import Detokenizer, TokenDecoder
 
 LOWEST = -9999.0  # JSON has no -inf
 
@@ -19,6 +19,7 @@ class Logprobs:
         self._count = count
         self._prompt_count = body.prompt_logprobs
         self._as_ids = body.return_tokens_as_token_ids
+        self._skip_special_tokens = body.skip_special_tokens
 
     def take(self, choice: Choice) -> dict[str, Any] | None:
         """The log-probabilities of the tokens that are new."""
@@ -42,8 +43,16 @@ class Logprobs:
             for token, value, rank in ranked
         }
 
-    def _text(self, token: int) -> str:
-        return f"token_id:{token}" if self._as_ids else self._detokenizer.text_of(token)
+    def _decoder(self, choice: Choice, *, echo: bool = False) -> TokenDecoder:
+        """The decoder of the choice's tokens (an echoed prompt's, too), as far as they have been taken."""
+        if choice.decoder is None:
+            before = [] if echo else choice.prompt
+            choice.decoder = self._detokenizer.decoder(before, skip_special_tokens=self._skip_special_tokens)
+        return choice.decoder
+
+    def _text(self, token: int, piece: bytes) -> str:
+        """Name of a token with these bytes: its text, with U+FFFD for part of a character."""
+        return f"token_id:{token}" if self._as_ids else piece.decode(errors="replace")
 
 
 class CompletionLogprobs(Logprobs):
@@ -54,7 +63,10 @@ class CompletionLogprobs(Logprobs):
         self._echo = body.echo
 
     def take(self, choice: Choice) -> dict[str, Any] | None:
-        """Lists for the tokens that are new; an echoed prompt's tokens come with the first. None if not asked for."""
+        """Lists for the tokens that are new; an echoed prompt's tokens come with the first. None if not asked for.
+
+        `text_offset`: characters of the text before the one that the token begins or goes on with.
+        """
         if self._count is None:
             return None
         rows: list[tuple[int, TokenLogprob | None]] = []
@@ -62,21 +74,21 @@ class CompletionLogprobs(Logprobs):
             rows = list(zip(choice.prompt, choice.prompt_logprobs, strict=True))
         rows += [(each.token, each) for each in choice.pending_logprobs]
         choice.pending_logprobs = []
+        decoder = self._decoder(choice, echo=self._echo)
         tokens, values, tops, offsets = [], [], [], []
         for token, each in rows:
-            text = self._text(token)
-            tokens.append(text)
+            tokens.append(self._text(token, decoder.piece(token)))
             values.append(None if each is None else max(each.logprob, LOWEST))
-            tops.append(None if each is None else self._top(each, self._count))
+            tops.append(None if each is None else self._top(each, self._count, decoder))
             offsets.append(choice.text_offset)
-            choice.text_offset += len(text)
+            choice.text_offset += len(decoder.push((token,)))
         return {"tokens": tokens, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}
 
-    def _top(self, each: TokenLogprob, count: int) -> dict[str, float]:
+    def _top(self, each: TokenLogprob, count: int, decoder: TokenDecoder) -> dict[str, float]:
         """The token and the likeliest ones; where two share a text, the likelier."""
         best: dict[str, float] = {}
         for token, value in [(each.token, each.logprob), *each.top[:count]]:
-            text = self._text(token)
+            text = self._text(token, decoder.piece(token))
             best[text] = max(value, best.get(text, LOWEST))
         return best
 
@@ -91,17 +103,16 @@ class ChatLogprobs(Logprobs):
         """Entries of the tokens that are new. None if not asked for."""
         if self._count is None:
             return None
+        decoder, count = self._decoder(choice), self._count
         new, choice.pending_logprobs = choice.pending_logprobs, []
-        return {"content": [self._entry(each, self._count) for each in new]}
+        content = []
+        for each in new:
+            top = [self._described(token, value, decoder) for token, value in each.top[:count]]
+            content.append({**self._described(each.token, each.logprob, decoder), "top_logprobs": top})
+            decoder.push((each.token,))
+        return {"content": content}
 
-    def _entry(self, each: TokenLogprob, count: int) -> dict[str, Any]:
-        top = [self._described(token, value) for token, value in each.top[:count]]
-        return {**self._described(each.token, each.logprob), "top_logprobs": top}
-
-    def _described(self, token: int, value: float) -> dict[str, Any]:
-        """`bytes` are exact even where a token is only part of a character."""
-        return {
-            "token": self._text(token),
-            "logprob": max(value, LOWEST),
-            "bytes": list(self._detokenizer.bytes_of(token)),
-        }
+    def _described(self, token: int, value: float, decoder: TokenDecoder) -> dict[str, Any]:
+        """`bytes` are exact even where a token is only part of a character: those of all tokens are the text."""
+        piece = decoder.piece(token)
+        return {"token": self._text(token, piece), "logprob": max(value, LOWEST), "bytes": list(piece)}

@@ -50,4 +50,4 @@ class Prompting:
 
     def piece(self, token: int) -> str:
         """One token as it can be shown alone: a special one by its name, part of a character as U+FFFD."""
-        return self._intake.detokenizer.decode([token], skip_special_tokens=False)
+        return self._intake.detokenizer.text_of(token)

@@ -185,7 +185,9 @@ _ANSWERS = """\
 | `usage` | `prompt_tokens` (a prompt counts once, whatever `n`), `completion_tokens`, `total_tokens`, `prompt_tokens_details.cached_tokens` |
 | `metrics` | with `--per-request-spec-decode-metrics`: [what became of the drafts](monitoring.md) |
 
-Log-probabilities are the target's own, before temperature, penalties and masks; drafting does not change them.
+Log-probabilities are the target's own, before temperature, penalties and masks; drafting does not change them. The
+`bytes` of a chat's tokens, one after the other, are the text in UTF-8 (the end token has its own besides); `token` is
+the same as text, with U+FFFD for part of a character. `text_offset` is the place of a token in `text`, in characters.
 
 A stream has one event, `data: {...}`, for each step that gave a choice text, and a last one of each choice with its
 `finish_reason`; none is empty before the first text. With `include_usage` one more follows with `"choices": []`. The end
@@ -201,8 +203,8 @@ place where a form (a schema, an expression) cannot be compiled.
 | --- | --- | --- |
 | 400 | `invalid_request_error` | a field is wrong (`param` names it), not served (`code` is `unsupported`), or prompt and answer do not fit into the context (`context_length_exceeded`) |
 | 401 | `invalid_request_error` | no API key, or a wrong one (`invalid_api_key`) |
-| 404 | `not_found_error` | no such path, or no such model (`model_not_found`) |
-| 405 | `invalid_request_error` | the path does not take this method |
+| 404 | `not_found_error` | no such path (the message names routes of other servers, and what to use instead), or no such model (`model_not_found`) |
+| 405 | `invalid_request_error` | the path does not take this method; `Allow` has those it takes |
 | 408 | `invalid_request_error` | the body did not arrive in time |
 | 413, 431 | `invalid_request_error` | body or headers are too large |
 | 429 | `rate_limit_error` | the API key has too many requests running, or sent too many in a minute: with `Retry-After` (`rate_limit_exceeded`) |

@@ -17,6 +17,7 @@ logger = logging.getLogger(__name__)
 
 LARGEST_COUNT = 2**31 - 1
 LARGEST_SEED = 2**64 - 1
+NO_SEED = -1  # as in vLLM
 MAX_CHOICES = 128
 MAX_STOPS = 32
 MAX_STOP_LENGTH = 256  # characters
@@ -62,6 +63,7 @@ class Body(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False, use_attribute_docstrings=True)
     unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {}  # fields that are refused but for these values
+    parts: ClassVar[dict[str, frozenset[str]]] = {}  # known fields of the objects in lists that others check
 
     @model_validator(mode="before")
     @classmethod
@@ -153,8 +155,8 @@ class GenerationRequest(Body):
     """Sample from these tokens only."""
     bad_words: Annotated[list[BadWord], Field(max_length=MAX_BAD_WORDS, fail_fast=True)] = []
     """Texts that must not come up in the answer."""
-    seed: int | None = Field(None, ge=0, le=LARGEST_SEED)
-    """The same seed gives the same answer, drafted or not; absent: a random one."""
+    seed: int | None = Field(None, ge=NO_SEED, le=LARGEST_SEED)
+    """The same seed gives the same answer, drafted or not; absent or -1: a random one."""
     stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS, fail_fast=True)] = []
     """Ends the answer where one of these comes up; `stop_reason` says which."""
     stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKENS, fail_fast=True)] = []
@@ -242,7 +244,7 @@ class GenerationRequest(Body):
             top_p=self.top_p,
             top_k=max(self.top_k, 0),
             min_p=self.min_p,
-            seed=self.seed,
+            seed=None if self.seed == NO_SEED else self.seed,
             stop_token_ids=frozenset(self.stop_token_ids),
             ignore_eos=self.ignore_eos,
             frequency_penalty=self.frequency_penalty,
@@ -344,16 +346,22 @@ def read_object(body: bytes) -> dict[str, Any]:
 
 
 def validated(kind: type[Valid], values: dict[str, Any]) -> Valid:
-    """Check fields one by one; unknown ones are ignored with a warning. Raises RequestError (400)."""
-    _warn_unknown(values, kind)
+    """Check fields one by one; unknown ones are ignored with one warning. Raises RequestError (400)."""
     try:
         body = kind.model_validate(values)
     except ValidationError as error:
         raise _as_request_error(error) from None
+    unknown = _unknown(values, kind)
     for name, part in body:
         if isinstance(part, Body):
-            _warn_unknown(values[name], type(part))
+            unknown |= _unknown(values[name], type(part), within=f"{name}.")
             _refuse_unsupported(values[name], type(part), within=f"{name}.")
+        elif isinstance(part, list) and part and isinstance(part[0], Body):
+            for each in values[name]:
+                unknown |= _unknown(each, type(part[0]), within=f"{name}[].")
+    if unknown:
+        shown = ", ".join(repr(name[:40]) for name in list(unknown)[:8])
+        logger.warning("ignoring %d unknown request field(s): %s", len(unknown), shown)
     return body
 
 
@@ -369,12 +377,18 @@ def _refuse_unsupported(values: dict[str, Any], kind: type[Body], *, within: str
         raise RequestError(message, param=within.rstrip(".") or name, code="unsupported")
 
 
-def _warn_unknown(values: dict[str, Any], kind: type[Body]) -> None:
-    known = {field.alias or name for name, field in kind.model_fields.items()}
-    unknown = [name for name in values if name not in known and name not in kind.unsupported]
-    if unknown:
-        shown = ", ".join(repr(name[:40]) for name in unknown[:8])
-        logger.warning("ignoring %d unknown request field(s): %s", len(unknown), shown)
+def _unknown(values: dict[str, Any], kind: type[Body], *, within: str = "") -> dict[str, None]:
+    """Fields that `kind` does not know, in order; null is the same as absent, here too."""
+    known = {field.alias or name for name, field in kind.model_fields.items()} | kind.unsupported.keys()
+    found = dict.fromkeys(within + name for name, value in values.items() if value is not None and name not in known)
+    for name, inner in kind.parts.items():
+        parts = values.get(name)
+        for part in parts if isinstance(parts, list) else ():
+            fields = part.items() if isinstance(part, dict) else ()
+            found |= {
+                f"{within}{name}[].{key}": None for key, value in fields if value is not None and key not in inner
+            }
+    return found
 
 
 def _biases(given: dict[str, float]) -> tuple[tuple[int, float], ...]:

@@ -1,20 +1,18 @@
 """From tokens to text: incremental detokenization and stop strings.
 
 `Detokenizer` is built once per tokenizer, `TextStream` once per choice. The law both keep: the concatenated pieces of a
-stream equal the decode of all its tokens at once, whatever the chunking, and no piece ends inside a character.
-
-ByteLevel tokenizers (SmolLM2, Llama 3, Qwen ...) have one fixed byte string per token, so a table and a UTF-8 decoder
-are exact. All others decode a short window of tokens twice, as vLLM does, and print what the newest tokens added.
+stream are the UTF-8 of all its tokens' bytes, whatever the chunking, and no piece ends inside a character. Wherever
+these bytes are valid, that is the tokenizer's own decode of all tokens at once.
 """
 
 import codecs
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
+from operator import itemgetter
 from typing import Any
 
 REPLACEMENT = "\ufffd"
-_BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
-_LONGEST_WINDOW = 64  # tokens a window may hold back before it is printed as it stands
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 class TextStream:
@@ -137,104 +135,55 @@ class StopMatcher:
 
 
 class TokenDecoder:
-    """Interface of the two decoders below: tokens in, whole characters out."""
+    """Text of tokens that arrive one after the other: every token has fixed bytes, the text is the UTF-8 of them all.
 
-    def push(self, tokens: Sequence[int]) -> str:
-        """Text that the tokens complete."""
-        raise NotImplementedError
-
-    def finish(self) -> str:
-        """Text of what is incomplete at the end."""
-        raise NotImplementedError
-
-
-class ByteTokenDecoder(TokenDecoder):
-    """One byte string per token id, and UTF-8. Output bytes alone are decoded, so nothing of a prompt can leak in."""
-
-    __slots__ = ("_decode", "_table")
-
-    def __init__(self, table: list[bytes]) -> None:
-        self._table = table
-        # Both this codec and Rust's from_utf8_lossy write one U+FFFD per maximal invalid subpart.
-        self._decode: Callable[..., str] = codecs.getincrementaldecoder("utf-8")("replace").decode
-
-    def push(self, tokens: Sequence[int]) -> str:
-        """Text that the tokens complete."""
-        table = self._table
-        try:
-            return self._decode(b"".join([table[token] for token in tokens]))
-        except IndexError:  # a row of the padded embedding that no token uses
-            return self._decode(b"".join([table[token] for token in tokens if token < len(table)]))
-
-    def finish(self) -> str:
-        """Text of what is incomplete at the end."""
-        return self._decode(b"", True)
-
-
-class WindowTokenDecoder(TokenDecoder):
-    """Decodes the tokens shown last, and these with the new ones behind them; what the second has more is new.
-
-    decode: Rust decoder, special tokens shown.   size: ids from here on do not exist.
-    byte_tokens: ids spelled <0xXX>.   ignored: special ids, when they are to be skipped.   context: see below.
-
-    The window opens with one ordinary token of the prompt, so that a SentencePiece space at the beginning of the output
-    is kept; as it is neither special nor a byte, it cannot leak into the output. A run of byte tokens is held back
-    until a token of another kind ends it, because its last byte decides how the decoder prints all of it.
+    pieces: bytes of each token id. hidden: ids that the text leaves out. opening: bytes of a token that begins the
+    text, where SentencePiece drops a space; None if other text stands before it.
     """
 
-    __slots__ = ("_byte_tokens", "_decode", "_ignored", "_shown", "_size", "_window")
+    __slots__ = ("_decode", "_hidden", "_opening", "_pieces")
 
     def __init__(
-        self,
-        decode: Callable[[Sequence[int]], str],
-        *,
-        size: int,
-        byte_tokens: frozenset[int],
-        ignored: frozenset[int],
-        context: list[int],
+        self, pieces: list[bytes], *, hidden: frozenset[int], opening: Callable[[int], bytes] | None = None
     ) -> None:
-        self._decode = decode
-        self._size = size
-        self._byte_tokens = byte_tokens
-        self._ignored = ignored
-        self._window = context
-        self._shown = len(context)
+        self._pieces = pieces
+        self._hidden = hidden
+        self._opening = opening
+        # Like Rust's from_utf8_lossy, this codec writes one U+FFFD per maximal invalid subpart.
+        self._decode: Callable[..., str] = codecs.getincrementaldecoder("utf-8")("replace").decode
+
+    def piece(self, token: int) -> bytes:
+        """Bytes of `token` if it comes next, also of a hidden one."""
+        if self._opening is not None:
+            return self._opening(token)
+        return self._pieces[token] if token < len(self._pieces) else b""
 
     def push(self, tokens: Sequence[int]) -> str:
-        """Text that the tokens complete."""
-        return "".join([self._push(token) for token in tokens])
-
-    def _push(self, token: int) -> str:
-        if token in self._ignored or token >= self._size:
-            return ""  # the decoder does not see it either: a run of bytes goes on behind it
-        self._window.append(token)
-        if token in self._byte_tokens:
-            return ""
-        return self._advance(at_end=False)
+        """Characters that the tokens complete."""
+        if self._opening is None:
+            pieces, hidden = self._pieces, self._hidden
+            try:
+                return self._decode(b"".join([pieces[token] for token in tokens if token not in hidden]))
+            except IndexError:  # a row of the padded embedding that no token uses
+                pass
+        return self._decode(b"".join([self._take(token) for token in tokens]))
 
     def finish(self) -> str:
-        """Text of what is incomplete at the end."""
-        return self._advance(at_end=True)
+        """The end of the text: U+FFFD if it ends inside a character."""
+        return self._decode(b"", True)
 
-    def _advance(self, *, at_end: bool) -> str:
-        window, shown = self._window, self._shown
-        before = self._decode(window[:shown])
-        after = self._decode(window)
-        if not at_end:
-            if len(after) <= len(before):  # no text of its own, e.g. a mark that joins the next token
-                return ""
-            if after.endswith(REPLACEMENT) and len(window) - shown < _LONGEST_WINDOW:
-                return ""
-        del window[:shown]
-        self._shown = len(window)
-        return after[len(before) :]
+    def _take(self, token: int) -> bytes:
+        if token in self._hidden or token >= len(self._pieces):
+            return b""
+        piece, self._opening = self.piece(token), None
+        return piece
 
 
 class Detokenizer:
-    """Builds text streams for one tokenizer; safe to share, its tables never change.
+    """Bytes of tokens, decoders and text streams of one tokenizer; safe to share, its table never changes.
 
-    `tokenizer` is a transformers fast tokenizer. Its `clean_up_tokenization_spaces` is not applied: it rewrites text
-    that has already been sent.
+    `tokenizer` is a transformers fast tokenizer, ByteLevel (SmolLM2, Llama 3, Qwen ...) or SentencePiece (Llama 2,
+    Mistral, Gemma ...). Its `clean_up_tokenization_spaces` is not applied: it rewrites text that has already been sent.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -242,19 +191,8 @@ class Detokenizer:
         added = self._backend.get_added_tokens_decoder()
         self._special = frozenset(token for token, content in added.items() if content.special)
         vocabulary: dict[str, int] = self._backend.get_vocab(with_added_tokens=True)
-        self._byte_tokens = frozenset(i for text, i in vocabulary.items() if _BYTE_TOKEN.fullmatch(text))
-        self._size = max(vocabulary.values(), default=-1) + 1
         self.longest_token = max(map(len, vocabulary), default=1)  # characters; no token is made of more
-        self._table = _byte_table(self._backend, vocabulary, self._size)
-        if self._table is not None:
-            self._table_without_special = list(self._table)
-            for token in self._special:
-                self._table_without_special[token] = b""
-
-    @property
-    def is_byte_level(self) -> bool:
-        """Whether the fast exact path is in use."""
-        return self._table is not None
+        self._pieces = _pieces(self._backend, vocabulary, added)
 
     def stream(
         self,
@@ -266,60 +204,62 @@ class Detokenizer:
         skip_special_tokens: bool = True,
     ) -> TextStream:
         """A text stream for one choice that continues `prompt` (token ids)."""
-        decoder = self._decoder(prompt, skip_special_tokens)
+        decoder = self.decoder(prompt, skip_special_tokens=skip_special_tokens)
         return TextStream(decoder, matcher, min_tokens=min_tokens, include_stop=include_stop)
 
+    def decoder(self, before: Sequence[int] = (), *, skip_special_tokens: bool = True) -> TokenDecoder:
+        """A decoder of the tokens that follow `before` (token ids)."""
+        hidden: frozenset[int] = self._special if skip_special_tokens else frozenset()
+        opens = all(token in hidden or token >= len(self._pieces) for token in before)
+        return TokenDecoder(self._pieces, hidden=hidden, opening=self._opening if opens else None)
+
     def text_of(self, token: int) -> str:
-        """Text of one token by itself; part of a character shows as U+FFFD."""
-        if self._table is None:
-            return self.decode([token], skip_special_tokens=False)
-        return self._table[token].decode(errors="replace") if token < len(self._table) else ""
+        """Text of one token inside a text; part of a character shows as U+FFFD."""
+        return self.bytes_of(token).decode(errors="replace")
 
     def bytes_of(self, token: int) -> bytes:
-        """Bytes of one token, also where they are only part of a character."""
-        if self._table is None:
-            return self.text_of(token).encode()
-        return self._table[token] if token < len(self._table) else b""
+        """Bytes of one token inside a text, also where they are only part of a character."""
+        return self._pieces[token] if token < len(self._pieces) else b""
 
     def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of a whole token list, e.g. of a prompt given as ids."""
-        return str(self._backend.decode(list(tokens), skip_special_tokens=skip_special_tokens))
+        decoder = self.decoder(skip_special_tokens=skip_special_tokens)
+        return decoder.push(tokens) + decoder.finish()
 
-    def _decoder(self, prompt: Sequence[int], skip_special_tokens: bool) -> TokenDecoder:
-        if self._table is not None:
-            return ByteTokenDecoder(self._table_without_special if skip_special_tokens else self._table)
-        decode = self._backend.decode
-        return WindowTokenDecoder(
-            lambda tokens: decode(tokens, skip_special_tokens=False),
-            size=self._size,
-            byte_tokens=self._byte_tokens,
-            ignored=self._special if skip_special_tokens else frozenset(),
-            context=self._context(prompt),
-        )
-
-    def _context(self, prompt: Sequence[int]) -> list[int]:
-        """The prompt's last ordinary token, if there is one among its last few."""
-        for token in reversed(prompt[-16:]):
-            text = "" if token in self._byte_tokens else self.decode([token, token])  # special tokens give no text
-            if text.strip() and REPLACEMENT not in text:
-                return [token]
-        return []
+    def _opening(self, token: int) -> bytes:
+        """Bytes of a token that begins a text: the last of its bytes, where the decoder drops a space."""
+        piece, alone = self.bytes_of(token), self._backend.decode([token], skip_special_tokens=False).encode()
+        return alone if piece.endswith(alone) else piece
 
 
-def _byte_table(backend: Any, vocabulary: dict[str, int], size: int) -> list[bytes] | None:
-    """Bytes of every token id of a ByteLevel tokenizer; None when the tokenizer is of another kind."""
-    if type(backend.decoder).__name__ != "ByteLevel":
-        return None
-    texts = backend.decode_batch([[token] for token in range(size)], skip_special_tokens=False)
-    table = [text.encode() for text in texts]
+def _pieces(backend: Any, vocabulary: dict[str, int], added: Container[int]) -> list[bytes]:
+    """Bytes of every token id inside a text: what the decoder prints for it behind an ordinary token.
+
+    Where that is no whole character, the vocabulary's entry spells the bytes: <0xE2>, or in ByteLevel's alphabet.
+    """
+    before = _ordinary(backend, vocabulary, added)
+    prefix = backend.decode(before)
+    size = max(vocabulary.values(), default=-1) + 1
+    texts = backend.decode_batch([[*before, token] for token in range(size)], skip_special_tokens=False)
+    pieces = [text.removeprefix(prefix).encode() for text in texts]
     alphabet = _byte_alphabet()
-    for text, token in vocabulary.items():
-        if REPLACEMENT in texts[token]:  # part of a character: its bytes are spelled in the ByteLevel alphabet
-            if all(character in alphabet for character in text):
-                table[token] = bytes(alphabet[character] for character in text)
-            else:
-                table[token] = text.encode()
-    return table
+    for entry, token in vocabulary.items():
+        if REPLACEMENT not in texts[token] or REPLACEMENT in entry:
+            continue
+        if byte := _BYTE_TOKEN.fullmatch(entry):
+            pieces[token] = bytes.fromhex(byte[1])
+        elif all(letter in alphabet for letter in entry):
+            pieces[token] = bytes(alphabet[letter] for letter in entry)
+    return pieces
+
+
+def _ordinary(backend: Any, vocabulary: dict[str, int], added: Container[int]) -> list[int]:
+    """The first token with a text of its own, [] if there is none."""
+    for entry, token in sorted(vocabulary.items(), key=itemgetter(1)):
+        text = "" if token in added or _BYTE_TOKEN.fullmatch(entry) else backend.decode([token])
+        if text.strip() and REPLACEMENT not in text:
+            return [token]
+    return []
 
 
 def _byte_alphabet() -> dict[str, int]:

@@ -130,11 +130,11 @@ class StepLoop:
             accepted = self._acceptance(verified, drafted, sampling_batch(verified.requests))
             if self._trace:
                 self._trace(StepTrace(drafted, verified, accepted, load, self.selection))
-        if drafted and accepted:
-            self._learn(drafted, verified, accepted)
         self._count_drafting(plan, drafted)
         failpoints.hit("step.commit")
         outputs = self._commit(plan, prefixes, verified, accepted)
+        if drafted:
+            self._learn(drafted, outputs)
         tokens = load.tokens + draft_tokens
         self.stats.steps += 1
         self.stats.iteration_tokens.append(tokens)
@@ -291,26 +291,32 @@ class StepLoop:
         draft = DraftTokens(drafted.block.tokens, drafted.block.q, torch.tensor(rows), drafted.block.columns)
         return self._judge(verified.logits, verified.row_start, draft, lengths, sampling, self._streams)
 
-    def _learn(self, drafted: Drafted, verified: Verification, accepted: Accepted) -> None:
-        """Keep what drafts came to: for all to see, and in each request's records, of the drafter and of copies."""
-        stood = dict(zip(verified.requests, accepted.count.tolist(), strict=True))
+    def _learn(self, drafted: Drafted, outputs: list[StepOutput]) -> None:
+        """Record the acceptance of drafts, in the counters and in each request's histories (of the drafter, of copies).
+
+        Draft tokens past the end of an answer were neither accepted nor rejected, nor were those of a failed request.
+        """
+        accepted = {output.request: output.accepted for output in outputs}
+        ended = {output.request for output in outputs if len(output.tokens) <= output.accepted}
         survival, told = drafted.survival.nan_to_num().tolist(), drafted.block.told
         rows = zip(drafted.requests, drafted.lengths, survival, strict=True)
-        for row, (request, length, chances) in enumerate(rows):
+        for row, (request, verified, chances) in enumerate(rows):
+            stood = accepted[request]
+            length = stood if request in ended else verified
             for position, chance in enumerate(chances[:length]):
                 kind = self.stats.survival[min(int(chance * SURVIVAL_BINS), SURVIVAL_BINS - 1)]
                 kind.judged += 1
                 kind.predicted += chance
-                kind.survived += position < stood[request]
+                kind.survived += position < stood
             if row >= drafted.backbone:
                 if length:
-                    request.copied.judged(length, stood[request])
+                    request.copied.judged(length, stood)
                 continue
             for record in (request.history, self._everyone):
                 if told:
                     record.expected(chances[: self._block])
                 else:
-                    record.judged(length, stood[request])
+                    record.judged(length, stood)
 
     def _commit(
         self, plan: Plan, prefixes: dict[Request, list[int]], verified: Verification, accepted: Accepted | None
@@ -340,8 +346,8 @@ class StepLoop:
                 continue
             prefix = prefixes.get(request, [])
             taken = request.commit([*prefix[:kept], token])
-            # Rows past an early end belong to no committed token.
-            self.batcher.advance(request, min(entry.count + kept, request.pending))
+            kept = min(kept, len(taken))  # drafts past an early end are not committed, and no row of theirs counts
+            self.batcher.advance(request, entry.count + kept)
             self._count_tokens(len(taken), len(prefix), kept)
             if request.finish_reason is not None:
                 ended.append(request)

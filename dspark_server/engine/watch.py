@@ -122,19 +122,19 @@ class StepWatch:
 
     def _look(self, trace: StepTrace, due: bool) -> None:
         row_of = {request: row for row, request in enumerate(trace.drafted.requests)} if trace.drafted else {}
-        accepted = trace.accepted.count.tolist()
         requests = trace.verified.requests
-        for index, request in enumerate(requests):
+        committed = [_committed(trace, index, row_of.get(request)) for index, request in enumerate(requests)]
+        accepted = [min(*each) for each in zip(trace.accepted.count.tolist(), map(len, committed), strict=True)]
+        for request, tokens, count in zip(requests, committed, accepted, strict=True):
             blocks = self._followed.get(request.id)
-            if blocks is not None and not bool(trace.accepted.failed[index]):
-                token = int(trace.accepted.token[index])
-                blocks.append(_block(request, trace.drafted, row_of.get(request), accepted[index], token))
+            if blocks is not None and tokens:
+                blocks.append(_block(trace.drafted, row_of.get(request), count, tokens))
         if due:
             rows = [
                 self._row(request, trace.drafted, row_of.get(request), count)
                 for request, count in zip(requests[:MAX_ROWS], accepted, strict=False)
             ]
-            self.picture = self._picture(trace, rows, sum(accepted))
+            self.picture = self._picture(trace, rows, sum(map(len, committed)))
 
     def _row(self, request: Request, drafted: Drafted | None, row: int | None, accepted: int) -> Row:
         number = self._numbers.get(request)
@@ -146,7 +146,7 @@ class StepWatch:
         survival = [round(100 * chance) for chance in _chances(drafted, row)]
         return Row(number, length, row >= drafted.backbone, survival, drafted.lengths[row], accepted)
 
-    def _picture(self, trace: StepTrace, rows: list[Row], accepted: int) -> Picture:
+    def _picture(self, trace: StepTrace, rows: list[Row], committed: int) -> Picture:
         drafted, load = trace.drafted, trace.load
         drafts = sum(drafted.lengths) if drafted else 0
         theta, expected = self._theta(trace, drafted, drafts) if drafted and self._capacity else ([], None)
@@ -157,7 +157,7 @@ class StepWatch:
             sampling=load.sampling,
             drafting=len(drafted.requests) if drafted else 0,
             drafts=drafts,
-            committed=load.sampling + accepted,
+            committed=committed,
             expected=expected,
             theta=theta,
             rows=rows,
@@ -185,17 +185,25 @@ def _chances(drafted: Drafted, row: int) -> list[float]:
     return chances
 
 
-def _block(request: Request, drafted: Drafted | None, row: int | None, accepted: int, token: int) -> Block:
+def _committed(trace: StepTrace, index: int, row: int | None) -> list[int]:
+    """The tokens that commit will take of the request at `index`, whose draft is `row`; none of a failed one."""
+    if bool(trace.accepted.failed[index]):
+        return []
+    draft: list[int] = []
+    if trace.drafted is not None and row is not None:
+        draft = trace.drafted.block.tokens[row, : int(trace.accepted.count[index])].tolist()
+    return _until_end([*draft, int(trace.accepted.token[index])], trace.verified.requests[index].stop_ids)
+
+
+def _block(drafted: Drafted | None, row: int | None, accepted: int, committed: list[int]) -> Block:
     if drafted is None or row is None:
-        return Block([], [], False, 0, 0, [token])
+        return Block([], [], False, 0, 0, committed)
     chances = _chances(drafted, row)
     draft = drafted.block.tokens[row, : len(chances)].tolist()
-    committed = _until_end([*draft[:accepted], token], request.stop_ids)
-    copied, verified = row >= drafted.backbone, drafted.lengths[row]
-    return Block(draft, chances, copied, verified, min(accepted, len(committed)), committed)
+    return Block(draft, chances, row >= drafted.backbone, drafted.lengths[row], accepted, committed)
 
 
 def _until_end(tokens: Sequence[int], stop_ids: frozenset[int]) -> list[int]:
-    """What commit will take of them."""
+    """The tokens up to the first that ends the request."""
     end = next((index for index, token in enumerate(tokens, 1) if token in stop_ids), len(tokens))
     return list(tokens[:end])

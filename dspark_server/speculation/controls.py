@@ -75,7 +75,8 @@ class Penalties:
 class Controls:
     """All rules of one request. The step thread tells it what has been committed.
 
-    bias: (token, number added to its logit); allowed: nothing else may appear; bad_words: token sequences that may not.
+    bias: (token, number added to its logit); allowed: nothing else may appear; bad_words: token sequences that may not
+    appear in the answer. As in vLLM none begins in the prompt, which repetition penalties alone look at.
     """
 
     def __init__(
@@ -94,7 +95,7 @@ class Controls:
         self._early = early
         self.grammar = grammar
         self._bad_words = tuple(bad_words)
-        self._tail: list[int] = list(prompt[-_longest(bad_words) :]) if bad_words else []
+        self._tail: list[int] = []  # of the answer: what a bad word could begin with
         self._bias = _dense(vocabulary, bias)
         self._allowed: Tensor | None = None
         if allowed is not None:

@@ -14,11 +14,12 @@ import itertools
 import os
 import socket
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing.connection import Connection
 from time import monotonic
 
 import uvloop
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from dspark_server.api import ServerSettings, serve
@@ -50,6 +51,29 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken("<|end|>", special=True)])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>")
+
+
+def build_sentencepiece() -> PreTrainedTokenizerFast:
+    """A tokenizer in the manner of Llama 2: words with their space, bytes for all else, <s> before a prompt."""
+    words = ["▁", "▁say", "▁the", "▁cat", "s", "▁sat", "▁▁", "<s>"]
+    vocabulary = {
+        entry: token for token, entry in enumerate([*(f"<0x{byte:02X}>" for byte in range(256)), "</s>", *words])
+    }
+    letters = sorted({letter for word in words[:-1] for letter in word} - vocabulary.keys())
+    vocabulary |= {letter: len(vocabulary) + number for number, letter in enumerate(letters)}
+    merges = [("▁", "▁")]
+    for word in ("say", "the", "cat", "sat"):
+        for length in range(1, len(word)):
+            merges.append((word[:length], word[length]))
+            vocabulary.setdefault(word[: length + 1], len(vocabulary))
+        merges.append(("▁", word))
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    strip = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(strip)
+    tokenizer.add_special_tokens([AddedToken("</s>", special=True), AddedToken("<s>", special=True)])
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", None, [("<s>", vocabulary["<s>"])])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
 
 
 @dataclass(eq=False)
@@ -91,10 +115,10 @@ class FakeEngine:
         per_step: int = 1,
         step_seconds: float = 0.002,
         chat_template: str | None = CHAT_TEMPLATE,
+        tokenizer: PreTrainedTokenizerFast | None = None,
     ) -> None:
         self.model_name = "fake"
         self.max_model_len = 2048
-        self.vocab_size = 257
         self.backend = self.speculation = "none"
         self.cache_info = {"block_size": "16", "num_gpu_blocks": "100"}
         self.max_num_seqs = 64
@@ -102,7 +126,8 @@ class FakeEngine:
         self.gamma = 2
         self.policies = ("none",)
         self.selection = "none"
-        self.tokenizer = build_tokenizer()
+        self.tokenizer = tokenizer or build_tokenizer()
+        self.vocab_size = len(self.tokenizer)
         self.tokenizer.chat_template = chat_template
         self.stats = EngineStats(accepted_per_position=[3, 1])
         self.capacity = capacity
@@ -170,9 +195,10 @@ class FakeEngine:
             message = f"maximum context length is {self.max_model_len}, the prompt has {len(prompt)}"
             param = "max_tokens" if len(prompt) < self.max_model_len else "prompt"
             raise RequestError(message, param=param, code="context_length_exceeded")
-        word, _, rest = self.tokenizer.decode(prompt).partition(" ")
-        forever = list(itertools.islice(itertools.cycle(self.tokenizer.encode("x ")), params.max_tokens))
-        script = [*self.tokenizer.encode(rest), EOS] if word == "say" else [EOS] if word == "nothing" else forever
+        word, _, rest = self.tokenizer.decode(prompt, skip_special_tokens=True).partition(" ")
+        encode = partial(self.tokenizer.encode, add_special_tokens=False)
+        forever = list(itertools.islice(itertools.cycle(encode("x ")), params.max_tokens))
+        script = [*encode(rest), EOS] if word == "say" else [EOS] if word == "nothing" else forever
         if word == "fail":
             script = forever[: int(rest)]
         handle = FakeHandle(prompt, params, script, on_tokens, fails=word == "fail", tenant=tenant)

@@ -31,7 +31,7 @@ REFUSED = {
         ("temperature", -0.1), ("temperature", 2.1), ("temperature", "1"), ("temperature", True), ("temperature", []),
         ("top_p", 0), ("top_p", 1.1), ("top_p", -1), ("top_p", "0.5"), ("top_p", False),
         ("top_k", -2), ("top_k", 2**31), ("top_k", 1.5), ("min_p", -0.1), ("min_p", 1.1), ("min_p", True),
-        ("seed", -1), ("seed", 2**64), ("seed", 1.5), ("seed", "1"), ("seed", True),
+        ("seed", -2), ("seed", 2**64), ("seed", 1.5), ("seed", "1"), ("seed", True),
         ("stop", ""), ("stop", [""]), ("stop", 5), ("stop", [5]), ("stop", ["a"] * 33), ("stop", "x" * 257),
         ("stop_token_ids", [-1]), ("stop_token_ids", [1.0]), ("stop_token_ids", [True]), ("stop_token_ids", 3),
         ("stop_token_ids", [2**63]), ("stop_token_ids", [257]), ("stop_token_ids", list(range(257))),
@@ -207,11 +207,82 @@ def test_unknown_route(server: Running, path: str) -> None:
     check(server.http.post(server.url + path, json={}), 404)
 
 
-def test_wrong_method(server: Running) -> None:
-    response = server.http.get("/v1/completions")
-    check(response, 405)
-    assert response.headers["allow"] == "POST"
-    check(server.http.delete("/health"), 405)
+ELSEWHERE = {
+    "/v1/responses": "/v1/chat/completions",
+    "/v1/messages": "/v1/chat/completions",
+    "/api/chat": "/v1/chat/completions",
+    "/generate": "/v1/completions",
+    "/api/generate": "/v1/completions",
+    "/completion": "/v1/completions",
+    "/api/tags": "/v1/models",
+    "/healthz": "/health",
+}
+NOT_SERVED = [
+    *("/v1/embeddings", "/v1/audio/transcriptions", "/v1/audio/speech", "/v1/rerank", "/v1/images/generations"),
+    *(
+        "/score",
+        "/pooling",
+        "/classify",
+        "/v1/moderations",
+        "/v1/files",
+        "/v1/batches",
+        "/v1/load_lora_adapter",
+        "/sleep",
+    ),
+]
+MISTAKEN = {
+    "/chat/completions": "/v1/chat/completions",
+    "/completions": "/v1/completions",
+    "/v1/chat/completions/": "/v1/chat/completions",
+    "//v1//completions": "/v1/completions",
+    "/v1/v1/chat/completions": "/v1/chat/completions",
+}
+
+
+@pytest.mark.parametrize("path", [*ELSEWHERE, *NOT_SERVED])
+def test_routes_of_other_servers_are_named(server: Running, path: str) -> None:
+    for method in ("GET", "POST"):
+        error = check(server.http.request(method, server.url + path, json={"input": SECRET}), 404)
+        assert error["type"] == "not_found_error"
+        assert error["message"].startswith(f"{path} is not served here")
+        assert ELSEWHERE.get(path, "text only") in error["message"]
+    below = check(server.http.post(server.url + path + "/" + SECRET, json={}), 404)
+    assert below["message"] == error["message"]
+
+
+@pytest.mark.parametrize("path", MISTAKEN)
+def test_a_path_that_is_nearly_right_is_corrected(server: Running, path: str) -> None:
+    error = check(server.http.post(server.url + path, json={}), 404)
+    assert error["message"] == f"There is nothing at this path; use {MISTAKEN[path]}."
+
+
+def test_the_openai_client_is_told_what_is_not_served(server: Running) -> None:
+    with pytest.raises(openai.NotFoundError, match="/v1/embeddings is not served here"):
+        server.openai.embeddings.create(model="fake", input="x")
+    with pytest.raises(openai.NotFoundError, match="use POST /v1/chat/completions"):
+        server.openai.responses.create(model="fake", input="x")
+
+
+@pytest.mark.parametrize("own_server", [{"settings": {"api_key": "k"}}], indirect=True)
+def test_routes_of_other_servers_are_behind_the_key(own_server: Running) -> None:
+    assert own_server.http.post("/v1/embeddings", json={}).status_code == 401
+    answer = own_server.http.post("/v1/embeddings", json={}, headers={"authorization": "Bearer k"})
+    assert "/v1/embeddings is not served here" in check(answer, 404)["message"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "takes"),
+    [
+        ("GET", "/v1/completions", ["POST"]),
+        ("DELETE", "/health", ["GET"]),
+        ("PUT", "/ping", ["GET", "POST"]),
+        ("DELETE", "/v1/models/fake", ["GET"]),
+    ],
+)
+def test_wrong_method(server: Running, method: str, path: str, takes: list[str]) -> None:
+    response = server.http.request(method, path)
+    assert check(response, 405)["message"] == f"This path takes {' or '.join(takes)} only."
+    assert response.headers["allow"] == ", ".join(takes)
 
 
 def test_body_over_the_cap(server: Running) -> None:

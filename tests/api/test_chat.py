@@ -142,8 +142,11 @@ def test_the_answer_may_fill_the_context(server: Running) -> None:
     choice = server.chat("forever", max_tokens=None).json()["choices"][0]
     assert choice["finish_reason"] == "length"
     assert server.engine.submitted[-1].params.max_tokens == 2048 - len("forever")
-    for fields in ({"max_tokens": 5}, {"max_completion_tokens": 5}, {"max_tokens": 5, "max_completion_tokens": 5}):
+    both = ({"max_tokens": first, "max_completion_tokens": second} for first, second in ((5, 5), (5, 9), (9, 5)))
+    for fields in ({"max_tokens": 5}, {"max_completion_tokens": 5}, *both):
         assert server.chat("forever", **fields).json()["usage"]["completion_tokens"] == 5
+    least = server.chat("forever", max_tokens=9, max_completion_tokens=5, min_tokens=6)
+    assert "`max_completion_tokens`" in check(least)["message"]
 
 
 @pytest.mark.parametrize(("limit", "kept"), [({"max_completion_tokens": 100}, 1948), ({}, 2047)])
@@ -180,7 +183,8 @@ def test_null_is_accepted_everywhere(server: Running) -> None:
     schema = post["requestBody"]["content"]["application/json"]["schema"]
     assert schema["required"] == ["messages"]
     assert "$ref" not in json.dumps(schema)
-    empty = dict.fromkeys(["name", "tool_calls", "tool_call_id", "reasoning_content", "refusal", "audio"])
+    names = ["name", "tool_calls", "tool_call_id", "reasoning", "reasoning_content", "refusal", "audio", "annotations"]
+    empty = dict.fromkeys(names)
     fields = dict.fromkeys([*schema["properties"], "functions", "function_call", "audio", "modalities", "echo"])
     answer = server.http.post("/v1/chat/completions", json={**fields, "messages": [{**SAY[0], **empty}]})
     assert answer.json()["choices"][0]["message"]["content"] == "hello"
@@ -188,6 +192,7 @@ def test_null_is_accepted_everywhere(server: Running) -> None:
 
 def test_fields_that_ask_for_nothing_are_accepted(server: Running) -> None:
     idle = {"modalities": ["text"], "function_call": "none", "functions": [], "echo": False, "top_logprobs": 0}
+    idle |= {"stop": [], "stop_token_ids": [], "bad_words": [], "logprobs": False}
     answer = server.chat("say x", tools=[], chat_template_kwargs={}, documents=[{"text": "a"}], store=False, **idle)
     assert answer.json()["choices"][0]["message"]["content"] == "x"
 
@@ -248,6 +253,9 @@ def test_logprobs_in_the_openai_client_and_as_ids(server: Running) -> None:
     assert all(entry.top_logprobs == [] for entry in answer.choices[0].logprobs.content)
     ids = server.engine.tokenizer.encode("a")
     fields = {"logprobs": True, "top_logprobs": 1, "return_tokens_as_token_ids": True}
+    for none in ({}, {"top_logprobs": 0}, {"top_logprobs": None}):
+        plain = server.chat("say a", logprobs=True, **none).json()["choices"][0]["logprobs"]["content"]
+        assert [each["top_logprobs"] for each in plain] == [[], []]
     entry = server.chat("say a", **fields).json()["choices"][0]["logprobs"]["content"][0]
     assert entry["token"] == entry["top_logprobs"][0]["token"] == f"token_id:{ids[0]}"
     assert entry["bytes"] == [97]
@@ -291,7 +299,7 @@ def test_messages_reach_the_template(server: Running) -> None:
         {"role": "system", "content": "Be <brief>."},  # a template that knows no developers
         {"role": "user", "content": "a\nb", "name": "Ann"},
         {
-            **{"role": "assistant", "content": "", "reasoning_content": "hm"},
+            **{"role": "assistant", "content": "", "reasoning": "hm", "reasoning_content": "hm"},
             "tool_calls": [{"id": "c1", "type": "function", "function": function}],
         },
         {"role": "tool", "content": "rain", "tool_call_id": "c1"},
@@ -299,6 +307,60 @@ def test_messages_reach_the_template(server: Running) -> None:
         {"role": "user", "content": "show"},
     ]
     assert (given["tools"], given["open"], given["mood"]) == ([WEATHER], True, "sunny")
+
+
+@pytest.mark.parametrize("name", ["reasoning", "reasoning_content"])
+def test_reasoning_reaches_the_template_under_both_names(server: Running, name: str) -> None:
+    thoughts = {"role": "assistant", name: "hm"}
+    given = shown(server, [*SAY, thoughts], chat_template_kwargs={"mood": 1})["messages"]
+    assert given[1] == {"role": "assistant", "content": "", "reasoning": "hm", "reasoning_content": "hm"}
+
+
+@pytest.mark.parametrize("role", ["function", "tool", "critic", "Ünvoiced role"])
+def test_any_role_goes_to_the_template(server: Running, role: str) -> None:
+    given = shown(server, [{"role": role, "content": "hi", "name": "f"}], chat_template_kwargs={"mood": 1})["messages"]
+    assert given[0] == {"role": role, "content": "hi", "name": "f"}
+
+
+@pytest.mark.parametrize(
+    ("said", "content"),
+    [
+        ({"content": []}, ""),
+        ({"content": ""}, ""),
+        ({"content": [{"type": "text", "text": ""}, {"type": "text", "text": "b"}]}, "\nb"),
+        ({"content": [{"type": "refusal", "refusal": "No."}]}, "No."),
+        ({"content": [{"type": "input_text", "text": "a"}, {"type": "output_text", "text": "b"}]}, "a\nb"),
+        ({"content": None, "refusal": "No."}, "No."),
+        ({"content": None, "tool_calls": [{"type": None, "function": {"name": "f", "arguments": None}}]}, ""),
+    ],
+)
+def test_contents(server: Running, said: dict, content: str) -> None:
+    messages = [{"role": "assistant", **said}]
+    assert shown(server, messages, chat_template_kwargs={"mood": 1})["messages"][0]["content"] == content
+
+
+def test_what_the_openai_client_answered_can_be_sent_back(server: Running, caplog: pytest.LogCaptureFixture) -> None:
+    """The message as its client has it holds a null for everything that the answer does not have."""
+    message = server.openai.chat.completions.create(model="fake", messages=SAY).choices[0].message
+    answer = server.openai.chat.completions.create(model="fake", messages=[*SAY, message, *SAY])
+    assert answer.choices[0].message.content == "hello"
+    assert server.chat([*SAY, message.model_dump(), *SAY]).status_code == 200
+    assert "unknown" not in caplog.text
+
+
+def test_unknown_fields_of_messages_are_logged_once(server: Running, caplog: pytest.LogCaptureFixture) -> None:
+    part = {"type": "text", "text": "say x", "cache_control": {"type": "ephemeral"}, "annotations": None}
+    odd = {"role": "user", "content": [part, part], "weight": 1, "nothing": None}
+    assert server.chat([odd, odd, odd], unheard_of=1, store=None).status_code == 200
+    lines = [record.message for record in caplog.records if "unknown" in record.message]
+    names = "'unheard_of', 'messages[].weight', 'messages[].content[].cache_control'"
+    assert lines == [f"ignoring 3 unknown request field(s): {names}"]
+
+
+def test_a_seed_of_minus_one_is_none(server: Running) -> None:
+    assert server.chat("say x", seed=-1).status_code == 200
+    assert server.complete("say x", seed=-1).status_code == 200
+    assert [handle.params.seed for handle in server.engine.submitted[-2:]] == [None, None]
 
 
 def test_what_the_template_is_told(server: Running) -> None:

@@ -146,7 +146,7 @@ def test_unknown_fields_are_logged(server: Running, caplog: pytest.LogCaptureFix
     options = {"include_usage": True, "include_obfuscation": False}
     assert text_of(stream(server, "say x", unheard_of=1, stream_options=options)) == "x"
     assert "'unheard_of'" in caplog.text
-    assert "'include_obfuscation'" in caplog.text
+    assert "'stream_options.include_obfuscation'" in caplog.text
 
 
 def test_prompts_as_token_ids(server: Running) -> None:

@@ -61,7 +61,7 @@ def test_messages_have_the_tokens_of_chat_completions(server: Running) -> None:
 CHATS = {
     "text": {"messages": SECRET},
     "empty": {"messages": []},
-    "a role nobody has": {"messages": [{"role": "judge", "content": "hi"}]},
+    "no role": {"messages": [{"content": "hi"}]},
     "refused by the template": {"messages": [{"role": "user", "content": "refuse"}]},
     "nothing said": {"messages": [{"role": "user"}]},
     "both": {"messages": [{"role": "user", "content": "hi"}], "prompt": "x"},

@@ -8,7 +8,9 @@ import torch
 
 from dspark_server.engine.executor import DraftRequest
 from dspark_server.engine.request import SamplingParams
-from dspark_server.engine.trace import StepTrace
+from dspark_server.engine.trace import Drafted, StepOutput, StepTrace, Verification
+from dspark_server.engine.watch import StepWatch
+from dspark_server.speculation.acceptance import Accepted
 from dspark_server.speculation.drafter import DraftBlock
 from dspark_server.speculation.noise import CounterStreams
 from dspark_server.speculation.sampling import SamplingBatch
@@ -165,6 +167,39 @@ def test_what_drafts_came_to_is_counted(selection: str) -> None:
         assert index / 10 * kind.judged <= kind.predicted + 1e-6
         assert kind.predicted <= (index + 1) / 10 * kind.judged + 1e-6
     assert all(seconds > 0 for seconds in stats.seconds.values())
+
+
+def test_draft_tokens_past_an_end_count_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every draft token is accepted, and answers end inside of blocks: what is not committed was not accepted."""
+    core, seen, pictures = tiny_core(), list[StepOutput](), list[int]()
+    ticks = iter(range(1_000_000))
+    watch, lossless, step = StepWatch(None, clock=lambda: float(next(ticks))), core.loop._lossless, core.loop.step
+
+    def accept_all(verified: Verification, drafted: Drafted | None, sampling: SamplingBatch) -> Accepted:
+        lengths = dict(zip(drafted.requests, drafted.lengths, strict=True)) if drafted else {}
+        count = torch.tensor([lengths.get(request, 0) for request in verified.requests])
+        return replace(lossless(verified, drafted, sampling), count=count)
+
+    def looked() -> list[StepOutput]:
+        outputs = step()
+        if outputs and watch.picture:
+            pictures.append(watch.picture.committed)
+        seen.extend(outputs)
+        return outputs
+
+    monkeypatch.setattr(core.loop, "_acceptance", accept_all)
+    monkeypatch.setattr(core.loop, "step", looked)
+    core.loop.watch(watch)
+    own = SamplingParams(max_tokens=40, temperature=1.0, stop_token_ids=frozenset(range(3, 130)))
+    core.generate(prompts(12), own)
+    stats = core.loop.stats
+    assert any(len(output.tokens) == output.accepted < output.drafted for output in seen)
+    assert all(output.accepted == min(output.drafted, len(output.tokens)) for output in seen)
+    assert stats.draft_tokens == sum(output.drafted for output in seen)
+    assert stats.accepted_tokens == sum(output.accepted for output in seen) == sum(stats.accepted_per_position)
+    assert stats.accepted_tokens == sum(kind.survived for kind in stats.survival)
+    assert stats.accepted_tokens == sum(kind.judged for kind in stats.survival)  # none was rejected
+    assert stats.generation_tokens == sum(len(output.tokens) for output in seen) == sum(pictures)
 
 
 def test_copies_of_the_context_change_no_token() -> None:

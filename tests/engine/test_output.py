@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from dspark_server.engine.output import Detokenizer, StopMatcher
 
@@ -36,24 +36,45 @@ def byte_level() -> Tokenizer:
     return tokenizer
 
 
+BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+WORDS = ["▁", "▁the", "▁cat", "s", "at", "▁s", "to", "p", "é", "日", "▁▁", ".", "\ufffd", "▁\ufffd", "c", "t", "▁c"]
+MERGES = [("a", "t"), ("c", "at"), ("▁", "cat"), ("▁", "s"), ("t", "o"), ("▁", "▁")]
+
+
 def byte_fallback(decoder: decoders.Decoder) -> Tokenizer:
-    words = ["▁", "▁the", "▁cat", "s", "at", "▁s", "to", "p", "é", "日", "▁▁", ".", "\ufffd"]
-    pieces = ["<unk>", "<s>", "</s>"] + [f"<0x{byte:02X}>" for byte in range(256)] + words
-    vocabulary = {piece: index for index, piece in enumerate(pieces)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True, unk_token="<unk>"))
+    """As SentencePiece's BPE in Llama 2 and Mistral."""
+    words = [*WORDS, "a", "o", "cat"]
+    vocabulary = {piece: index for index, piece in enumerate(["<unk>", "<s>", "</s>", *BYTES, *words])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=MERGES, byte_fallback=True, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoder
     tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    tokenizer.add_tokens([AddedToken("<tool call>", special=False)])
+    return tokenizer
+
+
+def unigram() -> Tokenizer:
+    """As SentencePiece's Unigram, with bytes for what it does not know."""
+    pieces = [("<unk>", 0.0), ("</s>", 0.0), *((byte, -9.0) for byte in BYTES)]
+    pieces += [(word, -2.0 - index / 9) for index, word in enumerate(WORDS)]
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = METASPACE
+    tokenizer.add_special_tokens(["<unk>", "</s>"])
     return tokenizer
 
 
 LLAMA_2 = decoders.Sequence(
     [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
 )
+GEMMA = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
 METASPACE = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
 BACKENDS = {
     "byte_level": byte_level(),
     "llama_2": byte_fallback(LLAMA_2),
+    "gemma": byte_fallback(GEMMA),
     "metaspace": byte_fallback(METASPACE),
+    "unigram": unigram(),
 }
 if (SMOLLM2 / "tokenizer.json").exists():
     BACKENDS["smollm2"] = Tokenizer.from_file(str(SMOLLM2 / "tokenizer.json"))
@@ -84,24 +105,27 @@ def token_lists(name: str, limit: int = 40) -> st.SearchStrategy[list[int]]:
     return st.lists(one, max_size=limit)
 
 
-def context_of(name: str, prompt: list[int]) -> list[int]:
-    """The last token of the prompt that is neither special nor a byte."""
-    backend = BACKENDS[name]
-    for token in reversed(prompt[-16:]):
-        piece = backend.id_to_token(token)
-        text = backend.decode([token, token]) if piece is not None else ""
-        if piece and not piece.startswith("<0x") and text.strip() and "\ufffd" not in text:
-            return [token]
-    return []
+def is_byte_level(name: str) -> bool:
+    return type(BACKENDS[name].decoder).__name__ == "ByteLevel"
 
 
 def offline(name: str, prompt: list[int], tokens: list[int], *, skip: bool) -> str:
+    """Text of `tokens` behind a prompt, all at once. Invalid bytes of SentencePiece show as they do in ByteLevel."""
     backend = BACKENDS[name]
-    if DETOKENIZERS[name].is_byte_level:
+    if is_byte_level(name):
         return backend.decode(tokens, skip_special_tokens=skip)
-    context = context_of(name, prompt)
-    before = backend.decode(context, skip_special_tokens=skip)
-    return backend.decode(context + tokens, skip_special_tokens=skip)[len(before) :]
+    before = backend.decode(prompt, skip_special_tokens=skip)
+    whole = backend.decode(prompt + tokens, skip_special_tokens=skip)
+    if "\ufffd" not in before + whole:
+        return whole.removeprefix(before)
+    special = {token for token, content in backend.get_added_tokens_decoder().items() if content.special}
+    entries = [backend.id_to_token(token) for token in tokens if not (skip and token in special)]
+    entries = [entry for entry in entries if entry is not None]
+    spelled = [bytes.fromhex(e[3:5]) if e in BYTES else e.replace("▁", " ").encode() for e in entries]
+    seen = [token for token in prompt if backend.id_to_token(token) and not (skip and token in special)]
+    if entries and not seen and entries[0] not in BYTES[128:]:
+        spelled[0] = backend.decode([backend.token_to_id(entries[0])], skip_special_tokens=False).encode()
+    return b"".join(spelled).decode(errors="replace")
 
 
 @every_tokenizer
@@ -116,17 +140,19 @@ def test_stream_equals_whole_decode(name: str) -> None:
     check()
 
 
+TEXTS = st.one_of(st.text(max_size=30), st.text(" acehost.é日🙂\ufffd", max_size=30))
+
+
 @property_test
-@given(st.text(max_size=30), st.lists(st.integers(0, 4), max_size=10))
+@given(TEXTS, st.lists(st.integers(0, 4), max_size=10))
 @example("👩‍👩‍👧🙂日本語é", [])
+@example("  the cats", [])
 def test_any_text_comes_back_character_by_character(text: str, sizes: list[int]) -> None:
     """Valid text streams back as itself, and no piece is ever half a character."""
-    for name in ("byte_level", "smollm2"):
-        if name not in BACKENDS:
-            continue
-        tokens = BACKENDS[name].encode(text, add_special_tokens=False).ids
-        known = BACKENDS[name].decode(tokens, skip_special_tokens=True)  # SmolLM2 lacks some bytes, e.g. F1
-        assert known == text or name == "smollm2"
+    for name, backend in BACKENDS.items():
+        tokens = backend.encode(text, add_special_tokens=False).ids
+        known = backend.decode(tokens, skip_special_tokens=True)  # SmolLM2 lacks some bytes, e.g. F1
+        assert known == text or name not in ("byte_level", "llama_2")
         stream = DETOKENIZERS[name].stream([])
         shown = ""
         for piece in chunks(tokens, sizes):
@@ -136,10 +162,48 @@ def test_any_text_comes_back_character_by_character(text: str, sizes: list[int])
         assert stream.finish() == ""
 
 
+@property_test
+@given(TEXTS, TEXTS)
+@example("say", " the 🙂 cat")
+@example("", " the 🙂 cat")
+def test_the_bytes_of_tokens_add_up_to_the_text(prompt: str, text: str) -> None:
+    """Of the tokens of an answer, and of a prompt's from its beginning: log-probabilities show both."""
+    for name, backend in BACKENDS.items():
+        before = backend.encode(prompt, add_special_tokens=False).ids
+        tokens = backend.encode(text, add_special_tokens=False).ids
+        for start, following in ((before, tokens), ([], before + tokens)):
+            decoder = DETOKENIZERS[name].decoder(start)
+            spelled, shown = b"", ""
+            for token in following:
+                spelled += decoder.piece(token)
+                shown += decoder.push([token])
+            assert spelled.decode(errors="replace") == shown + decoder.finish()
+            assert shown == backend.decode(start + following).removeprefix(backend.decode(start))
+
+
+@pytest.mark.parametrize("name", ["llama_2", "gemma", "metaspace", "unigram"])
+def test_bytes_are_the_vocabularys(name: str) -> None:
+    """Decoded alone, these tokens lose their space or become U+FFFD."""
+    for entry, spelled in {"▁the": b" the", "<0xE2>": b"\xe2", "▁▁": b"  ", "▁\ufffd": " \ufffd".encode()}.items():
+        assert DETOKENIZERS[name].bytes_of(BACKENDS[name].token_to_id(entry)) == spelled
+    assert DETOKENIZERS[name].text_of(BACKENDS[name].token_to_id("<0xE2>")) == "\ufffd"
+    assert DETOKENIZERS[name].bytes_of(BACKENDS[name].token_to_id("</s>")) == b"</s>"
+
+
+@pytest.mark.parametrize("name", ["llama_2", "gemma", "metaspace", "unigram"])
+def test_a_character_is_shown_with_its_last_byte(name: str) -> None:
+    backend = BACKENDS[name]
+    tokens = backend.encode("🙂🙂", add_special_tokens=False).ids[-8:]
+    stream = DETOKENIZERS[name].stream(tokens, StopMatcher(["🙂🙂"]))
+    assert [stream.push([token]) for token in tokens[4:]] == ["", "", "", ""]  # held back: a stop may begin
+    stream = DETOKENIZERS[name].stream(tokens)
+    assert [stream.push([token]) for token in tokens[4:]] == ["", "", "", "🙂"]
+
+
 def stable_length(name: str, tokens: list[int]) -> int:
     """Characters that are settled after these tokens (ByteLevel only)."""
-    table = DETOKENIZERS[name]._table_without_special
-    spelled = b"".join(table[token] for token in tokens if token < len(table))
+    hidden = DETOKENIZERS[name]._special
+    spelled = b"".join(DETOKENIZERS[name].bytes_of(token) for token in tokens if token not in hidden)
     return len(codecs.utf_8_decode(spelled, "replace", False)[0])
 
 
@@ -200,7 +264,7 @@ def test_text_before_a_stop_string_is_shown_as_soon_as_it_is_settled() -> None:
 @every_tokenizer
 def test_a_prompt_that_ends_inside_a_character_does_not_leak(name: str) -> None:
     backend = BACKENDS[name]
-    if name == "byte_level" or name == "smollm2":
+    if is_byte_level(name):
         character = backend.encode("𓀀", add_special_tokens=False).ids
     else:
         character = [backend.token_to_id(f"<0x{byte:02X}>") for byte in "A𓀀".encode()]
@@ -214,9 +278,11 @@ def test_a_prompt_that_ends_inside_a_character_does_not_leak(name: str) -> None:
 def test_the_prompt_keeps_the_space_of_the_first_word(name: str) -> None:
     backend = BACKENDS[name]
     the, cat = backend.token_to_id("▁the"), backend.token_to_id("▁cat")
-    bos = backend.token_to_id("<s>")
+    letter, bos = backend.token_to_id("<0x41>"), backend.token_to_id("<s>")
     assert streamed(DETOKENIZERS[name].stream([bos, the]), [[cat]]) == " cat"
+    assert streamed(DETOKENIZERS[name].stream([letter]), [[cat]]) == " cat"
     assert streamed(DETOKENIZERS[name].stream([bos]), [[cat]]) == "cat"
+    assert streamed(DETOKENIZERS[name].stream([bos], skip_special_tokens=False), [[cat]]) == " cat"  # behind "<s>"
 
 
 @pytest.mark.parametrize("name", ["byte_level", "smollm2", "llama_2"])

@@ -45,8 +45,7 @@ def reference(
             value = -math.inf
         if allowed is not None and token not in allowed:
             value = -math.inf
-        if any(token == word[-1] and list(word[:-1]) == everything[len(everything) + 1 - len(word) :]
-               for word in bad_words):  # fmt: skip
+        if any([*output, token][-len(word) :] == list(word) for word in bad_words):
             value = -math.inf
         if token in stops and len(output) < min_tokens:
             value = -math.inf
@@ -132,6 +131,23 @@ def test_rules_are_the_reference(
     torch.testing.assert_close(row, wanted if names is None else wanted[names])
 
 
+def test_a_bad_word_does_not_begin_in_the_prompt() -> None:
+    """Neither the answer's first token, nor one behind drafts, completes a word whose beginning the prompt has."""
+    controls = Controls(4, [2, 0, 1], bad_words=[(1, 3), (0, 1, 3), (0, 1, 2)])
+
+    def banned(drafted: Sequence[int]) -> list[int]:
+        row = torch.zeros(4)
+        controls.apply(row, drafted, 3 + len(drafted), None)
+        return torch.nonzero(row == -torch.inf).flatten().tolist()
+
+    assert banned([]) == banned([2]) == banned([0]) == []
+    assert banned([1]) == banned([0, 2, 1]) == [3]
+    assert banned([0, 1]) == [2, 3]
+    controls.commit([0])
+    assert banned([]) == []
+    assert banned([1]) == [2, 3]
+
+
 @pytest.mark.parametrize("rule", [{"early": Forbidden((2,), 100)}, {"allowed": [1]}, {"bad_words": [(2,)]}])
 def test_a_grammar_that_can_only_end_outweighs_other_masks(rule: dict[str, Any]) -> None:
     class Over(Alternating):
@@ -156,6 +172,7 @@ RULES: dict[str, dict[str, Any]] = {
     "bias": {"bias": ((1, 2.0),)},
     "bad words": {"bad_words": ((0, 1), (2,))},
     "a word of three": {"bad_words": ((1, 0, 0),)},
+    "words that the prompt begins": {"bad_words": ((1, 0), (0, 1, 2), (1, 2, 2))},
     "grammar": {"alternating": True},
     "minimum length": {"stops": (1,), "min_tokens": 2, "bias": ((0, 0.5),)},
     "everything": {"repetition": 0.6, "frequency": 0.5, "bias": ((0, -1.0),), "bad_words": ((1, 1),),
