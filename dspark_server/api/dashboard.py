@@ -13,6 +13,7 @@ import orjson
 from fastapi import FastAPI, Request, Response
 from pydantic import Field, ValidationError
 
+from dspark_server import __version__
 from dspark_server.api.background import BackgroundLoad
 from dspark_server.api.chat_template import ChatTemplate
 from dspark_server.api.feed import Feed, FeedResponse, OwnPrompt, Viewer
@@ -173,6 +174,7 @@ class Dashboard:
     def _hello(self) -> dict[str, Any]:
         engine = self._engine
         return {
+            "version": __version__,
             "model": engine.model_name,
             "backend": engine.backend,
             "gamma": engine.gamma,

@@ -219,6 +219,10 @@ class Feed:
             "kv_usage": round(stats.kv_usage, 4),
             "counters": counters(self._engine),
             "picture": self.watch.picture,
+            "gain": None if stats.gain.ratio is None else round(stats.gain.ratio, 2),
+            # Of the cost profile against the steps: one without these figures is never doubted.
+            "slow": getattr(costs, "slow", False),
+            "slowdown": round(getattr(costs, "slowdown", 1.0), 2),
             "costs": [] if costs is None else [(tokens, 1e3 * s) for tokens, s in costs.verify_seconds.items()],
         }
         return orjson.dumps(state)[:-1]
