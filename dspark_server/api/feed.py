@@ -222,7 +222,7 @@ class Feed:
             "gain": None if stats.gain.ratio is None else round(stats.gain.ratio, 2),
             # Of the cost profile against the steps: one without these figures is never doubted.
             "slow": getattr(costs, "slow", False),
-            "slowdown": round(getattr(costs, "slowdown", 1.0), 2),
+            "slowdown": round(getattr(costs, "slowdown", 1.0), 3),
             "costs": [] if costs is None else [(tokens, 1e3 * s) for tokens, s in costs.verify_seconds.items()],
         }
         return orjson.dumps(state)[:-1]

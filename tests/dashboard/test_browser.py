@@ -272,10 +272,13 @@ def test_a_phone_sees_all_of_it_in_light_and_dark(open_page: Open, dark: bool) -
     )
     assert cut_off == []
     small = page.evaluate(
-        """[...document.querySelectorAll("body *")]
+        """[...document.querySelectorAll("body :not(.quiet, .cut-mark)")]
         .filter(e => [...e.childNodes].some(n => n.nodeType === 3 && n.data.trim()) && e.getClientRects().length)
-        .filter(e => parseFloat(getComputedStyle(e).fontSize) * (e.closest("svg") ? e.closest("svg")
-            .getBoundingClientRect().width / 440 : 1) < 11 && !e.closest(".quiet")).map(e => e.outerHTML)"""
+        .filter(e => {
+            const drawing = e.closest("svg");
+            const scale = drawing ? drawing.getBoundingClientRect().width / drawing.viewBox.baseVal.width : 1;
+            return scale * parseFloat(getComputedStyle(e).fontSize) < 11;
+        }).map(e => e.outerHTML)"""
     )
     assert small == []
 
