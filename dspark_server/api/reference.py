@@ -160,8 +160,8 @@ _PREFACE = """\
 
 OpenAI's completions and chat completions with vLLM's further fields. The schema is at `/openapi.json`, and
 this page is at `/docs`. Bodies are JSON, whatever their content type. `null` is the same as omitting a field. Types are
-strict: `"16"` and `true` are not numbers. An unknown field is ignored, with a warning in the server's log. A known field
-that cannot be served is refused, so that no answer silently differs from the request.
+strict: `"16"` and `true` are not numbers. An unknown field is ignored, with a warning in the server's log. A known
+field that cannot be served is refused, so that no answer silently differs from the request.
 
 [From vLLM](from-vllm.md) lists the differences to vLLM, [structured output](structured-output.md) the ways to ask for a
 form."""

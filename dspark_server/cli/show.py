@@ -135,8 +135,8 @@ Every setting can be given in four places; the first place that has it decides:
 4. the default.
 
 `dspark-server config` with the same flags prints the settings in force and the source of each value. An unknown name is
-an error in every place, so that a misspelt key is not ignored. Lists are separated by commas; in YAML they may be lists.
-Where vLLM has the setting, the name is vLLM's."""
+an error in every place, so that a misspelt key is not ignored. Lists are separated by commas; in YAML they may be
+lists. Where vLLM has the setting, the name is vLLM's."""
 
 _SPECULATIVE = """\
 ### Keys of `--speculative-config`
