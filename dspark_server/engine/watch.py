@@ -32,9 +32,9 @@ MAX_POINTS = 48  # of the Theta curve
 class Block:
     """One step of one followed request: token ids, and the survival a_k of every draft token, 0 to 1.
 
-    The target verified the first `verified` tokens of `draft`, and accepted the first `accepted` of these. `committed` has
-    all tokens of the step; the one after the accepted ones is the target's own, and is missing where a draft token ended
-    the request.
+    The target verified the first `verified` tokens of `draft`, and accepted the first `accepted` of these. `committed`
+    has all tokens of the step. The one after the accepted ones is the target's own, and is missing where a draft token
+    ended the request.
     """
 
     draft: list[int]
