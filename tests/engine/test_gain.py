@@ -2,7 +2,10 @@
 
 import pytest
 
+from dspark_server.engine import gain
 from dspark_server.engine.gain import WINDOW, Gain, StepTime, seconds_without_drafts
+from dspark_server.evaluation.roofline import derive
+from dspark_server.evaluation.simulation import Simulation, Workload
 from dspark_server.speculation.admission import Load
 from dspark_server.speculation.capacity import Capacity, Profile
 from tests.dashboard.support import core
@@ -59,19 +62,19 @@ def test_attention_of_the_drafts_is_part_of_their_cost() -> None:
 
 
 def test_the_window_forgets() -> None:
-    gain = Gain()
-    assert gain.ratio is None
-    gain.observe(0.0, 0.0)
-    assert gain.ratio is None
+    made = Gain()
+    assert made.ratio is None
+    made.observe(0.0, 0.0)
+    assert made.ratio is None
     for _ in range(100):
-        gain.observe(0.1, 0.2)
-    assert gain.ratio == pytest.approx(2)
+        made.observe(0.1, 0.2)
+    assert made.ratio == pytest.approx(2)
     for _ in range(int(WINDOW / 0.1)):
-        gain.observe(0.1, 0.1)
-    assert 1 < gain.ratio < 1.3
+        made.observe(0.1, 0.1)
+    assert 1 < made.ratio < 1.3
     for _ in range(int(4 * WINDOW / 0.1)):
-        gain.observe(0.1, 0.1)
-    assert gain.ratio == pytest.approx(1, abs=0.01)
+        made.observe(0.1, 0.1)
+    assert made.ratio == pytest.approx(1, abs=0.01)
 
 
 def test_an_engine_counts_its_steps() -> None:
@@ -82,3 +85,18 @@ def test_an_engine_counts_its_steps() -> None:
     made.loop.stats.gain = Gain()
     made.generate(prompts(2), greedy(24))
     assert made.loop.stats.gain.ratio == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.parametrize(("users", "tolerance"), [(1, 0.001), (16, 0.05)])
+def test_the_estimate_is_the_ratio_of_two_simulated_servers(
+    users: int, tolerance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the virtual clock costs are known exactly, and so is the time of the same requests without drafts."""
+    monkeypatch.setattr(gain, "WINDOW", 1e9)  # the whole load counts
+    machine, workload = derive("v4-flash-like-8xh200"), Workload(output_tokens=48, requests=12)
+    drafting, plain = (Simulation(machine, policy, users, workload) for policy in ("causal", "none"))
+    drafting.run(drain=True)
+    plain.run(drain=True)
+    ratio = plain.clock.now / drafting.clock.now
+    assert ratio > 1.5
+    assert drafting.loop.stats.gain.ratio == pytest.approx(ratio, rel=tolerance)
