@@ -1,7 +1,7 @@
-"""The dashboard: a static page at /, the feed it reads, and the few things it may turn.
+"""The dashboard: a static page at /, the feed it reads, and its controls.
 
-It turns what cannot change an answer: the policy (all are lossless) and a background load that gives way to clients.
-Its routes exist only with `--dashboard`. PAGES need no key (they hold nothing of the server); all of /dashboard/ does.
+No control can change an answer: they are the policy (all are lossless) and a background load that gives way to clients.
+The routes exist only with `--dashboard`. PAGES need no key (they contain nothing of the server); /dashboard/ needs one.
 """
 
 import itertools
@@ -13,6 +13,7 @@ import orjson
 from fastapi import FastAPI, Request, Response
 from pydantic import Field, ValidationError
 
+from dspark_server import __version__
 from dspark_server.api.background import BackgroundLoad
 from dspark_server.api.chat_template import ChatTemplate
 from dspark_server.api.feed import Feed, FeedResponse, OwnPrompt, Viewer
@@ -59,7 +60,7 @@ class StopBody(Body):
 
 
 class PolicyBody(Body):
-    """POST /dashboard/policy; what is left out stays as it is."""
+    """POST /dashboard/policy; a missing field stays as it is."""
 
     policy: str | None = Field(None, max_length=64)
     drafter: str | None = Field(None, max_length=64)
@@ -73,7 +74,7 @@ class LoadBody(Body):
 
 
 class Dashboard:
-    """Routes and state; see the module."""
+    """Routes and state (see the module)."""
 
     def __init__(self, intake: Intake, template: ChatTemplate) -> None:
         engine = intake.engine
@@ -87,7 +88,7 @@ class Dashboard:
         self._numbers = itertools.count(1)
 
     def add_to(self, app: FastAPI) -> None:
-        """Add the page and its routes. None is part of the API that /openapi.json describes."""
+        """Add the page and its routes, none of which is part of the API in /openapi.json."""
         for path, (name, kind) in PAGES.items():
             app.add_api_route(path, _page(name, kind), methods=["GET", "HEAD"], include_in_schema=False)
         app.add_api_route("/dashboard/feed", self.feed, methods=["GET"], include_in_schema=False)
@@ -102,12 +103,12 @@ class Dashboard:
     # -- routes ------------------------------------------------------------------------------------------------------
 
     async def feed(self, request: Request) -> Response:
-        """Server-sent events. 503 when too many watch."""
+        """Server-sent events; 503 when too many feeds are open."""
         await self._prompting.warm_up()
         return FeedResponse(self._feed, self._feed.open())
 
     async def prompt(self, request: Request) -> Response:
-        """Start a prompt, ending the feed's earlier one; what it gives comes on the feed named, and only there."""
+        """Start a prompt and end the feed's earlier one. Its tokens come on the feed named, and only there."""
         body = await self._read(request, PromptBody)
         viewer = self._viewer(body.feed)
         self._end(viewer)
@@ -150,7 +151,7 @@ class Dashboard:
         return _json({"policy": self._policy, "drafter": self._drafter})
 
     async def load(self, request: Request) -> Response:
-        """Keep so many background requests running, until the last viewer leaves."""
+        """Keep this number of background requests running until the last viewer leaves."""
         body = await self._read(request, LoadBody)
         if body.requests > self._load.limit:
             raise RequestError(
@@ -160,11 +161,11 @@ class Dashboard:
         if body.domain not in SAMPLE_PROMPTS:
             raise RequestError(f"`domain` must be one of {', '.join(SAMPLE_PROMPTS)}.", param="domain")
         if body.requests and not self._feed.viewers:
-            raise RequestError("The load runs only while somebody watches: open /dashboard/feed first.", status=409)
+            raise RequestError("The load runs only while a dashboard is open: open /dashboard/feed first.", status=409)
         self._load.set(body.requests, body.domain)
         return _json({"requests": body.requests, "domain": body.domain})
 
-    # -- what the feed tells and asks --------------------------------------------------------------------------------
+    # -- state and hooks of the feed ---------------------------------------------------------------------------------
 
     @property
     def _drafters(self) -> tuple[str, ...]:
@@ -173,6 +174,7 @@ class Dashboard:
     def _hello(self) -> dict[str, Any]:
         engine = self._engine
         return {
+            "version": __version__,
             "model": engine.model_name,
             "backend": engine.backend,
             "gamma": engine.gamma,
@@ -210,7 +212,7 @@ class Dashboard:
         return viewer
 
     async def _read(self, request: Request, kind: type[T]) -> T:
-        # A type that forms cannot send: other sites' pages cannot turn anything here behind their visitor's back.
+        # Forms cannot send this type, so pages of other sites cannot use these routes behind their visitor's back.
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise RequestError("The body must be sent as content-type application/json.", status=415)
         text = await self._intake.read(request)

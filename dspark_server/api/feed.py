@@ -1,9 +1,9 @@
-"""The dashboard's one stream of server-sent events: what the engine does, ten times a second at most.
+"""The dashboard's stream of server-sent events: the state of the engine, ten times a second at most.
 
-A viewer gets a `hello` first, then states. A state has the counters of /metrics, the newest step's picture, and, for
-the viewer who started it and for nobody else, the tokens of their own prompt: what other clients ask and are answered
-is never shown, only lengths, chances and counts. A viewer who reads slowly gets fewer states, each with all that is new
-of the own prompt's text and the newest of its blocks.
+A viewer gets `hello` first, then states. A state has the counters of /metrics, the newest step's picture, the cost
+table, the gain of drafts, and the tokens of the viewer's own prompt. Prompts and answers of all others are never shown,
+only their lengths, probabilities and counts. A viewer who reads slowly gets fewer states, each with all new text of the
+own prompt and the newest of its blocks.
 """
 
 import asyncio
@@ -32,7 +32,7 @@ LONGEST_PIECE = 24  # characters of a draft token that are shown
 
 
 class OwnPrompt:
-    """A viewer's prompt: its blocks as they come, with their texts."""
+    """A viewer's prompt: its blocks as they arrive, with their texts."""
 
     def __init__(self, number: int, request_id: str, blocks: deque[Block], prompting: Prompting) -> None:
         self.number = number
@@ -47,7 +47,7 @@ class OwnPrompt:
 
     @property
     def finish_reason(self) -> str | None:
-        """Why it ended, None while it has not."""
+        """The reason why it ended, None while it runs."""
         if self.generation is None:
             return None
         if self.generation.failure is not None:
@@ -56,11 +56,11 @@ class OwnPrompt:
 
     @property
     def has_news(self) -> bool:
-        """There is something to tell."""
+        """There are blocks, or an end, that no state has had yet."""
         return bool(self._blocks) or (self.finish_reason is not None and not self._told_end)
 
     def news(self) -> dict[str, Any]:
-        """All that is new of the text, and the newest blocks."""
+        """All new text, and the newest blocks."""
         finish_reason = self.finish_reason  # read before the blocks: the last of them is there by then
         taken = [self._blocks.popleft() for _ in range(len(self._blocks))]
         now = monotonic()
@@ -89,7 +89,7 @@ class OwnPrompt:
 
 
 def _described(block: Block, prompting: Prompting) -> dict[str, Any]:
-    """A block with its texts. `own` is the target's own token: the bonus, or what it put in place of a rejected one."""
+    """A block with its texts. `own` is the target's own token: the bonus or the correction."""
     own = block.committed[block.accepted] if len(block.committed) > block.accepted else None
     return {
         "draft": [
@@ -104,7 +104,7 @@ def _described(block: Block, prompting: Prompting) -> dict[str, Any]:
 
 
 class Viewer:
-    """One open feed. Its id is a secret between it and the server: with it goes the right to see the own prompt."""
+    """One open feed. Its id is a secret: whoever has it may start a prompt and read its tokens here."""
 
     def __init__(self) -> None:
         self.id = secrets.token_urlsafe(16)
@@ -117,15 +117,15 @@ class Viewer:
         self._news.set()
 
     async def wait(self) -> None:
-        """Until woken; any number of calls to `wake` count as one."""
+        """Wait until woken; any number of calls to `wake` count as one."""
         await self._news.wait()
         self._news.clear()
 
 
 class Feed:
-    """All viewers of one engine. While there are none it costs nothing.
+    """All viewers of one engine. Without viewers the engine does no work for it.
 
-    `state` gives what else a state says; `tick` is called ten times a second; `on_leave` when a viewer has left.
+    `state` gives the rest of a state; `tick` is called ten times a second, `on_leave` when a viewer has left.
     """
 
     def __init__(
@@ -150,7 +150,7 @@ class Feed:
     def open(self) -> Viewer:
         """A new viewer.
 
-        Raises CapacityError when there are too many, EngineDeadError when there is nothing to see.
+        Raises CapacityError when too many are open, EngineDeadError when the engine has stopped.
         """
         if self._engine.health() == "dead":
             raise EngineDeadError("The engine has stopped; see the server's log.")
@@ -167,7 +167,7 @@ class Feed:
         return viewer
 
     def close(self, viewer: Viewer) -> None:
-        """The viewer has left; with the last one goes all that was done for them."""
+        """The viewer has left. After the last one the engine is no longer observed."""
         if self.viewers.pop(viewer.id, None) is None:
             return
         viewer.over = True
@@ -219,13 +219,16 @@ class Feed:
             "kv_usage": round(stats.kv_usage, 4),
             "counters": counters(self._engine),
             "picture": self.watch.picture,
+            "gain": None if stats.gain.ratio is None else round(stats.gain.ratio, 2),
+            "slow": getattr(costs, "slow", False),
+            "slowdown": round(getattr(costs, "slowdown", 1.0), 3),
             "costs": [] if costs is None else [(tokens, 1e3 * s) for tokens, s in costs.verify_seconds.items()],
         }
         return orjson.dumps(state)[:-1]
 
 
 def counters(engine: AsyncEngine) -> dict[str, Any]:
-    """Since the server's start, from where /metrics reads too; `budgets[b]` counts requests with b tokens verified."""
+    """The counters of /metrics since the server's start; `budgets[b]` counts requests with b tokens verified."""
     stats = engine.stats
     budgets = dict(stats.budgets)
     return {

@@ -211,6 +211,14 @@ def speculation_families(labels: Sequence[str], stats: EngineStats) -> Iterator[
         "part",
         list(stats.seconds.items()),
     )
+    gain = GaugeMetricFamily(
+        "dspark:speedup_estimate",
+        "Estimate of throughput with drafts over throughput without, of the last 20 seconds of steps.",
+        labels=LABELS,
+    )
+    if stats.gain.ratio is not None:
+        gain.add_metric(labels, stats.gain.ratio)
+    yield gain
     costs = GaugeMetricFamily(
         "dspark:verify_seconds", "What selection believes a pass over so many tokens takes.", labels=(*LABELS, "tokens")
     )

@@ -158,13 +158,13 @@ _PREFACE = """\
 
 <!-- Made from /openapi.json by `python -m dspark_server.api.reference`; a test says when it is out of date. -->
 
-OpenAI's completions and chat completions with vLLM's further fields. The server describes itself at `/openapi.json`,
-and at `/docs` for the eye (this page). Bodies are JSON, whatever their content type.
-`null` is the same as leaving a field out. Types are strict: `"16"` and `true` are no numbers. A field that nobody knows
-is ignored, with a warning in the server's log; one that is known and cannot be served is refused, so that no answer is
-silently another one than was asked for.
+OpenAI's completions and chat completions with vLLM's further fields. The schema is at `/openapi.json`, and
+this page is at `/docs`. Bodies are JSON, whatever their content type. `null` is the same as omitting a field. Types are
+strict: `"16"` and `true` are not numbers. An unknown field is ignored, with a warning in the server's log. A known
+field that cannot be served is refused, so that no answer silently differs from the request.
 
-[From vLLM](from-vllm.md) has what differs, [structured output](structured-output.md) the ways to ask for a form."""
+[From vLLM](from-vllm.md) lists the differences to vLLM, [structured output](structured-output.md) the ways to ask for a
+form."""
 
 _ANSWERS = """\
 ## Answers
@@ -177,27 +177,27 @@ _ANSWERS = """\
 | `choices[].index` | prompts times `n`: all answers to the first prompt, then those to the second |
 | `choices[].text` | of completions |
 | `choices[].message` | of chats: `role` and `content`; in streams `delta`, the role in the first chunk |
-| `choices[].finish_reason` | `stop`, or `length` at the most tokens; `null` until a choice's last chunk |
+| `choices[].finish_reason` | `stop`, or `length` at the limit of tokens; `null` until a choice's last chunk |
 | `choices[].stop_reason` | the stop string or stop token that ended the answer; `null` for end of sequence |
 | `choices[].logprobs` | of completions `tokens`, `token_logprobs`, `top_logprobs`, `text_offset`; of chats `content` |
 | `choices[].token_ids` | with `return_token_ids`; so has `prompt_token_ids`, which in chats stands beside `choices` |
 | `choices[].prompt_logprobs` | when asked for; in chats beside `choices` |
 | `usage` | `prompt_tokens` (a prompt counts once, whatever `n`), `completion_tokens`, `total_tokens`, `prompt_tokens_details.cached_tokens` |
-| `metrics` | with `--per-request-spec-decode-metrics`: [what became of the drafts](monitoring.md) |
+| `metrics` | with `--per-request-spec-decode-metrics`: [statistics of its drafts](monitoring.md) |
 
 Log-probabilities are the target's own, before temperature, penalties and masks; drafting does not change them. The
 `bytes` of a chat's tokens, one after the other, are the text in UTF-8 (the end token has its own besides); `token` is
 the same as text, with U+FFFD for part of a character. `text_offset` is the place of a token in `text`, in characters.
 
-A stream has one event, `data: {...}`, for each step that gave a choice text, and a last one of each choice with its
-`finish_reason`; none is empty before the first text. With `include_usage` one more follows with `"choices": []`. The end
-is `data: [DONE]`. What fails in mid-stream is `data: {"error": ...}` and then `[DONE]`."""  # noqa: E501
+A stream has one event, `data: {...}`, for each step that gave a choice text, and a last event for each choice with its
+`finish_reason`. No empty event precedes the first text. With `include_usage` one more event follows with `"choices": []`.
+The stream ends with `data: [DONE]`. A failure in mid-stream gives `data: {"error": ...}` and then `[DONE]`."""  # noqa: E501
 
 _ERRORS = """\
 ## Errors
 
-`{"error": {"message", "type", "param", "code"}}`, bounded, and without content of the request but for the
-place where a form (a schema, an expression) cannot be compiled.
+`{"error": {"message", "type", "param", "code"}}`. Messages are bounded and have no content of the request,
+except for the part of a form (a schema, an expression) that cannot be compiled.
 
 | status | `type` | when |
 | --- | --- | --- |

@@ -116,7 +116,7 @@ _PREFACE = """\
 
 <!-- Made by `dspark-server config --markdown` from the settings in the code; a test says when it is out of date. -->
 
-Every setting can be given in four places; the first that has it decides:
+Every setting can be given in four places; the first place that has it decides:
 
 1. the command line: `dspark-server serve --max-num-seqs 32`
 2. the environment: `DSPARK_MAX_NUM_SEQS=32`
@@ -134,17 +134,17 @@ Every setting can be given in four places; the first that has it decides:
    ```
 4. the default.
 
-`dspark-server config` with the same flags prints what is in force and where each value comes from. What is not known
-is an error, in every place: a misspelt key does not pass for a default. Lists are separated by commas; in YAML they may
-be lists. The names are vLLM's where vLLM has the setting."""
+`dspark-server config` with the same flags prints the settings in force and the source of each value. An unknown name is
+an error in every place, so that a misspelt key is not ignored. Lists are separated by commas; in YAML they may be
+lists. Where vLLM has the setting, the name is vLLM's."""
 
 _SPECULATIVE = """\
 ### Keys of `--speculative-config`
 
-A JSON object on the command line and in the environment, a mapping (or that JSON) in YAML. It is taken whole from the
-first place that has it: places are not merged."""
+A JSON object on the command line and in the environment, a mapping (or that JSON) in YAML. The first place
+that has it gives the whole object: places are not merged."""
 
 _KEYS = f"""\
-With API keys every request needs `Authorization: Bearer KEY`, or it is answered with 401. Open without a key are GET of
-{", ".join(f"`{path}`" for path in sorted(OPEN_PATHS))} and below `{OPEN_FOLDER}`: what
-probes and scrapers read, and the dashboard's page (not its figures)."""
+With API keys every request needs `Authorization: Bearer KEY`, or it gets 401. GET needs no key for
+{", ".join(f"`{path}`" for path in sorted(OPEN_PATHS))} and below `{OPEN_FOLDER}`: paths
+that probes and scrapers read, and the dashboard's page (not its figures)."""

@@ -3,6 +3,8 @@
 from collections import Counter, deque
 from dataclasses import dataclass, field
 
+from dspark_server.engine.gain import Gain
+
 SURVIVAL_BINS = 10  # of the predicted survival of verified draft tokens
 
 
@@ -38,6 +40,7 @@ class EngineStats:
     budgets: Counter[int] = field(default_factory=Counter)  # of them, how many had 1 + l tokens verified
     survival: list[SurvivalBin] = field(default_factory=lambda: [SurvivalBin() for _ in range(SURVIVAL_BINS)])
     seconds: dict[str, float] = field(default_factory=lambda: {"draft": 0.0, "verify": 0.0, "host": 0.0})  # of steps
+    gain: Gain = field(default_factory=Gain)  # of drafting, where there is a cost table
     verify_seconds: dict[int, float] = field(default_factory=dict)  # what selection believes of a pass over B tokens
     # Drained by the metrics reader; bounded so that an unread server does not grow.
     queue_times: deque[float] = field(default_factory=lambda: deque(maxlen=100_000))

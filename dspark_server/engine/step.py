@@ -14,6 +14,7 @@ from torch import Tensor
 from dspark_server import failpoints
 from dspark_server.engine.batcher import Batcher, Plan
 from dspark_server.engine.executor import DraftRequest, Executor, Rest
+from dspark_server.engine.gain import StepTime, seconds_without_drafts
 from dspark_server.engine.logprobs import token_logprobs
 from dspark_server.engine.request import FinishReason, Request
 from dspark_server.engine.stats import SURVIVAL_BINS
@@ -148,6 +149,9 @@ class StepLoop:
         for part, seconds in (("draft", draft), ("verify", verify), ("host", host)):
             self.stats.seconds[part] += seconds
         if self.capacity and tokens:
+            took, committed = StepTime(draft, verify, host), sum(len(output.tokens) for output in outputs)
+            without = seconds_without_drafts(self.capacity, load, draft_tokens, committed, took)
+            self.stats.gain.observe(took.total, without)
             self.capacity.observe(
                 tokens=tokens,
                 context=load.context,

@@ -1,9 +1,9 @@
-"""What steps look like to somebody who watches: small plain records, made on the step thread.
+"""Records of steps for the dashboard, made on the step thread.
 
-`StepWatch` is the observer that `AsyncEngine.watch` takes. Nobody watching, it is not called at all. It writes; the
-event loop only reads what it wrote, by whole objects, so that no lock is needed.
+`StepWatch` is the observer that `AsyncEngine.watch` takes; without an open dashboard it is not called. It only writes,
+and the event loop only reads, whole objects at a time, so that no lock is needed.
 
-Texts stay with their owners: of a request that is not followed, a record has lengths and chances, never a token.
+Texts are private: the record of a request that is not followed has lengths and probabilities, never a token.
 """
 
 import itertools
@@ -30,11 +30,11 @@ MAX_POINTS = 48  # of the Theta curve
 
 @dataclass(frozen=True)
 class Block:
-    """One step of one followed request. Token ids; survival a_k of every draft token, 0 to 1.
+    """One step of one followed request: token ids, and the survival a_k of every draft token, 0 to 1.
 
-    The first `verified` of `draft` were looked at by the target, the first `accepted` of these committed. `committed`
-    are the tokens the step gave; one past the accepted ones is the target's own, and missing where a draft token ended
-    the request.
+    The target verified the first `verified` tokens of `draft`, and accepted the first `accepted` of these. `committed`
+    has all tokens of the step. The one after the accepted ones is the target's own, and is missing where a draft token
+    ended the request.
     """
 
     draft: list[int]
@@ -47,7 +47,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Row:
-    """One request in a picture, by a number that means nothing elsewhere; survival in percent, of each draft token."""
+    """One request in a picture, under a number used nowhere else; survival of each draft token in percent."""
 
     number: int
     length: int
@@ -61,9 +61,9 @@ class Row:
 class Picture:
     """One step of the whole batch.
 
-    tokens: B of the pass, `prefill` of them of prompts; `sampling` requests get a token each whatever is drafted.
-    theta: (B, tokens a second expected) if the best drafts up to B were verified; `expected` is that of the choice.
-    The first MAX_ROWS of the requests that sampled are shown.
+    tokens: B of the pass, of which `prefill` are prompt tokens; each of `sampling` requests gets a token in any case.
+    theta: (B, expected tokens per second) if the likeliest drafts up to B were verified; `expected` is the choice's.
+    rows: the first MAX_ROWS of the requests that sampled.
     """
 
     policy: str
@@ -79,7 +79,7 @@ class Picture:
 
 
 class StepWatch:
-    """Makes the records; see the module. `picture` is the newest one, None before the first."""
+    """Makes the records (see the module). `picture` is the newest one, None before the first."""
 
     def __init__(self, capacity: Capacity | None, clock: Callable[[], float] = monotonic) -> None:
         self.picture: Picture | None = None
@@ -94,20 +94,20 @@ class StepWatch:
     # -- event loop --------------------------------------------------------------------------------------------------
 
     def follow(self, request_id: str) -> deque[Block]:
-        """Keep every step of the request with this id, its tokens too. The reader takes from the left.
+        """Keep every step of the request with this id, with its tokens. The reader takes blocks from the left.
 
-        It grows to one block per token of the request at most.
+        The deque holds at most one block per token of the request.
         """
         return self._followed.setdefault(request_id, deque())
 
     def unfollow(self, request_id: str) -> None:
-        """Forget the request."""
+        """Keep no more steps of the request, and drop those kept."""
         self._followed.pop(request_id, None)
 
     # -- step thread -------------------------------------------------------------------------------------------------
 
     def __call__(self, trace: StepTrace) -> None:
-        """Look at a step. Never raises: watching must not fail the step."""
+        """Record a step. Never raises, so that the dashboard cannot fail a step."""
         try:
             now = self._clock()
             due = now - self._drawn >= PICTURE_EVERY
@@ -164,7 +164,7 @@ class StepWatch:
         )
 
     def _theta(self, trace: StepTrace, drafted: Drafted, chosen: int) -> tuple[list[tuple[int, float]], float | None]:
-        """Theta over B for this step's blocks, on the curve its policy looks at, and at its choice."""
+        """Theta over B for this step's blocks, on the cost curve of its policy, and Theta of its choice."""
         assert self._capacity is not None
         ranked = Ranked.of(drafted.survival, drafted.limits)
         count = len(ranked.values)
@@ -172,7 +172,7 @@ class StepWatch:
         seconds = StepCost.of(self._capacity, trace.load, drafted.backbone, slots).upto(count)
         theta = theta_by_count(ranked.values, seconds, trace.load)
         points = np.unique(np.linspace(0, count, min(count + 1, MAX_POINTS)).round().astype(int))
-        # Only a policy that ranks all drafts together stands on this curve; fixed and threshold stand near it.
+        # The choice lies on this curve if the policy ranks all drafts together, near it for fixed and threshold.
         return (
             [(trace.load.tokens + int(point), round(float(theta[point]), 2)) for point in points],
             round(float(theta[min(chosen, count)]), 2),
@@ -180,7 +180,7 @@ class StepWatch:
 
 
 def _chances(drafted: Drafted, row: int) -> list[float]:
-    """Survivals of the slots that could have been verified."""
+    """Survivals of the slots that may be verified."""
     chances: list[float] = drafted.survival[row, : drafted.limits[row]].nan_to_num().tolist()
     return chances
 
@@ -204,6 +204,6 @@ def _block(drafted: Drafted | None, row: int | None, accepted: int, committed: l
 
 
 def _until_end(tokens: Sequence[int], stop_ids: frozenset[int]) -> list[int]:
-    """The tokens up to the first that ends the request."""
+    """The tokens up to the first stop token, which commit takes."""
     end = next((index for index, token in enumerate(tokens, 1) if token in stop_ids), len(tokens))
     return list(tokens[:end])

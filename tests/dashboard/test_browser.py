@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, Page, Route, expect
 
+from dspark_server import __version__
 from dspark_server.api import feed
 
 from .browser import browsing
@@ -166,17 +167,88 @@ def test_domains_bring_their_prompts(open_page: Open) -> None:
 
 def test_the_keyboard_reaches_everything(open_page: Open) -> None:
     page = open_page()
-    reached = []
-    for _ in range(24):
+    reached: list[str] = []
+    for _ in range(48):
         page.keyboard.press("Tab")
-        reached.append(page.evaluate("document.activeElement.id || document.activeElement.textContent.trim()"))
-    wanted = ["prompt", "temperature", "length", "run", "answer", "blocks", "load", "policy", "drafter", "/metrics"]
-    assert [name for name in reached if name in wanted] == wanted
+        reached.append(page.evaluate("document.activeElement.id || document.activeElement.getAttribute('href')"))
+    wanted = [
+        "/docs",
+        "prompt",
+        "temperature",
+        "length",
+        "run",
+        "answer",
+        "blocks",
+        "load",
+        "policy",
+        "drafter",
+        "/metrics",
+    ]
+    assert list(dict.fromkeys(name for name in reached if name in wanted)) == wanted
     unnamed = page.evaluate(
         """[...document.querySelectorAll("input, select, textarea, button")]
         .filter(e => !(e.labels?.length || e.textContent.trim())).map(e => e.outerHTML)"""
     )
     assert unnamed == []
+
+
+def test_version_base_url_and_api_reference_are_on_the_page(open_page: Open, server: Running) -> None:
+    page = open_page()
+    expect(page.locator("#version")).to_have_text(__version__)
+    expect(page.locator("#base-url")).to_have_text(f"{server.url}/v1")
+    assert server.http.get(page.locator("#base-url").inner_text() + "/models").status_code == 200
+    page.get_by_role("link", name="API reference").click()
+    expect(page.locator("h1")).to_have_text("HTTP API")
+
+
+def test_the_gain_of_drafts_is_that_of_metrics(open_page: Open, server: Running) -> None:
+    page = open_page()
+    server.complete(PROMPT)
+    gain = server.metrics()["dspark:speedup_estimate{}"]
+    expect(page.locator("#gain")).to_have_text(f"{gain:.2f}")
+    expect(page.locator("#gain-tile")).to_contain_text("of no drafts")
+    expect(page.locator("#gain-tile")).to_contain_text("estimate")
+
+
+def test_every_term_is_explained_to_mouse_keyboard_and_touch(open_page: Open) -> None:
+    page = open_page(width=360, height=740)
+    terms = page.locator(".term")
+    words = terms.all_inner_texts()
+    assert {"SPS", "Θ", "B", "Budget", "budget", "survival"} <= set(words)
+    for index in range(len(words)):
+        term = terms.nth(index)
+        word = page.locator(f"#{term.get_attribute('popovertarget')}")
+        assert (term.get_attribute("title") or "") == " ".join(word.evaluate("e => e.textContent").split())
+        expect(word).to_be_hidden()
+        term.focus()
+        page.keyboard.press("Enter")
+        expect(word).to_be_visible()
+        box = word.bounding_box()
+        assert box is not None and box["x"] >= 0 and box["x"] + box["width"] <= 360 and box["y"] >= 0
+        page.keyboard.press("Escape")
+        expect(word).to_be_hidden()
+
+
+def test_it_warns_of_steps_that_the_cost_profile_does_not_explain(
+    open_page: Open, server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def costs_say(slowdown: float, slow: bool) -> None:
+        monkeypatch.setattr(type(server.engine.costs), "slowdown", slowdown, raising=False)
+        monkeypatch.setattr(type(server.engine.costs), "slow", slow, raising=False)
+
+    costs_say(1.0, False)
+    page = open_page()
+    expect(page.locator("#running")).to_have_text("0")
+    expect(page.locator("#warning")).to_be_hidden()
+    costs_say(6.24, True)
+    warning = page.get_by_role("alert")
+    expect(warning).to_contain_text("6.2 times what the cost profile says")
+    expect(warning).to_contain_text("CPU limit")
+    costs_say(0.125, False)
+    expect(warning).to_contain_text("8.0 times faster than the cost profile says")
+    expect(warning).to_contain_text("--measure-costs-again")
+    costs_say(1.1, False)
+    expect(warning).to_be_hidden()
 
 
 @pytest.mark.parametrize("dark", [False, True])
@@ -193,6 +265,22 @@ def test_a_phone_sees_all_of_it_in_light_and_dark(open_page: Open, dark: bool) -
     for name in ("prompt", "run", "load", "policy", "drafter", "sps", "batch", "acceptance"):
         box = page.locator(f"#{name}").bounding_box()
         assert box is not None and box["x"] >= 0 and box["x"] + box["width"] <= 360, name
+    cut_off = page.evaluate(
+        """[...document.querySelectorAll("header p, #facts span, #tiles dt, #tiles dd, #samples button, .note, .term")]
+        .filter(e => e.scrollWidth > e.clientWidth + 1 && getComputedStyle(e).display !== "inline")
+        .map(e => e.outerHTML)"""
+    )
+    assert cut_off == []
+    small = page.evaluate(
+        """[...document.querySelectorAll("body :not(.quiet, .cut-mark)")]
+        .filter(e => [...e.childNodes].some(n => n.nodeType === 3 && n.data.trim()) && e.getClientRects().length)
+        .filter(e => {
+            const drawing = e.closest("svg");
+            const scale = drawing ? drawing.getBoundingClientRect().width / drawing.viewBox.baseVal.width : 1;
+            return scale * parseFloat(getComputedStyle(e).fontSize) < 11;
+        }).map(e => e.outerHTML)"""
+    )
+    assert small == []
 
 
 def test_a_key_is_asked_for_and_sent_with_every_request(browser: Browser) -> None:

@@ -6,6 +6,7 @@ import { OwnView, drawBatch } from "./views.js";
 const $ = (id) => document.getElementById(id);
 const WINDOW = 2; // seconds that rates are taken over
 const MEMORY = 20; // seconds that acceptance is taken over
+const FAST = 0.4; // of the profile's time, below which the profile is too slow to be believed
 const HISTORY = 60; // seconds of the budget's history
 
 let hello = null;
@@ -104,6 +105,7 @@ function onHello(message) {
   setBusy(false);
   $("key-form").hidden = true;
   $("model").textContent = `${hello.model} · ${hello.backend}`;
+  $("version").textContent = hello.version;
   $("load").max = hello.max_num_seqs;
   options($("policy"), hello.policies);
   options($("drafter"), hello.drafters);
@@ -119,12 +121,30 @@ function onState(message) {
   while (samples.length > 2 && message.at - samples[1].at > MEMORY) samples.shift();
   if (message.own) onOwn(message.own);
   if (Date.now() > noticeUntil) status(message.health === "ready" ? "live" : "bad", message.health === "ready" ? "live" : message.health);
+  warn(message);
   if (!dragging) setLoad(message.load.requests);
   if (document.activeElement !== $("policy")) $("policy").value = message.policy;
   if (document.activeElement !== $("drafter")) $("drafter").value = message.drafter;
   $("policy").disabled = message.drafter === "none" || hello.policies.length < 2;
   if (!drawing) requestAnimationFrame(draw); // a hidden page draws nothing, and once when it is seen again
   drawing = true;
+}
+
+/** Steps that take far longer, or far shorter, than the cost profile says. */
+function warn({ slow, slowdown }) {
+  const fast = slowdown > 0 && slowdown < FAST;
+  $("warning").hidden = !slow && !fast;
+  if ($("warning").hidden) return;
+  const times = (value) => value.toFixed(value < 10 ? 1 : 0);
+  $("warning-title").textContent = slow
+    ? `Steps take ${times(slowdown)} times what the cost profile says.`
+    : `Steps are ${times(1 / slowdown)} times faster than the cost profile says.`;
+  $("warning-advice").textContent = slow
+    ? "The machine is busy with something else, or a CPU limit holds the server back. Look for other processes (top), for " +
+      "the CPU limit of the container, and for other virtual machines on the host. If it stays so, restart with " +
+      "--measure-costs-again."
+    : "The profile was measured when the machine was slow. Serving corrects it; --measure-costs-again measures it anew at " +
+      "the next start.";
 }
 
 function onOwn(message) {
@@ -183,6 +203,7 @@ function draw() {
   const number = (value, digits) => (value === null || !Number.isFinite(value) ? "–" : value.toFixed(digits));
   $("running").textContent = state.running;
   $("waiting").textContent = state.waiting ? `+ ${state.waiting} waiting` : "none waiting";
+  $("gain").textContent = number(state.gain, 2);
   $("kv").textContent = (100 * state.kv_usage).toFixed(1);
   if (now) {
     $("total").textContent = active || now.generated ? number(now.generated / now.elapsed, 0) : "–";
@@ -215,11 +236,11 @@ function remember(now) {
 function describe(picture) {
   if (!picture) return;
   const { tokens, sampling, drafting, drafts, prefill, policy } = picture;
-  const each = drafting ? `${drafting} drafted and ${drafts} of their tokens are verified` : "nobody drafted";
+  const each = drafting ? `${drafting} drafted, ${drafts} of their tokens verified` : "no request drafted";
   const prompts = prefill ? `, ${prefill} prompt tokens beside them` : "";
   $("sps-note").textContent =
     `Policy ${policy}: ${sampling} request${sampling === 1 ? "" : "s"} (grey), ${each}${prompts}: B = ${tokens}. ` +
-    "Θ = tokens expected × steps per second; causal stops where it no longer rises.";
+    "Θ = expected tokens × steps per second; causal stops where Θ no longer rises.";
 }
 
 const COUNTERS = [
@@ -229,7 +250,7 @@ const COUNTERS = [
   ["drafts", "blocks verified"],
   ["draft_tokens", "draft tokens verified"],
   ["accepted_tokens", "draft tokens accepted"],
-  ["skipped", "drafts left out"],
+  ["skipped", "steps of a request without a draft"],
 ];
 
 function drawCounters() {
@@ -243,6 +264,22 @@ function drawCounters() {
     }
   for (const [name] of COUNTERS)
     $(`counter-${name}`).textContent = (state.counters[name] - first[name]).toLocaleString("en");
+}
+
+// -- words -------------------------------------------------------------------------------------------------------------
+
+/** Each term opens its explanation beside it, and shows it to a mouse that rests on it. */
+function explainWords() {
+  for (const button of document.querySelectorAll("[popovertarget]")) {
+    const word = $(button.getAttribute("popovertarget"));
+    button.title = word.textContent.replace(/\s+/g, " ").trim();
+    button.addEventListener("click", () => {
+      const [place, size] = [button.getBoundingClientRect(), word.getBoundingClientRect()];
+      word.style.left = `${Math.max(8, Math.min(place.left, innerWidth - size.width - 8))}px`;
+      const below = place.bottom + 6;
+      word.style.top = `${below + size.height < innerHeight ? below : Math.max(8, place.top - size.height - 6)}px`;
+    });
+  }
 }
 
 // -- controls ----------------------------------------------------------------------------------------------------------
@@ -349,4 +386,6 @@ $("key-form").addEventListener("submit", (event) => {
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => state && draw());
 addEventListener("resize", () => state && draw());
 
+$("base-url").textContent = `${location.origin}/v1`;
+explainWords();
 watch();

@@ -17,7 +17,7 @@ function element(name, className, text) {
 
 function cell(piece, kind, words, chance) {
   const made = element("span", `cell ${kind}`, visible(piece));
-  made.title = chance === undefined ? words : `${words}; survives up to here with ${chance} %`;
+  made.title = chance === undefined ? words : `${words}; accepted up to here with probability ${chance} %`;
   if (chance !== undefined) {
     const bar = element("i");
     bar.style.width = `${chance}%`;
@@ -27,7 +27,7 @@ function cell(piece, kind, words, chance) {
   return made;
 }
 
-/** What a line gained, in which steps. */
+/** The tokens that a line gained, and its steps. */
 function stepLabel(gained, words, more = "") {
   const label = element("span", "step", words);
   label.prepend(element("b", "", `+${gained}`));
@@ -45,11 +45,11 @@ function blockItem(block, number) {
     if (position < block.accepted) item.append(cell(piece, "accepted", "accepted", chance));
     else if (position >= block.verified) item.append(cell(piece, "unverified", "not verified", chance));
     else if (position === block.accepted && block.own !== null) item.append(cell(piece, "rejected", "rejected", chance));
-    else item.append(cell(piece, "void", "verified in vain, behind a rejection or the end", chance));
+    else item.append(cell(piece, "void", "verified, but behind a rejection or the end", chance));
   });
   if (block.draft.length && block.verified === block.draft.length) item.append(element("span", "cut-mark", "│"));
   if (block.own !== null) {
-    if (!block.verified) item.append(cell(block.own, "plain", "nothing was kept, the target’s token"));
+    if (!block.verified) item.append(cell(block.own, "plain", "no draft token verified, the target’s token"));
     else if (block.accepted === block.verified) item.append(cell(block.own, "bonus", "bonus token"));
     else item.append(cell(block.own, "correction", "the target’s correction"));
   }
@@ -106,7 +106,7 @@ export class OwnView {
 
 const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
-/** Every request of the newest step as a row of small squares: its block, and what became of it. */
+/** Every request of the newest step as a row of small squares: its block and its outcome. */
 export function drawBatch(canvas, note, picture) {
   const rows = picture?.rows ?? [];
   const width = canvas.clientWidth;
@@ -133,7 +133,7 @@ export function drawBatch(canvas, note, picture) {
     const left = Math.floor(index / lines) * rowWidth;
     const top = (index % lines) * (size + 5) + 2;
     pen.fillStyle = dim;
-    pen.font = "10px system-ui, sans-serif";
+    pen.font = "11px system-ui, sans-serif";
     pen.fillText(row.number, left + 26, top + size / 2 + 0.5);
     const square = (slot, paint) => paint(left + 34 + slot * (size + gap), top);
     row.survival.forEach((chance, slot) => {
@@ -166,5 +166,5 @@ export function drawBatch(canvas, note, picture) {
   note.textContent =
     `${picture.sampling} request${picture.sampling === 1 ? "" : "s"}, ${picture.drafts} draft tokens verified, ` +
     `${picture.committed} tokens gained` + (picture.prefill ? `, ${picture.prefill} prompt tokens beside them. ` : ". ") +
-    "Filled: accepted; framed: rejected; small: not verified; round: the target’s own. Others’ texts are never shown.";
+    "Filled: accepted; framed: rejected; small: not verified; round: the target’s own token. Other clients’ texts are never shown.";
 }

@@ -1,0 +1,71 @@
+"""Estimate of what drafting gains: the time of steps against the time of the same tokens without drafts.
+
+The estimate compares a step that was run with one that was not, so it takes the ratio of the two from the cost table
+and the scale from the clock: a slow minute of the machine makes both slower and leaves the gain as it is.
+"""
+
+from dataclasses import dataclass
+from math import exp
+
+from dspark_server.speculation.admission import Load
+from dspark_server.speculation.capacity import Capacity
+
+WINDOW = 20.0  # seconds of steps after which an observation counts 1 / e of a new one
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one step: the draft, the target pass, and everything else."""
+
+    draft: float
+    verify: float
+    host: float
+
+    @property
+    def total(self) -> float:
+        """Seconds of the whole step."""
+        return self.draft + self.verify + self.host
+
+
+def seconds_without_drafts(capacity: Capacity, load: Load, drafts: int, committed: int, took: StepTime) -> float:
+    """Seconds in which steps without drafts would have given the tokens of this step.
+
+    `load` is the step before its drafts, `drafts` the number of draft tokens verified, `committed` the number of tokens
+    that the step committed. Without drafts each of `load.sampling` requests gets one token a step, so the step is run
+    committed / sampling times: the pass at the size without drafts, and the same host time. Prompt tokens of the pass
+    are computed once either way.
+    """
+    if not load.sampling:
+        return took.verify + took.host
+    plain = _pass_seconds(capacity, load, 0)
+    scale = took.verify / _pass_seconds(capacity, load, drafts)
+    last = len(capacity.raw) - 1
+    prompts = scale * float(capacity.raw[min(load.tokens, last)] - capacity.raw[min(load.sampling, last)])
+    return prompts + (scale * plain + took.host - prompts) * committed / load.sampling
+
+
+def _pass_seconds(capacity: Capacity, load: Load, drafts: int) -> float:
+    """Seconds of the target pass by the cost table, with so many draft tokens."""
+    tokens = min(load.tokens + drafts, len(capacity.raw) - 1)
+    return float(capacity.raw[tokens]) + capacity.attention(load.context, load.pairs + drafts * load.per_draft)
+
+
+class Gain:
+    """Ratio of throughput with drafts to throughput without, over the last WINDOW seconds of steps.
+
+    The step thread calls `observe`; any thread may read `ratio`.
+    """
+
+    def __init__(self) -> None:
+        self.ratio: float | None = None  # None before the first step
+        self._took = 0.0
+        self._without = 0.0
+
+    def observe(self, took: float, without: float) -> None:
+        """Count a step that took `took` seconds, and would have taken `without` seconds without drafts."""
+        if took <= 0:
+            return
+        kept = exp(-took / WINDOW)
+        self._took = kept * self._took + took
+        self._without = kept * self._without + without
+        self.ratio = self._without / self._took
