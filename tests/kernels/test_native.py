@@ -9,7 +9,7 @@ from dspark_kernels.reference import ReferenceKernels
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.kernels.support import Paged, close, paged
+from tests.kernels.support import Paged, check_hidden_rows_stay_hidden, close, paged
 
 REFERENCE = ReferenceKernels()
 
@@ -197,3 +197,15 @@ def test_what_an_earlier_request_left_in_the_cache_is_not_seen(native: NativeKer
         case.keys[stale] = torch.nan
         case.values[stale] = torch.inf
         assert torch.equal(case.attend(native, False, None), expected)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [20, 64])
+def test_what_a_query_does_not_see_does_nothing_to_it(
+    native: NativeKernels, size: int, dtype: torch.dtype, value: float
+) -> None:
+    """A draft token's row behind its anchor, a later token of a chunk, a token before the window: masked, not times 0."""
+    case = paged([(7, 60), (1, 130), (40, 3)], groups=3, kv_heads=2, size=size, block=16, dtype=dtype)
+    for causal, window in ((True, None), (False, None), (True, 5), (False, 70)):
+        check_hidden_rows_stay_hidden(native, case, causal, window, value)
