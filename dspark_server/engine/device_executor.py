@@ -78,6 +78,7 @@ class DeviceExecutor:
         self._ahead: _Ahead | None = None
         self._lengths: list[int] = []  # of the runs of the last pass
         self._finite = torch.empty(0)  # [N] bool on the device: which of its tokens have finite hidden states
+        self._landed: Tensor | None = None  # the same on the host, once it is there
         self._marks: list[Any] = []
         self._seconds: tuple[float, float] | None = None
 
@@ -349,7 +350,7 @@ class DeviceExecutor:
         )
         logits, row_start, drafted, finite = self.passes.run(size, self._pass)
         assert finite is not None
-        self._finite = finite
+        self._finite, self._landed = finite, None
         assert logits is not None
         assert row_start is not None
         assert drafted is not None
@@ -367,8 +368,10 @@ class DeviceExecutor:
         return self.target.logits(hidden), layout.row_start, layout.drafted, are_finite(last)
 
     def finite_rows(self) -> list[int]:
-        """See `Executor.finite_rows`; waits for the pass."""
-        return leading(*self.device.fetch([self._finite]), self._lengths)
+        """See `Executor.finite_rows`; waits for a pass that was not judged."""
+        if self._landed is None:
+            (self._landed,) = self.device.fetch([self._finite])
+        return leading(self._landed, self._lengths)
 
     # -- acceptance --------------------------------------------------------------------------------------------------
 
@@ -380,8 +383,8 @@ class DeviceExecutor:
         self._marks.append(self.device.mark())
         draft = DraftTokens(self._draft_tokens, law, self._runs.there["draft_row"] - 1, columns)
         outcome = self._judge.ahead(logits, starts, drafted, draft, rest.sampled, rest.sampling, streams)
-        *landed, taken, stood, token, failed = self.device.fetch(
-            [*wanted, drafted, outcome.count, outcome.token, outcome.failed]
+        *landed, taken, stood, token, failed, self._landed = self.device.fetch(
+            [*wanted, drafted, outcome.count, outcome.token, outcome.failed, self._finite]
         )
         runs = _with_drafts(rest, landed[0].tolist(), taken.tolist())
         row_start = _row_start(runs)
@@ -403,7 +406,9 @@ class DeviceExecutor:
         if ahead is not None and logits is ahead.logits:
             accepted = ahead.accepted
         else:
-            accepted = self._judge(logits, row_start, draft, lengths, sampling, streams)
+            accepted, self._landed = self._judge(
+                logits, row_start, draft, lengths, sampling, streams, self._finite
+            )
         if len(self._marks) == 3:
             begun, drafted, verified = self._marks
             self._seconds = (self.device.seconds(begun, drafted), self.device.seconds(drafted, verified))
