@@ -406,9 +406,7 @@ class DeviceExecutor:
         if ahead is not None and logits is ahead.logits:
             accepted = ahead.accepted
         else:
-            accepted, self._landed = self._judge(
-                logits, row_start, draft, lengths, sampling, streams, self._finite
-            )
+            accepted, self._landed = self._judge(logits, row_start, draft, lengths, sampling, streams, self._finite)
         if len(self._marks) == 3:
             begun, drafted, verified = self._marks
             self._seconds = (self.device.seconds(begun, drafted), self.device.seconds(drafted, verified))

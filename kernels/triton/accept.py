@@ -259,7 +259,8 @@ def launches(
         (requests,),
         dict(
             **rows, **drafts, **outcome, **strides, coins=last if coins is None else coins, peaks=peaks, masses=masses,
-            token=token, failed=failed.view(torch.uint8), width=width, coins_stride=0 if coins is None else coins.stride(0),
+            token=token, failed=failed.view(torch.uint8), width=width,
+            coins_stride=0 if coins is None else coins.stride(0),
         ),
         constants=dict(**cut, **law, PARTS_BLOCK=power_of_two(parts)),
     )  # fmt: skip

@@ -50,9 +50,6 @@ def test_a_chunk_with_a_broken_row_is_published_up_to_it(row: int, drafter: bool
     assert other.error is None
     assert other.output == expected
     assert other.cached_tokens == row // 4 * 4
-    hits = core.loop.stats.prefix_hits
-    assert core.generate([innocent], greedy(8)) == [expected]
-    assert core.loop.stats.prefix_hits > hits, "what the innocent has computed is there for all"
 
 
 def test_whole_chunks_are_published_at_once() -> None:

@@ -107,8 +107,8 @@ def test_splits_fill_the_gpu_but_never_for_a_few_keys() -> None:
 def test_what_a_query_does_not_see_does_nothing_to_it(
     dtype: torch.dtype, cache: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention, "LEAST_KEYS", 64)  # of two splits the second has the mask's edge
-    case = paged([(5, 60), (1, 131)], groups=2, kv_heads=2, size=20, block=8, dtype=dtype, cache=cache)
-    for causal, window in ((True, None), (False, None), (True, 3), (False, 40)):
+    monkeypatch.setattr(attention, "LEAST_KEYS", 16)  # of two splits the second has the mask's edge
+    case = paged([(3, 40)], groups=1, kv_heads=2, size=20, block=8, dtype=dtype, cache=cache)
+    for causal, window in ((True, None), (True, 3), (False, 7)):
         for value in (torch.nan, torch.inf) if cache is None else (torch.nan,):
             check_hidden_rows_stay_hidden(TRITON, case, causal, window, value)

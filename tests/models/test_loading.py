@@ -107,7 +107,8 @@ def test_rotary_frequencies_in_the_file_are_those_of_the_config(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    "name", ["model.layers.0.self_attn.q_norm.weight", "model.layers.0.mlp.up_proj.bias", "model.layers.0.attn.masked_bias"]
+    "name",
+    ["model.layers.0.self_attn.q_norm.weight", "model.layers.0.mlp.up_proj.bias", "model.layers.0.attn.masked_bias"],
 )
 def test_what_the_model_would_not_read_is_refused_by_name(name: str, tmp_path: Path) -> None:
     save_tiny(tmp_path)
