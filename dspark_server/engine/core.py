@@ -1,5 +1,6 @@
 """Builds an engine from its configuration: model, drafter, KV pool, batcher, step loop."""
 
+import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -232,11 +233,11 @@ class EngineCore:
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     """The checkpoint's tokenizer. Raises CheckpointError if there is none."""
-    if (directory / "tokenizer.model").is_file() and not (directory / "tokenizer.json").is_file():
+    lone = (directory / "tokenizer.model").is_file() and not (directory / "tokenizer.json").is_file()
+    if lone and importlib.util.find_spec("sentencepiece") is None:
         raise CheckpointError(
-            f"{directory} has a tokenizer.model (SentencePiece) and no tokenizer.json, which is what is read: convert it "
-            'with pip install sentencepiece protobuf; python -c "from transformers import AutoTokenizer as A; '
-            f"A.from_pretrained('{directory}').save_pretrained('{directory}')\""
+            f"{directory} has a tokenizer.model (SentencePiece) and no tokenizer.json: take the model's tokenizer.json, "
+            "or pip install sentencepiece protobuf, with which transformers converts it"
         )
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory)

@@ -352,7 +352,7 @@ class StepLoop:
         return outputs
 
     def _finite_rows(self, plan: Plan) -> Sequence[int | None]:
-        """Of each scheduled run, how many leading rows are known to be finite; None: all, as their logits have shown."""
+        """Leading rows of each scheduled run that are known to be finite; None: all, as their logits have shown."""
         if all(entry.samples and entry.count == 1 for entry in plan.scheduled):
             return [None] * len(plan.scheduled)
         return self.executor.finite_rows()

@@ -181,7 +181,7 @@ class WeightReader:
         return info
 
     def finish(self, config: ModelConfig | None = None) -> None:
-        """Raise CheckpointError if a tensor was never asked for, but for rotary frequencies equal to those of `config`."""
+        """Raise CheckpointError if a tensor was never asked for, but for the rotary frequencies of `config`."""
         left = sorted(self._checkpoint.tensors.keys() - self._taken)
         frequencies = [name for name in left if config and re.fullmatch(_FREQUENCIES, name)]
         for name in frequencies:

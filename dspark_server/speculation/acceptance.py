@@ -53,7 +53,7 @@ class Accepted:
 
     A row is broken if it holds NaN or +inf, or permits no token at all. A request fails if its anchor's row is broken,
     as it would have without a draft; its token is then -1. Where the row of a draft token that stands is broken, that
-    token is `token` and ends the cycle: the rows before it accepted it, and the next cycle begins with it as the anchor.
+    token is `token` and ends the cycle: the rows before it accepted it, and it is the anchor of the next cycle.
     """
 
     count: Tensor

@@ -81,7 +81,7 @@ def test_what_is_said(caplog: pytest.LogCaptureFixture) -> None:
     assert f"turn with <|im_end|> (token {right}), which ends no answer" in caplog.messages[-1]
 
 
-def test_tokenizers_that_cannot_be_read_are_one_line(tmp_path: Path) -> None:
+def test_tokenizers_that_cannot_be_read_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer_with(CHATML).save_pretrained(tmp_path)
     file = tmp_path / "tokenizer_config.json"
     fields = json.loads(file.read_text()) | {"eos_token": {"content": "</s>", "lstrip": False}}
@@ -90,6 +90,7 @@ def test_tokenizers_that_cannot_be_read_are_one_line(tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
     assert "\n" not in str(raised.value)
     (tmp_path / "tokenizer.json").rename(tmp_path / "tokenizer.model")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)  # whether sentencepiece is installed or not
     with pytest.raises(CheckpointError, match=r"tokenizer\.model \(SentencePiece\) and no tokenizer\.json") as raised:
         load_tokenizer(tmp_path)
     assert "\n" not in str(raised.value)
