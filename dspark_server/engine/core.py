@@ -236,7 +236,7 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     lone = (directory / "tokenizer.model").is_file() and not (directory / "tokenizer.json").is_file()
     if lone and importlib.util.find_spec("sentencepiece") is None:
         raise CheckpointError(
-            f"{directory} has a tokenizer.model (SentencePiece) and no tokenizer.json: take the model's tokenizer.json, "
+            f"{directory} has a tokenizer.model (SentencePiece) and no tokenizer.json: take the model's own, "
             "or pip install sentencepiece protobuf, with which transformers converts it"
         )
     try:
