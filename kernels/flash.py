@@ -2,6 +2,10 @@
 
 The package is imported when it is asked for. flash_attn_varlen_func reads keys and values through a block table, as our
 own kernels do; only the names differ.
+
+It promises less of NaN than the contract asks: it masks scores, but multiplies hidden values by 0. A NaN or infinity in
+a value row then reaches the queries whose tile of keys it lies in, though they do not see it: a draft token whose own
+row overflows can fail its request, where plain decoding would not have run it. Where that matters, use our own kernels.
 """
 
 import importlib.util

@@ -190,6 +190,9 @@ class Kernels(Protocol):
         run r has context_len[r] + q_len keys. Causal: query i sees keys 0 .. context_len + i. Not causal (a DSpark
         draft block): each query sees all keys of its run. `window` further hides keys at or before position - window.
         With `softcap`, a scaled score becomes softcap * tanh(score / softcap).
+
+        A key or value that is NaN or infinite does nothing to queries that do not see it, bit for bit; one that sees a
+        value which is not finite is not finite itself (`flash` alone promises less).
         """
         ...
 
@@ -256,8 +259,9 @@ class Kernels(Protocol):
         laws the tokens were drawn from, row [n] which of them is whose (None: one-hot at the token); names [Rd, gamma,
         C] int64 (may be expanded; C contiguous): the token of each column of q, None: the column; coins [n, L] and
         last [n, L + 1] float64, uniform (coins None where nothing was drafted). Returns count [n] int64 of tokens that
-        stand, token [n] int64 that follows them (-1 of a failed request), failed [n] bool: a row that decides holds
-        NaN or +inf, or nothing but -inf.
+        stand, token [n] int64 that follows them (-1 of a failed request), failed [n] bool: the request's first row is
+        broken, it holds NaN or +inf, or nothing but -inf. A later row that is broken and would decide belongs to a
+        draft token that stands: `token` is that one, and it is not counted.
         """
         ...
 

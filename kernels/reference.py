@@ -95,8 +95,7 @@ class ReferenceKernels:
             if window is not None:
                 hidden |= key_position <= position - window
             weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
-            attended = torch.einsum("hgqk,khd->qhgd", weights, read_rows(values, slots))
-            out[first:last] = attended.flatten(1).to(out.dtype)
+            out[first:last] = _weighted(weights, read_rows(values, slots), hidden).flatten(1).to(out.dtype)
         return out
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
@@ -190,6 +189,8 @@ class ReferenceKernels:
             for slot in range(length + 1):
                 scores = logits[int(start[i]) + slot]
                 if not bool(scores.max().isfinite()):
+                    if slot:  # the draft token that this row is of: it stands, and ends the cycle
+                        outcome = (slot - 1, int(tokens[i, slot - 1]), False)
                     break
                 p = torch.softmax(scores * inverse_temperature[i], -1).double()
                 if slot < length:
@@ -272,6 +273,19 @@ def read_rows(cache: Tensor, slots: Tensor) -> Tensor:
     if cache.dtype == torch.float8_e4m3fn:
         return cache.view(torch.uint8)[slots].view(cache.dtype).float()
     return cache[slots].float()
+
+
+def _weighted(weights: Tensor, values: Tensor, hidden: Tensor) -> Tensor:
+    """Sums over k of weights [Hkv, G, q, k], 0 where hidden [q, k], times values [k, Hkv, d] -> [q, Hkv, G, d].
+
+    0 times NaN is NaN: values that are not finite are taken out, and make NaN of the sums of queries that see them.
+    """
+    finite = values.isfinite()
+    sums = torch.einsum("hgqk,khd->qhgd", weights, values.where(finite, 0.0))
+    if finite.all():
+        return sums
+    broken = torch.einsum("qk,khd->qhd", (~hidden).float(), (~finite).float()) > 0
+    return sums.masked_fill(broken.unsqueeze(2), torch.nan)
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -45,6 +45,7 @@ def _lead(config: EngineConfig, settings: ServerSettings, ranks: Ranks) -> None:
     from dspark_server.api.server import StillLoading, run
     from dspark_server.engine.core import EngineCore
     from dspark_server.engine.engine import AsyncEngine
+    from dspark_server.models.ends import warn_of_ends
 
     log = logging.getLogger("dspark_server")
 
@@ -52,7 +53,9 @@ def _lead(config: EngineConfig, settings: ServerSettings, ranks: Ranks) -> None:
         log.info("loading %s; /health is 503 until it is there", config.model)
         group, device = ranks.meet(config.device, config.step_timeout)
         core = EngineCore.load(config, group=group, device=device)
-        engine = AsyncEngine(core, core.load_tokenizer())
+        tokenizer = core.load_tokenizer()
+        warn_of_ends(core.eos_token_ids, tokenizer, settings.chat_template)
+        engine = AsyncEngine(core, tokenizer)
         ranks.watch(engine.die)
         return engine
 

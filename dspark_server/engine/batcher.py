@@ -154,7 +154,7 @@ class Batcher:
         self.pool.reset()
         for request in held:
             request.blocks = []
-            request.computed = request.published = 0
+            request.computed = request.finite = request.published = 0
         for request in touched:
             request.status = Status.FINISHED
         return touched
@@ -162,8 +162,7 @@ class Batcher:
     def _release(self, request: Request) -> None:
         self.pool.release(request.blocks)
         request.blocks = []
-        request.computed = 0
-        request.published = 0
+        request.computed = request.finite = request.published = 0
 
     # -- the plan ----------------------------------------------------------------------------------------------------
 
@@ -231,7 +230,7 @@ class Batcher:
             self.pool.release(found)
             request.blocks = []
             return False
-        request.computed = len(found) * self.pool.block_size
+        request.computed = request.finite = len(found) * self.pool.block_size
         request.published = len(found)
         request.status = Status.RUNNING
         self.running.append(request)
@@ -246,11 +245,17 @@ class Batcher:
 
     # -- after the pass ----------------------------------------------------------------------------------------------
 
-    def advance(self, request: Request, rows: int) -> None:
-        """`rows` more committed tokens have KV rows: publish the blocks they filled."""
+    def advance(self, request: Request, rows: int, finite: int | None = None) -> None:
+        """`rows` more committed tokens have KV rows, of which the first `finite` (None: all) are known to hold no NaN.
+
+        Blocks that are full of such rows are published. Behind one that may hold a NaN nothing is, as it would be seen
+        from there.
+        """
+        if request.finite == request.computed:
+            request.finite += rows if finite is None else min(rows, finite)
         request.computed += rows
         assert request.computed <= len(request.tokens)
-        full = request.computed // self.pool.block_size
+        full = request.finite // self.pool.block_size
         if full > request.published:
             keys = request.full_block_keys(self.pool.block_size)
             while request.published < full and self.pool.publish(

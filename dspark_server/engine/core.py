@@ -1,5 +1,6 @@
 """Builds an engine from its configuration: model, drafter, KV pool, batcher, step loop."""
 
+import importlib.util
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from dspark_server.engine.threads import ThreadCount
 from dspark_server.engine.trace import StepOutput
 from dspark_server.errors import CheckpointError, ConfigError
 from dspark_server.models.decoder import Decoder
+from dspark_server.models.ends import end_tokens
 from dspark_server.models.hub import cache_dir, resolve_model, shipped_drafter
 from dspark_server.runtime.device import Device
 from dspark_server.runtime.parallel import ALONE, Group, TorchGroup
@@ -44,7 +46,7 @@ class EngineCore:
     model_name: str
     max_model_len: int
     vocab_size: int
-    eos_token_ids: frozenset[int]
+    eos_token_ids: frozenset[int]  # of the checkpoint's configuration, and of the tokenizer once that is known
     cache_identity: str
     cache_dtype: str
     backend: str
@@ -140,20 +142,25 @@ class EngineCore:
         )
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer the configuration names, or the model's own.
+        """The tokenizer the configuration names, or the model's own, whose end token ends answers from now on.
 
         Raises CheckpointError if there is none, ConfigError if it has tokens that the model does not know.
         """
         config = self.config
         if config.tokenizer is None:
-            return load_tokenizer(resolve_model(config.model, revision=config.revision))
-        tokenizer = load_tokenizer(resolve_model(config.tokenizer, weights=False))
+            tokenizer = load_tokenizer(resolve_model(config.model, revision=config.revision))
+        else:
+            tokenizer = load_tokenizer(resolve_model(config.tokenizer, weights=False))
+            self._check_size(tokenizer)
+        self.eos_token_ids = end_tokens(tokenizer, self.eos_token_ids)
+        return tokenizer
+
+    def _check_size(self, tokenizer: PreTrainedTokenizerBase) -> None:
         if len(tokenizer) > self.vocab_size:
             raise ConfigError(
-                f"--tokenizer {config.tokenizer} has {len(tokenizer)} tokens, but the model knows {self.vocab_size}: "
-                "it belongs to another model."
+                f"--tokenizer {self.config.tokenizer} has {len(tokenizer)} tokens, but the model knows "
+                f"{self.vocab_size}: it belongs to another model."
             )
-        return tokenizer
 
     @property
     def drafter(self) -> str | None:
@@ -240,10 +247,17 @@ class EngineCore:
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     """The checkpoint's tokenizer. Raises CheckpointError if there is none."""
+    lone = (directory / "tokenizer.model").is_file() and not (directory / "tokenizer.json").is_file()
+    if lone and importlib.util.find_spec("sentencepiece") is None:
+        raise CheckpointError(
+            f"{directory} has a tokenizer.model (SentencePiece) and no tokenizer.json: take the model's own, "
+            "or pip install sentencepiece protobuf, with which transformers converts it"
+        )
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{directory} has no usable tokenizer: {error}") from error
+    except Exception as error:  # transformers raises whatever its readers trip over
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise CheckpointError(f"{directory} has no usable tokenizer: {why}") from error
     # Prompts longer than the training length are refused by us, with a message of ours.
     tokenizer.model_max_length = 1 << 60
     return tokenizer

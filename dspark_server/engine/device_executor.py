@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dspark_server.config import EngineConfig
 from dspark_server.engine.device_judge import DeviceJudge
-from dspark_server.engine.executor import Rest, add_copies, asked_of_drafter
+from dspark_server.engine.executor import Rest, add_copies, are_finite, asked_of_drafter, leading
 from dspark_server.models.decoder import Decoder
 from dspark_server.runtime.batch import Run
 from dspark_server.runtime.device import Device
@@ -76,6 +76,9 @@ class DeviceExecutor:
         self.passes = Graphs(device, up_to(sizes, max_tokens))
         self.drafts = Graphs(device, up_to(sizes, max_requests))
         self._ahead: _Ahead | None = None
+        self._lengths: list[int] = []  # of the runs of the last pass
+        self._finite = torch.empty(0)  # [N] bool on the device: which of its tokens have finite hidden states
+        self._landed: Tensor | None = None  # the same on the host, once it is there
         self._marks: list[Any] = []
         self._seconds: tuple[float, float] | None = None
 
@@ -313,6 +316,7 @@ class DeviceExecutor:
 
     def verify(self, runs: list[Run]) -> tuple[Tensor, list[int]]:
         """See `Executor.verify`; the logits are on the device, and perhaps not computed yet."""
+        self._lengths = [len(run.tokens) for run in runs]
         if self._ahead is not None:
             if _same(runs, self._ahead.runs):
                 return self._ahead.logits, self._ahead.row_start
@@ -344,7 +348,9 @@ class DeviceExecutor:
             },
             rows=len(runs),
         )
-        logits, row_start, drafted = self.passes.run(size, self._pass)
+        logits, row_start, drafted, finite = self.passes.run(size, self._pass)
+        assert finite is not None
+        self._finite, self._landed = finite, None
         assert logits is not None
         assert row_start is not None
         assert drafted is not None
@@ -355,10 +361,17 @@ class DeviceExecutor:
         survival = torch.where(self._survival.isnan(), staged["recorded"], self._survival)
         kept = keep_likeliest(survival, self._usable.minimum(staged["limits"]), staged["keep"])
         layout = lay_out(size, staged, self._draft_tokens, kept, pool.block_size, pool.scratch)
-        hidden, taps = self.target.forward(layout.batch, pool.layers(0), self.drafter.taps)
+        taps_and_last = (*self.drafter.taps, self.target.config.num_layers - 1)
+        hidden, (*taps, last) = self.target.forward(layout.batch, pool.layers(0), taps_and_last)
         # For every token of every request, speculating or not: a later prefix hit must find its draft rows.
         self.drafter.observe(taps, layout.batch, pool)
-        return self.target.logits(hidden), layout.row_start, layout.drafted
+        return self.target.logits(hidden), layout.row_start, layout.drafted, are_finite(last)
+
+    def finite_rows(self) -> list[int]:
+        """See `Executor.finite_rows`; waits for a pass that was not judged."""
+        if self._landed is None:
+            (self._landed,) = self.device.fetch([self._finite])
+        return leading(self._landed, self._lengths)
 
     # -- acceptance --------------------------------------------------------------------------------------------------
 
@@ -370,8 +383,8 @@ class DeviceExecutor:
         self._marks.append(self.device.mark())
         draft = DraftTokens(self._draft_tokens, law, self._runs.there["draft_row"] - 1, columns)
         outcome = self._judge.ahead(logits, starts, drafted, draft, rest.sampled, rest.sampling, streams)
-        *landed, taken, stood, token, failed = self.device.fetch(
-            [*wanted, drafted, outcome.count, outcome.token, outcome.failed]
+        *landed, taken, stood, token, failed, self._landed = self.device.fetch(
+            [*wanted, drafted, outcome.count, outcome.token, outcome.failed, self._finite]
         )
         runs = _with_drafts(rest, landed[0].tolist(), taken.tolist())
         row_start = _row_start(runs)
@@ -393,7 +406,7 @@ class DeviceExecutor:
         if ahead is not None and logits is ahead.logits:
             accepted = ahead.accepted
         else:
-            accepted = self._judge(logits, row_start, draft, lengths, sampling, streams)
+            accepted, self._landed = self._judge(logits, row_start, draft, lengths, sampling, streams, self._finite)
         if len(self._marks) == 3:
             begun, drafted, verified = self._marks
             self._seconds = (self.device.seconds(begun, drafted), self.device.seconds(drafted, verified))

@@ -51,8 +51,12 @@ class DeviceJudge:
         lengths: Sequence[int],
         sampling: SamplingBatch,
         streams: Streams,
-    ) -> Accepted:
-        """`acceptance.accept`, its outcome on the host; `draft` has its tokens there, and its law on the device."""
+        beside: Tensor,
+    ) -> tuple[Accepted, Tensor]:
+        """`acceptance.accept`, its outcome on the host; `draft` has its tokens there, and its law on the device.
+
+        And `beside`, which lands with the outcome.
+        """
         if sampling.at_once and logits.dtype == F32:
             outcome = self._at_once(logits, row_start, draft, lengths, sampling, streams)
         else:
@@ -60,7 +64,8 @@ class DeviceJudge:
             if draft is not None:
                 draft = replace(draft, tokens=draft.tokens.to(where), row=draft.row.to(where))
             outcome = accept(logits, row_start, draft, lengths, sampling.to(where), streams, self._kernels)
-        return Accepted(*self._device.fetch([outcome.count, outcome.token, outcome.failed]))
+        *landed, beside = self._device.fetch([outcome.count, outcome.token, outcome.failed, beside])
+        return Accepted(*landed), beside
 
     def ahead(
         self,

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from dspark_server.models.decoder import Decoder
@@ -61,6 +62,14 @@ class Executor(Protocol):
     def verify(self, runs: list[Run]) -> tuple[Tensor, list[int]]:
         """One target pass over all runs: logits [M, V] float32 and where each run's rows start (R + 1 entries)."""
 
+    def finite_rows(self) -> list[int]:
+        """Of each run of the last `verify`, how many leading tokens have finite hidden states after the last layer.
+
+        Their keys hold no NaN then, and their values neither NaN nor infinity, in every layer of the target: a token
+        attends to itself, and the residual stream keeps what is not finite to its end. So the rows that a drafter is
+        given are finite too; a NaN that its own projection makes of them costs drafts, and no request.
+        """
+
 
 class TorchExecutor:
     """Target and drafter over one paged KV pool: layer group 0 is the target's, group 1 the drafter's."""
@@ -70,6 +79,8 @@ class TorchExecutor:
         self.target = target
         self.drafter = drafter
         self.pool = pool
+        self._lengths: list[int] = []
+        self._last = torch.empty(0)  # of the last pass: its runs' tokens, and hidden states [N, D] after the last layer
 
     @property
     def block(self) -> int:
@@ -90,10 +101,28 @@ class TorchExecutor:
 
     def verify(self, runs: list[Run]) -> tuple[Tensor, list[int]]:
         batch = Batch.of(runs, self.pool.block_size)
-        hidden, taps = self.target.forward(batch, self.pool.layers(0), self.drafter.taps)
+        last = self.target.config.num_layers - 1
+        hidden, (*taps, self._last) = self.target.forward(batch, self.pool.layers(0), (*self.drafter.taps, last))
+        self._lengths = [len(run.tokens) for run in runs]
         # For every token of every request, speculating or not: a later prefix hit must find its draft rows.
         self.drafter.observe(taps, batch, self.pool)
         return self.target.logits(hidden), batch.row_start
+
+    def finite_rows(self) -> list[int]:
+        return leading(are_finite(self._last), self._lengths)
+
+
+def are_finite(hidden: Tensor) -> Tensor:
+    """Whether each row of `hidden` [N, D] is finite, [N] bool; one whose sum overflows float32 is taken not to be."""
+    return hidden.sum(-1, dtype=torch.float32).isfinite()
+
+
+def leading(flags: Tensor, lengths: list[int]) -> list[int]:
+    """Of runs of so many rows, one after another, how many lead each of which `flags` [at least N] bool holds."""
+    if bool(flags[: sum(lengths)].all()):
+        return lengths
+    each = flags[: sum(lengths)].split(lengths)
+    return [int(run.long().cumprod(0).sum()) for run in each]
 
 
 def asked_of_drafter(requests: list[DraftRequest]) -> list[DraftRequest]:

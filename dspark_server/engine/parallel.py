@@ -58,6 +58,9 @@ class LeadingExecutor:
         # Without `rest`: a pass that only the device knows could not be told to the others.
         return self._executor.draft(requests, sampling, streams)
 
+    def finite_rows(self) -> list[int]:
+        return self._executor.finite_rows()  # hidden states are whole on every rank
+
     def verify(self, runs: list[Run]) -> tuple[Tensor, list[int]]:
         """As `Executor`. Raises EngineDeadError for any failure: the other ranks are in the pass and stay there."""
         self._group.send(encode_runs(runs))

@@ -114,6 +114,7 @@ class Request:
     computed: int = 0
     blocks: list[int] = field(default_factory=list)
     keys: list[BlockKey] = field(default_factory=list)
+    finite: int = 0  # leading tokens whose KV rows are known to hold no NaN: only those blocks are published
     published: int = 0
     cached_tokens: int | None = None  # prompt tokens found in the prefix cache at first admission
     draft_number: int = 0  # every draft of the request, discarded ones included; survives preemption

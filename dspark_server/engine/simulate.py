@@ -127,6 +127,7 @@ class SimulatedExecutor:
     seed: int = 0
     log: list[Pass] = field(default_factory=list)
     _drafting: int = 0
+    _lengths: list[int] = field(default_factory=list)
 
     @property
     def block(self) -> int:
@@ -174,7 +175,12 @@ class SimulatedExecutor:
         count = int(decoding.sum())
         self.log.append(Pass(len(runs), count, self._drafting, int(lengths[decoding].sum()) - count, tokens))
         self._drafting = 0
+        self._lengths = lengths.tolist()
         return torch.zeros(int(row_start[-1]), 1), row_start.tolist()
+
+    def finite_rows(self) -> list[int]:
+        """All of them."""
+        return self._lengths
 
     def accept(self, verified: Verification, drafted: Drafted | None, sampling: SamplingBatch) -> Accepted:
         """The step loop's `acceptance`: a prefix stands as far as its tokens are ones."""

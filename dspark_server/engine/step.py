@@ -331,27 +331,27 @@ class StepLoop:
         failed = iter(accepted.failed.tolist() if accepted else [])
         rows = iter(verified.row_start)
         outputs, ended = [], []
-        for entry in plan.scheduled:
+        for entry, finite in zip(plan.scheduled, self._finite_rows(plan), strict=True):
             request = entry.request
             failpoints.hit("commit.request")
             if not entry.samples:
-                self.batcher.advance(request, entry.count)
+                self.batcher.advance(request, entry.count, finite)
                 continue
             kept, token, row = next(counts), next(tokens), next(rows)
             if next(failed):
                 request.finish_reason = FinishReason.ERROR
-                if bool(verified.logits[row : row + 1 + len(prefixes.get(request, ()))].isfinite().all()):
+                if bool(verified.logits[row].max().isfinite()):
                     request.error, request.impossible = CONTRADICTION, True
                 else:
                     request.error = "The model produced no valid probabilities for this request (NaN in its logits)."
-                    self.batcher.pool.distrust(request.blocks)  # its rows may hold NaN, the prompt's too
+                    self.batcher.pool.distrust(request.blocks)  # a row that was finite once may be so no more
                 ended.append(request)
                 outputs.append(StepOutput(request, []))
                 continue
             prefix = prefixes.get(request, [])
             taken = request.commit([*prefix[:kept], token])
             kept = min(kept, len(taken))  # drafts past an early end are not committed, and no row of theirs counts
-            self.batcher.advance(request, entry.count + kept)
+            self.batcher.advance(request, entry.count + kept, finite)
             self._count_tokens(len(taken), len(prefix), kept)
             if request.finish_reason is not None:
                 ended.append(request)
@@ -360,6 +360,12 @@ class StepLoop:
         for request in ended:
             self.batcher.remove(request)
         return outputs
+
+    def _finite_rows(self, plan: Plan) -> Sequence[int | None]:
+        """Leading rows of each scheduled run that are known to be finite; None: all, as their logits have shown."""
+        if all(entry.samples and entry.count == 1 for entry in plan.scheduled):
+            return [None] * len(plan.scheduled)
+        return self.executor.finite_rows()
 
     def _count_drafting(self, plan: Plan, drafted: Drafted | None) -> None:
         lengths = dict(zip(drafted.requests, drafted.lengths, strict=True)) if drafted else {}

@@ -21,6 +21,10 @@ ARCHITECTURES: dict[str, Family] = {
     "Qwen3ForCausalLM": "qwen3",
 }
 
+GGUF_IS_NOT_READ = (
+    "GGUF files are not read; give the directory or Hugging Face id of the model they were made of (safetensors)"
+)
+
 # Which parameters each rotary embedding takes beside its type and theta: (required, optional).
 _ROPE_FIELDS: dict[str, tuple[set[str], set[str]]] = {
     "default": (set(), set()),
@@ -54,7 +58,10 @@ class RopeConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder's shape. `sliding_windows[i]` is layer i's window in tokens, None where it sees the whole context."""
+    """A decoder's shape. `sliding_windows[i]` is layer i's window in tokens, None where it sees the whole context.
+
+    `eos_token_ids` are those of config.json and generation_config.json; the tokenizer may know another.
+    """
 
     family: Family
     vocab_size: int
@@ -104,7 +111,7 @@ class ModelConfig:
 
 
 def load_config(directory: Path) -> ModelConfig:
-    """Read config.json of a target checkpoint, and the end tokens of generation_config.json if there is one.
+    """Read config.json of a target checkpoint, and the further end tokens of generation_config.json if there is one.
 
     Raises CheckpointError if a file is absent or unreadable, or asks for something this server does not run.
     """
@@ -154,7 +161,7 @@ def parse_decoder(
         )
     biased = family in ("llama", "qwen3") and _flag(fields, "attention_bias")
     max_position = _integer(fields, "max_position_embeddings")
-    end_tokens = {**fields, **{k: v for k, v in (generation or {}).items() if v is not None}}.get("eos_token_id")
+    end_tokens = [token for each in (fields, generation or {}) for token in _token_ids(each.get("eos_token_id"))]
     return ModelConfig(
         family=family,
         vocab_size=_integer(fields, "vocab_size"),
@@ -173,7 +180,7 @@ def parse_decoder(
         mlp_bias=family == "llama" and _flag(fields, "mlp_bias"),
         tie_word_embeddings=_flag(fields, "tie_word_embeddings"),
         sliding_windows=_sliding_windows(fields, family),
-        eos_token_ids=_token_ids(end_tokens),
+        eos_token_ids=tuple(dict.fromkeys(end_tokens)),
         bos_token_id=next(iter(_token_ids(fields.get("bos_token_id"))), None),
     )
 

@@ -8,7 +8,8 @@ The residual stream is explicit: a layer takes and returns (delta, residual), th
 that each addition is fused with the norm after it.
 """
 
-from dataclasses import dataclass
+import logging
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -24,6 +25,8 @@ from dspark_server.runtime.batch import Batch
 from dspark_server.runtime.kv import LayerGroup
 from dspark_server.runtime.linear import Linear
 from dspark_server.runtime.parallel import ALONE, Group
+
+logger = logging.getLogger(__name__)
 
 # Rows of the rotary table beyond the served length: a draft block may begin at the last position.
 ROTARY_MARGIN = 64
@@ -284,13 +287,15 @@ class Decoder:
             for i in range(config.num_layers)
         ]
         final_norm = reader.take("model.norm.weight", (config.hidden_size,))
-        tied = config.tie_word_embeddings
+        if config.tie_word_embeddings and not _is_tied(reader, embedding, directory):
+            config = replace(config, tie_word_embeddings=False)
         rows = group.share(config.vocab_size)
+        tied = config.tie_word_embeddings
         head = embedding[rows] if tied else reader.take("lm_head.weight", vocabulary, rows)
         missing = -(-config.vocab_size // group.size) - len(head)
         if missing:  # the last rank's logits must be as wide as the others' to be gathered
             head = F.pad(head, (0, 0, 0, missing))
-        reader.finish(harmless=["lm_head.weight"] if tied else [])
+        reader.finish(config)
 
         cos_sin = rotary_table(config, length, positions=length + ROTARY_MARGIN).to(embedding.device)
         return cls(config, layers, embedding, final_norm, Linear(head, None, kernels), cos_sin, kernels, length, group)
@@ -333,6 +338,17 @@ class Decoder:
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden rows after the final norm [M, D] -> logits [M, V] float32; only on rank 0 those of all ranks."""
         return self.group.gather(self.lm_head(hidden, out_float32=True), self.config.vocab_size)
+
+
+def _is_tied(reader: WeightReader, embedding: Tensor, directory: Path) -> bool:
+    """Whether the head is the embedding, as config.json says: a file may hold another all the same."""
+    if "lm_head.weight" not in reader or torch.equal(reader.take("lm_head.weight", embedding.shape), embedding):
+        return True
+    logger.warning(
+        "%s: tie_word_embeddings is true, but lm_head.weight differs from the embedding: the head is lm_head.weight",
+        directory,
+    )
+    return False
 
 
 def check_length(config: ModelConfig, max_model_len: int | None) -> int:

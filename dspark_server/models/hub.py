@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 from dspark_server.errors import CheckpointError, ConfigError
+from dspark_server.models.config import GGUF_IS_NOT_READ
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 _DEFAULT_ALIASES = {DEFAULT_MODEL.lower(), "smollm2", f"huggingfacetb/{DEFAULT_MODEL}".lower()}
@@ -41,6 +42,8 @@ def resolve_model(
     revision of a model that is not from the Hub.
     """
     path = Path(name_or_path).expanduser()
+    if path.is_file():
+        raise CheckpointError(f"{path} is a file: {_of_file(path)}")
     is_local = name_or_path and path.is_dir()  # Path("") is the working directory
     if revision is not None and (is_local or name_or_path.lower() in _DEFAULT_ALIASES):
         what = "a directory on this machine" if is_local else "embedded"
@@ -48,6 +51,8 @@ def resolve_model(
             f"--revision {revision} is for models from the Hugging Face Hub, but {name_or_path} is {what}."
         )
     if is_local:
+        if not (path / "config.json").exists() and any(path.glob("*.gguf")):
+            raise CheckpointError(f"{path} holds no config.json, but a GGUF file: {GGUF_IS_NOT_READ}")
         return path
     if name_or_path.lower() in _DEFAULT_ALIASES:
         return pull_default(progress)
@@ -58,6 +63,12 @@ def resolve_model(
             "such as Qwen/Qwen3-4B"
         )
     return _download(name_or_path, revision, _HUB_PATTERNS if weights else _TOKENIZER_PATTERNS)
+
+
+def _of_file(path: Path) -> str:
+    if path.suffix.lower() == ".gguf":
+        return GGUF_IS_NOT_READ
+    return "give the model directory that it is in, with config.json, the weights and the tokenizer"
 
 
 def _download(model_id: str, revision: str | None, patterns: list[str]) -> Path:

@@ -15,7 +15,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dspark_server.errors import CheckpointError
-from dspark_server.models.config import read_json
+from dspark_server.models.config import GGUF_IS_NOT_READ, ModelConfig, read_json
+from dspark_server.models.rope import may_be_frequencies
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -23,8 +24,8 @@ INDEX_FILE = "model.safetensors.index.json"
 EVERY = slice(None)
 _INTEGERS = ("I64", "I32", "I16", "U16", "U8")
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-# Buffers that old exporters saved; we compute rotary frequencies from the config.
-_HARMLESS = r".*\.rotary_emb\.inv_freq"
+# Buffers that old exporters saved; rotary frequencies are computed from the config, and must agree with them.
+_FREQUENCIES = r".*rotary_emb\.inv_freq"
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,8 @@ def open_checkpoint(directory: Path) -> Checkpoint:
 
 
 def _no_weights(directory: Path) -> str:
+    if gguf := next(iter(sorted(directory.glob("*.gguf"))), None):
+        return f"{directory} holds {gguf.name}: {GGUF_IS_NOT_READ}"
     pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in directory.glob(pattern))
     if pickles:
         return (
@@ -177,10 +180,18 @@ class WeightReader:
         self._taken.add(name)
         return info
 
-    def finish(self, harmless: Sequence[str] = ()) -> None:
-        """Raise CheckpointError if a tensor was never asked for, unless its name is in `harmless`."""
-        left = sorted(self._checkpoint.tensors.keys() - self._taken - set(harmless))
-        left = [name for name in left if not re.fullmatch(_HARMLESS, name)]
+    def finish(self, config: ModelConfig | None = None) -> None:
+        """Raise CheckpointError if a tensor was never asked for, but for the rotary frequencies of `config`."""
+        left = sorted(self._checkpoint.tensors.keys() - self._taken)
+        frequencies = [name for name in left if config and re.fullmatch(_FREQUENCIES, name)]
+        for name in frequencies:
+            assert config is not None
+            if not may_be_frequencies(self._checkpoint.read(name), config):
+                raise CheckpointError(
+                    f"{self._checkpoint.tensors[name].file}: {name} holds other rotary frequencies than config.json's "
+                    "rope settings give; weights and config.json must come from the same model"
+                )
+        left = [name for name in left if name not in frequencies]
         if left:
             more = f" and {len(left) - 1} more" if len(left) > 1 else ""
             raise CheckpointError(

@@ -20,6 +20,20 @@ def rotary_table(config: ModelConfig, length: int, positions: int | None = None)
     return torch.cat((angles.cos(), angles.sin()), dim=1) * _attention_scaling(config.rope)
 
 
+def may_be_frequencies(stored: Tensor, config: ModelConfig) -> bool:
+    """Whether `stored`, a buffer that an old exporter saved, holds this model's frequencies, or those before scaling.
+
+    They may have been rounded to bfloat16.
+    """
+    expected = (
+        _base_frequencies(config.rope.theta, config.head_dim),
+        _frequencies(config.rope, config.head_dim, config.max_position),
+    )
+    return any(
+        stored.shape == each.shape and torch.allclose(stored.float(), each, rtol=2**-7, atol=0) for each in expected
+    )
+
+
 def _frequencies(rope: RopeConfig, head_dim: int, length: int) -> Tensor:
     """Radians per position -> [d/2] float32."""
     match rope.type:

@@ -51,8 +51,9 @@ class DraftTokens:
 class Accepted:
     """count [R] i64: draft tokens that stand; token [R] i64: the token after them; failed [R] bool.
 
-    A request fails if a row it needs (those up to and including the one that gives `token`) holds NaN or +inf, or
-    permits no token at all; its token is then -1 and nothing of it may be committed.
+    A row is broken if it holds NaN or +inf, or permits no token at all. A request fails if its anchor's row is broken,
+    as it would have without a draft; its token is then -1. Where the row of a draft token that stands is broken, that
+    token is `token` and ends the cycle: the rows before it accepted it, and it is the anchor of the next cycle.
     """
 
     count: Tensor
@@ -148,9 +149,18 @@ def _stood_greedily(best: Tensor, token: Tensor, drafted: Tensor, lengths: Tenso
     # A broken row agrees with nothing, so that the walk ends there and it is the row that decides.
     agrees = (token[:, :-1] == drafted) & best[:, :-1].isfinite() & (slots < lengths.unsqueeze(1))
     count = agrees.long().cumprod(1).sum(1)
-    failed = ~best.gather(1, count.unsqueeze(1)).squeeze(1).isfinite()
-    token = token.gather(1, count.unsqueeze(1)).squeeze(1)
-    return Accepted(count.masked_fill(failed, 0), token.masked_fill(failed, -1), failed)
+    broken = ~best.gather(1, count.unsqueeze(1)).squeeze(1).isfinite()
+    return _outcome(count, token.gather(1, count.unsqueeze(1)).squeeze(1), broken, drafted)
+
+
+def _outcome(count: Tensor, token: Tensor, broken: Tensor, drafted: Tensor) -> Accepted:
+    """Of walks that ended behind `count` [n] of the drafts [n, L] with `token` [n], or at a broken row, where there is
+    none to draw."""
+    failed = broken & (count == 0)
+    before = (count - 1).clamp(min=0)
+    if drafted.shape[1]:
+        token = torch.where(broken, drafted.gather(1, before.unsqueeze(1)).squeeze(1), token)
+    return Accepted(torch.where(broken, before, count), token.masked_fill(failed, -1), failed)
 
 
 @dataclass(frozen=True)
@@ -318,18 +328,16 @@ def _walk(mine: _Pass, judge: Callable[[int, Tensor, Tensor, SamplingBatch], tup
     `judge(slot, active [a], p [a, V], sampling)` gives (accepted [a], the token that ends the cycle if not [a]).
     """
     count, token = torch.zeros_like(mine.lengths), torch.full_like(mine.lengths, -1)
-    failed = torch.zeros_like(mine.lengths, dtype=torch.bool)
+    broken = torch.zeros_like(mine.lengths, dtype=torch.bool)
     active = torch.arange(len(mine.lengths), device=mine.lengths.device)
     for slot in range(mine.tokens.shape[1] + 1):
         here = mine.sampling.select(active, slot, mine.tokens[active, :slot].tolist)
         p = distribution(mine.logits[mine.start[active] + slot], here)
-        broken = p[:, 0].isnan()  # `distribution` turns a broken row into NaN throughout
+        ends = p[:, 0].isnan()  # `distribution` turns a broken row into NaN throughout
         accepted, drawn = judge(slot, active, p, here)
-        failed[active] = broken
-        accepted &= ~broken & (slot < mine.lengths[active])
-        count[active] = torch.where(broken, 0, slot)
-        token[active] = torch.where(broken, -1, drawn)
+        accepted &= ~ends & (slot < mine.lengths[active])
+        broken[active], count[active], token[active] = ends, slot, drawn
         active = active[accepted]
         if not len(active):
             break
-    return Accepted(count, token, failed)
+    return _outcome(count, token, broken, mine.tokens)

@@ -205,7 +205,7 @@ class DSparkDrafter:
                 with_markov=config.confidence_with_markov,
             )
         final_norm = reader.take("norm.weight", (hidden,))
-        reader.finish()
+        reader.finish(decoder)
         calibration = Calibration.load(directory, config.block_size)
         vocabulary = decoder.vocab_size
         return cls(

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dspark_server.errors import CheckpointError
 from dspark_server.models.config import load_config, read_json
 from dspark_server.models.loading import WeightReader, open_checkpoint
 from dspark_server.speculation.dspark import ARCHITECTURE, DSparkConfig, read_draft_tokens
@@ -82,11 +83,11 @@ def export(
 
 
 def load_weights(model: DraftModel, draft_tokens: Tensor | None, target_directory: Path, directory: Path) -> None:
-    """Fill the module from a format-A directory; its copies of embedding and head are not needed here.
+    """Fill the module from a format-A directory; embedding and head are the target's, its copies must be equal.
 
     It may draft other tokens, or blocks of another size, than the checkpoint: rows of W2 go to the tokens they are for,
     and those of tokens the checkpoint did not draft start at zero. `draft_tokens` [Vd] are the module's, None: all.
-    Raises CheckpointError if a tensor is missing, unexpected or misshapen.
+    Raises CheckpointError if a tensor is missing, unexpected or misshapen, or a copy differs.
     """
     config = DSparkConfig.load(directory, load_config(target_directory))
     reader = WeightReader(open_checkpoint(directory), torch.float32)
@@ -101,8 +102,22 @@ def load_weights(model: DraftModel, draft_tokens: Tensor | None, target_director
             _W2, (config.draft_vocab_size or vocabulary, own[_W2].shape[1])
         )
         state[_W2] = rows[every if draft_tokens is None else draft_tokens]
-    reader.finish(harmless=["embed_tokens.weight", "lm_head.weight"])
+    _check_copies(reader, target_directory, directory)
+    reader.finish(config.decoder)
     model.load_state_dict(state)
+
+
+def _check_copies(reader: WeightReader, target_directory: Path, directory: Path) -> None:
+    """Raise CheckpointError where the drafter has an embedding or a head of its own: it would be trained without it."""
+    target = open_checkpoint(target_directory)
+    embedding = "model.embed_tokens.weight"
+    head = "lm_head.weight" if "lm_head.weight" in target.tensors else embedding
+    for name, source in (("embed_tokens.weight", embedding), ("lm_head.weight", head)):
+        if name in reader:
+            theirs = target.read(source).float()
+            mine = reader.take(name, theirs.shape)
+            if not torch.equal(mine, theirs) and not torch.equal(mine, theirs.bfloat16().float()):
+                raise CheckpointError(f"{directory}: {name} is not the target's; training uses the target's own.")
 
 
 @torch.no_grad()

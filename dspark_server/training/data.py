@@ -24,6 +24,7 @@ from dspark_server.config import EngineConfig
 from dspark_server.engine.core import EngineCore, load_tokenizer
 from dspark_server.engine.request import FinishReason, Request, SamplingParams
 from dspark_server.errors import ConfigError
+from dspark_server.models.ends import end_tokens
 from dspark_server.models.hub import resolve_model
 
 _MARK = "USER-TURN-GOES-HERE"
@@ -141,20 +142,20 @@ class Turns:
         self._before, found, self._after = text.partition(_MARK)
         if not found:
             raise ConfigError("the model's chat template does not hand on the user's text as it stands.")
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._excluded = excluded
 
     def opened(self, text: str) -> list[int]:
         """The prompt that ends inside the user turn, after `text`."""
-        return list(self._tokenizer(self._before + text, add_special_tokens=False).input_ids)
+        return list(self.tokenizer(self._before + text, add_special_tokens=False).input_ids)
 
     def asked(self, text: str) -> list[int]:
         """The prompt that ends where the answer begins."""
-        return list(self._tokenizer(self._before + text + self._after, add_special_tokens=False).input_ids)
+        return list(self.tokenizer(self._before + text + self._after, add_special_tokens=False).input_ids)
 
     def closed(self, opened: list[int], turn: list[int]) -> list[int]:
         """The same for a turn that the target completed: its own tokens are kept."""
-        return [*opened, *turn, *self._tokenizer(self._after, add_special_tokens=False).input_ids]
+        return [*opened, *turn, *self.tokenizer(self._after, add_special_tokens=False).input_ids]
 
     def refused(self, text: str) -> str | None:
         """Why a user turn must not be used, if so."""
@@ -167,7 +168,7 @@ class Turns:
 
     def text(self, opening: str, turn: list[int]) -> str:
         """The whole user turn."""
-        return opening + str(self._tokenizer.decode(turn, skip_special_tokens=True))
+        return opening + str(self.tokenizer.decode(turn, skip_special_tokens=True))
 
 
 class Sampler:
@@ -183,6 +184,7 @@ class Sampler:
             kv_cache_memory_bytes=run.kv_cache_memory_bytes,
         )
         self._core = EngineCore.load(config)
+        self._core.eos_token_ids = end_tokens(turns.tokenizer, self._core.eos_token_ids)
         self._serving: dict[Request, int] = {}
         self.tokens = 0
 

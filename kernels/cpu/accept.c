@@ -70,9 +70,10 @@ static void accept_requests(void *context) {
         for (long j = vocabulary; j < padded; j++) weights[j] = -INFINITY;
         float total = broken ? 0 : exponentials(weights, padded, &max);
         if (broken || !(max > -INFINITY)) {
-          all->failed[request] = 1;
-          all->count[request] = 0;
-          all->token[request] = -1;
+          // A draft token that stands, and whose own row is broken, ends the cycle: the next begins with it.
+          all->failed[request] = slot == 0;
+          all->count[request] = slot ? slot - 1 : 0;
+          all->token[request] = slot ? all->tokens[request * all->width + slot - 1] : -1;
           break;
         }
         if (slot < length) {

@@ -5,16 +5,15 @@
 // query heads that share a head, so keys and values are read once for the group. Keys are visited in tiles of KEYS at
 // fixed absolute positions with an online softmax, while those a tile further on, across the end of the task, are
 // fetched into L2. Every row adds its products in order of position: a row's result depends neither on the task it is
-// in nor on what else is in the step.
+// in nor on what else is in the step. What a query does not see is masked, not multiplied by 0: a NaN there stays there.
 // Context is not split between threads, so a single long run keeps at most Hkv of them busy.
-#include "product.h"
+#include "tile.h"
 
 #include <stdlib.h>
 
 enum {
-  KEYS = AHEAD_ROWS,  // keys of a tile
-  TASK_ROWS = 96,     // queries * group of a task, unless one query has more
-  DEPTH = 32,         // head sizes are padded to a multiple of this in scratch
+  TASK_ROWS = 96,  // queries * group of a task, unless one query has more
+  DEPTH = 32,      // head sizes are padded to a multiple of this in scratch
 };
 
 typedef struct {
@@ -50,149 +49,6 @@ typedef struct {
   long *begin, *end;  // [rows] visible key positions
 } Scratch;
 
-#ifdef __AVX512F__
-#define TRANSPOSES 1
-// [LANES][LANES] words in place: words, then pairs of them within quarters of a register, then quarters.
-ALWAYS_INLINE void transpose(words *rows) {
-  __m512i *a = (__m512i *)rows, b[LANES];
-#pragma GCC unroll 8
-  for (int i = 0; i < 16; i += 2) {
-    b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
-    b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 16; i += 4) {
-    a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
-    a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
-    a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
-    a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; i++) {  // quarter q of a[4 g + i] is column 4 q + i of rows 4 g to 4 g + 3
-    b[i] = _mm512_shuffle_i32x4(a[i], a[4 + i], 0x88);
-    b[4 + i] = _mm512_shuffle_i32x4(a[i], a[4 + i], 0xdd);
-    b[8 + i] = _mm512_shuffle_i32x4(a[8 + i], a[12 + i], 0x88);
-    b[12 + i] = _mm512_shuffle_i32x4(a[8 + i], a[12 + i], 0xdd);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; i++) {
-    a[i] = _mm512_shuffle_i32x4(b[i], b[8 + i], 0x88);
-    a[4 + i] = _mm512_shuffle_i32x4(b[4 + i], b[12 + i], 0x88);
-    a[8 + i] = _mm512_shuffle_i32x4(b[i], b[8 + i], 0xdd);
-    a[12 + i] = _mm512_shuffle_i32x4(b[4 + i], b[12 + i], 0xdd);
-  }
-}
-#elif defined(__AVX2__)
-#define TRANSPOSES 1
-// [LANES][LANES] words in place: words, then pairs of them within halves of a register, then halves.
-ALWAYS_INLINE void transpose(words *rows) {
-  __m256i *a = (__m256i *)rows, b[LANES];
-#pragma GCC unroll 4
-  for (int i = 0; i < 8; i += 2) {
-    b[i] = _mm256_unpacklo_epi32(a[i], a[i + 1]);
-    b[i + 1] = _mm256_unpackhi_epi32(a[i], a[i + 1]);
-  }
-#pragma GCC unroll 2
-  for (int i = 0; i < 8; i += 4) {
-    a[i] = _mm256_unpacklo_epi64(b[i], b[i + 2]);
-    a[i + 1] = _mm256_unpackhi_epi64(b[i], b[i + 2]);
-    a[i + 2] = _mm256_unpacklo_epi64(b[i + 1], b[i + 3]);
-    a[i + 3] = _mm256_unpackhi_epi64(b[i + 1], b[i + 3]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; i++) {
-    b[i] = _mm256_permute2x128_si256(a[i], a[4 + i], 0x20);
-    b[4 + i] = _mm256_permute2x128_si256(a[i], a[4 + i], 0x31);
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; i++) a[i] = b[i];
-}
-#endif
-
-#ifdef TRANSPOSES
-// 2 * LANES consecutive bfloat16 of each of LANES rows at base + offsets -> column [2 * LANES][KEYS] float32, or
-// [LANES][KEYS] pairs; base + next is fetched.
-ALWAYS_INLINE void transpose_bfloat16(const char *base, const long *offsets, const long *next, int pairs,
-                                      float *column) {
-  words rows[LANES];
-#pragma GCC unroll 16
-  for (int i = 0; i < LANES; i++) {
-    rows[i] = load_words(base + offsets[i]);
-    FETCH(base + next[i]);
-  }
-  transpose(rows);
-#pragma GCC unroll 16
-  for (int i = 0; i < LANES; i++) {
-    if (pairs) {
-      store(column + i * KEYS, (floats)rows[i]);
-      continue;
-    }
-    store(column + 2 * i * KEYS, (floats)(rows[i] << 16));
-    store(column + (2 * i + 1) * KEYS, (floats)(rows[i] & 0xffff0000u));
-  }
-}
-#endif
-
-// Keys at base + offsets [count] -> key [head_dim, KEYS] float32, or [head_dim / 2, KEYS] pairs, while those at base +
-// next are fetched. What columns past `count` hold does not matter: they are masked.
-ALWAYS_INLINE void pack_keys(const char *base, const long *offsets, const long *next, long count, long head_dim,
-                             int dtype, int pairs, float *key) {
-#ifdef TRANSPOSES
-  if (dtype == BFLOAT16 && head_dim % (2 * LANES) == 0) {
-    for (long first = 0; first < count; first += LANES) {
-      for (long j = 0; j < head_dim; j += 2 * LANES)
-        transpose_bfloat16(base + 2 * j, offsets + first, next + first, pairs, key + (j >> pairs) * KEYS + first);
-    }
-    return;
-  }
-#endif
-  for (long i = 0; i < count; i++) {
-    float row[8];
-    for (long j = 0; j < head_dim; j += 8) {  // head sizes are multiples of 8
-      read_floats(row, base + offsets[i] + j * element_size(dtype), dtype, 8);
-      for (long c = 0; c < 8; c++) key[(j + c) * KEYS + i] = row[c];
-    }
-  }
-}
-
-// Values at base + offsets [count] -> value [(count + 1) / 2, head_dim] pairs of two keys' values. Of every 32 columns
-// the words come in the order in which unpacking leaves them: `in_order` undoes that for sums.
-static void pair_values(const char *base, const long *offsets, long count, long head_dim, float *value) {
-#if DOT
-  for (long j = 0; j < head_dim; j += 2 * LANES) {
-#pragma GCC unroll 4
-    for (long i = 0; i < count; i += 2) {
-      __m512i a = (__m512i)load_words(base + offsets[i] + 2 * j);
-      __m512i b = i + 1 < count ? (__m512i)load_words(base + offsets[i + 1] + 2 * j) : _mm512_setzero_si512();
-      store(value + i / 2 * head_dim + j, (floats)_mm512_unpacklo_epi16(a, b));
-      store(value + i / 2 * head_dim + j + LANES, (floats)_mm512_unpackhi_epi16(a, b));
-    }
-  }
-#endif
-}
-
-static void in_order(float *sum, long head_dim) {
-#if DOT
-  const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
-  const __m512i high = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
-  for (long j = 0; j < head_dim; j += 2 * LANES) {
-    __m512 a = (__m512)load(sum + j), b = (__m512)load(sum + j + LANES);
-    store(sum + j, (floats)_mm512_permutex2var_ps(a, low, b));
-    store(sum + j + LANES, (floats)_mm512_permutex2var_ps(a, high, b));
-  }
-#endif
-}
-
-// Numerators [columns] float32 -> [columns / 2] pairs of bfloat16, in place.
-static void pair_numerators(float *score, long columns) {
-#if DOT
-  for (long j = 0; j < columns; j += 2 * LANES) {
-    __m512 a = (__m512)load(score + j), b = (__m512)load(score + j + LANES);
-    store(score + j / 2, (floats)_mm512_cvtne2ps_pbh(b, a));
-  }
-#endif
-}
-
 // Scores of one row against the keys at [position, position + KEYS), times `scale` -> softmax numerators; `sum` [dim]
 // is rescaled.
 ALWAYS_INLINE void soften_row(const Scratch *scratch, long i, float *score, long position, long columns, long dim,
@@ -225,6 +81,13 @@ ALWAYS_INLINE void soften_row(const Scratch *scratch, long i, float *score, long
     store(score + j, numerator);
   }
   store(scratch->weight + i * LANES, weight);
+}
+
+// A row's numerators of values that are not finite, which it sees: they make NaN of it, as those values would have.
+static void break_row(const Scratch *scratch, long i, float *score, long position, long count, const uint8_t *broken) {
+  long from = larger(0, scratch->begin[i] - position), to = smaller(count, scratch->end[i] - position);
+  for (long j = from; j < to; j++)
+    if (broken[j]) score[j] = NAN;
 }
 
 // Bytes from the start of the cache to each of `count` of a run's keys from `position` on.
@@ -260,6 +123,14 @@ static void visible_keys(const Attention *attention, Piece piece, long *begin, l
   long run_queries = attention->query_start[piece.run + 1] - attention->query_start[piece.run];
   *begin = attention->window ? larger(0, first + 1 - attention->window) / KEYS * KEYS : 0;
   *end = attention->causal ? last : attention->context_len[piece.run] + run_queries;
+}
+
+// The keys that every query of a piece sees: [*begin, *end).
+static void shared_keys(const Attention *attention, Piece piece, long *begin, long *end) {
+  long first = attention->context_len[piece.run] + piece.query;
+  long run_queries = attention->query_start[piece.run + 1] - attention->query_start[piece.run];
+  *begin = attention->window ? larger(0, first + piece.queries - attention->window) : 0;
+  *end = attention->causal ? first + 1 : attention->context_len[piece.run] + run_queries;
 }
 
 // How far a thread has fetched: keys [position, end) of `task` are next, and then those of the task after it.
@@ -300,7 +171,8 @@ ALWAYS_INLINE void attend_piece(const Attention *attention, const Scratch *scrat
   long group = attention->q_heads / attention->kv_heads, head_dim = attention->head_dim;
   long dim = round_up(head_dim, DEPTH), rows = piece.queries * group, first_token = attention->query_start[run];
   long context = attention->context_len[run], run_queries = attention->query_start[run + 1] - first_token;
-  long total = context + run_queries, begin, end, first_column = piece.head * group * head_dim;
+  long total = context + run_queries, begin, end, shared_begin, shared_end;
+  long first_column = piece.head * group * head_dim;
   int dtype = attention->dtype;
   for (long i = 0; i < heads * rows; i++) {
     long token = query + i % rows / group, position = context + token;
@@ -319,12 +191,15 @@ ALWAYS_INLINE void attend_piece(const Attention *attention, const Scratch *scrat
   memset(scratch->weight, 0, heads * rows * LANES * sizeof(float));
 
   long here[KEYS] = {0}, next[KEYS];
+  uint8_t broken[KEYS];
   long head_bytes = head_dim * element_size(dtype);
   visible_keys(attention, piece, &begin, &end);
+  shared_keys(attention, piece, &shared_begin, &shared_end);
   if (fetched->task != task) fetch_task(attention, task, fetched);
   for (long position = begin; position < end; position += KEYS) {
     long count = smaller(KEYS, end - position), columns = round_up(count, 32);
     locate_keys(attention, run, piece.head, position, count, here);
+    int partly_hidden = position < shared_begin || position + count > shared_end;
     // As many keys are fetched as are read, from where the last tile left off: across the end of the task, so that the
     // first tile of the next one does not have to wait.
     if (fetched->task == task) fetched->position = larger(fetched->position, position + count);
@@ -337,11 +212,14 @@ ALWAYS_INLINE void attend_piece(const Attention *attention, const Scratch *scrat
         pair_values(values, here, count, head_dim, scratch->value);
       else
         for (long i = 0; i < count; i++) read_floats(scratch->value + i * dim, values + here[i], dtype, head_dim);
+      int breaks = partly_hidden && clear_broken(values, here, count, shared_begin - position, shared_end - position,
+                                                 head_dim, dim, dtype, pairs, scratch->value, broken);
       pack_keys(keys, here, next, count, head_dim, dtype, pairs, scratch->key);
       multiply_tiles(pairs, rows, columns, scratch->query + head * rows * dim, dim, scratch->key, KEYS,
                      head_dim >> pairs, score, KEYS, 0, (Ahead){values, next, 0});
       for (long i = 0; i < rows; i++) {
         soften_row(scratch, head * rows + i, score + i * KEYS, position, columns, dim, attention->scale * 1.44269504f);
+        if (breaks) break_row(scratch, head * rows + i, score + i * KEYS, position, count, broken);
         if (pairs) pair_numerators(score + i * KEYS, columns);
       }
       multiply_tiles(pairs, rows, dim, score, KEYS, scratch->value, dim, (count + pairs) >> pairs, sum, dim, 1,

@@ -182,6 +182,19 @@ ALWAYS_INLINE void write_floats(void *restrict dst, const float *restrict src, i
   }
 }
 
+// Whether any of row[0..count) is NaN or infinite: all bits of its exponent are set.
+ALWAYS_INLINE int any_broken(const void *row, int dtype, long count) {
+  int broken = 0;
+  if (dtype == BFLOAT16) {
+    const uint16_t *bits = row;
+    for (long i = 0; i < count; i++) broken |= (bits[i] & 0x7f80) == 0x7f80;
+  } else {
+    const uint32_t *bits = row;
+    for (long i = 0; i < count; i++) broken |= (bits[i] & 0x7f800000u) == 0x7f800000u;
+  }
+  return broken;
+}
+
 ALWAYS_INLINE const void *element(const void *base, int dtype, long index) {
   return (const char *)base + index * element_size(dtype);
 }

@@ -1,6 +1,8 @@
 // Rotary embedding of q in place and of k into the cache, v into the cache, with an optional norm of each head before.
 #include "common.h"
 
+enum { OCTET = 8 };  // squares are summed in so many lanes, whatever the processor's
+
 typedef struct {
   Tasks tasks;
   void *qkv;
@@ -14,7 +16,8 @@ typedef struct {
   int dtype;
 } Rotary;
 
-// dst = rotate(norm(src)) of one head; `head` and `norm_weight` are float scratch of head_dim.
+// dst = rotate(norm(src)) of one head; `head` and `norm_weight` are float scratch of head_dim, and behind `head` stand
+// zeros up to a multiple of OCTET.
 static void rotate_head(const Rotary *rotary, void *dst, const void *src, const float *cos, float *restrict head,
                         const float *restrict norm_weight) {
   long head_dim = rotary->head_dim, half = head_dim / 2;
@@ -22,9 +25,9 @@ static void rotate_head(const Rotary *rotary, void *dst, const void *src, const 
   read_floats(head, src, rotary->dtype, head_dim);
   if (norm_weight) {
     float squares = 0;
-    for (long j = 0; j < head_dim; j += 8) {  // head sizes are multiples of 8
-      float part[8];
-      for (int i = 0; i < 8; i++) part[i] = head[j + i] * head[j + i];
+    for (long j = 0; j < head_dim; j += OCTET) {
+      float part[OCTET];
+      for (int i = 0; i < OCTET; i++) part[i] = head[j + i] * head[j + i];
       squares += ((part[0] + part[4]) + (part[1] + part[5])) + ((part[2] + part[6]) + (part[3] + part[7]));
     }
     float scale = 1.0f / __builtin_sqrtf(squares / head_dim + rotary->eps);
@@ -43,9 +46,11 @@ static void rotate_tokens(void *context) {
   Rotary *rotary = context;
   long head_dim = rotary->head_dim, q_heads = rotary->q_heads, kv_heads = rotary->kv_heads, first, last;
   int dtype = rotary->dtype;
-  float *head = thread_scratch(3 * head_dim), *q_norm = NULL, *k_norm = NULL;
-  if (rotary->q_norm) read_floats(q_norm = head + head_dim, rotary->q_norm, dtype, head_dim);
-  if (rotary->k_norm) read_floats(k_norm = head + 2 * head_dim, rotary->k_norm, dtype, head_dim);
+  long padded = round_up(head_dim, OCTET);
+  float *head = thread_scratch(3 * padded), *q_norm = NULL, *k_norm = NULL;
+  memset(head, 0, padded * sizeof(float));
+  if (rotary->q_norm) read_floats(q_norm = head + padded, rotary->q_norm, dtype, head_dim);
+  if (rotary->k_norm) read_floats(k_norm = head + 2 * padded, rotary->k_norm, dtype, head_dim);
   while (take_tasks(&rotary->tasks, &first, &last)) {
     for (long i = first; i < last; i++) {
       const float *cos = rotary->cos_sin + rotary->positions[i] * head_dim;

@@ -64,12 +64,15 @@ def _chance(q, names, token, COLUMNS: tl.constexpr, NAMES: tl.constexpr):
 
 @triton.jit(do_not_specialize=["width", "coins_stride", "names_row_stride", "names_slot_stride"])
 def decide(
-    logits, start, lengths, tokens, inverse_temperature, q, row, names, coins, peaks, masses, count, failed, levels,
-    totals, width, coins_stride, names_row_stride, names_slot_stride,
+    logits, start, lengths, tokens, inverse_temperature, q, row, names, coins, peaks, masses, count, token, failed,
+    levels, totals, width, coins_stride, names_row_stride, names_slot_stride,
     VOCABULARY: tl.constexpr, SLOTS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
     PARTS_BLOCK: tl.constexpr, NAMES: tl.constexpr,
 ):  # fmt: skip
-    """Grid (n): count and failed, and the deciding row's softmax: its maximum and sum in levels, totals [n]."""
+    """Grid (n): count and failed, and the deciding row's softmax: its maximum and sum in levels, totals [n].
+
+    A level of NaN: that row is broken, and there is nothing left to draw; `token` has been stored.
+    """
     request = tl.program_id(0).to(tl.int64)
     length = tl.load(lengths + request).to(tl.int32)
     first_row = tl.load(start + request)
@@ -88,31 +91,36 @@ def decide(
         fine = tl.where(level > float("-inf"), 1, 0) * (1 - tl.max(tl.where(part_peaks == part_peaks, 0, 1), 0))
         standing = tl.where(slot < length, fine, 0)
         if standing == 1:
-            token = tl.load(tokens + request * width + slot)
-            logit = tl.load(logits + (first_row + slot) * VOCABULARY + token)
+            drafted = tl.load(tokens + request * width + slot)
+            logit = tl.load(logits + (first_row + slot) * VOCABULARY + drafted)
             weight = tl.exp(logit * scale - level)
             chance = tl.full([], 1.0, tl.float32)
             if q is not None:
                 law = q + (law_row * SLOTS + slot) * COLUMNS
                 if names is None:
-                    chance = _chance(law, None, token, COLUMNS, NAMES)
+                    chance = _chance(law, None, drafted, COLUMNS, NAMES)
                 else:
                     name = names + law_row * names_row_stride + slot * names_slot_stride
-                    chance = _chance(law, name, token, COLUMNS, NAMES)
+                    chance = _chance(law, name, drafted, COLUMNS, NAMES)
             # coin q < p, not coin < p / q: right at q = 0, and a coin of 0 lets no token of probability 0 through.
             coin = tl.load(coins + request * coins_stride + slot)
             kept = coin * chance.to(tl.float64) * total.to(tl.float64) < weight.to(tl.float64)
             standing = tl.where(kept, 1, 0)
             slot += standing
-    tl.store(levels + request, level)
+    ended = tl.where(slot > 0, 1 - fine, 0)  # by a draft token that stands, and whose own row is broken
+    last = tl.full([], -1, tl.int64)
+    if ended == 1:
+        last = tl.load(tokens + request * width + slot - 1)
+    tl.store(levels + request, tl.where(fine == 1, level, float("nan")))
     tl.store(totals + request, total)
-    tl.store(count + request, slot * fine)
-    tl.store(failed + request, 1 - fine)
+    tl.store(count + request, slot - ended)
+    tl.store(token + request, last)
+    tl.store(failed + request, 1 - fine - ended)
 
 
 @triton.jit(do_not_specialize=["width", "names_row_stride", "names_slot_stride"])
 def remainder(
-    logits, start, lengths, tokens, inverse_temperature, q, row, names, count, failed, levels, totals, left, left_mass,
+    logits, start, lengths, tokens, inverse_temperature, q, row, names, count, levels, totals, left, left_mass,
     whole_mass, width, names_row_stride, names_slot_stride,
     VOCABULARY: tl.constexpr, SLOTS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr,
     BLOCK: tl.constexpr, NAMES: tl.constexpr,
@@ -125,11 +133,11 @@ def remainder(
     part = tl.program_id(1)
     begin = part * PART
     end = tl.minimum(begin + PART, VOCABULARY)
-    if tl.load(failed + request) != 0:
+    level = tl.load(levels + request)
+    if level != level:
         return
     slot = tl.load(count + request)
     scale = tl.load(inverse_temperature + request)
-    level = tl.load(levels + request)
     total = tl.load(totals + request)
     deciding = logits + (tl.load(start + request) + slot) * VOCABULARY
     mine = left + request * VOCABULARY
@@ -176,13 +184,13 @@ def remainder(
 
 @triton.jit(do_not_specialize=["width"])
 def pick(
-    logits, start, inverse_temperature, last, count, failed, levels, totals, left, left_mass, whole_mass, token, width,
+    logits, start, inverse_temperature, last, count, levels, totals, left, left_mass, whole_mass, token, width,
     VOCABULARY: tl.constexpr, PARTS: tl.constexpr, PARTS_BLOCK: tl.constexpr, PART: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Grid (n): the token drawn from `left`, or from p where nothing is left over (p equals q, up to rounding)."""
     request = tl.program_id(0).to(tl.int64)
-    if tl.load(failed + request) != 0:
-        tl.store(token + request, -1)
+    level = tl.load(levels + request)
+    if level != level:
         return
     slot = tl.load(count + request)
     part = tl.arange(0, PARTS_BLOCK)
@@ -200,7 +208,7 @@ def pick(
         for first in range(begin, end, BLOCK):
             column = first + tl.arange(0, BLOCK)
             logit = tl.load(deciding + column, mask=column < end, other=float("-inf"))
-            whole = tl.exp(logit * scale - tl.load(levels + request)) / tl.load(totals + request)
+            whole = tl.exp(logit * scale - level) / tl.load(totals + request)
             tl.store(mine + column, whole, mask=column < end)
         tl.debug_barrier()
     tl.store(token + request, draw_column(mine, begin, end, before, point, BLOCK).to(tl.int64))
@@ -232,7 +240,7 @@ def launches(
     left_mass, whole_mass = torch.empty(2, requests, parts, dtype=torch.float64, device=device)
     rows = dict(logits=logits, start=start, inverse_temperature=inverse_temperature)
     drafts = dict(tokens=tokens, lengths=lengths, q=q, row=row, names=names)
-    outcome = dict(count=count, failed=failed.view(torch.uint8), levels=levels, totals=totals)
+    outcome = dict(count=count, levels=levels, totals=totals)
     strides = dict(
         names_row_stride=0 if names is None else names.stride(0),
         names_slot_stride=0 if names is None else names.stride(1),
@@ -251,7 +259,8 @@ def launches(
         (requests,),
         dict(
             **rows, **drafts, **outcome, **strides, coins=last if coins is None else coins, peaks=peaks, masses=masses,
-            width=width, coins_stride=0 if coins is None else coins.stride(0),
+            token=token, failed=failed.view(torch.uint8), width=width,
+            coins_stride=0 if coins is None else coins.stride(0),
         ),
         constants=dict(**cut, **law, PARTS_BLOCK=power_of_two(parts)),
     )  # fmt: skip

@@ -8,6 +8,9 @@ the host. Where there are fewer programs than the GPU holds, the visible keys ar
 
 Scores, softmax and sums are float32; both products are of the queries' dtype, to which the softmax's numerators are
 rounded for the second, as tensor cores want them, and the rows of an e4m3 cache are widened.
+
+What a query does not see gets a numerator of 0, and 0 times NaN is NaN: in the tiles of which some query sees a part
+only, values that are not finite are taken out, and the queries that do see them get a NaN for a numerator.
 """
 
 from collections.abc import Iterator
@@ -110,7 +113,12 @@ def attend(
 
     position = context + query
     end = context + run_queries
+    shared_begin = 0  # all queries see the keys from here
+    if WINDOW > 0:
+        shared_begin = context + tl.minimum(first + TILE, run_queries) - WINDOW
+    shared_end = end  # up to here
     if CAUSAL:
+        shared_end = context + first + 1
         end = tl.minimum(end, context + first + TILE)
     begin = 0
     if WINDOW > 0:
@@ -158,6 +166,11 @@ def attend(
         if WIDEN:
             weight = weight.to(tl.float32)
             value = value.to(tl.float32)
+        if CAUSAL or WINDOW > 0:
+            if (start < shared_begin) | (tl.minimum(start + KEYS, end) > shared_end):
+                whole = tl.min((tl.abs(value.to(tl.float32)) < float("inf")).to(tl.int32), 1) == 1
+                value = tl.where(whole[:, None], value, 0.0).to(value.dtype)
+                weight = tl.where(visible & (whole[None, :] == 0), float("nan"), weight).to(weight.dtype)
         total = total * shrink[:, None] + tl.dot(weight, value, input_precision=PRECISION)
         peak = risen
 

@@ -60,6 +60,7 @@ class HashingExecutor:
         return tuple(self.rows[self._slot(table, position)] for position in range(length))
 
     def verify(self, runs: list[Run]) -> tuple[torch.Tensor, list[int]]:
+        self.lengths = [len(run.tokens) for run in runs]
         for run in runs:  # all are written before any is read: two that share a writable block see each other
             for index, token in enumerate(run.tokens):
                 self.rows[self._slot(run.block_table, run.context_len + index)] = token
@@ -70,6 +71,9 @@ class HashingExecutor:
                 tokens.append(next_token(self._read(run.block_table, length)))
             row_start.append(len(tokens))
         return torch.nn.functional.one_hot(torch.tensor(tokens, dtype=torch.int64), VOCABULARY).float(), row_start
+
+    def finite_rows(self) -> list[int]:
+        return self.lengths
 
     def draft(self, requests: list[DraftRequest], sampling: Any, streams: Any, rest: Any = None) -> DraftBlock:
         """Right for a while, then wrong; both, and how much of it is usable, by the context's hash."""

@@ -74,6 +74,41 @@ def paged(
     )
 
 
+def check_hidden_rows_stay_hidden(
+    kernels: dspark_kernels.Kernels, case: Paged, causal: bool, window: int | None, value: float
+) -> None:
+    """`value` in one head of a run's key or value rows, one position at a time: who does not see it, sees no change.
+
+    Bit for bit. Who sees a value that is not finite is not finite, and a NaN among the keys breaks as a NaN does.
+    """
+    clean, (_, kv_heads, size) = case.attend(kernels, causal, window), case.keys.shape
+    for run, context in enumerate(case.context_len.tolist()):
+        first, last = case.query_start[run : run + 2].tolist()
+        queries, edge = context + torch.arange(last - first), context - (window or 0)
+        mine = torch.zeros(len(clean), dtype=torch.bool)
+        mine[first:last] = True
+        at = {0, context // 2, edge - 1, edge, edge + 1, context - 1, context, *queries.tolist()}
+        for position in sorted(at & set(range(context + last - first))):
+            seen = torch.ones_like(queries, dtype=torch.bool)
+            if causal:
+                seen &= position <= queries
+            if window is not None:
+                seen &= position > queries - window
+            sees = mine.clone()
+            sees[first:last] = seen
+            slot = int(case.tables[run, position // case.block_size]) * case.block_size + position % case.block_size
+            for cache in (case.keys, case.values):
+                kept = cache[slot, -1, size // 2].clone()
+                cache[slot, -1, size // 2] = value
+                heads = case.attend(kernels, causal, window).unflatten(1, (kv_heads, -1))
+                cache[slot, -1, size // 2] = kept
+                assert torch.equal(heads[:, :-1], clean.unflatten(1, (kv_heads, -1))[:, :-1]), "another head"
+                assert torch.equal(heads[~sees, -1], clean.unflatten(1, (kv_heads, -1))[~sees, -1]), (position, seen)
+                if cache is case.values or value != value:
+                    groups = heads[sees, -1].unflatten(1, (-1, size))  # [seeing, G, d]
+                    assert not groups.isfinite().all(-1).any(), (position, seen)
+
+
 class OnDevice:
     """A kernel set that is given CPU tensors and runs on copies of them on `device`; what it changes comes back."""
 

@@ -9,7 +9,7 @@ from dspark_kernels.reference import ReferenceKernels
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.kernels.support import Paged, close, paged
+from tests.kernels.support import Paged, check_hidden_rows_stay_hidden, close, paged
 
 REFERENCE = ReferenceKernels()
 
@@ -44,8 +44,9 @@ RUNS = [[(1, 0)], [(7, 0), (1, 15)], [(1, 16), (8, 33), (3, 0), (1, 1)], [(40, 5
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("groups", "kv_heads", "size"),
-    [(3, 3, 64), (1, 2, 16), (4, 1, 32), (2, 2, 40), (2, 1, 128), (7, 1, 96), (1, 1, 256)],
-)
+    [(3, 3, 64), (1, 2, 16), (4, 1, 32), (2, 2, 40), (2, 1, 128), (7, 1, 96), (1, 1, 256), (3, 2, 20), (2, 1, 100),
+     (1, 3, 36), (2, 2, 2)],
+)  # fmt: skip
 @pytest.mark.parametrize("runs", RUNS, ids=range(len(RUNS)))
 def test_attention(
     native: NativeKernels, runs: list[tuple[int, int]], groups: int, kv_heads: int, size: int, dtype: torch.dtype
@@ -101,8 +102,10 @@ def test_norms_and_silu(native: NativeKernels, rows: int, features: int, dtype: 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("heads", [0, 1, 6])
 @pytest.mark.parametrize("normed", [False, True])
-def test_rotary_and_kv_write(native: NativeKernels, heads: int, normed: bool, dtype: torch.dtype) -> None:
-    kv_heads, size, rows = 2, 32, 9
+@pytest.mark.parametrize("size", [32, 2, 20, 36, 100])
+def test_rotary_and_kv_write(native: NativeKernels, size: int, heads: int, normed: bool, dtype: torch.dtype) -> None:
+    """Also heads whose size is no multiple of 8: their norms take in nothing that stands behind them."""
+    kv_heads, rows = 2, 9
     wide = torch.randn(rows, (heads + 2 * kv_heads) * size + 24).to(dtype)
     positions = torch.randint(0, 50, (rows,), dtype=torch.int32)
     slots = torch.randperm(40)[:rows].int()
@@ -197,3 +200,15 @@ def test_what_an_earlier_request_left_in_the_cache_is_not_seen(native: NativeKer
         case.keys[stale] = torch.nan
         case.values[stale] = torch.inf
         assert torch.equal(case.attend(native, False, None), expected)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [20, 64])
+def test_what_a_query_does_not_see_does_nothing_to_it(
+    native: NativeKernels, size: int, dtype: torch.dtype, value: float
+) -> None:
+    """A draft token behind its anchor, a later token of a chunk, a token before the window: masked, not times 0."""
+    case = paged([(7, 60), (1, 130), (40, 3)], groups=3, kv_heads=2, size=size, block=16, dtype=dtype)
+    for causal, window in ((True, None), (False, None), (True, 5), (False, 70)):
+        check_hidden_rows_stay_hidden(native, case, causal, window, value)

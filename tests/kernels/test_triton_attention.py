@@ -8,7 +8,7 @@ from dspark_kernels.triton.launch import H100
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.kernels.support import close, paged, triton_kernels
+from tests.kernels.support import check_hidden_rows_stay_hidden, close, paged, triton_kernels
 
 # The interpreter computes in NumPy, which warns where a GPU does not: of -inf * 0 in columns that are masked.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
@@ -100,3 +100,15 @@ def test_splits_fill_the_gpu_but_never_for_a_few_keys() -> None:
     assert attention.splits(1, 511, H100.processors) == 1
     assert attention.splits(1, 512, H100.processors) == 2
     assert attention.splits(0, 0, H100.processors) == 1
+
+
+@pytest.mark.parametrize("cache", [None, torch.float8_e4m3fn])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_a_query_does_not_see_does_nothing_to_it(
+    dtype: torch.dtype, cache: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "LEAST_KEYS", 16)  # of two splits the second has the mask's edge
+    case = paged([(3, 40)], groups=1, kv_heads=2, size=20, block=8, dtype=dtype, cache=cache)
+    for causal, window in ((True, None), (True, 3), (False, 7)):
+        for value in (torch.nan, torch.inf) if cache is None else (torch.nan,):
+            check_hidden_rows_stay_hidden(TRITON, case, causal, window, value)

@@ -43,7 +43,7 @@ def test_absent_fields_take_the_defaults_of_transformers() -> None:
 
 def test_end_tokens_of_the_generation_config_win() -> None:
     fields = {**SHAPE, "eos_token_id": 5}
-    assert parse_decoder(fields, "llama", {"eos_token_id": [7, 9]}).eos_token_ids == (7, 9)
+    assert parse_decoder(fields, "llama", {"eos_token_id": [7, 5, 9]}).eos_token_ids == (5, 7, 9)
     assert parse_decoder(fields, "llama", {"eos_token_id": None}).eos_token_ids == (5,)
 
 

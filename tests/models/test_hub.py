@@ -70,6 +70,18 @@ def test_a_hub_id_is_downloaded_without_pickles(downloads: list[Any], tmp_path: 
     assert not any("bin" in pattern for pattern in patterns)
 
 
+def test_a_file_is_no_model(tmp_path: Path) -> None:
+    file = tmp_path / "model-Q4_K_M.gguf"
+    file.write_bytes(b"GGUF")
+    with pytest.raises(CheckpointError, match="is a file: GGUF files are not read; give the directory"):
+        hub.resolve_model(str(file))
+    with pytest.raises(CheckpointError, match=r"no config\.json, but a GGUF file: GGUF files are not read"):
+        hub.resolve_model(str(tmp_path))
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="is a file: give the model directory that it is in"):
+        hub.resolve_model(str(tmp_path / "model.safetensors"))
+
+
 def test_a_revision_and_a_tokenizer_without_weights(downloads: list[Any]) -> None:
     hub.resolve_model("Qwen/Qwen3-4B", revision="v1", weights=False)
     [(_, revision, patterns)] = downloads

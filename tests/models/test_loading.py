@@ -62,11 +62,59 @@ def test_an_unexpected_tensor(tmp_path: Path) -> None:
         load_decoder(tmp_path)
 
 
-def test_harmless_leftovers_are_ignored(tmp_path: Path) -> None:
+def head_of(decoder: Decoder) -> Tensor:
+    """The head's weight, transposed: what it makes of unit rows."""
+    return decoder.lm_head(torch.eye(decoder.config.hidden_size), out_float32=True)
+
+
+def test_a_copy_of_the_embedding_beside_a_tied_head_is_passed_over(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     save_tiny(tmp_path, tie_word_embeddings=True)
-    leftovers = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4), "lm_head.weight": torch.ones(2, 2)}
-    edit(tmp_path, lambda tensors: tensors.update(leftovers))
-    load_decoder(tmp_path)
+    edit(tmp_path, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}))
+    decoder = load_decoder(tmp_path)
+    assert decoder.config.tie_word_embeddings
+    assert torch.equal(head_of(decoder), decoder.embedding.T)
+    assert caplog.messages == []
+
+
+def test_another_head_in_the_file_is_the_head_whatever_the_config_says(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_tiny(tmp_path, tie_word_embeddings=True)
+    head = torch.randn(199, 64)
+    edit(tmp_path, lambda tensors: tensors.update({"lm_head.weight": head}))
+    decoder = load_decoder(tmp_path)
+    assert not decoder.config.tie_word_embeddings
+    assert torch.equal(head_of(decoder), head.T)
+    assert "lm_head.weight differs from the embedding" in caplog.text
+    edit(tmp_path, lambda tensors: tensors.update({"lm_head.weight": torch.ones(2, 2)}))
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight has shape \[2, 2\]"):
+        load_decoder(tmp_path)
+
+
+def test_rotary_frequencies_in_the_file_are_those_of_the_config(tmp_path: Path) -> None:
+    save_tiny(tmp_path, rope="linear")
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    plain = 10_000.0 ** -(torch.arange(0, 32, 2) / 32)
+    for stored in (plain, plain.bfloat16(), plain / 3.0):
+        edit(tmp_path, lambda tensors, stored=stored: tensors.update({name: stored}))  # type: ignore[misc]
+        load_decoder(tmp_path)
+    for stored in (plain / 2.0, plain[:4], 500_000.0 ** -(torch.arange(0, 32, 2) / 32)):
+        edit(tmp_path, lambda tensors, stored=stored: tensors.update({name: stored}))  # type: ignore[misc]
+        with pytest.raises(CheckpointError, match="inv_freq holds other rotary frequencies"):
+            load_decoder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["model.layers.0.self_attn.q_norm.weight", "model.layers.0.mlp.up_proj.bias", "model.layers.0.attn.masked_bias"],
+)
+def test_what_the_model_would_not_read_is_refused_by_name(name: str, tmp_path: Path) -> None:
+    save_tiny(tmp_path)
+    edit(tmp_path, lambda tensors: tensors.update({name: torch.ones(32)}))
+    with pytest.raises(CheckpointError, match=f"unexpected tensor {name}"):
+        load_decoder(tmp_path)
 
 
 def test_a_tensor_of_the_wrong_shape(tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ class RatioProblems:
     def of(cls, world: World, lengths: Lengths, claimed: Callable[[World, Tensor], Tensor]) -> "RatioProblems":
         law, v = drafted_law(world), world.vocabulary
         blocks = torch.tensor(list(itertools.product(range(v), repeat=world.gamma)))
-        states = torch.tensor(world.states)
+        states = torch.tensor([state for state in world.states if not world.is_broken(state)])
         n = len(blocks)
         tokens, states = blocks.repeat(len(states), 1), states.repeat_interleave(n, 0)
         previous = torch.cat([states[:, 1:], tokens[:, :-1]], dim=1)
@@ -91,7 +91,9 @@ class RatioProblems:
         return cls(world, states, tokens, size, weight, q)
 
     def run(self, rows: Tensor, coins: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
-        """(count, token) of production for problems `rows` [m] under coins [m, gamma] and residual uniforms [m]."""
+        """(drafts that stand, token) of production for problems `rows` [m] under coins [m, gamma] and residual
+        uniforms [m]. A token that ends the cycle as it was drafted has stood: what q has too much of is never redrawn.
+        """
         states, tokens, lengths = self.states[rows], self.tokens[rows], self.lengths[rows]
         logits, row_start = self.world.verify_logits(states, tokens, lengths)
         gamma = self.world.gamma
@@ -99,7 +101,8 @@ class RatioProblems:
         draft = DraftTokens(self.tokens, self.q, rows)
         done = accept(logits, row_start, draft, lengths, self.world.sampling(len(rows)), streams)
         assert not done.failed.any()
-        return done.count, done.token
+        drafted = tokens.gather(1, done.count.clamp(max=gamma - 1).unsqueeze(1)).squeeze(1)
+        return done.count + ((done.count < lengths) & (done.token == drafted)), done.token
 
     def acceptance(self) -> Tensor:
         """[n, gamma]: the chance that token k + 1 stands, given that those before it do."""
@@ -139,11 +142,13 @@ def ratio_cycles(
         return token
 
     law = cells(outcome, len(row), world.vocabulary) * torch.cat(weights)[:, None]
-    cycles: dict[State, Law] = {state: {} for state in world.states}
+    cycles: dict[State, Law] = {state: {} for state in world.states if not world.is_broken(state)}
     for end, (problem, kept) in enumerate(zip(row.tolist(), count.tolist(), strict=True)):
         first, second = problems.states[problem].tolist()
         for token in range(world.vocabulary):
             committed = (*problems.tokens[problem, :kept].tolist(), token)
+            if world.is_broken(after((first, second), committed[:-1])):  # nothing could be drawn there
+                committed = committed[:-1]
             here = cycles[first, second]
             here[committed] = here.get(committed, 0.0) + float(law[end, token])
     return cycles

@@ -70,6 +70,10 @@ class World:
     def vocabulary(self) -> int:
         return self.draft.shape[0]
 
+    def is_broken(self, state: State) -> bool:
+        """The target's row in this context is NaN."""
+        return bool(self.target[state].isnan().any())
+
     @property
     def states(self) -> list[State]:
         return list(itertools.product(range(self.vocabulary), repeat=2))

@@ -89,22 +89,24 @@ def test_mixed_batches_equal_lone_calls(seed: int) -> None:
         assert torch.equal(in_kernels.token, together.token)
 
 
+@pytest.mark.parametrize("kernels", [None, "native", "reference"])
 @pytest.mark.parametrize("options", [{"temperature": 0.0}, {}, {"coupled": True}])
-def test_only_rows_that_are_needed_can_fail_a_request(options: dict[str, Any]) -> None:
-    """A break at row k fails the request iff the draft stands that far; then nothing of it counts."""
+def test_a_broken_row_ends_the_cycle_before_it(options: dict[str, Any], kernels: str | None) -> None:
+    """What stands before row k stands as ever; only the anchor's own row can fail a request."""
     count = 24
     target, draft, _, _, _ = mixed(count, seed=9)
     lengths, rows, keys = [GAMMA] * count, list(range(count)), list(range(count))
-    whole, _ = run(target, draft, [options] * count, lengths, rows, keys)
+    loaded = None if kernels is None else load(kernels)
+    whole, tokens = run(target, draft, [options] * count, lengths, rows, keys, loaded)
     for k in range(GAMMA + 1):
         broken = target.clone()
         broken[::2, k, 5], broken[::4, k] = math.nan, -math.inf
-        done, _ = run(broken, draft, [options] * count, lengths, rows, keys)
+        done, _ = run(broken, draft, [options] * count, lengths, rows, keys, loaded)
         hit = (whole.count >= k) & (torch.arange(count) % 2 == 0)
         assert hit.any()
-        assert torch.equal(done.failed, hit)
-        assert torch.equal(done.count, whole.count.masked_fill(hit, 0))
-        assert torch.equal(done.token, whole.token.masked_fill(hit, -1))
+        assert torch.equal(done.failed, hit & (k == 0))
+        assert torch.equal(done.count, torch.where(hit, max(k - 1, 0), whole.count))
+        assert torch.equal(done.token, torch.where(hit, tokens[:, k - 1] if k else -1, whole.token))
 
 
 def test_greedy_rows_forbid_inside_the_block() -> None:

@@ -1,15 +1,21 @@
 """A NaN first seen at draft slot k cuts the prefix to the slots before it (DSPARK, "No value-dependent drop")."""
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from dspark_server.engine.core import EngineCore
 from dspark_server.engine.trace import StepTrace
+from dspark_server.runtime.batch import Run
 from dspark_server.speculation.admission import Load
 from dspark_server.speculation.heads import ConfidenceHead
 from dspark_server.speculation.selection import Drafts
-from tests.engine.support import greedy, prompts, tiny_core
+from tests.engine.support import greedy, prompts, seeded, tiny_core
+from tests.speculation.enumeration import ratio_cycles
+from tests.speculation.support import Law, State, distance, joint, worlds
 
 
 def traced(core: EngineCore) -> list[StepTrace]:
@@ -105,3 +111,108 @@ def test_what_a_draft_may_reach_is_counted_before_it(monkeypatch: pytest.MonkeyP
     core.generate(prompts(2), greedy(12))
     block = core.loop.executor.block
     assert (block, 2 * block) in seen
+
+
+# -- the target's rows -----------------------------------------------------------------------------------------------
+
+FAILED = -1  # stands in a sequence from where its request failed
+
+
+@pytest.mark.parametrize("name", sorted(worlds()))
+@pytest.mark.parametrize("broken", [[(0, 1)], [(1, 1), (0, 0)]])
+def test_requests_fail_where_plain_decoding_does(name: str, broken: list[State]) -> None:
+    """Exactly: tokens and failures of gamma + 1 steps, where the target has nothing to say in some contexts."""
+    whole = worlds()[name]
+    target = whole.target.clone()
+    for state in broken:
+        target[state] = torch.nan
+    world = replace(whole, target=target)
+
+    def failing(step: Callable[[State], Law]) -> Callable[[State], Law]:
+        return lambda state: {(FAILED,): 1.0} if FAILED in state or world.is_broken(state) else step(state)
+
+    def plain(state: State) -> Law:
+        return {(token,): share for token, share in enumerate(world.p(state)) if share > 0}
+
+    cycles, length = ratio_cycles(world), world.gamma + 1
+    for state in cycles:
+        ours = joint(failing(cycles.__getitem__), state, length)
+        assert distance(ours, joint(failing(plain), state, length)) < 1e-12
+    reached = any(FAILED in tokens for state in cycles for tokens in joint(failing(plain), state, length))
+    assert reached or name == "disjoint-supports"  # whose contexts lead nowhere else
+
+
+def with_draft(core: EngineCore, slot: int, token: int) -> None:
+    """The drafter draws `token` at `slot`, always, and says so."""
+    drafter = core.loop.executor.drafter
+    propose = drafter.propose
+
+    def drafted(*arguments: object) -> object:
+        block = propose(*arguments)
+        block.tokens[:, slot] = token
+        return block
+
+    drafter.propose = drafted
+
+
+@pytest.mark.parametrize("slot", [0, 2])
+@pytest.mark.parametrize("params", [greedy(20), seeded(3, 20)], ids=["greedy", "seeded"])
+def test_the_broken_row_of_a_rejected_draft_token_breaks_no_other(slot: int, params: object) -> None:
+    """Its keys and values, NaN in every layer, lie behind the mask of the anchor, in the same tile."""
+    made = prompts(3)
+    expected = tiny_core(drafter=False).generate(made, params)
+    unseen = next(token for token in range(3, 500) if all(token not in each for each in [*made, *expected]))
+    core = tiny_core()
+    core.loop.executor.target.embedding = core.loop.executor.target.embedding.clone()
+    core.loop.executor.target.embedding[unseen] = torch.nan
+    with_draft(core, slot, unseen)
+    steps = traced(core)
+    assert core.generate(made, params) == expected
+    rows = [step.verified.logits.isnan().any(1) for step in steps]
+    assert any(bool(row.any()) for row in rows), "the token was never run"
+    assert core.loop.stats.accepted_tokens > 0 or slot == 0
+
+
+@pytest.mark.parametrize("params", [greedy(20), seeded(3, 20)], ids=["greedy", "seeded"])
+def test_a_draft_token_that_stands_is_kept_though_its_own_row_is_broken(params: object) -> None:
+    """What follows it is for the next pass to say, where it is the anchor: then, if at all, its request fails."""
+    made = prompts(3)
+    expected = tiny_core(drafter=False).generate(made, params)
+    core = tiny_core()
+    verify = core.loop.executor.verify
+
+    def broken(runs: list[Run]) -> tuple[Tensor, list[int]]:
+        logits, row_start = verify(runs)
+        logits[[row for row in range(len(logits)) if row not in row_start]] = torch.nan
+        return logits, row_start
+
+    core.loop.executor.verify = broken  # type: ignore[method-assign]
+    steps = traced(core)
+    assert core.generate(made, params) == expected
+    assert not any(bool(step.accepted.failed.any()) for step in steps)
+    assert any(bool(step.verified.logits.isnan().any()) for step in steps)
+
+
+def test_an_end_that_was_drafted_ends_though_its_own_row_is_broken() -> None:
+    prompt = prompts(1)[0]
+    plain = tiny_core(drafter=False)
+    answer = plain.generate([prompt], greedy(20))[0]
+    end = answer[6]
+    ending = replace(greedy(20), stop_token_ids=frozenset({end}))
+    core = tiny_core()
+    verify = core.loop.executor.verify
+
+    def broken(runs: list[Run]) -> tuple[Tensor, list[int]]:
+        logits, row_start = verify(runs)
+        flat = [(token, row) for run, first in zip(runs, row_start, strict=False)
+                for row, token in enumerate(run.tokens[-run.logits_rows :], first)]  # fmt: skip
+        logits[[row for token, row in flat if token == end and row not in row_start]] = torch.nan
+        return logits, row_start
+
+    core.loop.executor.verify = broken  # type: ignore[method-assign]
+    request = core.new_request(prompt, ending, nonce=0)
+    core.batcher.add(request)
+    while core.loop.has_work:
+        core.loop.step()
+    assert request.error is None
+    assert request.output == answer[: answer.index(end) + 1]
