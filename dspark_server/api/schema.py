@@ -110,9 +110,9 @@ class StructuredOutputs(Body):
     choice: Annotated[list[str], Field(min_length=1, max_length=1024, fail_fast=True)] | None = None
     """The answer is one of these."""
     disable_any_whitespace: bool | None = None
-    """For `json` and `json_object`: false lets white space stand between tokens of JSON; absent: the server's setting."""
+    """For JSON: false lets white space stand between its tokens; absent: the server's setting."""
     disable_additional_properties: bool | None = None
-    """For `json`: objects that name their properties have no others; absent: the server's setting."""
+    """For JSON: objects that name their properties have no others; absent: the server's setting."""
 
 
 class ResponseFormat(Body):

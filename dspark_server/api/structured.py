@@ -24,7 +24,7 @@ ANY_OBJECT = '{"type":"object"}'
 
 @dataclass(frozen=True)
 class Form:
-    """A form as asked for. `param`: the field to blame; the last two concern JSON, see `GrammarCompiler.json_schema`."""
+    """A form as asked for. `param`: the field to blame; `compact`, `closed`: see `GrammarCompiler.json_schema`."""
 
     param: str
     kind: str

@@ -1,11 +1,11 @@
-"""GBNF, the grammars of llama.cpp and of vLLM's xgrammar, in the Lark that llguidance reads."""
+"""GBNF, the notation of llama.cpp and of vLLM's xgrammar, to the Lark that llguidance reads."""
 
 import re
 
 from llguidance.gbnf_to_lark import gbnf_to_lark
 
 _RULE = re.compile(r"^[ \t]*[\w-]+[ \t]*::=", re.MULTILINE)
-# Strings, classes and comments, which are left as they are but for code points; and alternatives on a line of their own.
+# Strings, classes and comments, left as they are but for code points; and line ends before another alternative.
 _PARTS = re.compile(
     r'(?P<kept>"(?:\\.|[^"\\\n])*"|\[(?:\\.|[^\]\\\n])*\]|#[^\n]*)|\s*\n(?:[ \t]*(?:#[^\n]*)?\n)*[ \t]*(?=\|)'
 )
@@ -28,7 +28,7 @@ def to_lark(grammar: str) -> str:
 
 
 def _plain(part: re.Match[str]) -> str:
-    """A part without what the converter misreads: it drops zeros of code points, knows no `\\-`, and ends a rule with its line."""
+    r"""A part without what the converter misreads: code points with zeros in front, `\-`, a rule that goes on."""
     return " " if part["kept"] is None else _CODE.sub(_character, part["kept"])
 
 
@@ -43,4 +43,4 @@ def _character(code: re.Match[str]) -> str:
         return f"\\{character}"
     if character in "^-":
         return f"\\x{value:02X}"
-    return character if character.isprintable() else code[0]
+    return character if value > 0x7F or character.isprintable() else f"\\x{value:02X}"

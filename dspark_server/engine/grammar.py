@@ -5,6 +5,7 @@ matcher is advanced by these and rolled back, so only committed tokens move it (
 """
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from time import thread_time
 from typing import TYPE_CHECKING, Any
@@ -63,9 +64,7 @@ class GrammarCompiler:
 
     def grammar(self, grammar: str) -> "CompiledForm":
         """A text of a context-free language, given in Lark as llguidance reads it, or in GBNF. Raises FormError."""
-        return self._compile(
-            lambda: LLMatcher.grammar_from_lark(gbnf.to_lark(grammar) if gbnf.is_gbnf(grammar) else grammar)
-        )
+        return self._compile(lambda: LLMatcher.grammar_from_lark(_as_lark(grammar)))
 
     def choice(self, texts: Sequence[str]) -> "CompiledForm":
         """One of a few texts. Raises FormError."""
@@ -190,6 +189,15 @@ class FormMatcher:
         inside = [token for token in tokens if token not in self._end_ids]
         if inside and not self._matcher.is_stopped():
             self._matcher.consume_tokens(inside)
+
+
+def _as_lark(grammar: str) -> str:
+    if gbnf.is_gbnf(grammar):
+        return gbnf.to_lark(grammar)
+    # A matcher that is rolled back over such a limit does not find back to where it was.
+    if re.search(r"\bmax_tokens\s*=", grammar):
+        raise ValueError("`max_tokens` of a rule is not supported; say the length by a pattern")
+    return grammar
 
 
 def _first_line(message: str) -> str:

@@ -8,7 +8,7 @@ stay open.
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from dspark_server.engine.json_pointer import resolved
+from dspark_server.engine.json_pointer import resolved, steps
 
 SPEAKS_OF_OTHERS = ("additionalProperties", "unevaluatedProperties")
 
@@ -32,7 +32,9 @@ class Closing:
         if not namers or (len(namers) == 1 and namers[0] is not given):
             return node  # there it is closed, if at all
         together = list(self._together(given, set()))
-        if len(namers) > 1 and any(key in each for each in together for key in (*SPEAKS_OF_OTHERS, "patternProperties")):
+        if len(namers) > 1 and any(
+            key in each for each in together for key in (*SPEAKS_OF_OTHERS, "patternProperties")
+        ):
             return node
         names = {name: True for each in together for name in (*_names(each, "properties"), *_names(each, "required"))}
         if names.keys() == dict.fromkeys(_names(given, "properties")).keys():
@@ -60,7 +62,7 @@ class Closing:
         for key in keys:
             value = node.get(key)
             if key == "$ref":
-                value = resolved(self._root, value)
+                value = resolved(self._root, steps(value))
             yield from value if isinstance(value, list) else [value]
 
     def _together(self, node: Any, seen: set[int]) -> Iterator[Mapping[str, Any]]:

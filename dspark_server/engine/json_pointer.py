@@ -14,9 +14,9 @@ def steps(reference: Any) -> tuple[str, ...] | None:
     return tuple(unquote(step).replace("~1", "/").replace("~0", "~") for step in reference[2:].split("/"))
 
 
-def resolved(root: Any, reference: Any) -> Any:
-    """What a reference stands for; None if there is nothing."""
-    found, way = root, steps(reference)
+def resolved(root: Any, way: tuple[str, ...] | None) -> Any:
+    """The value at a place in a document; None if there is nothing."""
+    found = root
     if way is None:
         return None
     for step in way:

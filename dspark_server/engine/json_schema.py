@@ -1,7 +1,7 @@
-"""JSON schemas as llguidance reads them: keywords that constrain nothing are left out, patterns are translated.
+"""JSON schemas as llguidance reads them: without keywords that constrain nothing, and with its kind of patterns.
 
 llguidance refuses every keyword that it does not know how to enforce, also with a value that every answer meets
-(`uniqueItems: false`). Only such values are left out here; what does constrain stays, and llguidance refuses it by name.
+(`uniqueItems: false`). Only such values are left out here; what constrains stays, and llguidance refuses it by name.
 """
 
 from collections.abc import Callable, Mapping
@@ -10,7 +10,7 @@ from typing import Any
 import orjson
 
 from dspark_server.engine.json_closing import Closing
-from dspark_server.engine.json_pointer import targets
+from dspark_server.engine.json_pointer import resolved, steps, targets
 from dspark_server.engine.regex import conjuncts, to_rust
 
 Schema = Any  # an object or a boolean, as parsed
@@ -19,6 +19,13 @@ Schema = Any  # an object or a boolean, as parsed
 FORMATS = frozenset(
     ("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"),
 )
+# A pattern that zod sends (z.iso.duration); its look-arounds say that something follows `P` and `T`. And without them.
+DATES, TIMES = r"\d+Y(\d+M)?(\d+D)?|\d+M(\d+D)?|\d+D", r"\d+H(\d+M)?({0})?|\d+M({0})?|{0}".format(r"\d+([.,]\d+)?S")
+PLAIN = {
+    r"^P(?:(\d+W)|(?!.*W)(?=\d|T\d)(\d+Y)?(\d+M)?(\d+D)?(T(?=\d)(\d+H)?(\d+M)?(\d+([.,]\d+)?S)?)?)$": (
+        f"^P(?:\\d+W|(?:{DATES})(?:T(?:{TIMES}))?|T(?:{TIMES}))$"
+    )
+}
 ANNOTATIONS = frozenset(
     (
         *("$anchor", "$comment", "$defs", "$id", "$schema", "$vocabulary", "contentEncoding", "contentMediaType"),
@@ -29,8 +36,10 @@ ANNOTATIONS = frozenset(
 OF_STRINGS = frozenset(("minLength", "maxLength", "pattern", "format"))
 OF_VALUES = frozenset(("enum", "const", "not", "allOf", "anyOf", "oneOf", "$ref", "if", "then", "else", "$dynamicRef"))
 
-ONE = ("additionalItems", "additionalProperties", "contains", "contentSchema", "else", "if", "items", "not")
-ONE += ("propertyNames", "then", "unevaluatedItems", "unevaluatedProperties")
+ONE = (
+    *("additionalItems", "additionalProperties", "contains", "contentSchema", "else", "if", "items", "not"),
+    *("propertyNames", "then", "unevaluatedItems", "unevaluatedProperties"),
+)
 SEVERAL = ("allOf", "anyOf", "items", "oneOf", "prefixItems")
 NAMED = ("$defs", "definitions", "dependencies", "dependentSchemas", "patternProperties", "properties")
 DATA = ("const", "default", "enum", "example", "examples", "required", "x-guidance")  # hold no schemas
@@ -51,6 +60,7 @@ def prepared(text: str, *, closed: bool) -> str:
 
 class _Preparation:
     def __init__(self, root: Schema, closed: bool) -> None:
+        self._root = root
         self._places = set(targets(root))
         self._closing = Closing(root) if closed else None
 
@@ -60,12 +70,15 @@ class _Preparation:
             return given
         node = {key: self._below(key, value, (*place, key)) for key, value in given.items()}
         if isinstance(node.get("pattern"), str):
-            first, *others = map(to_rust, conjuncts(node["pattern"]))
+            pattern = PLAIN.get(node["pattern"], node["pattern"])
+            first, *others = map(to_rust, conjuncts(pattern))
             node["pattern"] = first
             if others:
                 node["allOf"] = [*node.get("allOf", ()), *({"type": "string", "pattern": other} for other in others)]
         if isinstance(node.get("patternProperties"), dict):
             node["patternProperties"] = {to_rust(key): value for key, value in node["patternProperties"].items()}
+        if isinstance(names := node.get("propertyNames"), dict) and "$ref" in names:
+            self._refer(names)
         if is_true(node.get("not", False)):
             return False
         for key, void in VOID.items():
@@ -74,6 +87,14 @@ class _Preparation:
         if "propertyNames" in node:
             _name_properties(node)
         return node if self._closing is None else self._closing.closed(given, node)
+
+    def _refer(self, names: dict[str, Any]) -> None:
+        """Put what `$ref` stands for in its place (pydantic refers to the names of an enumeration)."""
+        way = steps(names["$ref"])
+        if way is not None and ANNOTATIONS.issuperset(names.keys() - {"$ref"}):
+            del names["$ref"]
+            found = self.schema(resolved(self._root, way), way)
+            names.update(found if isinstance(found, dict) else {"allOf": [found]})
 
     def _below(self, key: str, value: Any, place: tuple[str, ...]) -> Any:
         if key in NAMED and isinstance(value, dict):

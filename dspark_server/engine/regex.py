@@ -1,4 +1,4 @@
-r"""Regular expressions of ECMA-262, which JSON schemas use too, in the syntax that llguidance reads (Rust's regex crate).
+r"""Regular expressions of ECMA-262, which JSON schemas use too, in the syntax that llguidance reads: Rust's.
 
 `\d`, `\w` and `\s` are ASCII, as in vLLM; `\p{...}` names Unicode classes. Brackets have no set operations and no
 nested brackets, POSIX names (`[[:alpha:]]`) apart. Inline flags (`(?i)`, `(?s:...)`, `(?x)`) are Rust's. Only what the
