@@ -216,5 +216,5 @@ def read_object(value: Any, where: str) -> Mapping[str, Any]:
         except json.JSONDecodeError as error:
             raise ConfigError(f"{where} is not valid JSON: {error}") from None
     if not isinstance(value, Mapping):
-        raise ConfigError(f'{where} must be a JSON object such as {{"method": "dspark", "model": "DIR"}}.')
+        raise ConfigError(f"{where} must be a JSON object.")
     return value

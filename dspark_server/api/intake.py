@@ -50,7 +50,7 @@ class Intake:
         self.engine = engine
         self.metrics = metrics
         self.settings = settings
-        self._forms = StructuredForms(engine)
+        self._forms = StructuredForms(engine, settings.structured_outputs)
         self._detokenizer: Detokenizer | None = None
 
     @property

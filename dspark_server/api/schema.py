@@ -49,6 +49,7 @@ RENAMED = {
     "guided_json": '`structured_outputs: {"json": …}`',
     "guided_regex": '`structured_outputs: {"regex": …}`',
     "guided_choice": '`structured_outputs: {"choice": […]}`',
+    "guided_grammar": '`structured_outputs: {"grammar": …}`',
     "guided_json_object": '`response_format: {"type": "json_object"}`',
 }
 
@@ -93,14 +94,11 @@ class Speculation(Body):
 
 
 class StructuredOutputs(Body):
-    """The form an answer must have: exactly one of these."""
+    """The form an answer must have: exactly one of json, json_object, regex, choice, grammar."""
 
     unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "grammar": (),
         "structural_tag": (),
         "whitespace_pattern": (),
-        "disable_any_whitespace": (False,),
-        "disable_additional_properties": (False,),
     }
 
     json_: dict[str, Any] | str | None = Field(None, alias="json")
@@ -108,9 +106,15 @@ class StructuredOutputs(Body):
     json_object: bool | None = None
     """Any JSON object."""
     regex: str | None = Field(None, min_length=1, max_length=MAX_GRAMMAR)
-    """A regular expression for the whole answer."""
+    """A regular expression (ECMA-262) for the whole answer; `\\d`, `\\w` and `\\s` are ASCII."""
+    grammar: str | None = Field(None, min_length=1, max_length=MAX_GRAMMAR)
+    """A context-free grammar, in GBNF (`root ::= …`) or in the Lark of llguidance (`start: …`)."""
     choice: Annotated[list[str], Field(min_length=1, max_length=1024, fail_fast=True)] | None = None
     """The answer is one of these."""
+    disable_any_whitespace: bool | None = None
+    """For JSON: false lets white space stand between its tokens; absent: the server's setting."""
+    disable_additional_properties: bool | None = None
+    """For JSON: objects that name their properties have no others; absent: the server's setting."""
 
 
 class ResponseFormat(Body):

@@ -12,6 +12,20 @@ DRAFT_FIGURES = ("none", "summary", "detailed")
 
 
 @dataclass(frozen=True)
+class StructuredOutputsConfig:
+    """`--structured-outputs-config`: what answers in JSON may have beyond their schema, unless a request says so."""
+
+    disable_any_whitespace: bool = setting(
+        True, "No white space between the tokens of JSON; false: at most 16 blanks in a place.", group="Server"
+    )
+    disable_additional_properties: bool = setting(
+        True,
+        "Objects that name their properties and leave out `additionalProperties` have no others; false: any.",
+        group="Server",
+    )
+
+
+@dataclass(frozen=True)
 class ServerSettings:
     """Where the server listens, whom it lets in, and what it lets a client do."""
 
@@ -35,6 +49,13 @@ class ServerSettings:
     )
     dashboard: bool = setting(
         True, "Show what speculation does, live, at /. Its users may switch the policy.", group="Server"
+    )
+    structured_outputs: StructuredOutputsConfig = setting(
+        StructuredOutputsConfig(),
+        "JSON. How schemas of structured output are read where they leave it open; a request may say otherwise.",
+        group="Server",
+        name="structured-outputs-config",
+        metavar="JSON",
     )
     max_body_bytes: int = setting(8 << 20, "Largest request body; beyond, clients get 413.", group="Limits", minimum=1)
     max_header_bytes: int = setting(

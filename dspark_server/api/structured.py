@@ -3,11 +3,13 @@
 import asyncio
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import orjson
 
-from dspark_server.api.schema import MAX_GRAMMAR, GenerationRequest
+from dspark_server.api.schema import MAX_GRAMMAR, GenerationRequest, StructuredOutputs
+from dspark_server.api.settings import StructuredOutputsConfig
 from dspark_server.engine.engine import AsyncEngine
 from dspark_server.errors import RequestError
 
@@ -17,18 +19,30 @@ if TYPE_CHECKING:
 COMPILE_SECONDS = 10.0
 KEPT_FORMS = 64
 
-Form = tuple[str, str, str]  # the field to blame, kind, text
+ANY_OBJECT = '{"type":"object"}'
+
+
+@dataclass(frozen=True)
+class Form:
+    """A form as asked for. `param`: the field to blame; `compact`, `closed`: see `GrammarCompiler.json_schema`."""
+
+    param: str
+    kind: str
+    text: str
+    compact: bool = True
+    closed: bool = True
 
 
 class StructuredForms:
     """Compiles the forms that requests ask for, and keeps the latest."""
 
-    def __init__(self, engine: AsyncEngine) -> None:
+    def __init__(self, engine: AsyncEngine, config: StructuredOutputsConfig) -> None:
         self._engine = engine
+        self._config = config
         self._compiler: GrammarCompiler | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="grammar")
         # By tenant too: by the time a form takes nobody may learn that another uses it.
-        self._kept: OrderedDict[tuple[str, str, str], CompiledForm] = OrderedDict()
+        self._kept: OrderedDict[tuple[str, Form], CompiledForm] = OrderedDict()
 
     def warm_up(self) -> None:
         """Make the compiler, which holds the interpreter for up to seconds: before there are requests to wait."""
@@ -36,26 +50,25 @@ class StructuredForms:
 
     async def of(self, body: GenerationRequest, tenant: str) -> "CompiledForm | None":
         """The form a request asks for; None for free text. Raises RequestError."""
-        form = asked_form(body)
+        form = asked_form(body, self._config)
         if form is None:
             return None
-        param, kind, text = form
-        if len(text) > MAX_GRAMMAR:
-            raise RequestError(f"`{param}` may have at most {MAX_GRAMMAR} characters.", param=param)
-        found = self._kept.get((tenant, kind, text))
+        if len(form.text) > MAX_GRAMMAR:
+            raise RequestError(f"`{form.param}` may have at most {MAX_GRAMMAR} characters.", param=form.param)
+        found = self._kept.get((tenant, form))
         if found is None:
-            found = await self._compile(param, kind, text)
-            self._kept[tenant, kind, text] = found
+            found = await self._compile(form)
+            self._kept[tenant, form] = found
             while len(self._kept) > KEPT_FORMS:
                 self._kept.popitem(last=False)
-        self._kept.move_to_end((tenant, kind, text))
+        self._kept.move_to_end((tenant, form))
         return found
 
-    async def _compile(self, param: str, kind: str, text: str) -> "CompiledForm":
-        loop = asyncio.get_running_loop()
+    async def _compile(self, form: Form) -> "CompiledForm":
+        loop, param = asyncio.get_running_loop(), form.param
         try:
             async with asyncio.timeout(COMPILE_SECONDS):
-                return await loop.run_in_executor(self._thread, self._compile_now, kind, text)
+                return await loop.run_in_executor(self._thread, self._compile_now, form)
         except TimeoutError:
             raise RequestError(f"`{param}` took too long to compile; use a simpler form.", param=param) from None
         except ValueError as error:
@@ -68,40 +81,52 @@ class StructuredForms:
             self._compiler = GrammarCompiler(self._engine.tokenizer, self._engine.vocab_size)
         return self._compiler
 
-    def _compile_now(self, kind: str, text: str) -> "CompiledForm":
+    def _compile_now(self, form: Form) -> "CompiledForm":
         compiler = self._compiler_now()
-        if kind == "regex":
-            return compiler.regex(text)
-        return compiler.choice(orjson.loads(text)) if kind == "choice" else compiler.json_schema(text)
+        match form.kind:
+            case "regex":
+                return compiler.regex(form.text)
+            case "grammar":
+                return compiler.grammar(form.text)
+            case "choice":
+                return compiler.choice(orjson.loads(form.text))
+        return compiler.json_schema(form.text, compact=form.compact, closed=form.closed)
 
 
-def asked_form(body: GenerationRequest) -> Form | None:
-    """What a body says of the form of its answer. Raises RequestError where it says too much or too little."""
-    forms: list[Form] = []
-    structured, wanted = body.structured_outputs, body.response_format
-    if structured is not None:
-        param = "structured_outputs"
-        if structured.json_ is not None:
-            schema = structured.json_
-            forms.append((param, "json", schema if isinstance(schema, str) else orjson.dumps(schema).decode()))
-        if structured.json_object:
-            forms.append((param, "json", '{"type":"object"}'))
-        if structured.regex is not None:
-            forms.append((param, "regex", structured.regex))
-        if structured.choice is not None:
-            forms.append((param, "choice", orjson.dumps(structured.choice).decode()))
-        if len(forms) != 1:
-            raise RequestError(
-                "`structured_outputs` needs exactly one of json, json_object, regex, choice.", param=param
-            )
+def asked_form(body: GenerationRequest, config: StructuredOutputsConfig) -> Form | None:
+    """The form that a body asks for. Raises RequestError where it says too much or too little."""
+    compact, closed = config.disable_any_whitespace, config.disable_additional_properties
+    wanted, forms = body.response_format, []
+    if body.structured_outputs is not None:
+        forms.append(_structured(body.structured_outputs, compact, closed))
     if wanted is not None and wanted.type != "text":
-        param, schema_text = "response_format", '{"type":"object"}'
+        param, schema = "response_format", ANY_OBJECT
         if wanted.type == "json_schema":
             given = (wanted.json_schema or {}).get("schema")
             if not isinstance(given, dict):
                 raise RequestError('`response_format` needs {"json_schema": {"schema": {...}}}.', param=param)
-            schema_text = orjson.dumps(given).decode()
-        forms.append((param, "json", schema_text))
+            schema = orjson.dumps(given).decode()
+        forms.append(Form(param, "json", schema, compact, closed))
     if len(forms) > 1:
         raise RequestError("Use `response_format` or `structured_outputs`, not both.", param="response_format")
     return forms[0] if forms else None
+
+
+def _structured(asked: StructuredOutputs, compact: bool, closed: bool) -> Form:
+    texts = {"regex": asked.regex, "grammar": asked.grammar}
+    texts["choice"] = None if asked.choice is None else orjson.dumps(asked.choice).decode()
+    forms = [(kind, text) for kind, text in texts.items() if text is not None]
+    if asked.json_ is not None:
+        forms.append(("json", asked.json_ if isinstance(asked.json_, str) else orjson.dumps(asked.json_).decode()))
+    if asked.json_object:
+        forms.append(("json", ANY_OBJECT))
+    if len(forms) != 1:
+        raise RequestError(
+            "`structured_outputs` needs exactly one of json, json_object, regex, choice, grammar.",
+            param="structured_outputs",
+        )
+    if asked.disable_any_whitespace is not None:
+        compact = asked.disable_any_whitespace
+    if asked.disable_additional_properties is not None:
+        closed = asked.disable_additional_properties
+    return Form("structured_outputs", *forms[0], compact, closed)

@@ -10,7 +10,6 @@ from rich.table import Table
 
 from dspark_server.api.auth import OPEN_FOLDER, OPEN_PATHS
 from dspark_server.cli.options import OPTIONS
-from dspark_server.config import SpeculativeConfig
 from dspark_server.resolve import DEFAULT, OTHER_VARIABLES, Resolution, Resolved
 from dspark_server.settings import GROUPS, MASK, Option, options
 
@@ -72,9 +71,10 @@ def reference() -> str:
         parts.append(f"## {group}\n\n{_markdown(('option', 'environment', 'default', 'meaning'), rows)}")
         if group == "Server":
             parts.append(_KEYS)
-        if group == "Speculation":
-            inner = [(f"`{option.field}`", _default(option), _meaning(option)) for option in options(SpeculativeConfig)]
-            parts.append(f"{_SPECULATIVE}\n\n{_markdown(('key', 'default', 'meaning'), inner)}")
+        for outer in (option for option in OPTIONS if option.group == group and option.is_mapping):
+            inner = [(f"`{option.field}`", _default(option), _meaning(option)) for option in options(outer.kind)]
+            keys = _markdown(("key", "default", "meaning"), inner)
+            parts.append(f"### Keys of `--{outer.name}`\n\n{_MAPPING}\n\n{keys}")
     variables = [(f"`{name}`", meaning) for name, meaning in OTHER_VARIABLES.items()]
     parts.append(f"## Other environment variables\n\n{_markdown(('variable', 'meaning'), variables)}")
     return "\n\n".join(parts) + "\n"
@@ -138,9 +138,7 @@ Every setting can be given in four places; the first place that has it decides:
 an error in every place, so that a misspelt key is not ignored. Lists are separated by commas; in YAML they may be
 lists. Where vLLM has the setting, the name is vLLM's."""
 
-_SPECULATIVE = """\
-### Keys of `--speculative-config`
-
+_MAPPING = """\
 A JSON object on the command line and in the environment, a mapping (or that JSON) in YAML. The first place
 that has it gives the whole object: places are not merged."""
 

@@ -5,7 +5,9 @@ matcher is advanced by these and rolled back, so only committed tokens move it (
 """
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
+from time import thread_time
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,11 +16,24 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from llguidance.hf import from_tokenizer
 from torch import Tensor
 
+from dspark_server.engine import gbnf
+from dspark_server.engine.json_schema import prepared
+from dspark_server.engine.regex import to_rust
+
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
 
+COMPACT: "JsonCompileOptions" = {"whitespace_flexible": False}
 # An answer of a small model can lose itself in blanks, so few of them are let through between two tokens of JSON.
-JSON_STYLE: "JsonCompileOptions" = {"whitespace_flexible": True, "whitespace_pattern": r"[ \n\t]{1,16}"}
+FLEXIBLE: "JsonCompileOptions" = {"whitespace_flexible": True, "whitespace_pattern": r"[ \n\t]{1,16}"}
+
+# The step waits for a mask, so each may take so many operations of llguidance: about 5 ms of one core. A grammar that
+# needs more for one fails. Some operations are not counted, and a matcher is slower before it has seen its first
+# tokens: so a request may also have a few masks that take longer than MASK_SECONDS, and is ended after them.
+LIMITS = LLParserLimits(step_lexer_fuel=30_000, step_max_items=4_000, verbose_errors=False)
+MASK_SECONDS = 0.005  # of one core
+SLOW_MASKS = 16
+FAILED = "The form (`response_format` or `structured_outputs`) cannot be followed further: {}. Use a simpler one."
 
 
 class FormError(ValueError):
@@ -32,28 +47,44 @@ class GrammarCompiler:
         self._tokenizer: LLTokenizer = from_tokenizer(tokenizer)
         self._vocabulary = vocabulary
 
-    def json_schema(self, schema: str) -> "CompiledForm":
-        """JSON that a schema (as text) admits. Raises FormError."""
-        return self._compile(lambda: LLMatcher.grammar_from_json_schema(schema, overrides=JSON_STYLE))
+    def json_schema(self, schema: str, *, compact: bool = True, closed: bool = True) -> "CompiledForm":
+        """JSON that a schema (as text) admits. Raises FormError.
+
+        `compact`: no white space between tokens of JSON; else a little. `closed`: objects that name their properties
+        and do not speak of others have no others.
+        """
+        style = COMPACT if compact else FLEXIBLE
+        return self._compile(
+            lambda: LLMatcher.grammar_from_json_schema(prepared(schema, closed=closed), overrides=style)
+        )
 
     def regex(self, pattern: str) -> "CompiledForm":
-        """A text that the whole of a regular expression matches. Raises FormError."""
-        return self._compile(lambda: LLMatcher.grammar_from_regex(pattern))
+        """A text that the whole of a regular expression (see `engine.regex`) matches. Raises FormError."""
+        return self._compile(lambda: LLMatcher.grammar_from_regex(to_rust(pattern)))
+
+    def grammar(self, grammar: str) -> "CompiledForm":
+        """A text of a context-free language, given in Lark as llguidance reads it, or in GBNF. Raises FormError."""
+        return self._compile(lambda: LLMatcher.grammar_from_lark(_as_lark(grammar)))
 
     def choice(self, texts: Sequence[str]) -> "CompiledForm":
         """One of a few texts. Raises FormError."""
         options = " | ".join(json.dumps(text) for text in texts)
         return self._compile(lambda: LLMatcher.grammar_from_lark(f"start: {options}"))
 
-    def _compile(self, make: Any) -> "CompiledForm":
+    def _compile(self, make: Callable[[], str]) -> "CompiledForm":
         try:
             grammar = make()
             # Silent: what it has to say of a form is the client's, not the log's.
-            matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=LLParserLimits())
+            matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=LIMITS)
+        except RecursionError:
+            raise FormError("it is nested too deeply") from None
         except ValueError as error:
             raise FormError(str(error)) from None
         if matcher.is_error():
             raise FormError(matcher.get_error())
+        matcher.compute_bitmask()  # the dearest, as it is the first: not on the step thread
+        if matcher.is_error():
+            raise FormError(f"it is too complex: {_first_line(matcher.get_error())}")
         return CompiledForm(matcher, self._tokenizer, self._vocabulary)
 
 
@@ -73,8 +104,17 @@ class CompiledForm:
 class FormMatcher:
     """See `speculation.controls.Grammar`. What it says of a prefix is kept, as draft and target ask alike."""
 
-    def __init__(self, matcher: LLMatcher, tokenizer: LLTokenizer, stop_ids: frozenset[int], vocabulary: int) -> None:
+    def __init__(
+        self,
+        matcher: LLMatcher,
+        tokenizer: LLTokenizer,
+        stop_ids: frozenset[int],
+        vocabulary: int,
+        clock: Callable[[], float] = thread_time,
+    ) -> None:
         self._matcher = matcher
+        self._clock = clock
+        self._slow = 0  # masks that took too long
         self._size = tokenizer.vocab_size  # tokens that the matcher knows
         self._end = end = tokenizer.eos_token
         self._may_stop = bool(stop_ids)
@@ -83,6 +123,13 @@ class FormMatcher:
         self._ends = torch.zeros(vocabulary, dtype=torch.bool)
         self._ends[list(self._end_ids)] = True
         self._known: dict[tuple[int, ...], tuple[Tensor, bool]] = {}  # by prefix: its mask, and whether it is over
+
+    @property
+    def failure(self) -> str | None:
+        """Why nothing may follow any more, if the form has become too costly to follow."""
+        if self._slow >= SLOW_MASKS:
+            return FAILED.format(f"{SLOW_MASKS} masks took over {MASK_SECONDS * 1000:.0f} ms each")
+        return FAILED.format(_first_line(self._matcher.get_error())) if self._matcher.is_error() else None
 
     def mask(self, drafted: Sequence[int]) -> Tensor:
         """The tokens [V] bool that may follow; none if `drafted` cannot follow; ends only, behind an end."""
@@ -103,7 +150,7 @@ class FormMatcher:
     def _compute(self, prefix: tuple[int, ...]) -> Tensor:
         nothing = torch.zeros_like(self._ends)
         # A matcher that has failed calls itself stopped; its answer is broken off, not complete.
-        if self._matcher.is_error():
+        if self.failure is not None:
             return nothing
         if not self._end_ids.isdisjoint(prefix):
             return self._ends
@@ -117,14 +164,19 @@ class FormMatcher:
             if self._matcher.is_stopped():
                 return self._ends
             accepting = self._matcher.is_accepting()
-            bits = np.unpackbits(np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8), bitorder="little")
+            began = self._clock()
+            packed = self._matcher.compute_bitmask()
+            self._slow += self._clock() - began > MASK_SECONDS
+            if self._matcher.is_error():
+                return nothing
+            bits = np.unpackbits(np.frombuffer(packed, dtype=np.uint8), bitorder="little")
             mask = nothing
             count = min(len(bits), len(mask))
             mask[:count] = torch.from_numpy(bits[:count]).bool()
             mask[self._end] = False
             return mask | self._ends if accepting and (self._may_stop or not bool(mask.any())) else mask
         finally:
-            if taken:
+            if taken and not self._matcher.is_error():
                 self._matcher.rollback(taken)
 
     def commit(self, tokens: Sequence[int]) -> None:
@@ -137,3 +189,16 @@ class FormMatcher:
         inside = [token for token in tokens if token not in self._end_ids]
         if inside and not self._matcher.is_stopped():
             self._matcher.consume_tokens(inside)
+
+
+def _as_lark(grammar: str) -> str:
+    if gbnf.is_gbnf(grammar):
+        return gbnf.to_lark(grammar)
+    # A matcher that is rolled back over such a limit does not find back to where it was.
+    if re.search(r"\bmax_tokens\s*=", grammar):
+        raise ValueError("`max_tokens` of a rule is not supported; say the length by a pattern")
+    return grammar
+
+
+def _first_line(message: str) -> str:
+    return message.strip().partition("\n")[0].removesuffix(".")

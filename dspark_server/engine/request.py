@@ -161,6 +161,11 @@ class Request:
         leader = self.leader
         return leader is not None and leader.status is Status.RUNNING and leader.computed < leader.prompt_length
 
+    @property
+    def grammar(self) -> Grammar | None:
+        """The form that the answer is held to."""
+        return self.controls.grammar if isinstance(self.controls, Controls) else None
+
     def full_block_keys(self, block_size: int) -> list[BlockKey]:
         """Keys of all full blocks of committed tokens; computed once each."""
         while (len(self.keys) + 1) * block_size <= len(self.tokens):
@@ -175,8 +180,7 @@ class Request:
             self.finish_reason = FinishReason.LENGTH
             return []
         taken: list[int] = []
-        controls = self.controls if isinstance(self.controls, Controls) else None
-        grammar = None if controls is None else controls.grammar
+        controls, grammar = self.controls if isinstance(self.controls, Controls) else None, self.grammar
         for token in tokens:
             self.tokens.append(token)
             taken.append(token)

@@ -341,7 +341,8 @@ class StepLoop:
             if next(failed):
                 request.finish_reason = FinishReason.ERROR
                 if bool(verified.logits[row].max().isfinite()):
-                    request.error, request.impossible = CONTRADICTION, True
+                    too_costly = request.grammar.failure if request.grammar is not None else None
+                    request.error, request.impossible = too_costly or CONTRADICTION, True
                 else:
                     request.error = "The model produced no valid probabilities for this request (NaN in its logits)."
                     self.batcher.pool.distrust(request.blocks)  # a row that was finite once may be so no more

@@ -48,6 +48,10 @@ class Forbidden:
 class Grammar(Protocol):
     """A compiled form that an answer must have, and how far the committed tokens have come in it."""
 
+    @property
+    def failure(self) -> str | None:
+        """Why nothing may follow, if that is for the grammar's cost; a line for the client."""
+
     def mask(self, drafted: Sequence[int]) -> Tensor:
         """The tokens [V] bool that may follow the committed ones and `drafted`; none if these cannot follow."""
 

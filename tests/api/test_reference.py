@@ -68,14 +68,14 @@ def test_what_is_refused(server: Running, name: str) -> None:
 
 @pytest.mark.parametrize(
     ("old", "new"),
-    [("guided_json", "json"), ("guided_regex", "regex"), ("guided_choice", "choice")],
+    [("guided_json", "json"), ("guided_regex", "regex"), ("guided_choice", "choice"), ("guided_grammar", "grammar")],
 )
 def test_old_names_say_the_new_one(server: Running, old: str, new: str) -> None:
     error = refused(server.chat("say x", **{old: ["a"]}), old)
     assert f'structured_outputs: {{"{new}"' in error["message"]
 
 
-@pytest.mark.parametrize("name", ["grammar", "structural_tag", "whitespace_pattern"])
+@pytest.mark.parametrize("name", ["structural_tag", "whitespace_pattern"])
 def test_forms_that_are_not_served(server: Running, name: str) -> None:
     error = refused(server.complete("say x", structured_outputs={"regex": "a", name: "b"}), "structured_outputs")
     assert f"structured_outputs.{name}" in error["message"]

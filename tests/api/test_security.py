@@ -186,7 +186,7 @@ def test_what_form_another_key_compiled_shows_in_no_time(keyed: Running, monkeyp
     compiled: list[str] = []
     inner = StructuredForms._compile_now
     monkeypatch.setattr(
-        StructuredForms, "_compile_now", lambda self, kind, text: compiled.append(text) or inner(self, kind, text)
+        StructuredForms, "_compile_now", lambda self, form: compiled.append(form.text) or inner(self, form)
     )
     body = {"prompt": "say x", "structured_outputs": {"regex": "[a-z]+"}}
     for key in ("first-key", "first-key", "second-key"):

@@ -1,10 +1,26 @@
 """What no test of the engine may leave behind."""
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 
 from dspark_server import failpoints
+
+if TYPE_CHECKING:
+    from dspark_server.engine.grammar import GrammarCompiler
+
+VOCABULARY = 512  # of the fixtures' targets; the tokenizer has fewer, as with padded embeddings
+
+
+@pytest.fixture(scope="session")
+def compiler() -> "GrammarCompiler":
+    """Forms for `forms.TOKENIZER`, one token for each byte."""
+    from dspark_server.engine.grammar import GrammarCompiler
+
+    from .forms import TOKENIZER
+
+    return GrammarCompiler(TOKENIZER, VOCABULARY)
 
 
 @pytest.fixture(autouse=True)

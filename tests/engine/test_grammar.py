@@ -3,30 +3,21 @@
 from dataclasses import replace
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from llguidance import LLParserLimits
 from transformers import PreTrainedTokenizerFast
 
-from dspark_server.engine.grammar import CompiledForm, FormError, GrammarCompiler
+from dspark_server.engine import grammar
+from dspark_server.engine.grammar import SLOW_MASKS, CompiledForm, FormError, FormMatcher, GrammarCompiler
 from dspark_server.engine.request import CompiledGrammar, FinishReason, SamplingParams
 
+from .conftest import VOCABULARY
+from .forms import TOKENIZER, admits
 from .support import prompts, tiny_core
-
-VOCABULARY = 512  # of the fixtures' targets; the tokenizer has fewer, as with padded embeddings
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    """One token for each byte, then the end."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE({text: number for number, text in enumerate(alphabet)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>")
-
-
-@pytest.fixture(scope="module")
-def compiler(tokenizer: PreTrainedTokenizerFast) -> GrammarCompiler:
-    return GrammarCompiler(tokenizer, VOCABULARY)
+    return TOKENIZER
 
 
 def permitted(form: CompiledForm, stops: frozenset[int], said: list[int], drafted: list[int]) -> list[int]:
@@ -36,11 +27,31 @@ def permitted(form: CompiledForm, stops: frozenset[int], said: list[int], drafte
     return matcher.mask(drafted).nonzero().squeeze(1).tolist()
 
 
-def test_drafted_and_committed_are_the_same(tokenizer: PreTrainedTokenizerFast, compiler: GrammarCompiler) -> None:
-    """Also to one matcher that has been asked about everything before, and about what nobody could say."""
+FOLLOWED = {
+    "schema": (
+        "json",
+        '{"type": "object", "properties": {"a": {"enum": ["b", "bc"]}}, "required": ["a"]}',
+        '{"a":"bc"}',
+    ),
+    "regex": ("regex", r"\d{2}(x|\w)*", "12xy"),
+    "gbnf": ("grammar", 'root ::= "(" root ")" | [a-c]+', "((ab))"),
+    "lark": ("grammar", 'start: "(" start ")" | WORD ("," WORD)*\nWORD: /[a-c]+/', "(ab,c)"),
+}
+
+
+def compiled(compiler: GrammarCompiler, kind: str, text: str) -> CompiledForm:
+    return {"json": compiler.json_schema, "regex": compiler.regex, "grammar": compiler.grammar}[kind](text)
+
+
+@pytest.mark.parametrize("case", FOLLOWED)
+def test_drafted_and_committed_are_the_same(
+    case: str, tokenizer: PreTrainedTokenizerFast, compiler: GrammarCompiler
+) -> None:
+    """Also to one matcher that has been asked about everything before, and about what cannot follow."""
     stops = frozenset({tokenizer.eos_token_id})
-    form = compiler.json_schema('{"type": "object", "properties": {"a": {"enum": ["b", "bc"]}}, "required": ["a"]}')
-    answer = tokenizer.encode('{"a": "bc"}')
+    kind, text, said_text = FOLLOWED[case]
+    form = compiled(compiler, kind, text)
+    answer = tokenizer.encode(said_text)
     asked = form.start(stops)
     for place in range(len(answer) + 1):
         wanted = permitted(form, stops, answer[:place], [])
@@ -53,10 +64,81 @@ def test_drafted_and_committed_are_the_same(tokenizer: PreTrainedTokenizerFast, 
             asked.mask(nonsense)
         for length in range(len(answer)):
             asked.mask(answer[:length])
-        assert not asked.over()
         asked.commit(answer[start : start + 2])
-    assert asked.over()
-    assert asked.mask(()).nonzero().squeeze(1).tolist() == [tokenizer.eos_token_id]
+    assert asked.mask(()).nonzero().squeeze(1).tolist() == permitted(form, stops, answer, [])
+    assert asked.mask(())[tokenizer.eos_token_id]
+
+
+GRAMMARS = {
+    "lark": ('start: "a" /[0-9]+/ | start "+" start', "a1+a22", "a"),
+    "lark with a schema": ('start: "x" %json {"type": "integer"}', "x-5", "x"),
+    "a recursive rule": ('root ::= "(" root ")" | ""', "(())", "(()"),
+    "names with hyphens": ('root ::= one-two+\none-two ::= "1" | "2" # | "3"', "121", "3"),
+    "code points": (r'root ::= "\u00e9" [\u0000-\u0009\U0001F600-\U0001F602] "\x41"', "é😁A", "é😀"),
+    "escapes": (r'root ::= "\u0022\\" [\]\-\\a-c\u005e]+ "/" [/]', '"\\]-\\b^//', '"\\d//'),
+    "alternatives on lines": ('root ::= a\n  # the other\n  | b\na ::= "|\\n|"\nb ::= "y"\n', "|\n|", "|\n"),
+    "counts": ('root ::= ("a" | "b"){2,3} "c"?', "abac", "abab"),
+    "not in a class": (r'root ::= [^"\\\x7F\x00-\x1F]{2}', "é]", 'a"'),
+}
+
+
+@pytest.mark.parametrize("case", GRAMMARS)
+def test_grammars_in_both_notations(case: str, compiler: GrammarCompiler) -> None:
+    text, fits, does_not = GRAMMARS[case]
+    form = compiler.grammar(text)
+    assert admits(form, fits)
+    assert not admits(form, does_not)
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("root ::= missing", "missing"),
+        ('rule ::= "a"', "root"),
+        ('root ::= "a', "line 1"),
+        (r'root ::= "\uD800"', "no character"),
+        ("root ::= " + "(" * 3000 + '"a"' + ")" * 3000, "nested too deeply"),
+        ("start: missing", "missing"),
+        ("start: a\na[max_tokens=2]: /[a-c]+/", "max_tokens"),
+        ("neither of them", "Expected"),
+        ("start: /(?=a)/", "look-ahead"),
+        ("\n".join(f"r{n} ::= r{n + 1} r{n + 1}" for n in range(60)) + '\nr60 ::= "a"\nroot ::= r0', "too big"),
+    ],
+)
+def test_grammars_that_cannot_be_compiled(text: str, why: str, compiler: GrammarCompiler) -> None:
+    with pytest.raises(FormError, match=why):
+        compiler.grammar(text)
+
+
+def test_a_mask_that_needs_too_many_operations_fails_its_form(
+    compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When it is compiled if that is the first one, else in the answer; what was known before stays so."""
+    monkeypatch.setattr(grammar, "LIMITS", LLParserLimits(step_max_items=1))
+    with pytest.raises(FormError, match="too complex"):
+        compiler.grammar('start: start start | "a" | "(" start ")" | /[a-c]+/')
+    monkeypatch.setattr(grammar, "LIMITS", LLParserLimits(step_lexer_fuel=500))
+    matcher = compiler.regex("([ab]{1,200}c?){50}").start(frozenset({256}))
+    first, answer = matcher.mask(()), TOKENIZER.encode("abcabcabc")
+    assert first.any()
+    assert matcher.failure is None
+    assert [bool(matcher.mask(answer[:length]).any()) for length in range(8)][-1] is False
+    assert matcher.failure is not None
+    assert "cannot be followed further: lexer error: too many" in matcher.failure
+    assert not matcher.over()
+    assert matcher.mask(()) is first
+
+
+def test_slow_masks_are_counted_by_the_processor_s_clock(compiler: GrammarCompiler) -> None:
+    form = compiler.regex("[ab]*")
+    ticks = iter(range(1000))
+    matcher = FormMatcher(form._matcher.deep_copy(), form._tokenizer, frozenset({256}), VOCABULARY, lambda: next(ticks))
+    for number in range(SLOW_MASKS):
+        assert matcher.failure is None
+        assert matcher.mask(TOKENIZER.encode("ab" * number)).any()
+    assert f"{SLOW_MASKS} masks" in str(matcher.failure)
+    assert not matcher.mask(TOKENIZER.encode("b")).any()
+    assert next(ticks) == 2 * SLOW_MASKS
 
 
 @pytest.mark.parametrize("texts", [["😀", 'a"b\\c'], ["é\n", "e"], ["", "a"]])
@@ -79,6 +161,7 @@ def test_a_failed_matcher_permits_nothing_and_is_not_complete(compiler: GrammarC
     matcher = compiler.regex("[a-d]{9}").start(frozenset({256}))
     matcher.commit([1])  # no such letter
     assert not matcher.mask(()).any()
+    assert matcher.failure is not None
     assert not matcher.over()
 
 
@@ -133,3 +216,27 @@ def test_an_answer_that_is_complete_with_its_last_token_was_not_cut_short(compil
     while core.loop.has_work:
         core.loop.step()
     assert [request.finish_reason for request in requests] == [FinishReason.STOP, FinishReason.LENGTH]
+
+
+@pytest.mark.parametrize("drafter", [True, False])
+def test_a_form_that_costs_too_much_ends_its_own_request(
+    drafter: bool, compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grammar, "MASK_SECONDS", -1.0)  # every mask is slow
+    core = tiny_core(drafter=drafter)
+    core.eos_token_ids = frozenset()
+    plain = SamplingParams(max_tokens=SLOW_MASKS + 8, temperature=0.0)
+    params = [plain, replace(plain, grammar=compiler.regex("[a-z]*x")), plain]
+    requests = [core.new_request(prompt, own, nonce=0) for prompt, own in zip(prompts(3), params, strict=True)]
+    for request in requests:
+        core.batcher.add(request)
+    while core.loop.has_work:
+        core.loop.step()
+    assert [request.finish_reason for request in requests] == [
+        FinishReason.LENGTH,
+        FinishReason.ERROR,
+        FinishReason.LENGTH,
+    ]
+    assert requests[1].impossible
+    assert "masks took over" in str(requests[1].error)
+    assert 0 < len(requests[1].output) <= SLOW_MASKS
