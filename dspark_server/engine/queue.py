@@ -108,9 +108,7 @@ class _Ring:
 
     def __init__(self) -> None:
         self.places: dict[Request, int] = {}  # of each waiting request: the number in its heap entry
-        self.places_in_front: deque[str] = (
-            deque()
-        )  # tenants, each at most once per returned request
+        self.places_in_front: deque[str] = deque()  # tenants, each at most once per returned request
         self.returned: set[Request] = set()
         self._lines: OrderedDict[str, _Line] = OrderedDict()
 

@@ -1,18 +1,22 @@
 """The waiting queue against a naive model, and the number of operations that arrivals and long prompts cost."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import pytest
+import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from dspark_server.engine import batcher as batching
 from dspark_server.engine import queue as queueing
+from dspark_server.engine import step as stepping
 from dspark_server.engine.queue import LAST_PRIORITY, WaitingQueue
-from dspark_server.engine.request import Request
+from dspark_server.engine.request import Request, SamplingParams
+from dspark_server.speculation.copying import ContextIndex
 
+from .support import tiny_core
 from .test_batcher import batcher, execute, request
 
 
@@ -241,6 +245,69 @@ def test_a_prompt_that_waits_for_blocks_is_not_looked_up_at_every_step(monkeypat
     while waits not in batch.running:
         execute(batch)
     assert waits.cached_tokens is not None
+
+
+class CountedPrompt(list[int]):
+    """A prompt that counts how often it is gone through, or copied."""
+
+    read = 0
+
+    def __iter__(self) -> Iterator[int]:
+        self.read += 1
+        return super().__iter__()
+
+
+@pytest.mark.parametrize("rules", [{}, {"repetition_penalty": 1.2, "frequency_penalty": 0.5}])
+def test_the_choices_of_a_prompt_share_what_it_costs(rules: dict[str, float]) -> None:
+    """128 choices read their prompt no more often than one does, and what one commits is no other's."""
+    core, params = tiny_core(drafter=False), SamplingParams(max_tokens=4, **rules)
+    prompt = CountedPrompt(range(5, 100))
+    leader = core.new_request(prompt, params, nonce=0)
+    once = prompt.read
+    others = [core.new_request(prompt, params, nonce=n, leader=leader) for n in range(1, 128)]
+    assert prompt.read == once
+    assert all(each.tokens is prompt for each in others)
+    logits = torch.randn(core.vocab_size, generator=torch.Generator().manual_seed(1))
+    leader.commit([7])
+    alone = core.new_request(list(prompt), params, nonce=9)
+    late = core.new_request(prompt, params, nonce=1, leader=leader)
+    seen = []
+    for each in (alone, others[0], late):
+        row = logits.clone()
+        if each.controls is not None:
+            each.controls.apply(row, [8], 95, None)
+        seen.append(row)
+    assert torch.equal(seen[0], seen[1])
+    assert torch.equal(seen[0], seen[2])
+    assert list(prompt) == list(range(5, 100))
+    assert others[0].full_block_keys(4) == alone.full_block_keys(4)
+
+
+@pytest.mark.parametrize(("most", "indexed"), [(None, True), (0, False)])
+def test_copies_are_indexed_a_part_a_step_and_only_where_they_may_be_used(
+    monkeypatch: pytest.MonkeyPatch, most: int | None, indexed: bool
+) -> None:
+    monkeypatch.setattr(stepping, "INDEXED_TOKENS", 16)
+    core = tiny_core(drafter=False, method="ngram")
+    spent: list[int] = []
+    total = 0
+    enter = ContextIndex.enter
+
+    def counted(index: ContextIndex, tokens: Sequence[int], room: int) -> int:
+        spent.append(enter(index, tokens, room))
+        return spent[-1]
+
+    monkeypatch.setattr(ContextIndex, "enter", counted)
+    params = SamplingParams(max_tokens=30, temperature=0.0, ignore_eos=True, max_draft_tokens=most)
+    for number in range(3):
+        core.batcher.add(core.new_request([5, 6, 7, 8] * 20, params, nonce=number))
+    while core.loop.has_work:
+        spent.clear()
+        core.loop.step()
+        assert sum(spent) <= 16
+        total += sum(spent)
+    assert (core.loop.stats.drafting["copied"] > 0) == indexed
+    assert (total > 0) == indexed
 
 
 def test_the_keys_of_a_long_prompt_are_computed_over_several_steps(monkeypatch: pytest.MonkeyPatch) -> None:
