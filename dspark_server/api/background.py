@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 from dspark_server.api.prompting import Prompting
 from dspark_server.api.sample_prompts import SAMPLE_PROMPTS
-from dspark_server.engine.batcher import LAST_PRIORITY
 from dspark_server.engine.engine import AsyncEngine
+from dspark_server.engine.queue import LAST_PRIORITY
 from dspark_server.engine.request import SamplingParams
 from dspark_server.errors import DSparkServerError
 

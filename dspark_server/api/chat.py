@@ -48,7 +48,7 @@ class Chat:
             if body.min_tokens > max_tokens:
                 raise RequestError(f"`min_tokens`: only {max_tokens} tokens fit after this prompt.", param="min_tokens")
             params = await intake.params(body, max_tokens, asked.generation.tenant)
-            intake.submit(asked, params, [prompt], reservation, choices=body.n)
+            await intake.submit(asked, params, [prompt], reservation, choices=body.n)
 
 
 @contextmanager

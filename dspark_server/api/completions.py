@@ -42,7 +42,7 @@ class Completions:
         with engine.reserve(len(given) * body.candidates, likely) as reservation:
             params = await intake.params(body, body.max_tokens, asked.generation.tenant)
             prompts = [await self._prompt(each, body) for each in given]
-            intake.submit(asked, params, prompts, reservation, choices=body.candidates)
+            await intake.submit(asked, params, prompts, reservation, choices=body.candidates)
 
     async def _prompt(self, given: str | list[int], body: CompletionRequest) -> Prompt:
         """Its tokens, and the text a choice begins with: the prompt as given, or its ids as text."""

@@ -162,7 +162,7 @@ class Intake:
                     spellings[tokens] = None
         return tuple(spellings)
 
-    def submit(
+    async def submit(
         self,
         asked: Asked[B],
         params: SamplingParams,
@@ -173,12 +173,15 @@ class Intake:
     ) -> None:
         """Hand `choices` choices for each prompt to the engine. Raises RequestError for what can never be served.
 
-        The first choice for a prompt has the prompt scored, for its siblings too.
+        The first choice for a prompt has the prompt scored, for its siblings too. The event loop gets a turn between
+        two prompts, not between the choices for one: all of them must be there when its scores arrive.
         """
         body, generation = asked.body, asked.generation
         generation.draft_figures = self.settings.per_request_spec_decode_metrics
         matcher = StopMatcher(body.stops) if body.stops else None
         for number, prompt in enumerate(prompts):
+            if number:
+                await asyncio.sleep(0)
             first: Choice | None = None
             for sibling in range(choices):
                 index = number * choices + sibling

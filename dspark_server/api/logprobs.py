@@ -20,6 +20,8 @@ class Logprobs:
         self._prompt_count = body.prompt_logprobs
         self._as_ids = body.return_tokens_as_token_ids
         self._skip_special_tokens = body.skip_special_tokens
+        self._scores: list[TokenLogprob | None] | None = None  # of the prompt rendered last, which choices share
+        self._rendered: list[dict[str, Any] | None] = []
 
     def take(self, choice: Choice) -> dict[str, Any] | None:
         """The log-probabilities of the tokens that are new."""
@@ -29,7 +31,10 @@ class Logprobs:
         """vLLM's list for the prompt: for every token its own entry and the likeliest ones, by token id."""
         if self._prompt_count is None or choice.prompt_logprobs is None:
             return None
-        return [None if each is None else self._entries(each, self._prompt_count) for each in choice.prompt_logprobs]
+        if self._scores is not choice.prompt_logprobs:
+            self._scores, count = choice.prompt_logprobs, self._prompt_count
+            self._rendered = [None if each is None else self._entries(each, count) for each in self._scores]
+        return self._rendered
 
     def _entries(self, each: TokenLogprob, count: int) -> dict[str, Any]:
         ranked = [(each.token, each.logprob, each.rank)]

@@ -4,19 +4,19 @@ The plan is made between commit and the next draft, the only point where a reque
 exists, only selection may drop it (DSPARK, "No value-dependent drop").
 """
 
-from collections import deque
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import ceil
 from time import monotonic
 
-from dspark_server.engine.blocks import BlockPool
+from dspark_server.engine.blocks import BlockKey, BlockPool
+from dspark_server.engine.prefill import prefill_chunks
+from dspark_server.engine.queue import WaitingQueue, is_last, rank
 from dspark_server.engine.request import Request, Status
 from dspark_server.engine.stats import EngineStats
 from dspark_server.errors import RequestError
 from dspark_server.speculation.admission import Load
-
-LAST_PRIORITY = 2**31 - 1  # of what must never be in anybody's way
 
 
 @dataclass(frozen=True)
@@ -60,11 +60,26 @@ class Plan:
 
 
 DRAFTED_SHARE = 0.1  # of a step in what drafts are taken to want
-RETURNED = -1  # turn of a place in front, for a request that was preempted
+KEYED_TOKENS = 16384  # tokens of prompts hashed in one step while others run: some 3 ms
+
+
+@dataclass(frozen=True)
+class Shortage:
+    """The first request of the queue was looked up and does not fit: not before the pool has `given_back` so many.
+
+    Or before a block with the key `next` is published, behind the cached prefix that was found.
+    """
+
+    request: Request
+    given_back: int
+    next: BlockKey | None
 
 
 class Batcher:
-    """First come, first served, as `in_line` orders them. The first that runs is never preempted: one always ends."""
+    """Who runs in each step. `WaitingQueue` says who is admitted next, `prefill_chunks` how prompts share a step.
+
+    The oldest running request is never preempted, so the batch always makes progress; see `_last_in_line`.
+    """
 
     def __init__(
         self,
@@ -81,8 +96,10 @@ class Batcher:
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.gamma = gamma
-        self.waiting: deque[Request] = deque()
+        self.waiting = WaitingQueue()
         self.running: list[Request] = []
+        self._touched: dict[Request, None] = {}  # by the step under way, or the last one
+        self._shortage: Shortage | None = None
         self._clock = clock
         self._drafted = float(gamma)  # draft tokens verified in a step for each decoding request, lately
 
@@ -104,90 +121,66 @@ class Batcher:
             )
 
     def add(self, request: Request) -> None:
-        """Queue a request that `check_fits` let through. Tenants take turns; see `in_line` for the order of one's own.
-
-        Only the last priority of all counts between tenants: it is behind everybody.
-        """
-        peers = [each for each in self.waiting if _is_last(each) == _is_last(request) and each.turn != RETURNED]
-        own = [each.turn for each in peers if each.tenant == request.tenant]
-        request.turn = max(own) + 1 if own else min((each.turn for each in peers), default=0)
-        self._line_up(sorted([*self.waiting, request], key=lambda each: (_is_last(each), each.turn)))
-
-    def _line_up(self, places: list[Request]) -> None:
-        """Make these places the queue; turns belong to places, not to who stands there."""
-        turns = [each.turn for each in places]
-        self.waiting = deque(in_line(places))
-        for each, turn in zip(self.waiting, turns, strict=True):
-            each.turn = turn
+        """Queue a request that `check_fits` let through."""
+        self.waiting.push(request)
 
     def remove(self, request: Request) -> None:
         """Take a request out for good: finished, failed or aborted. Its blocks are released."""
         if request.status is Status.RUNNING:
-            self.running.remove(request)
+            self._stop(request)
         elif request.status is Status.WAITING:
             self.waiting.remove(request)
-        self._release(request)
         request.status = Status.FINISHED
 
     def preempt(self, request: Request) -> None:
-        """Put a running request back in front of the queue, its own tenant's better ones before it; see `in_line`.
-
-        Its rows will be recomputed.
-        """
-        self.running.remove(request)
-        self._release(request)
+        """Put a running request back in front of the queue. Its rows will be recomputed."""
+        self._stop(request)
         request.status = Status.WAITING
-        request.turn = RETURNED
-        self._line_up(sorted([request, *self.waiting], key=_is_last))
+        self.waiting.push_back(request)
         self.stats.preemptions += 1
 
-    def recover(self, held: Sequence[Request]) -> list[Request]:
-        """After a step that failed, wherever it stopped: those of `held`, the requests it began with, that it touched.
-
-        They are let go. No row that the step may have written is trusted: the pool is empty and the cache forgotten.
-        """
-        untouched = [request for request in self.waiting if request.status is Status.WAITING]
-        self.running.clear()
-        self.waiting = deque(untouched)
-        kept = set(untouched)
-        touched = [request for request in held if request not in kept]
-        self.pool.reset()
-        for request in held:
-            request.blocks = []
-            request.computed = request.finite = request.published = 0
-        for request in touched:
-            request.status = Status.FINISHED
-        return touched
-
-    def _release(self, request: Request) -> None:
+    def _stop(self, request: Request) -> None:
+        self.running.remove(request)
+        self.waiting.call_back(request)
         self.pool.release(request.blocks)
         request.blocks = []
         request.computed = request.finite = request.published = 0
 
+    def begin(self) -> None:
+        """A step begins: what it touches from now on is lost if it fails."""
+        self._touched = dict.fromkeys(self.running)
+
+    def recover(self) -> list[Request]:
+        """After a step that failed, wherever it stopped: the requests that it touched and that do not wait again.
+
+        They are let go. No row that the step may have written is trusted: the pool is empty and the cache forgotten.
+        """
+        lost = [request for request in self._touched if request not in self.waiting]
+        self.running.clear()
+        self.pool.reset()
+        for request in self._touched:
+            request.blocks = []
+            request.computed = request.finite = request.published = 0
+        for request in lost:
+            request.status = Status.FINISHED
+            self.waiting.call_back(request)
+        return lost
+
     # -- the plan ----------------------------------------------------------------------------------------------------
 
     def plan(self) -> Plan:
-        """Schedule the next step: anchors of all decoding requests, then prefill chunks, then new admissions."""
+        """Schedule the next step: anchors of all decoding requests, then chunks of prompts, new admissions included."""
         self._reserve_running()
         decoding = [request for request in self.running if request.is_decoding]
         room = self.max_num_batched_tokens - len(decoding)
         # Drafts get what they lately took, but prefill must not starve behind them: it gets at least half of the rest.
         prefill_room = max(room - ceil(self._drafted * len(decoding)), room // 2)
+        prompts = [request for request in self.running if not request.is_decoding]
+        prompts += self._admit_newcomers(prefill_room, under_way=sum(request.pending for request in prompts))
+        chunks = prefill_chunks(prompts, prefill_room)
         scheduled = [Scheduled(request, 1) for request in decoding]
-        spent = 0
-        for request in self.running:
-            if not request.is_decoding and spent < prefill_room:
-                chunk = min(request.pending, prefill_room - spent)
-                scheduled.append(Scheduled(request, chunk))
-                spent += chunk
-        while self.waiting and spent < prefill_room and len(self.running) < self.max_num_seqs:
-            if self._shares_soon(self.waiting[0]) or not self._admit(self.waiting[0]):
-                break
-            request = self.waiting.popleft()
-            chunk = min(request.pending, prefill_room - spent)
-            scheduled.append(Scheduled(request, chunk))
-            spent += chunk
-        return Plan(scheduled, draft_room=room - spent)
+        scheduled += [Scheduled(request, chunks[request]) for request in prompts if request in chunks]
+        return Plan(scheduled, draft_room=room - sum(chunks.values()))
 
     def drafted(self, plan: Plan, tokens: int) -> None:
         """A step planned like this verifies `tokens` draft tokens. Where that is all the room, more may be wanted."""
@@ -200,36 +193,102 @@ class Batcher:
         """Slots for every running request's anchor and gamma draft tokens, preempting the last in line if need be."""
         for request in list(self.running):
             while request.status is Status.RUNNING and not self._reserve(request):
-                by_arrival = sorted(self.running, key=lambda each: (_is_last(each), each.arrival))
-                self.preempt(in_line(by_arrival)[-1])
+                self.preempt(self._last_in_line())
+
+    def _last_in_line(self) -> Request:
+        """The running request that gives way first: of the tenant whose request is the youngest, the last by rank.
+
+        Requests of the last priority give way before all others.
+        """
+        running = self.running[::-1]  # of equals, the one admitted last
+        youngest = max(running, key=lambda each: (is_last(each), each.arrival))
+        own = [each for each in running if each.tenant == youngest.tenant and is_last(each) == is_last(youngest)]
+        return max(own, key=rank)
 
     def _reserve(self, request: Request) -> bool:
-        missing = self.pool.blocks_for(len(request.tokens) + self.gamma) - len(request.blocks)
+        missing = self._missing(request)
         if missing > self.pool.available:
             return False
         if missing > 0:
             request.blocks += self.pool.allocate(missing)
         return True
 
-    def _shares_soon(self, request: Request) -> bool:
-        """Another choice is just running this request's prompt: its blocks are worth a step's wait."""
-        worth = self.pool.prefix_caching and request.prompt_length > self.pool.block_size
-        return worth and not request.scores_prompt and request.waits_for_leader
+    def _missing(self, request: Request) -> int:
+        """Blocks that the request lacks for its tokens and a draft block."""
+        return self.pool.blocks_for(len(request.tokens) + self.gamma) - len(request.blocks)
 
-    def _admit(self, request: Request) -> bool:
-        """Start a waiting request if all its tokens and a draft block fit, reusing the cached prefix."""
+    def _admit_newcomers(self, room: int, under_way: int) -> list[Request]:
+        """Admit from the queue as long as prompts leave some of `room`, but always until newcomers fill half of it.
+
+        `under_way`: tokens that prompts admitted before still have to run. A request that does not fit stays at the
+        head of the queue, and no other is admitted. One whose prefix another request is just running is set aside.
+        """
+        admitted: list[Request] = []
+        brought, left = 0, max(1, KEYED_TOKENS // self.pool.block_size)
+        while len(self.running) < self.max_num_seqs and (under_way + brought < room or brought < room // 2):
+            request = self.waiting.first()
+            if request is None or self._is_short(request):
+                break
+            known = len(request.keys)
+            keys = request.full_block_keys(self.pool.block_size, left if self.running else None)
+            left -= len(keys) - known
+            if left <= 0 and self.running:
+                break  # the rest of its keys is computed in the next step
+            prefix = self._reusable(request)
+            found = self.pool.lookup(prefix)
+            if len(found) < len(prefix) and (runner := self._runner_of(request, len(found))):
+                self.waiting.set_aside(request, runner, _common(request.keys, runner.keys))
+            elif self._admit(request, found):
+                admitted.append(request)
+                brought += request.pending
+            else:
+                break
+        return admitted
+
+    def _is_short(self, request: Request) -> bool:
+        """Nothing has changed since the request did not fit."""
+        short = self._shortage
+        return (
+            short is not None
+            and short.request is request
+            and self.pool.given_back < short.given_back
+            and (short.next is None or not self.pool.names(short.next))
+        )
+
+    def _reusable(self, request: Request) -> list[BlockKey]:
+        """Keys of the blocks that may be taken from the cache."""
         # The last token always runs: its row gives the next token's logits.
         usable = (len(request.tokens) - 1) // self.pool.block_size
         if request.scores_prompt:
             # Cached rows have no logits; the row before the first token not scored yet must run again.
             usable = min(usable, max(0, len(request.prompt_logprobs) - 1) // self.pool.block_size)
-        found = self.pool.lookup(request.full_block_keys(self.pool.block_size)[:usable])
+        return request.keys[:usable]
+
+    def _runner_of(self, request: Request, block: int) -> Request | None:
+        """A request before this one in rank that is just running the prefix which this one's block `block` ends."""
+        if not self.pool.prefix_caching:
+            return None
+        key = request.keys[block]
+        for each in self.running:
+            ahead = each.published <= block < len(each.keys) and not each.is_decoding and rank(each) <= rank(request)
+            if ahead and each.keys[block].digest == key.digest:
+                return each
+        return None
+
+    def _admit(self, request: Request, found: list[int]) -> bool:
+        """Start a waiting request, with the cached prefix `found`, if all its tokens and a draft block fit."""
+        self._touched[request] = None
         self.pool.hold(found)
         request.blocks = list(found)
         if not self._reserve(request):
+            missing = self._missing(request) - self.pool.available
             self.pool.release(found)
             request.blocks = []
+            prefix = self._reusable(request)
+            following = prefix[len(found)] if len(found) < len(prefix) else None
+            self._shortage = Shortage(request, self.pool.given_back + missing, following)
             return False
+        self.waiting.pop()
         request.computed = request.finite = len(found) * self.pool.block_size
         request.published = len(found)
         request.status = Status.RUNNING
@@ -262,6 +321,9 @@ class Batcher:
                 request.blocks[request.published], keys[request.published]
             ):
                 request.published += 1
+            self.waiting.call_back(request, request.published)
+        if request.pending <= 1:
+            self.waiting.call_back(request)
 
     def update_gauges(self) -> None:
         """Write what is running, waiting and held into the stats."""
@@ -276,20 +338,8 @@ class Batcher:
         assert all(request.status is Status.WAITING and not request.blocks for request in self.waiting)
 
 
-def in_line(places: Sequence[Request]) -> list[Request]:
-    """The same places, each still its tenant's; there a tenant's requests stand by priority, then arrival.
-
-    So a priority moves nothing that is somebody else's.
-    """
-    mine: dict[tuple[str, bool], list[Request]] = {}
-    for each in places:
-        mine.setdefault((each.tenant, _is_last(each)), []).append(each)
-    best_first = {
-        key: iter(sorted(requests, key=lambda each: (each.params.priority, each.arrival)))
-        for key, requests in mine.items()
-    }
-    return [next(best_first[each.tenant, _is_last(each)]) for each in places]
-
-
-def _is_last(request: Request) -> bool:
-    return request.params.priority == LAST_PRIORITY
+def _common(mine: Sequence[BlockKey], other: Sequence[BlockKey]) -> int:
+    """Number of blocks that two chains have in common: equal digests mean equal prefixes."""
+    return bisect_left(
+        range(min(len(mine), len(other))), True, key=lambda block: mine[block].digest != other[block].digest
+    )

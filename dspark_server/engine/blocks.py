@@ -9,6 +9,7 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from struct import pack
 
 from dspark_server import failpoints
 from dspark_server.errors import CapacityError
@@ -27,7 +28,7 @@ def chain(parent: bytes, tokens: Sequence[int]) -> BlockKey:
     """Key of the block that holds `tokens` after the prefix whose digest is `parent`."""
     own = tuple(tokens)
     # Fixed-width fields: no two different (parent, tokens) pairs give the same bytes.
-    body = b"".join(token.to_bytes(8, "little") for token in own)
+    body = pack(f"<{len(own)}q", *own)
     return BlockKey(hashlib.sha256(parent + body).digest(), parent, own)
 
 
@@ -52,6 +53,7 @@ class BlockPool:
         self._key_of: list[BlockKey | None] = [None] * num_blocks
         self._block_of: dict[bytes, int] = {}
         self._evictable: OrderedDict[int, None] = OrderedDict()
+        self.given_back = 0  # blocks that have become available since the start, every time counted
 
     @property
     def available(self) -> int:
@@ -102,11 +104,18 @@ class BlockPool:
         found: list[int] = []
         for key in keys:
             block = self._block_of.get(key.digest)
+            if block is None:
+                break
+            known = self._key_of[block]
             # Equal digests are not trusted: what they were made of must match.
-            if block is None or self._key_of[block] != key:
+            if known is not key and known != key:
                 break
             found.append(block)
         return found
+
+    def names(self, key: BlockKey) -> bool:
+        """A block was published with the digest of `key`: a look-up may find more than it did before."""
+        return key.digest in self._block_of
 
     def hold(self, blocks: Sequence[int]) -> None:
         """Add one reference to each block found by `lookup`."""
@@ -123,6 +132,7 @@ class BlockPool:
             self._references[block] -= 1
             if self._references[block] > 0:
                 continue
+            self.given_back += 1
             if self._key_of[block] is None:
                 self._free.append(block)
             else:
@@ -143,6 +153,7 @@ class BlockPool:
 
     def reset(self) -> None:
         """Everything free and nothing known, whatever was held: for when nobody holds anything any more."""
+        self.given_back += self.num_blocks - self.available
         self._free = list(range(self.num_blocks - 1, -1, -1))
         self._references = [0] * self.num_blocks
         self._evictable.clear()

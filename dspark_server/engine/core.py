@@ -31,7 +31,7 @@ from dspark_server.models.hub import cache_dir, resolve_model, shipped_drafter
 from dspark_server.runtime.device import Device
 from dspark_server.runtime.parallel import ALONE, Group, TorchGroup
 from dspark_server.speculation.capacity import Capacity, Profile
-from dspark_server.speculation.copying import CopyTables
+from dspark_server.speculation.copying import ContextIndex, CopyTables
 from dspark_server.speculation.drafter import NoDrafter
 from dspark_server.speculation.dspark import DSparkDrafter
 from dspark_server.speculation.selection import POLICIES, Selection, build_selection
@@ -200,19 +200,24 @@ class EngineCore:
         leader: Request | None = None,
         tenant: str = "",
     ) -> Request:
-        """A request ready to be queued; its fit has been checked elsewhere."""
+        """A request ready to be queued; its fit has been checked elsewhere. `prompt` is kept and must not change.
+
+        `leader` is an earlier request for the same prompt, with the same rules, tenant and salt: what depends on them
+        alone is shared with it.
+        """
         goes_on = params.ignore_eos and params.grammar is None  # a form says itself where an answer ends
         eos = frozenset[int]() if goes_on else self.eos_token_ids
         stop_ids = params.stop_token_ids | eos
         return Request(
             id=id,
             prompt_length=len(prompt),
-            tokens=list(prompt),
+            tokens=prompt,
             params=params,
             stop_ids=stop_ids,
-            controls=params.controls(self.vocab_size, prompt, stop_ids),
+            controls=params.controls(self.vocab_size, prompt, stop_ids, None if leader is None else leader.controls),
+            context=ContextIndex(len(prompt), None if leader is None else leader.context.prompt),
             leader=leader,
-            chain_root=chain_root(self.cache_identity, tenant, salt),
+            chain_root=chain_root(self.cache_identity, tenant, salt) if leader is None else leader.chain_root,
             tenant=tenant,
             nonce=nonce,
             choice=choice,
@@ -232,12 +237,9 @@ class EngineCore:
             self.loop.step()
         return [request.output for request in requests]
 
-    def fail_step(self, held: list[Request], message: str) -> list[StepOutput]:
-        """After a failed step that began with `held`: end each request it touched with an error.
-
-        Those that were waiting and still are had no part in it.
-        """
-        touched = self.batcher.recover(held)
+    def fail_step(self, message: str) -> list[StepOutput]:
+        """After a failed step: end each request it touched with an error. Those that wait had no part in it."""
+        touched = self.batcher.recover()
         for request in touched:
             request.finish_reason = FinishReason.ERROR
             request.error = message

@@ -193,15 +193,17 @@ class AsyncEngine:
     ) -> Handle:
         """Queue one choice. `on_tokens` is called on the event loop, once per step that has tokens for it.
 
-        `leader` is an earlier choice for the same prompt, whose blocks this one shares. Tenants take turns in the
-        queue, and find only their own prefixes in the cache.
+        `leader` is an earlier choice of the same request for the same prompt, the very list, whose rules, tenant and
+        salt this one has too: the prompt is checked and prepared once for both. It is kept and must not change. Tenants
+        take turns in the queue, and find only their own prefixes in the cache.
 
         Raises RequestError for a request that can never be served, EngineDeadError or CapacityError if the engine died
         or a drain ended after the place was reserved.
         """
         if self._dead is not None:
             raise EngineDeadError(f"The engine has stopped: {self._dead}.")
-        self._check(prompt, params)
+        if leader is None:
+            self._check(prompt, params)
         nonce = self._random.getrandbits(63) if self._random else secrets.randbits(63)
         request = self.core.new_request(
             prompt,
@@ -225,7 +227,7 @@ class AsyncEngine:
     def _check(self, prompt: list[int], params: SamplingParams) -> None:
         if not prompt:
             raise RequestError("The prompt is empty: at least one token is needed.", param="prompt")
-        bad = next((token for token in prompt if not 0 <= token < self.vocab_size), None)
+        bad = next((token for token in (min(prompt), max(prompt)) if not 0 <= token < self.vocab_size), None)
         if bad is not None:
             raise RequestError(
                 f"Token id {bad} in the prompt is outside the vocabulary (0 to {self.vocab_size - 1}).", param="prompt"

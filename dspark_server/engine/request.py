@@ -48,8 +48,15 @@ class SamplingParams:
     max_draft_tokens: int | None = None
     priority: int = 0
 
-    def controls(self, vocabulary: int, prompt: Sequence[int], stop_ids: frozenset[int]) -> Control | None:
-        """The rules of one choice that answers `prompt`; None where there are none."""
+    def controls(
+        self, vocabulary: int, prompt: Sequence[int], stop_ids: frozenset[int], sibling: Control | None = None
+    ) -> Control | None:
+        """The rules of one choice that answers `prompt`; None where there are none.
+
+        `sibling`: those of another choice for the same prompt, made with the same parameters.
+        """
+        if isinstance(sibling, Controls):
+            return sibling.again(None if self.grammar is None else self.grammar.start(stop_ids))
         early = Forbidden(tuple(stop_ids), len(prompt) + self.min_tokens) if self.min_tokens and stop_ids else None
         penalties = Penalties(self.repetition_penalty, self.frequency_penalty, self.presence_penalty)
         masks = self.allowed_token_ids is not None or self.bad_words or self.grammar is not None
@@ -93,7 +100,10 @@ class Status(Enum):
 
 @dataclass(eq=False)
 class Request:
-    """One choice of one user request, owned by the step thread once submitted."""
+    """One choice of one user request, owned by the step thread once submitted.
+
+    `tokens` begins as the prompt's own list, which must not change; the first commit makes a copy.
+    """
 
     id: str
     prompt_length: int
@@ -104,7 +114,6 @@ class Request:
     nonce: int
     choice: int = 0
     tenant: str = ""  # whose it is: tenants take turns, and share no cached prefix
-    turn: int = 0  # the batcher's: equal turns of all tenants come before later ones
     arrival: float = 0.0  # monotonic seconds
     admitted: float = 0.0  # the same, of the first admission
     status: Status = Status.WAITING
@@ -122,7 +131,7 @@ class Request:
     copied: SurvivalHistory = field(default_factory=SurvivalHistory)  # of the blocks it copied from its context
     context: ContextIndex = field(default_factory=ContextIndex)
     controls: Control | None = None  # told of every committed token
-    leader: "Request | None" = None  # the first choice for the same prompt, whose prompt blocks this one shares
+    leader: "Request | None" = None  # an earlier choice for the same prompt, until its keys have been taken
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)  # as far as the prompt has been run
 
     @property
@@ -156,22 +165,22 @@ class Request:
         return self.params.prompt_logprobs is not None and len(self.prompt_logprobs) < self.prompt_length
 
     @property
-    def waits_for_leader(self) -> bool:
-        """The same prompt is just being run for another choice: its blocks will be there in a moment."""
-        leader = self.leader
-        return leader is not None and leader.status is Status.RUNNING and leader.computed < leader.prompt_length
-
-    @property
     def grammar(self) -> Grammar | None:
         """The form that the answer is held to."""
         return self.controls.grammar if isinstance(self.controls, Controls) else None
 
-    def full_block_keys(self, block_size: int) -> list[BlockKey]:
-        """Keys of all full blocks of committed tokens; computed once each."""
-        while (len(self.keys) + 1) * block_size <= len(self.tokens):
-            start = len(self.keys) * block_size
+    def full_block_keys(self, block_size: int, most: int | None = None) -> list[BlockKey]:
+        """Keys of all full blocks of committed tokens, computed once each, and once for the choices of a prompt.
+
+        At most `most` of them are computed in this call (None: all).
+        """
+        if self.leader is not None:
+            self.keys = self.leader.keys[: self.prompt_length // block_size]
+            self.leader = None
+        full = len(self.tokens) // block_size
+        for block in range(len(self.keys), full if most is None else min(full, len(self.keys) + max(most, 0))):
             parent = self.keys[-1].digest if self.keys else self.chain_root
-            self.keys.append(chain(parent, self.tokens[start : start + block_size]))
+            self.keys.append(chain(parent, self.tokens[block * block_size : (block + 1) * block_size]))
         return self.keys
 
     def commit(self, tokens: Sequence[int]) -> list[int]:
@@ -179,6 +188,8 @@ class Request:
         if self.remaining == 0:  # only the prompt was wanted
             self.finish_reason = FinishReason.LENGTH
             return []
+        if len(self.tokens) == self.prompt_length:
+            self.tokens = list(self.tokens)  # until now the prompt's own list, which other choices read too
         taken: list[int] = []
         controls, grammar = self.controls if isinstance(self.controls, Controls) else None, self.grammar
         for token in tokens:

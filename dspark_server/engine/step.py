@@ -40,6 +40,7 @@ CONTRADICTION = (
 )
 FIRST_GUESS = 0.6  # survival of a draft token before there was any
 POPULATION_MEMORY = 0.995  # as history.MEMORY, for all requests together
+INDEXED_TOKENS = 4096  # of all requests, indexed for copies in one step: some 4 ms
 
 
 Judge = Callable[
@@ -83,6 +84,7 @@ class StepLoop:
         self._max_draft_tokens = min(executor.gamma, max_draft_tokens or executor.gamma)
         self._block = min(self._max_draft_tokens, executor.block)
         self._copying = copying
+        self._may_index = INDEXED_TOKENS  # in the step under way
         self._judge: Judge = judge or partial(accept, kernels=kernels)
         self._timing = timing
         self._streams = CounterStreams()
@@ -113,10 +115,13 @@ class StepLoop:
     def step(self) -> list[StepOutput]:
         """One cycle for every scheduled request. Nothing of a request changes before commit but its draft number."""
         began = self._clock()
+        self.batcher.begin()
         failpoints.hit("step.plan")
         plan = self.batcher.plan()
         load = plan.load
+        self._may_index = INDEXED_TOKENS
         asked = self._choose(plan, load)
+        self._index_prompts(plan)
         chosen = self._clock()
         drafted = self._draft(plan, load, asked) if asked else None
         prefixes = drafted.prefix_of() if drafted else {}
@@ -236,10 +241,28 @@ class StepLoop:
         return most if own is None else min(most, own)
 
     def _matches(self, requests: Iterable[Request]) -> dict[Request, Match | None]:
-        """Where each request's text stood before."""
-        if not self._copying:
-            return {}
-        return {request: request.context.match(request.tokens, self.executor.gamma) for request in requests}
+        """Where the text of each request that may copy stood before, as far as it has been indexed."""
+        matches = {}
+        for request in filter(self._may_copy, requests):
+            self._index(request)
+            matches[request] = request.context.match(request.tokens, self.executor.gamma)
+        return matches
+
+    def _may_copy(self, request: Request) -> bool:
+        """Copies can be drafted for the request: it allows drafts, and so does the policy."""
+        if self._copying is None or self._selection.name == "none" or request.remaining <= 1:
+            return False
+        return self._allowance(request, may_copy_alone(request)) > 0
+
+    def _index(self, request: Request) -> None:
+        """Index what the request's text says, as far as the step has time for it."""
+        self._may_index -= request.context.enter(request.tokens, self._may_index)
+
+    def _index_prompts(self, plan: Plan) -> None:
+        """Index prompts while they run, where copies will be looked for as soon as the answer begins."""
+        for entry in plan.scheduled:
+            if not entry.request.is_decoding and may_copy_alone(entry.request) and self._may_copy(entry.request):
+                self._index(entry.request)
 
     def _copied_rate(self, request: Request, match: Match | None) -> float:
         """The chance that the first token of a copy stands, as `with_copies` will have it."""

@@ -105,12 +105,11 @@ class StepThread:
             self.die(f"its thread ended with {type(error).__name__}")
 
     def _steps(self) -> None:
-        batcher, failures = self._core.batcher, 0
+        failures = 0
         while self._receive():
             failpoints.hit("engine.thread")
             if not self._core.loop.has_work:
                 continue
-            held = [*batcher.running, *batcher.waiting]
             try:
                 outputs = self._core.loop.step()
                 self._core.follow_processors()
@@ -123,7 +122,7 @@ class StepThread:
                 logger.exception("a step failed")
                 failures += 1
                 outputs = self._core.fail_step(
-                    held, f"The engine failed while running this request ({type(error).__name__})."
+                    f"The engine failed while running this request ({type(error).__name__})."
                 )
                 if failures == MAX_FAILED_STEPS:
                     self._post(outputs)

@@ -11,6 +11,7 @@ Shapes: C columns of a row of logits, V vocabulary.
 """
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -105,16 +106,28 @@ class Controls:
         if allowed is not None:
             self._allowed = torch.zeros(vocabulary, dtype=torch.bool)
             self._allowed[list(allowed)] = True
-        self._counts: Tensor | None = None  # [V] f32, of the answer's tokens
-        self._seen: Tensor | None = None  # [V] bool, of the prompt's and the answer's
+        self._prompt_seen: Tensor | None = None  # [V] bool, of the prompt's tokens; the choices of a prompt share it
         if self._penalties.any:
-            self._counts = torch.zeros(vocabulary)
-            self._seen = torch.zeros(vocabulary, dtype=torch.bool)
-            self._seen[list(prompt)] = True
+            self._prompt_seen = torch.zeros(vocabulary, dtype=torch.bool)
+            self._prompt_seen[list(set(prompt))] = True
+        self._counts: Tensor | None = None  # [V] f32, of the answer's tokens; None before the first
+        self._seen = self._prompt_seen  # of the prompt's and the answer's
+
+    def again(self, grammar: Grammar | None) -> "Controls":
+        """The same rules for another answer to the same prompt, from its beginning.
+
+        All that does not change is shared. May be called while the step thread commits tokens of this one.
+        """
+        made = copy(self)
+        made.grammar = grammar
+        made._tail, made._seen, made._counts = [], self._prompt_seen, None
+        return made
 
     def commit(self, tokens: Sequence[int]) -> None:
         """The answer went on with `tokens`."""
-        if self._counts is not None and self._seen is not None:
+        if self._seen is not None:
+            if self._counts is None:
+                self._counts, self._seen = torch.zeros(len(self._seen)), self._seen.clone()
             self._counts.index_add_(0, torch.tensor(tokens), torch.ones(len(tokens)))
             self._seen[list(tokens)] = True
         if self._bad_words:
@@ -140,7 +153,7 @@ class Controls:
                 self._early.apply(logits, drafted, position, columns)
         if self._bias is not None:
             logits += of(self._bias)
-        if self._counts is not None and self._seen is not None:
+        if self._seen is not None:
             self._penalize(logits, drafted, columns)
 
     def _ban(self, logits: Tensor, drafted: Sequence[int], columns: Tensor | None) -> None:
@@ -152,8 +165,9 @@ class Controls:
 
     def _penalize(self, logits: Tensor, drafted: Sequence[int], columns: Tensor | None) -> None:
         counts, seen = self._counts, self._seen
-        assert counts is not None, "penalties need counts"
-        assert seen is not None
+        assert seen is not None, "penalties need what was seen"
+        if counts is None:
+            counts = torch.zeros(len(seen))
         if drafted:
             counts = counts.index_add(0, torch.tensor(drafted), torch.ones(len(drafted)))
             seen = seen.index_fill(0, torch.tensor(drafted), True)

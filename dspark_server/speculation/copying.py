@@ -41,18 +41,58 @@ class Match:
     tokens: list[int]
 
 
-class ContextIndex:
-    """Where the n-grams of one growing sequence ended last. Time and memory grow by a few entries a token."""
+class Grams:
+    """Where n-grams of one sequence ended last: `ends[order][n-gram]`, in the order of ORDERS.
 
-    def __init__(self) -> None:
-        self._ends: tuple[dict[tuple[int, ...], int], ...] = tuple({} for _ in ORDERS)
-        self._indexed = 0  # n-grams that end here or before have been entered
+    Those that end at `entered` or before are in it, or begin before the part of the sequence that it covers.
+    """
+
+    def __init__(self, start: int = 0) -> None:
+        self.ends: tuple[dict[tuple[int, ...], int], ...] = tuple({} for _ in ORDERS)
+        self.entered = start
+
+    def enter(self, tokens: Sequence[int], until: int) -> None:
+        """Add those that end behind `entered`, up to `until`."""
+        for order, ends in zip(ORDERS, self.ends, strict=True):
+            first = max(0, self.entered - order + 1)
+            last = max(first, until - order + 1)
+            grams = zip(*(tokens[first + shift : last + shift] for shift in range(order)), strict=True)
+            ends.update(zip(grams, itertools.count(first + order), strict=False))
+        self.entered = until
+
+
+class ContextIndex:
+    """Where the n-grams of one growing sequence ended last. Time and memory grow by a few entries a token.
+
+    Its first `boundary` tokens are indexed in `prompt`, which the answers to one prompt share.
+    """
+
+    def __init__(self, boundary: int = 0, prompt: Grams | None = None) -> None:
+        self.prompt = Grams() if prompt is None else prompt
+        self._boundary = boundary
+        self._own = Grams(boundary)
         self._seen = 0
         self._next = 0  # what followed the current match stands here
         self._length = 0
 
+    def enter(self, tokens: Sequence[int], most: int) -> int:
+        """Index what ended before the end of `tokens`, at most `most` tokens of it; returns how many those were.
+
+        The newest tokens may so be indexed before the rest of the prompt is.
+        """
+        spent = 0
+        for grams, end in ((self._own, len(tokens) - 1), (self.prompt, min(self._boundary, len(tokens) - 1))):
+            count = min(end - grams.entered, most - spent)
+            if count > 0:
+                grams.enter(tokens, grams.entered + count)
+                spent += count
+        return spent
+
     def match(self, tokens: Sequence[int], width: int) -> Match | None:
-        """The best earlier place of the end of `tokens`, which begin with those of every call before."""
+        """The best earlier place of the end of `tokens`, which begin with those of every call before.
+
+        Only what `enter` has indexed is found.
+        """
         self._follow(tokens)
         if self._length < SETTLED:
             self._look_up(tokens)
@@ -76,15 +116,10 @@ class ContextIndex:
         self._seen = len(tokens)
 
     def _look_up(self, tokens: Sequence[int]) -> None:
-        """Enter what ended before now, then look for the n-gram that ends now."""
-        for order, ends in zip(ORDERS, self._ends, strict=True):
-            first = max(0, self._indexed - order + 1)
-            last = max(first, len(tokens) - order)
-            grams = zip(*(tokens[first + shift : last + shift] for shift in range(order)), strict=True)
-            ends.update(zip(grams, itertools.count(first + order), strict=False))
-        self._indexed = max(self._indexed, len(tokens) - 1)
-        for order, ends in zip(ORDERS, self._ends, strict=True):
-            end = ends.get(tuple(tokens[-order:]))
+        """Look for the n-gram that ends now, the longest first, and where it stood last."""
+        for order, own, shared in zip(ORDERS, self._own.ends, self.prompt.ends, strict=True):
+            gram = tuple(tokens[-order:])
+            end = own.get(gram) or shared.get(gram)
             if end is not None:
                 length = _common_suffix(tokens, end, order)
                 if length > self._length:

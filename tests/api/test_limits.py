@@ -8,8 +8,9 @@ import pytest
 
 from dspark_server.api import ServerSettings
 from dspark_server.api.limits import KeyLimits
-from dspark_server.engine.batcher import LAST_PRIORITY, Batcher
+from dspark_server.engine.batcher import Batcher
 from dspark_server.engine.blocks import BlockPool
+from dspark_server.engine.queue import LAST_PRIORITY
 from dspark_server.engine.request import FinishReason, Request, SamplingParams
 from dspark_server.engine.stats import EngineStats
 from dspark_server.engine.thread import TokenEvent
@@ -117,11 +118,10 @@ def queue(*arrivals: Request) -> Batcher:
 
 
 def served(batch: Batcher, count: int) -> str:
-    """The tenants of the next requests, each ended at once."""
+    """The tenants of the next requests to be admitted."""
     order = ""
     for _ in range(count):
-        order += batch.waiting[0].tenant
-        batch.remove(batch.waiting[0])
+        order += batch.waiting.pop().tenant
     return order
 
 
@@ -145,7 +145,7 @@ def test_priority_counts_within_a_key_but_the_last_counts_everywhere() -> None:
     mild, urgent = request("a", priority=5), request("a", priority=-5)
     batch = queue(request("z", priority=LAST_PRIORITY), mild, request("b"), request("b"), urgent)
     assert [(each.tenant, each.params.priority) for each in batch.waiting] == [
-        ("a", -5), ("b", 0), ("b", 0), ("a", 5), ("z", LAST_PRIORITY)
+        ("a", -5), ("b", 0), ("a", 5), ("b", 0), ("z", LAST_PRIORITY)
     ]  # fmt: skip
 
 

@@ -2,8 +2,9 @@
 
 import pytest
 
-from dspark_server.engine.batcher import LAST_PRIORITY, Batcher
+from dspark_server.engine.batcher import Batcher
 from dspark_server.engine.blocks import BlockPool
+from dspark_server.engine.queue import LAST_PRIORITY
 from dspark_server.engine.request import Request, SamplingParams
 from dspark_server.engine.stats import EngineStats
 from dspark_server.errors import RequestError

@@ -324,8 +324,9 @@ def test_an_input_that_is_not_refilled_is_found_out(
         found = _serve(core, served.seen, served.selection, served.params)
     except (AssertionError, RuntimeError, IndexError, ValueError):
         found = []
-        core.batcher.recover([*core.batcher.running, *core.batcher.waiting])
-        core.batcher.waiting.clear()
+        core.batcher.recover()
+        for request in list(core.batcher.waiting):
+            core.batcher.remove(request)
     assert found != served.wanted
 
 
@@ -361,7 +362,7 @@ def test_a_failed_step_leaves_nothing_behind() -> None:
         wanted = core.generate(prompts(2), AT_ONCE[:2])
         with failpoints.armed(step_verify="raise:MemoryError@2"), pytest.raises(MemoryError):
             core.generate(prompts(2), AT_ONCE[:2])
-        core.fail_step(list(core.batcher.running), "failed")
+        core.fail_step("failed")
         assert core.generate(prompts(2), AT_ONCE[:2]) == wanted
 
 

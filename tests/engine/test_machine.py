@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from dspark_server import failpoints
-from dspark_server.engine.batcher import LAST_PRIORITY, Batcher
+from dspark_server.engine.batcher import Batcher
 from dspark_server.engine.blocks import BlockPool, chain_root
 from dspark_server.engine.executor import DraftRequest
+from dspark_server.engine.queue import LAST_PRIORITY
 from dspark_server.engine.request import FinishReason, Request, SamplingParams
 from dspark_server.engine.stats import EngineStats
 from dspark_server.engine.step import StepLoop
@@ -155,12 +156,11 @@ class EngineMachine(RuleBasedStateMachine):
     )
     def fail(self, point: str, after: int) -> None:
         """A step that fails somewhere, and what the engine makes of it."""
-        held = [*self.batcher.running, *self.batcher.waiting]
         failpoints.arm({point: f"raise:MemoryError*1@{after}"})
         try:
             self.step()
         except MemoryError:
-            for request in self.batcher.recover(held):
+            for request in self.batcher.recover():
                 del self.live[request]
         finally:
             failpoints.disarm()

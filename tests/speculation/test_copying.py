@@ -26,6 +26,12 @@ def stood_before(tokens: Sequence[int]) -> dict[int, int]:
     return found
 
 
+def match_all(index: ContextIndex, tokens: Sequence[int], width: int) -> Match | None:
+    """A match in all that ended before now."""
+    index.enter(tokens, len(tokens))
+    return index.match(tokens, width)
+
+
 @given(st.lists(st.integers(0, 3), max_size=120), st.randoms(use_true_random=False))
 def test_matches_are_real_and_as_good_as_promised(tokens: list[int], source: object) -> None:
     """However the sequence grew: a match is a place where the suffix stood; one is found whenever there is one."""
@@ -33,7 +39,7 @@ def test_matches_are_real_and_as_good_as_promised(tokens: list[int], source: obj
     while length < len(tokens):
         length = min(len(tokens), length + source.randint(1, 9))  # type: ignore[attr-defined]
         seen = tokens[:length]
-        match, possible = index.match(seen, 6), stood_before(seen)
+        match, possible = match_all(index, seen, 6), stood_before(seen)
         if match is None:
             assert not possible
             continue
@@ -48,25 +54,39 @@ def test_a_running_match_is_kept() -> None:
     """A text that goes on as it did before keeps its place, though the same pair has been seen since."""
     period = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
     tokens, index = [*period, 0, *period[:9]], ContextIndex()
-    match = index.match(tokens, 2)
+    match = match_all(index, tokens, 2)
     assert match == Match(9, [10, 0])
     tokens += [10, 0]
-    assert index.match(tokens, 2) == Match(11, [1, 2])
+    assert match_all(index, tokens, 2) == Match(11, [1, 2])
 
 
 def test_a_loop_is_continued_past_its_end() -> None:
-    assert ContextIndex().match([9, 1, 2, 3, 1, 2, 3], 7) == Match(3, [1, 2, 3, 1, 2, 3, 1])
+    assert match_all(ContextIndex(), [9, 1, 2, 3, 1, 2, 3], 7) == Match(3, [1, 2, 3, 1, 2, 3, 1])
 
 
-def test_a_long_prompt_costs_a_few_entries_a_token() -> None:
-    """Bounded work: reading token by token or at once leaves equal indices, and nothing is entered twice."""
-    tokens = [token % 7 * token % 11 for token in range(400)]
-    slow, fast = ContextIndex(), ContextIndex()
-    for length in range(1, len(tokens) + 1):
-        slow.match(tokens[:length], 4)
-    fast.match(tokens, 4)
-    assert all(set(a) <= set(b) for a, b in zip(slow._ends, fast._ends, strict=True))
-    assert sum(map(len, fast._ends)) <= 2 * len(tokens)
+def ends_of(index: ContextIndex) -> list[dict[tuple[int, ...], int]]:
+    """What an index knows: where each n-gram ended last."""
+    return [shared | own for shared, own in zip(index.prompt.ends, index._own.ends, strict=True)]
+
+
+@given(st.integers(0, 60), st.lists(st.integers(1, 9), max_size=80))
+def test_a_prompt_is_indexed_part_by_part_once_for_all_its_answers(boundary: int, parts: list[int]) -> None:
+    """Never more tokens than a step has time for; two answers share the prompt's part; the end is as if at once."""
+    tokens = [token % 7 * token % 5 for token in range(90)]
+    whole, first = ContextIndex(), ContextIndex(boundary)
+    second = ContextIndex(boundary, first.prompt)
+    spent = 0
+    for part in parts:
+        for index in (first, second):
+            taken = index.enter(tokens, part)
+            assert 0 <= taken <= part
+            spent += taken
+    assert spent <= boundary + 2 * (len(tokens) - boundary)
+    rest = [index.enter(tokens, len(tokens)) for index in (whole, first, second)]
+    assert rest[0] == len(tokens) - 1
+    assert spent + sum(rest[1:]) == boundary + 2 * (len(tokens) - 1 - boundary), "a token was indexed twice"
+    assert ends_of(whole) == ends_of(first) == ends_of(second)
+    assert [index.enter(tokens, 9) for index in (whole, first, second)] == [0, 0, 0]
 
 
 COLUMNS = torch.tensor([[2, 5, 7, 9]])
