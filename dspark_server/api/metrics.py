@@ -218,8 +218,16 @@ def speculation_families(labels: Sequence[str], stats: EngineStats) -> Iterator[
         costs.add_metric((*labels, str(tokens)), seconds)
     yield costs
     for name, documentation, value in (
-        ("step_slowdown", "Seconds that steps lately took, by those of the cost profile of the start.", stats.step_slowdown),
-        ("slow_steps", "1 while steps have taken 5 times what the cost profile says for some seconds.", stats.slow_steps),
+        (
+            "step_slowdown",
+            "Seconds that steps lately took, by those of the cost profile of the start.",
+            stats.step_slowdown,
+        ),
+        (
+            "slow_steps",
+            "1 while steps have taken 5 times what the cost profile says for some seconds.",
+            stats.slow_steps,
+        ),
     ):
         yield _gauge(name, documentation, labels, float(value), "dspark:")
 

@@ -24,6 +24,7 @@ from dspark_server.speculation.slowdown import Slowdown
 Floats = npt.NDArray[np.float64]
 
 STALE = 0.02  # a cost that a correction has moved by this share makes the tables anew
+DOUBT = 0.5  # standard deviation of the log of a cost that counts as unknown
 OVERHEAD_GAIN = 0.1  # of a step's overhead in their average
 
 
@@ -125,6 +126,11 @@ class Capacity:
         """Seconds to draft blocks for so many requests; 0 for none."""
         return float(self._drafts[min(requests, len(self._drafts) - 1)])
 
+    def uncertain(self, tokens: int) -> bool:
+        """Whether a pass over so many tokens may well take another time than `raw` says: it was not measured lately."""
+        parts = self._verify_parts(min(tokens, len(self._raw) - 1), 0.0)
+        return self._correction.variance(parts / parts.sum()) > DOUBT**2
+
     @property
     def overhead(self) -> float:
         """Seconds of a step outside both models: planning, choosing who drafts, acceptance, commit."""
@@ -202,7 +208,8 @@ class Capacity:
             return
         self._overheads.append(max(0.0, seconds))
         usual = median(self._overheads)  # one step that was held up says nothing
-        self._overhead += (usual - self._overhead) * (OVERHEAD_GAIN if self._overhead else 1.0)
+        self._overhead += (usual - self._overhead) * (DOUBT = 0.5  # standard deviation of the log of a cost that counts as unknown
+OVERHEAD_GAIN if self._overhead else 1.0)
 
     def _build(self) -> None:
         """Make the tables by the factors that are known now."""
@@ -210,7 +217,10 @@ class Capacity:
         verify, attention, draft = np.split(self._built, [len(profile.tokens), len(profile.tokens) + 1])
         self._attention = float(attention[0])
         # Where corrected times fall, the knots are pooled, not what is between them: straight lines all the way.
-        self._verify, self._draft = isotonic(verify * profile.verify), isotonic(draft * profile.draft)
+        # What was measured lately stays: the others give way.
+        sure = np.split(self._correction.certainty, [len(verify), len(verify) + 1])
+        self._verify = isotonic(verify * profile.verify, sure[0])
+        self._draft = isotonic(draft * profile.draft, sure[2])
         self._raw = dense(profile.tokens, self._verify, self._sizes)
         self._convex: dict[tuple[int, int], Floats] = {}
         self._verify_seconds = {size: float(self._raw[size]) for size in profile.tokens if size < len(self._raw)}

@@ -45,6 +45,15 @@ class Correction:
         """[K] 1 where the profile was right."""
         return np.exp(self._logs)
 
+    @property
+    def certainty(self) -> Floats:
+        """[K] one by the variance of each factor's log: much where steps have lately been measured."""
+        return np.asarray(1 / self._covariance.diagonal())
+
+    def variance(self, parts: Floats) -> float:
+        """Of the log of the factor of a cost that is made of these parts [K]."""
+        return float(parts @ self._covariance @ parts)
+
     def update(self, parts: Floats, log_ratio: float, seconds: float) -> None:
         """After `seconds` more of serving a step took exp(`log_ratio`) times what was expected.
 

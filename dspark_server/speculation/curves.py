@@ -8,20 +8,21 @@ import numpy.typing as npt
 Floats = npt.NDArray[np.float64]
 
 
-def isotonic(values: Sequence[float] | Floats) -> Floats:
+def isotonic(values: Sequence[float] | Floats, weights: Floats | None = None) -> Floats:
     """The rising curve that is nearest to `values` in squares, by pooling adjacent violators.
 
     More work never costs less. Unlike under a running maximum one value that is too high lifts none but those that it
-    is pooled with, and it comes down among them.
+    is pooled with, and it comes down among them; `weights` (None: all 1) say how far each counts there.
     """
-    pools: list[tuple[float, int]] = []  # mean, how many
-    for value in values:
-        mean, count = float(value), 1
+    pools: list[tuple[float, float, int]] = []  # mean, weight, how many
+    for value, own in zip(values, np.ones(len(values)) if weights is None else weights, strict=True):
+        mean, weight, count = float(value), float(own), 1
         while pools and pools[-1][0] >= mean:
-            before, size = pools.pop()
-            mean, count = (before * size + mean * count) / (size + count), size + count
-        pools.append((mean, count))
-    return np.repeat([mean for mean, _ in pools], [count for _, count in pools])
+            before, heavy, size = pools.pop()
+            mean = (before * heavy + mean * weight) / (heavy + weight)
+            weight, count = heavy + weight, size + count
+        pools.append((mean, weight, count))
+    return np.repeat([mean for mean, _, _ in pools], [count for _, _, count in pools])
 
 
 def dense(sizes: Sequence[int], seconds: Floats, at: npt.NDArray[np.int64]) -> Floats:

@@ -1,4 +1,4 @@
-"""Steps that verify and draft more than pays by the cost table: a size that is believed too dear would never be measured.
+"""Steps that are larger or smaller than pays by the cost table: a size that is believed wrongly would never be measured.
 
 How many draft tokens such a step verifies is known before its blocks exist, so it is as lossless as `lagged`.
 """
@@ -10,12 +10,15 @@ from dspark_server.speculation.capacity import Capacity
 from dspark_server.speculation.drafting import Candidate, Choice, Purse
 
 EXPLORING = 0.005  # of the steps' seconds, what may be spent on larger steps than pay
+PLAIN = 0.02  # and on steps without drafts, where it is no longer known what they take
 
 
 class Exploration:
-    """Decides when a step explores: twice the drafting requests of others, and twice the tokens, at least 2 of drafts.
+    """Decides when a step explores.
 
-    `count` is the number of draft tokens that the present step verifies for that, None if it does not explore.
+    A larger step has up to twice the drafting requests and twice the tokens of the usual one, at least 2 of drafts;
+    where drafts are usual, a plain one has none: all that drafts gain is seen against it. `count` is the number of
+    draft tokens that the present step verifies for that, None if it is not a larger one.
     """
 
     def __init__(self, capacity: Capacity, floor: float | None) -> None:
@@ -23,13 +26,16 @@ class Exploration:
         self._capacity = capacity
         self._floor = floor
         self._purse = Purse(EXPLORING)
+        self._plain = Purse(PLAIN)
         self._usual = 0  # draft tokens that the last step verified that did not explore
 
     def extend(self, choice: Choice, candidates: Sequence[Candidate], load: Load) -> Choice:
-        """Who drafts in this step: `choice`, and others besides where the step explores. Before any noise is drawn."""
+        """Who drafts in this step: `choice`, or others where the step explores. Before any noise is drawn."""
         self.count = None
         if not choice.drafting:
             self._usual = 0
+        elif self._wants_plain(load):
+            return Choice([])
         chosen = set(choice.drafting)
         others = [i for i, each in enumerate(candidates) if each.limit > 0 and not each.copies and i not in chosen]
         backbone = sum(not candidates[index].copies for index in chosen)
@@ -47,6 +53,16 @@ class Exploration:
         self._purse.spend(price)
         self.count = count
         return Choice(sorted(drafting), choice.probing | frozenset(more))
+
+    def _wants_plain(self, load: Load) -> bool:
+        """Whether this step does without drafts; its whole time is counted, though it commits tokens too."""
+        raw, most = self._capacity.raw, len(self._capacity.raw) - 1
+        price = float(raw[min(load.tokens, most)])
+        step = float(raw[min(load.tokens + self._usual, most)])
+        wanted = self._plain.afford(1, step, lambda _: price) > 0 and self._capacity.uncertain(load.tokens)
+        if wanted:
+            self._plain.spend(price)
+        return wanted
 
     def verified(self, lengths: Sequence[int]) -> None:
         """So much of each block this step verifies."""

@@ -49,7 +49,9 @@ def machine(slower: Callable[[float], float] = lambda now: 1.0) -> Disturbed:
     return Disturbed(VirtualClock(), Capacity(COSTS, 64, 4), SurvivalModel.of("code"), gamma=7, slower=slower)
 
 
-def measure(directory: Path, executor: Executor | None = None, identity: str = "tiny", *, again: bool = False) -> Profile:
+def measure(
+    directory: Path, executor: Executor | None = None, identity: str = "tiny", *, again: bool = False
+) -> Profile:
     executor = executor or machine()
     return profile(
         executor,

@@ -55,7 +55,9 @@ SIZES = (1, 2, 4, 8, 16, 32, 64)
 SERVED = Profile(SIZES, tuple(0.010 + 0.001 * size for size in SIZES), (1, 2, 4, 8), (0.002,) * 4, 1e-6, 1e-7)
 
 
-def serve(capacity: Capacity, steps: int, tokens: int = 4, requests: int = 2, factor: float = 1.0, draft: float = 1.0) -> None:
+def serve(
+    capacity: Capacity, steps: int, tokens: int = 4, requests: int = 2, factor: float = 1.0, draft: float = 1.0
+) -> None:
     """Steps that take `factor` times what `SERVED` says, drafts `draft` times that."""
     verify = SERVED.verify[SIZES.index(tokens)] + 1e-6 * 100 + 1e-7 * 400
     for _ in range(steps):
@@ -110,7 +112,10 @@ def test_few_drafts_tell_what_a_draft_costs(factor: float) -> None:
 @given(
     st.lists(
         st.tuples(
-            st.integers(0, 99), st.integers(0, 99), *[st.floats(allow_nan=True, allow_infinity=True)] * 3, st.floats(0, 1e9)
+            st.integers(0, 99),
+            st.integers(0, 99),
+            *[st.floats(allow_nan=True, allow_infinity=True)] * 3,
+            st.floats(0, 1e9),
         ),
         max_size=30,
     )
@@ -119,7 +124,13 @@ def test_no_times_poison_the_tables(steps: list[tuple[int, int, float, float, fl
     capacity = Capacity(SERVED, 64, 8)
     for tokens, requests, verify, draft, overhead, context in steps:
         capacity.observe(
-            tokens=tokens, context=context, pairs=context, verify=verify, requests=requests, draft=draft, overhead=overhead
+            tokens=tokens,
+            context=context,
+            pairs=context,
+            verify=verify,
+            requests=requests,
+            draft=draft,
+            overhead=overhead,
         )
         assert np.isfinite(capacity.raw).all()
         assert (capacity.raw > 0).all()
@@ -163,13 +174,15 @@ def test_slow_steps_are_said_once_at_either_end(caplog: pytest.LogCaptureFixture
     assert "no longer slow" in caplog.messages[1]
 
 
-@given(st.lists(st.floats(0.01, 100), min_size=1, max_size=20), st.integers(0, 2**32 - 1))
-def test_isotonic_is_the_nearest_rising_curve(values: list[float], seed: int) -> None:
-    found = isotonic(values)
+@given(st.lists(st.floats(0.01, 100), min_size=1, max_size=20), st.booleans(), st.integers(0, 2**32 - 1))
+def test_isotonic_is_the_nearest_rising_curve(values: list[float], weighted: bool, seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    weights = generator.uniform(0.1, 10, len(values)) if weighted else np.ones(len(values))
+    found = isotonic(values, weights if weighted else None)
     assert (np.diff(found) >= 0).all()
-    assert found.sum() == pytest.approx(sum(values))
-    for rising in np.sort(np.random.default_rng(seed).uniform(0, 100, (20, len(values)))):
-        assert ((values - found) * (rising - found)).sum() <= 1e-6
+    assert (weights * found).sum() == pytest.approx((weights * values).sum())
+    for rising in np.sort(generator.uniform(0, 100, (20, len(values)))):
+        assert (weights * (values - found) * (rising - found)).sum() <= 1e-6
 
 
 def test_one_time_too_high_does_not_lift_all_larger_sizes() -> None:
