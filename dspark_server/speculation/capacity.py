@@ -208,8 +208,7 @@ class Capacity:
             return
         self._overheads.append(max(0.0, seconds))
         usual = median(self._overheads)  # one step that was held up says nothing
-        self._overhead += (usual - self._overhead) * (DOUBT = 0.5  # standard deviation of the log of a cost that counts as unknown
-OVERHEAD_GAIN if self._overhead else 1.0)
+        self._overhead += (usual - self._overhead) * (OVERHEAD_GAIN if self._overhead else 1.0)
 
     def _build(self) -> None:
         """Make the tables by the factors that are known now."""

@@ -19,7 +19,6 @@ from dspark_server.speculation.capacity import Capacity, Profile
 
 from .support import tiny_core
 
-
 TOKENS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 COSTS = Profile(
     TOKENS, tuple(0.010 + 0.001 * size for size in TOKENS), (1, 2, 3, 4), (0.002, 0.003, 0.0035, 0.004), 1e-6, 1e-7

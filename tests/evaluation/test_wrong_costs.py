@@ -1,7 +1,7 @@
 """Service that starts with wrong costs, or whose machine changes: within a minute as fast as with the right ones.
 
-The production batcher, step loop and selection, on the virtual clock. Passes take 30 to 500 ms: on a slow machine a minute
-has few steps to learn from.
+The production batcher, step loop and selection, on the virtual clock. Passes take 30 to 500 ms: on a slow machine a
+minute has few steps to learn from.
 """
 
 from dataclasses import replace
