@@ -170,7 +170,10 @@ class Simulation:
         return (self.loop.stats.generation_tokens - before) / (self.clock.now - began)
 
     def _requests(self) -> Iterator[Request]:
-        """Without end. The first of each user has part of its output behind it, evenly spread: the loop starts in its long run."""
+        """Without end. The first of each user has part of its output behind it, evenly spread.
+
+        So the loop starts in its long run.
+        """
         own, users = self._workload, self._concurrency
         left = np.random.default_rng((own.seed, 3)).permutation((np.arange(users) + 0.5) / users)
         root = chain_root("simulation")

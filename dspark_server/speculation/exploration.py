@@ -1,4 +1,4 @@
-"""Steps that are larger or smaller than pays by the cost table: a size that is believed wrongly would never be measured.
+"""Steps that are larger or smaller than pays by the cost table: a wrong cost keeps away the steps that would show it.
 
 How many draft tokens such a step verifies is known before its blocks exist, so it is as lossless as `lagged`.
 """

@@ -1,8 +1,8 @@
 """Verification policies: who drafts, and how many draft tokens of each request the target verifies.
 
 A policy is a function of survivals, costs and load, of this step and of earlier ones (`lagged`'s counts, the purses for
-probes and for exploring), and sees no token (DSpark §3.2.2, §5.2). Who drafts is in `drafting`, Algorithm 1 in `admission`; shapes as in
-the latter.
+probes and for exploring), and sees no token (DSpark §3.2.2, §5.2). Who drafts is in `drafting`, steps that explore in
+`exploration`, Algorithm 1 in `admission`; shapes as in the latter.
 """
 
 from collections import deque

@@ -1,4 +1,4 @@
-"""Steps against the profile of the start: how many times slower they lately are, and a warning when it is five times."""
+"""Steps against the profile of the start: how many times slower they are, and a warning when it is five times."""
 
 import logging
 import math
