@@ -225,9 +225,24 @@ def speculation_families(labels: Sequence[str], stats: EngineStats) -> Iterator[
     for tokens, seconds in stats.verify_seconds.items():
         costs.add_metric((*labels, str(tokens)), seconds)
     yield costs
+    for name, documentation, value in (
+        (
+            "step_slowdown",
+            "Seconds that steps lately took, by those of the cost profile of the start.",
+            stats.step_slowdown,
+        ),
+        (
+            "slow_steps",
+            "1 while steps have taken 5 times what the cost profile says for some seconds.",
+            stats.slow_steps,
+        ),
+    ):
+        yield _gauge(name, documentation, labels, float(value), "dspark:")
 
 
-def _gauge(name: str, documentation: str, labels: Sequence[str], value: float) -> GaugeMetricFamily:
-    family = GaugeMetricFamily("vllm:" + name, documentation, labels=LABELS)
+def _gauge(
+    name: str, documentation: str, labels: Sequence[str], value: float, prefix: str = "vllm:"
+) -> GaugeMetricFamily:
+    family = GaugeMetricFamily(prefix + name, documentation, labels=LABELS)
     family.add_metric(labels, value)
     return family

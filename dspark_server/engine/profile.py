@@ -5,12 +5,14 @@ Kept in the user's cache for each machine, model, drafter and version, so that o
 
 import hashlib
 import logging
+import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import median
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -18,15 +20,27 @@ from dspark_server.engine.executor import DraftRequest, Executor
 from dspark_server.errors import ConfigError
 from dspark_server.runtime.batch import Run
 from dspark_server.speculation.capacity import Profile
+from dspark_server.speculation.curves import isotonic
 from dspark_server.speculation.noise import CounterStreams
 from dspark_server.speculation.sampling import SamplingBatch
 
 logger = logging.getLogger(__name__)
 
-VERSION = 3  # of what is measured; another one makes every kept profile stale
-REPEATS = 5
+VERSION = 4  # of what is measured; another one makes every kept profile stale
+ROUNDS = 5  # over all sizes
+FEWEST = 3  # rounds, however long they take
+PATIENCE = 10.0  # seconds after which no further round begins
 WARM = (1, 16, 256)  # tokens of the passes that are run before the first request
-PATIENCE = 0.5  # seconds for the repeats of one size, the first two excepted
+PROBED = (1, 8, 32)  # tokens of the passes that a kept profile is tried on
+TRIALS = 3  # of each
+TOLERANCE = 1.5  # times longer or shorter than kept, beyond which a profile is measured again
+
+
+class Work(NamedTuple):
+    """Something to time, and what is run before it each time, untimed."""
+
+    run: Callable[[], object]
+    before: Callable[[], object] = lambda: None
 
 
 class Profiler:
@@ -35,8 +49,16 @@ class Profiler:
     No sequence is longer than `max_model_len`.
     """
 
-    def __init__(self, executor: Executor, num_blocks: int, block_size: int, max_model_len: int) -> None:
+    def __init__(
+        self,
+        executor: Executor,
+        num_blocks: int,
+        block_size: int,
+        max_model_len: int,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         self._executor = executor
+        self._clock = clock
         self._num_blocks = num_blocks
         self._block_size = block_size
         self._longest = min(max_model_len, num_blocks * block_size)
@@ -61,30 +83,67 @@ class Profiler:
         far = min(far, self._longest - self._run_length)
         sizes = _sizes(max_tokens)
         requests = _sizes(max_requests) if self._executor.block else []
-        with tqdm(total=len(sizes) + len(requests) + 4, desc="measuring costs", unit="size", leave=False) as bar:
+        few = min(self._run_length, max_tokens)
+        slopes = [(queries, context) for queries in {1, few} for context in (far, near)] if far > near else []
+        works = [Work(self._pass(tokens, near)) for tokens in sizes]
+        # As in service after a target pass, which leaves nothing of the drafter in the caches.
+        works += [Work(self._draft(count, near), self._pass(1, near)) for count in requests]
+        works += [Work(self._pass(queries, context)) for queries, context in slopes]
+        seconds = self._undisturbed(works, ROUNDS, PATIENCE)
+        verify, draft = seconds[: len(sizes)], seconds[len(sizes) : len(sizes) + len(requests)]
+        times = dict(zip(slopes, seconds[len(works) - len(slopes) :], strict=True))
 
-            def timed(work: Callable[[], object], before: Callable[[], object] | None = None) -> float:
-                bar.update()
-                return _median_seconds(work, before)
+        def slope(queries: int) -> float:
+            """Seconds for one more token of context of a run of so many query tokens."""
+            return max(0.0, times[queries, far] - times[queries, near]) / (far - near) if times else 0.0
 
-            def slope(queries: int) -> float:
-                """Seconds for one more token of context of a run of so many query tokens."""
-                if far <= near:
-                    return 0.0
-                return max(0.0, timed(self._pass(queries, far)) - timed(self._pass(queries, near))) / (far - near)
-
-            verify = [timed(self._pass(tokens, near)) for tokens in sizes]
-            # As in service after a target pass, which leaves nothing of the drafter in the caches.
-            draft = [timed(self._draft(count, near), self._pass(1, near)) for count in requests]
-            few = min(self._run_length, max_tokens)
-            single, several = slope(1), slope(few)
+        single, several = slope(1), slope(few)
         per_query = max(0.0, several - single) / (few - 1) if few > 1 else 0.0
         per_run = max(0.0, single - per_query)
         bare = [
             max(0.5 * seconds, seconds - near * (per_query * tokens + per_run * -(-tokens // self._run_length)))
             for tokens, seconds in zip(sizes, verify, strict=True)
         ]
-        return Profile(tuple(sizes), _rising(bare), tuple(requests), _rising(draft), per_run, per_query)
+        rising = tuple(isotonic(bare).tolist()), tuple(isotonic(draft).tolist())
+        return Profile(tuple(sizes), rising[0], tuple(requests), rising[1], per_run, per_query)
+
+    def disagreement(self, kept: Profile) -> tuple[str, float, float] | None:
+        """Where `kept` is furthest from what a few passes and a draft take now, if by more than TOLERANCE.
+
+        A name for what was timed, and its seconds now and as kept.
+        """
+        sizes = [tokens for tokens in PROBED if tokens <= kept.tokens[-1]]
+        works = [Work(self._pass(tokens, 1)) for tokens in sizes]
+        names = [f"a pass of {tokens} tokens" for tokens in sizes]
+        expected = np.interp(sizes, kept.tokens, kept.verify).tolist()
+        if kept.requests and self._executor.block:
+            works.append(Work(self._draft(1, 1), self._pass(1, 1)))
+            names.append("a draft for one request")
+            expected.append(kept.draft[0])
+        found = zip(names, self._undisturbed(works, TRIALS), expected, strict=True)
+        furthest = max(found, key=lambda each: abs(math.log(each[1] / each[2])))
+        return furthest if abs(math.log(furthest[1] / furthest[2])) > math.log(TOLERANCE) else None
+
+    def _undisturbed(self, works: Sequence[Work], rounds: int, patience: float = math.inf) -> list[float]:
+        """Seconds that each work takes when nothing disturbs it, from its times in several rounds over all of them.
+
+        What disturbs only adds time, so it is the lower quartile; and no stretch of time, a first call of each
+        included, has all repeats of a work.
+        """
+        times: list[list[float]] = [[] for _ in works]
+        began = self._clock()
+        for number in tqdm(range(rounds), desc="measuring costs", unit="round", leave=False):
+            if number >= FEWEST and self._clock() - began > patience:
+                break
+            for work, own in zip(works, times, strict=True):
+                own.append(self._seconds(work))
+        return [sorted(own)[(len(own) - 1) // 4] for own in times]
+
+    def _seconds(self, work: Work) -> float:
+        work.before()
+        began = self._clock()
+        work.run()
+        return self._clock() - began
 
     def _pass(self, tokens: int, context: int) -> Callable[[], object]:
         """A target pass as decoding makes them: runs of an anchor and its drafts, a row of logits for each token."""
@@ -126,8 +185,12 @@ def profile(
     directory: Path,
     identity: str,
     again: bool = False,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Profile:
-    """The kept profile of this machine and `identity` (model, drafter, backend), or a new one, which is then kept."""
+    """The kept profile of this machine and `identity` (model, drafter, backend), or a new one, which is then kept.
+
+    A kept one is first held against a few passes: one that is far off was taken at another time than now.
+    """
     name = repr(
         (
             VERSION,
@@ -141,12 +204,10 @@ def profile(
         )
     )
     path = directory / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.json"
-    if path.exists() and not again:
-        try:
-            return Profile.load(path)
-        except ConfigError:
-            pass  # damaged: measure anew
-    measured = Profiler(executor, num_blocks, block_size, max_model_len).measure(max_tokens, max_requests)
+    profiler = Profiler(executor, num_blocks, block_size, max_model_len, clock)
+    if not again and (kept := _kept(path, profiler)):
+        return kept
+    measured = profiler.measure(max_tokens, max_requests)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(f".{os.getpid()}.partial")
@@ -155,6 +216,28 @@ def profile(
     except OSError as error:  # a volume of another user, a full disk: measuring again next time is all it costs
         logger.warning("what steps cost could not be kept (%s): it is measured again at the next start", error)
     return measured
+
+
+def _kept(path: Path, profiler: Profiler) -> Profile | None:
+    """The profile at `path`, unless there is none, it is damaged, or steps take another time now."""
+    if not path.exists():
+        return None
+    try:
+        kept = Profile.load(path)
+    except ConfigError:
+        return None
+    found = profiler.disagreement(kept)
+    if found is None:
+        return kept
+    what, now, then = found
+    logger.warning(
+        "the kept cost profile is off by a factor of %.1f: %s takes %.4g ms, %.4g ms when it was measured. Measuring again",
+        max(now / then, then / now),
+        what,
+        1e3 * now,
+        1e3 * then,
+    )
+    return None
 
 
 def _machine() -> str:
@@ -171,22 +254,3 @@ def _sizes(most: int) -> list[int]:
     """1, 2, 4, ... with the halves between, up to and with `most`."""
     steps = {1 << power for power in range(most.bit_length())} | {3 << power for power in range(most.bit_length())}
     return sorted({size for size in steps if size < most} | {most})
-
-
-def _median_seconds(work: Callable[[], object], before: Callable[[], object] | None) -> float:
-    """After one warm-up call, and each time after a call of `before`; fewer repeats where they are slow."""
-    work()
-    seconds: list[float] = []
-    while len(seconds) < REPEATS and (len(seconds) < 2 or sum(seconds) < PATIENCE):
-        if before:
-            before()
-        began = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - began)
-    return median(seconds)
-
-
-def _rising(values: list[float]) -> tuple[float, ...]:
-    """More work never costs less: what was measured so is noise."""
-    best = 0.0
-    return tuple(best := max(best, value) for value in values)

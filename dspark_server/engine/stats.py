@@ -42,6 +42,8 @@ class EngineStats:
     seconds: dict[str, float] = field(default_factory=lambda: {"draft": 0.0, "verify": 0.0, "host": 0.0})  # of steps
     gain: Gain = field(default_factory=Gain)  # of drafting, where there is a cost table
     verify_seconds: dict[int, float] = field(default_factory=dict)  # what selection believes of a pass over B tokens
+    step_slowdown: float = 1.0  # seconds that steps lately took, by those of the profile measured at start
+    slow_steps: bool = False  # that has been 5 for some seconds
     # Drained by the metrics reader; bounded so that an unread server does not grow.
     queue_times: deque[float] = field(default_factory=lambda: deque(maxlen=100_000))
     iteration_tokens: deque[int] = field(default_factory=lambda: deque(maxlen=100_000))

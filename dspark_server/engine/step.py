@@ -167,6 +167,7 @@ class StepLoop:
                 overhead=host,
             )
             self.stats.verify_seconds = self.capacity.verify_seconds
+            self.stats.step_slowdown, self.stats.slow_steps = self.capacity.slowdown, self.capacity.slow
         return outputs
 
     def _choose(self, plan: Plan, load: Load) -> Asked | None:

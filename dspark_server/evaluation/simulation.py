@@ -6,7 +6,7 @@ measured from the step in which all users run to the step in which the last requ
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice, pairwise
+from itertools import count, islice, pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +19,7 @@ from dspark_server.engine.stats import EngineStats
 from dspark_server.engine.step import StepLoop
 from dspark_server.errors import ConfigError
 from dspark_server.evaluation.roofline import MAX_REQUESTS, MAX_TOKENS, Machine
-from dspark_server.speculation.capacity import Capacity
+from dspark_server.speculation.capacity import Capacity, Profile
 from dspark_server.speculation.selection import POLICIES, build_selection
 
 BLOCK_SIZE = 16
@@ -90,8 +90,12 @@ class Mark(NamedTuple):
 class Simulation:
     """The production step loop of one policy on a simulated machine, and the users in front of it."""
 
-    def __init__(self, machine: Machine, policy: str, concurrency: int, workload: Workload) -> None:
-        """Raises ConfigError for an unknown policy, or requests that the machine's memory cannot hold."""
+    def __init__(
+        self, machine: Machine, policy: str, concurrency: int, workload: Workload, believed: Profile | None = None
+    ) -> None:
+        """`believed`: the profile that selection starts with, in place of what passes cost (None).
+
+        Raises ConfigError for an unknown policy, or requests that the machine's memory cannot hold."""
         if policy not in SYSTEMS:
             raise ConfigError(f"Policy {policy!r} is not known; choose from {', '.join(SYSTEMS)}.")
         self.clock = VirtualClock()
@@ -119,7 +123,7 @@ class Simulation:
         )
         self.batcher.check_fits(workload.prompt_tokens, workload.output_tokens)
         # Selection learns from what steps take, as in serving; what they really take is the executor's own.
-        capacity = Capacity(costs, *most) if policy in LOAD_AWARE else None
+        capacity = Capacity(believed or costs, *most) if policy in LOAD_AWARE else None
         name = policy if policy in POLICIES else "fixed"
         self.selection = build_selection(name, capacity, threshold=workload.threshold)
         self.loop = StepLoop(
@@ -131,10 +135,12 @@ class Simulation:
             acceptance=self.executor.accept,
             clock=self.clock,
         )
+        self._queue = self._requests()
 
     def run(self, *, drain: bool = False) -> Point:
         """Serve until the last request has been sent, or all of them to their end. Virtual time only."""
-        queue = self._requests()
+        own, users = self._workload, self._concurrency
+        queue = islice(self._queue, users + max(own.requests, users // 2))
         first = list(islice(queue, self._concurrency))
         for request in first:
             self.batcher.add(request)
@@ -152,12 +158,26 @@ class Simulation:
                 marks.append(Mark(self.clock.now, tokens, len(self.executor.log)))
         return self._point(*marks)
 
+    def serve(self, seconds: float) -> float:
+        """Tokens a second in the next `seconds` of virtual time; all users are there, and stay for a next call."""
+        began, before = self.clock.now, self.loop.stats.generation_tokens
+        while self.clock.now < began + seconds:
+            there = len(self.batcher.running) + len(self.batcher.waiting)
+            for request in islice(self._queue, self._concurrency - there):
+                request.arrival = self.clock.now
+                self.batcher.add(request)
+            self.loop.step()
+        return (self.loop.stats.generation_tokens - before) / (self.clock.now - began)
+
     def _requests(self) -> Iterator[Request]:
-        """The first of each user has part of its output behind it, evenly spread: the loop starts in its long run."""
+        """Without end. The first of each user has part of its output behind it, evenly spread.
+
+        So the loop starts in its long run.
+        """
         own, users = self._workload, self._concurrency
         left = np.random.default_rng((own.seed, 3)).permutation((np.arange(users) + 0.5) / users)
         root = chain_root("simulation")
-        for number in range(users + max(own.requests, users // 2)):
+        for number in count():
             length = own.output_tokens if number >= users else 1 + int(left[number] * own.output_tokens)
             yield Request(
                 id=str(number),

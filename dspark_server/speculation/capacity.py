@@ -1,4 +1,4 @@
-"""What a step costs on this machine: draft(R) + verify(B, context), measured at start and corrected while serving.
+"""The cost of a step on this machine: draft(R) + verify(B, context), measured at start and corrected while serving.
 
 Shapes: B tokens of a target pass (anchors, drafts and prefill chunks), R drafting requests. SPS(B), the paper's steps
 per second, is 1 / verify(B) (DSpark §3.2.2).
@@ -6,27 +6,31 @@ per second, is 1 / verify(B) (DSpark §3.2.2).
 
 import itertools
 import json
-from collections.abc import Sequence
+import math
+from collections import deque
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from dspark_server.errors import ConfigError
+from dspark_server.speculation.correction import Correction, Sieve
+from dspark_server.speculation.curves import convex_minorant, dense, isotonic, shares
+from dspark_server.speculation.slowdown import Slowdown
 
 Floats = npt.NDArray[np.float64]
 
-CORRECTION = 0.02  # how far one step moves its whole table towards what it took: mostly the machine is slower or faster
-SHAPE = 0.005  # and how far, beyond that, the measured sizes next to its own
-REBUILD_EVERY = 32  # observations between two looks at the corrected table
-OUTLIER = 3.0  # a step that took this many times longer than expected says nothing about cost
+STALE = 0.02  # a cost that a correction has moved by this share makes the tables anew
+DOUBT = 0.5  # standard deviation of the log of a cost that counts as unknown
+OVERHEAD_GAIN = 0.1  # of a step's overhead in their average
 
 
 @dataclass(frozen=True)
 class Profile:
-    """Medians in seconds.
+    """Seconds on an undisturbed machine.
 
     verify[i] is a target pass over tokens[i] tokens without context; draft[i] a draft of requests[i] blocks. A token of
     context costs each run that reads it `run_context` (its rows are read once) and each query token `query_context`
@@ -68,18 +72,24 @@ class Profile:
 
 
 class Capacity:
-    """The cost model that selection reads. Tables are dense in B and R, never fall, and drift slowly with serving."""
+    """The cost model that selection reads: the profile, corrected by what steps take (`correction`).
+
+    Tables are dense in B and R and never fall.
+    """
 
     def __init__(self, profile: Profile, max_tokens: int, max_requests: int) -> None:
         """`max_tokens` and `max_requests` bound a step."""
         self._profile = profile
         self._sizes = np.arange(max_tokens + 1)
         self._requests = np.arange(max_requests + 1)
-        self._verify_knots = np.array(profile.verify, dtype=np.float64)
-        self._draft_knots = np.array(profile.draft, dtype=np.float64)
+        self._correction = Correction([profile.tokens, (1,), profile.requests])
+        self._sieves = {"verify": Sieve(), "draft": Sieve()}
+        self._since = 0.0  # seconds of steps since the last correction
         self._overhead = 0.0
-        self._observations = 0
-        self._rebuild()
+        self._overheads: deque[float] = deque(maxlen=3)
+        self._slowdown = Slowdown()
+        self._build()
+        self._start_raw, self._start_drafts = self._raw, self._drafts
 
     # -- what selection reads ----------------------------------------------------------------------------------------
 
@@ -114,7 +124,12 @@ class Capacity:
 
     def draft(self, requests: int) -> float:
         """Seconds to draft blocks for so many requests; 0 for none."""
-        return float(self._drafts[min(requests, len(self._drafts) - 1)]) if requests else 0.0
+        return float(self._drafts[min(requests, len(self._drafts) - 1)])
+
+    def uncertain(self, tokens: int) -> bool:
+        """Whether a pass over so many tokens may well take another time than `raw` says: it was not measured lately."""
+        parts = self._verify_parts(min(tokens, len(self._raw) - 1), 0.0)
+        return self._correction.variance(parts / parts.sum()) > DOUBT**2
 
     @property
     def overhead(self) -> float:
@@ -123,7 +138,22 @@ class Capacity:
 
     def attention(self, context: float, pairs: float) -> float:
         """Seconds of reading `context` tokens of context, all runs together, for `pairs` (query, context) pairs."""
-        return self._profile.run_context * context + self._profile.query_context * pairs
+        return self._attention * (self._profile.run_context * context + self._profile.query_context * pairs)
+
+    # -- what people read --------------------------------------------------------------------------------------------
+
+    @property
+    def slowdown(self) -> float:
+        """Seconds that draft and pass lately took, by those that the profile has for them as measured at start.
+
+        Over some seconds of steps; 1 before the first.
+        """
+        return self._slowdown.ratio
+
+    @property
+    def slow(self) -> bool:
+        """Steps have taken five times what the profile says for some seconds (`Slowdown`)."""
+        return self._slowdown.slow
 
     # -- what serving teaches ----------------------------------------------------------------------------------------
 
@@ -138,65 +168,66 @@ class Capacity:
         draft: float,
         overhead: float,
     ) -> None:
-        """A step took so many seconds: the table moves a little towards it."""
-        expected = float(self._raw[min(tokens, len(self._raw) - 1)])
-        _correct(self._profile.tokens, self._verify_knots, tokens, verify - self.attention(context, pairs), expected)
-        if requests and len(self._draft_knots):
-            _correct(self._profile.requests, self._draft_knots, requests, draft, self.draft(requests))
-        if overhead < OUTLIER * self._overhead or not self._overhead:
-            self._overhead += (overhead - self._overhead) * (CORRECTION if self._overhead else 1.0)
-        self._observations += 1
-        if self._observations % REBUILD_EVERY == 0:
-            self._rebuild()
+        """A step took so many seconds. Those that no clock can have measured say nothing."""
+        reading = self._profile.run_context * context + self._profile.query_context * pairs
+        size, drafting = min(tokens, len(self._raw) - 1), min(requests, len(self._drafts) - 1)
+        drafted = requests > 0 and len(self._profile.draft) > 0
+        if not _measured(verify) or (drafted and not _measured(draft)):
+            return
+        whole = verify + draft if drafted else verify
+        self._since += whole
+        self._slowdown.observe(whole / (self._start_raw[size] + reading + self._start_drafts[drafting]), whole)
+        self._learn("verify", verify, self._verify_parts(size, reading))
+        if drafted:
+            self._learn("draft", draft, self._draft_parts(drafting))
+        self._learn_overhead(overhead)
 
-    def _rebuild(self) -> None:
-        # Where measured times fall, the knots are raised, not what is between them: straight lines all the way.
-        self._raw = _dense(self._profile.tokens, np.maximum.accumulate(self._verify_knots), self._sizes)
+    def _verify_parts(self, size: int, reading: float) -> Floats:
+        """[K] seconds that each cost contributes to a pass."""
+        bare = self._raw[size] * shares(self._profile.tokens, self._verify, size)
+        return np.concatenate([bare, [self._attention * reading], np.zeros_like(self._draft)])
+
+    def _draft_parts(self, requests: int) -> Floats:
+        """[K] seconds that each cost contributes to a draft."""
+        parts = self._drafts[requests] * shares(self._profile.requests, self._draft, requests)
+        return np.concatenate([np.zeros(len(self._verify) + 1), parts])
+
+    def _learn(self, part: str, seconds: float, expected: Floats) -> None:
+        total = float(expected.sum())
+        heard = self._sieves[part].add(math.log(seconds / total), expected / total)
+        if heard is None:
+            return
+        log_ratio, parts = heard
+        self._correction.update(parts, log_ratio, self._since)
+        self._since = 0.0
+        if np.abs(np.log(self._correction.factors / self._built)).max() > STALE:
+            self._build()
+
+    def _learn_overhead(self, seconds: float) -> None:
+        if not math.isfinite(seconds):
+            return
+        self._overheads.append(max(0.0, seconds))
+        usual = median(self._overheads)  # one step that was held up says nothing
+        self._overhead += (usual - self._overhead) * (OVERHEAD_GAIN if self._overhead else 1.0)
+
+    def _build(self) -> None:
+        """Make the tables by the factors that are known now."""
+        profile, self._built = self._profile, self._correction.factors
+        verify, attention, draft = np.split(self._built, [len(profile.tokens), len(profile.tokens) + 1])
+        self._attention = float(attention[0])
+        # Where corrected times fall, the knots are pooled, not what is between them: straight lines all the way.
+        # What was measured lately stays: the others give way.
+        sure = np.split(self._correction.certainty, [len(verify), len(verify) + 1])
+        self._verify = isotonic(verify * profile.verify, sure[0])
+        self._draft = isotonic(draft * profile.draft, sure[2])
+        self._raw = dense(profile.tokens, self._verify, self._sizes)
         self._convex: dict[tuple[int, int], Floats] = {}
-        sizes = [size for size in self._profile.tokens if size < len(self._raw)]
-        self._verify_seconds = {size: float(self._raw[size]) for size in sizes}
+        self._verify_seconds = {size: float(self._raw[size]) for size in profile.tokens if size < len(self._raw)}
         self._drafts = np.zeros(len(self._requests))
-        if len(self._draft_knots):
-            self._drafts = _dense(self._profile.requests, np.maximum.accumulate(self._draft_knots), self._requests)
+        if len(profile.draft):
+            self._drafts = dense(profile.requests, self._draft, self._requests)
+            self._drafts[0] = 0.0
 
 
-def _dense(sizes: Sequence[int], seconds: Floats, at: npt.NDArray[np.int64]) -> Floats:
-    """Linear between the measured sizes, the last slope beyond them, the first value before them."""
-    values = np.interp(at, sizes, seconds)
-    if len(sizes) > 1:
-        slope = max(0.0, (seconds[-1] - seconds[-2]) / (sizes[-1] - sizes[-2]))
-        values = np.where(at > sizes[-1], seconds[-1] + slope * (at - sizes[-1]), values)
-    return np.asarray(values, dtype=np.float64)
-
-
-def _correct(sizes: Sequence[int], knots: Floats, size: int, seconds: float, expected: float) -> None:
-    """Move all knots towards `seconds`, those around `size` further, each by its share in the interpolated value.
-
-    Were it those alone, a machine that slows down would make the size that is served dear and leave the others cheap:
-    more drafts would look worth their while for no reason.
-    """
-    if not expected / OUTLIER < seconds < expected * OUTLIER:
-        return
-    off = seconds / expected - 1
-    knots *= 1 + CORRECTION * off
-    right = int(np.searchsorted(sizes, size))
-    if right == 0 or right == len(sizes):
-        knots[min(right, len(sizes) - 1)] *= 1 + SHAPE * off
-        return
-    share = (size - sizes[right - 1]) / (sizes[right] - sizes[right - 1])
-    knots[right - 1] *= 1 + SHAPE * (1 - share) * off
-    knots[right] *= 1 + SHAPE * share * off
-
-
-def convex_minorant(sizes: Sequence[int], seconds: Sequence[float]) -> Floats:
-    """The greatest convex function on sizes[0], sizes[0] + 1 .. sizes[-1] that nowhere exceeds `seconds` at `sizes`."""
-    hull: list[int] = []
-    for index, (size, value) in enumerate(zip(sizes, seconds, strict=True)):
-        while len(hull) > 1:
-            a, b = hull[-2], hull[-1]
-            if (seconds[b] - seconds[a]) * (size - sizes[a]) < (value - seconds[a]) * (sizes[b] - sizes[a]):
-                break
-            hull.pop()
-        hull.append(index)
-    corners = [sizes[index] for index in hull], [seconds[index] for index in hull]
-    return np.asarray(np.interp(np.arange(sizes[0], sizes[-1] + 1), *corners))
+def _measured(seconds: float) -> bool:
+    return 0 < seconds < math.inf  # False for NaN

@@ -1,8 +1,8 @@
 """Verification policies: who drafts, and how many draft tokens of each request the target verifies.
 
-A policy is a function of survivals, costs and load, of this step and of earlier ones (`lagged`'s counts, the purse for
-probes), and sees no token (DSpark §3.2.2, §5.2). Who drafts is in `drafting`, Algorithm 1 in `admission`; shapes as in
-the latter.
+A policy is a function of survivals, costs and load, of this step and of earlier ones (`lagged`'s counts, the purses for
+probes and for exploring), and sees no token (DSpark §3.2.2, §5.2). Who drafts is in `drafting`, steps that explore in
+`exploration`, Algorithm 1 in `admission`; shapes as in the latter.
 """
 
 from collections import deque
@@ -15,6 +15,7 @@ from dspark_server.errors import ConfigError
 from dspark_server.speculation.admission import Load, Ranked, StepCost, admit, best_count
 from dspark_server.speculation.capacity import Capacity
 from dspark_server.speculation.drafting import Candidate, Choice, Purse, choose_drafting
+from dspark_server.speculation.exploration import Exploration
 
 POLICIES = ("causal", "lagged", "fixed", "threshold", "none")
 
@@ -102,9 +103,11 @@ class LoadAware(Selection):
         self._capacity = capacity
         self._floor = floor
         self._purse = Purse()
+        self._exploration = Exploration(capacity, floor)
 
     def drafting(self, candidates: Sequence[Candidate], load: Load) -> Choice:
-        return choose_drafting(candidates, load, self._capacity, self._floor, self._purse)
+        choice = choose_drafting(candidates, load, self._capacity, self._floor, self._purse)
+        return self._exploration.extend(choice, candidates, load)
 
 
 class Causal(LoadAware):
@@ -117,9 +120,13 @@ class Causal(LoadAware):
     name = "causal"
 
     def lengths(self, survival: Tensor, limits: Sequence[int], load: Load, drafts: Drafts | None = None) -> list[int]:
+        if self._exploration.count is not None:
+            return Ranked.of(survival, limits).first(self._exploration.count)
         drafts = drafts or Drafts(len(limits), sum(limits))
         seconds = StepCost.of(self._capacity, load, drafts.backbone, drafts.slots)
-        return admit(survival.tolist(), limits, load.sampling, seconds.room(load, self._floor), seconds).lengths
+        lengths = admit(survival.tolist(), limits, load.sampling, seconds.room(load, self._floor), seconds).lengths
+        self._exploration.verified(lengths)
+        return lengths
 
 
 class Lagged(LoadAware):
@@ -145,9 +152,13 @@ class Lagged(LoadAware):
         whole = survival.numel()
         kept = self.count(whole, load, backbone)
         self._shares.append(best / max(1, whole))
-        return ranked.first(kept)
+        lengths = ranked.first(kept)
+        self._exploration.verified(lengths)
+        return lengths
 
     def count(self, slots: int, load: Load, backbone: int = 0) -> int:
+        if self._exploration.count is not None:
+            return self._exploration.count
         share = self._shares[0] if len(self._shares) == self.LAG else 1.0
         room = StepCost.of(self._capacity, load, backbone).room(load, self._floor) if self._floor else load.room
         return min(room, round(share * slots))

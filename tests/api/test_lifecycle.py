@@ -165,6 +165,7 @@ def test_metrics_show_what_speculation_decides(own_server: Running) -> None:
     stats.seconds["verify"] = 1.5
     stats.verify_seconds = {1: 0.02, 256: 0.5}
     stats.gain.observe(2.0, 3.0)
+    stats.step_slowdown, stats.slow_steps = 6.5, True
     samples = own_server.samples()
     for decision, count in (("drafted", 5), ("copied", 2), ("skipped", 1)):
         assert value(samples, "dspark:draft_decisions_total", f'decision="{decision}"') == count
@@ -178,6 +179,8 @@ def test_metrics_show_what_speculation_decides(own_server: Running) -> None:
     assert value(samples, "dspark:step_seconds_total", 'part="verify"') == 1.5
     assert value(samples, "dspark:verify_seconds", 'tokens="256"') == 0.5
     assert value(samples, "dspark:speedup_estimate") == 1.5
+    assert value(samples, "dspark:step_slowdown") == 6.5
+    assert value(samples, "dspark:slow_steps") == 1
 
 
 def test_metrics_count(own_server: Running) -> None:

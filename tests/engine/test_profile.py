@@ -1,36 +1,131 @@
-"""What steps cost is measured once, and never in the way of a start."""
+"""Costs of steps are measured once, undisturbed, believed as long as they are right, never in the way of a start."""
 
 import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from dspark_server.engine.executor import TorchExecutor
+from dspark_server.engine.executor import Executor, TorchExecutor
 from dspark_server.engine.profile import WARM, profile
-from dspark_server.speculation.capacity import Profile
+from dspark_server.engine.simulate import SimulatedExecutor, SurvivalModel, VirtualClock
+from dspark_server.runtime.batch import Run
+from dspark_server.speculation.capacity import Capacity, Profile
 
 from .support import tiny_core
 
+TOKENS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+COSTS = Profile(
+    TOKENS, tuple(0.010 + 0.001 * size for size in TOKENS), (1, 2, 3, 4), (0.002, 0.003, 0.0035, 0.004), 1e-6, 1e-7
+)  # of a machine that nothing disturbs
 
-def measure(directory: Path, identity: str = "tiny", *, again: bool = False) -> Profile:
-    core = tiny_core()
+
+@dataclass
+class Disturbed(SimulatedExecutor):
+    """A machine on a virtual clock that is `slower(now)` times slower at times."""
+
+    slower: Callable[[float], float] = lambda now: 1.0
+
+    def verify(self, runs: list[Run]) -> Any:
+        began = self.clock.now
+        result = super().verify(runs)
+        self.clock.now = began + self.slower(began) * (self.clock.now - began)
+        return result
+
+    def draft(self, *asked: Any) -> Any:
+        began = self.clock.now
+        result = super().draft(*asked)
+        self.clock.now = began + self.slower(began) * (self.clock.now - began)
+        return result
+
+
+def machine(slower: Callable[[float], float] = lambda now: 1.0) -> Disturbed:
+    return Disturbed(VirtualClock(), Capacity(COSTS, 64, 4), SurvivalModel.of("code"), gamma=7, slower=slower)
+
+
+def measure(
+    directory: Path, executor: Executor | None = None, identity: str = "tiny", *, again: bool = False
+) -> Profile:
+    executor = executor or machine()
     return profile(
-        core.loop.executor,
+        executor,
         num_blocks=256,
         block_size=4,
-        max_model_len=core.max_model_len,
-        max_tokens=16,
-        max_requests=2,
+        max_model_len=128,
+        max_tokens=64,
+        max_requests=4,
         directory=directory,
         identity=identity,
         again=again,
+        clock=executor.clock if isinstance(executor, Disturbed) else time.perf_counter,
     )
 
 
+def assert_costs(measured: Profile) -> None:
+    assert (measured.tokens, measured.requests) == (COSTS.tokens, COSTS.requests)
+    np.testing.assert_allclose(measured.verify, COSTS.verify, rtol=0.02)
+    np.testing.assert_allclose(measured.draft, COSTS.draft, rtol=0.02)
+
+
 def test_it_is_kept(tmp_path: Path) -> None:
-    assert measure(tmp_path / "profiles") == measure(tmp_path / "profiles")
+    """It takes less than a second to believe it."""
+    measured = measure(tmp_path / "profiles")
+    executor = machine()
+    assert measure(tmp_path / "profiles", executor) == measured
+    assert executor.clock.now < 1.0
+    assert sum(each.tokens for each in executor.log) < 200
+
+
+@pytest.mark.parametrize("factor", [8.0, 0.9, 1 / 8])
+def test_one_that_does_not_agree_with_steps_is_measured_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, factor: float
+) -> None:
+    measure(tmp_path, machine(lambda now: factor))
+    with caplog.at_level(logging.WARNING):
+        measured = measure(tmp_path)
+    if factor == 0.9:
+        assert not caplog.records
+        assert measured.verify[0] == pytest.approx(0.9 * COSTS.verify[0], rel=0.02)
+    else:
+        (line,) = caplog.messages
+        assert "off by a factor of 8.0" in line
+        assert_costs(measured)
+        assert measure(tmp_path) == measured  # that one is kept
+
+
+def test_a_draft_that_takes_another_time_is_seen_too(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    measured = measure(tmp_path)
+    (kept,) = tmp_path.iterdir()
+    replace(measured, draft=tuple(8 * seconds for seconds in measured.draft)).save(kept)
+    with caplog.at_level(logging.WARNING):
+        assert_costs(measure(tmp_path))
+    assert "a draft for one request" in caplog.text
+
+
+def test_a_damaged_one_is_measured_again(tmp_path: Path) -> None:
+    measured = measure(tmp_path)
+    (kept,) = tmp_path.iterdir()
+    kept.write_text("{}")
+    assert measure(tmp_path) == measured
+
+
+@pytest.mark.parametrize("busy", [(0.5, 1.0), (0.0, 0.5), (0.3, 0.8)])
+def test_a_neighbour_for_half_the_time_leaves_no_trace(tmp_path: Path, busy: tuple[float, float]) -> None:
+    """Repeats of a size are spread over the whole measurement, so each size has quiet ones."""
+    quiet = machine()
+    measure(tmp_path / "quiet", quiet)
+    # Beside a neighbour that slows eightfold a round lasts eight times as long: so much of the quiet rounds it takes.
+    start, end = (share * quiet.clock.now for share in busy)
+
+    def slower(now: float) -> float:
+        return 8.0 if start <= now < start + 8 * (end - start) else 1.0
+
+    assert_costs(measure(tmp_path / "busy", machine(slower)))
 
 
 def test_a_cache_that_cannot_be_written_costs_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -42,16 +137,16 @@ def test_a_cache_that_cannot_be_written_costs_a_warning(tmp_path: Path, caplog: 
 
 
 def test_it_is_measured_again_when_asked_or_for_another_engine(tmp_path: Path) -> None:
-    """The kept one is doctored, so that it can be told from a new one."""
-    measure(tmp_path)
+    """The kept one is doctored a little, so that it can be told from a new one."""
+    measured = measure(tmp_path)
     (kept,) = tmp_path.iterdir()
-    doctored = Profile((1, 16), (7.0, 8.0), (1, 2), (3.0, 4.0), 0.0, 0.0)
+    doctored = replace(measured, run_context=2e-6)
     doctored.save(kept)
     assert measure(tmp_path) == doctored
-    assert measure(tmp_path, "another") != doctored
+    assert measure(tmp_path, identity="another") == measured
     assert measure(tmp_path) == doctored
-    assert measure(tmp_path, again=True) != doctored
-    assert measure(tmp_path) != doctored
+    assert measure(tmp_path, again=True) == measured
+    assert measure(tmp_path) == measured
 
 
 @pytest.fixture
@@ -74,13 +169,15 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
 
 
 def test_drafts_are_timed_behind_a_pass_and_times_rise(tmp_path: Path, calls: list[tuple[str, int]]) -> None:
-    measured = measure(tmp_path)
-    assert measured.tokens == (1, 2, 3, 4, 6, 8, 12, 16)
-    assert measured.requests == (1, 2)
+    core = tiny_core()
+    calls.clear()
+    measured = measure(tmp_path, core.loop.executor)
+    assert measured.tokens == TOKENS
+    assert measured.requests == (1, 2, 3, 4)
     for times in (measured.verify, measured.draft):
         assert all(a <= b for a, b in pairwise(times))
-    for requests in measured.requests:  # all but the one that warms up
-        assert sum(pair == (("verify", 1), ("draft", requests)) for pair in pairwise(calls)) >= 2
+    for requests in measured.requests:
+        assert sum(pair == (("verify", 1), ("draft", requests)) for pair in pairwise(calls)) >= 3
 
 
 def test_nothing_is_cold_for_the_first_request(calls: list[tuple[str, int]]) -> None:

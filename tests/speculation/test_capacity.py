@@ -1,5 +1,6 @@
 """The cost model: between measured sizes, beyond them, its convex minorant, and what serving teaches it."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 from dspark_server.errors import ConfigError
 from dspark_server.speculation.capacity import Capacity, Profile
+from dspark_server.speculation.curves import isotonic
 
 PROFILE = Profile((1, 2, 4, 8), (1.0, 1.0, 2.0, 6.0), (1, 4), (0.5, 0.8), 0.02, 0.01)
 
@@ -49,32 +51,145 @@ def test_a_step_sees_a_flat_curve_where_it_stands_on_one() -> None:
     np.testing.assert_allclose(capacity.convex(1, 128), 1.0 + 8 / 199 * np.arange(129))  # as steep as it is there
 
 
-def test_serving_moves_the_table_slowly_towards_what_steps_take() -> None:
-    capacity = Capacity(PROFILE, 10, 8)
+SIZES = (1, 2, 4, 8, 16, 32, 64)
+SERVED = Profile(SIZES, tuple(0.010 + 0.001 * size for size in SIZES), (1, 2, 4, 8), (0.002,) * 4, 1e-6, 1e-7)
 
-    def step(seconds: float) -> None:
-        reading = capacity.attention(100.0, 400.0)
+
+def serve(
+    capacity: Capacity, steps: int, tokens: int = 4, requests: int = 2, factor: float = 1.0, draft: float = 1.0
+) -> None:
+    """Steps that take `factor` times what `SERVED` says, drafts `draft` times that."""
+    verify = SERVED.verify[SIZES.index(tokens)] + 1e-6 * 100 + 1e-7 * 400
+    for _ in range(steps):
         capacity.observe(
-            tokens=4, context=100.0, pairs=400.0, verify=seconds + reading, requests=2, draft=0.9, overhead=0.1
+            tokens=tokens,
+            context=100.0,
+            pairs=400.0,
+            verify=factor * verify,
+            requests=requests,
+            draft=factor * draft * 0.002,
+            overhead=factor * 0.001,
         )
 
-    step(3.0)
-    assert capacity.raw[4] == pytest.approx(2.0)  # not by one step
-    before = capacity.raw / capacity.raw[4]
-    for _ in range(2000):
-        step(3.0)
-    assert capacity.raw[4] == pytest.approx(3.0, rel=0.02)
-    assert capacity.draft(2) == pytest.approx(0.9, rel=0.02)
-    assert capacity.overhead == pytest.approx(0.1)
+
+@pytest.mark.parametrize("factor", [8.0, 1 / 8])
+def test_a_lasting_shift_is_learnt_in_either_direction(factor: float) -> None:
+    """In 30 seconds of steps of whatever length, and of sizes never tried, and of attention."""
+    capacity, right = Capacity(SERVED, 64, 8), Capacity(SERVED, 64, 8)
+    serve(capacity, int(30 / (0.016 * factor)), factor=factor)
+    np.testing.assert_allclose(capacity.raw[4] / right.raw[4], factor, rtol=0.03)
+    np.testing.assert_allclose(capacity.raw[1:] / right.raw[1:], factor, rtol=0.4)
+    assert capacity.draft(2) == pytest.approx(factor * 0.002, rel=0.03)
+    assert capacity.draft(8) == pytest.approx(factor * 0.002, rel=0.4)
+    assert capacity.attention(100.0, 400.0) == pytest.approx(factor * right.attention(100.0, 400.0), rel=1.0)
+    assert capacity.overhead == pytest.approx(factor * 0.001, rel=0.03)
+    assert capacity.slowdown == pytest.approx(factor, rel=0.03)
     assert (np.diff(capacity.raw) >= 0).all()
-    # Most of it was the machine, the rest that size: the others have followed some way.
-    shape = capacity.raw / capacity.raw[4] / before
-    assert shape[1] == pytest.approx(shape[8])
-    assert 0.85 < shape[1] < 0.97
+
+
+def test_one_step_that_was_held_up_says_nothing() -> None:
+    capacity = Capacity(SERVED, 64, 8)
+    serve(capacity, 300)
+    before, draft = capacity.raw.copy(), capacity.draft(2)
+    for _ in range(10):
+        serve(capacity, 1, factor=10_000)
+        serve(capacity, 20)
+    np.testing.assert_allclose(capacity.raw, before, rtol=1e-6)
+    assert capacity.draft(2) == pytest.approx(draft)
+    assert capacity.overhead == pytest.approx(0.001)
+
+
+@pytest.mark.parametrize("factor", [8.0, 1 / 8])
+def test_few_drafts_tell_what_a_draft_costs(factor: float) -> None:
+    """One where it is cheaper than believed, three where it is dearer, after a minute without any."""
+    capacity = Capacity(SERVED, 64, 8)
+    serve(capacity, 4000, requests=0)
+    serve(capacity, 1 if factor < 1 else 3, draft=factor)
+    assert capacity.draft(2) == pytest.approx(factor * 0.002, rel=0.4)
+    assert capacity.raw[4] == pytest.approx(0.014, rel=0.05)  # which is no word about passes
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(0, 99),
+            st.integers(0, 99),
+            *[st.floats(allow_nan=True, allow_infinity=True)] * 3,
+            st.floats(0, 1e9),
+        ),
+        max_size=30,
+    )
+)
+def test_no_times_poison_the_tables(steps: list[tuple[int, int, float, float, float, float]]) -> None:
+    capacity = Capacity(SERVED, 64, 8)
+    for tokens, requests, verify, draft, overhead, context in steps:
+        capacity.observe(
+            tokens=tokens,
+            context=context,
+            pairs=context,
+            verify=verify,
+            requests=requests,
+            draft=draft,
+            overhead=overhead,
+        )
+        assert np.isfinite(capacity.raw).all()
+        assert (capacity.raw > 0).all()
+        assert (np.diff(capacity.raw) >= -1e-12 * capacity.raw[-1]).all()
+        costs = [capacity.draft(count) for count in range(9)]
+        assert costs == sorted(costs)
+        assert 0 < costs[1] < np.inf
+        assert 0 <= capacity.overhead < np.inf
+        assert 0 < capacity.slowdown < np.inf
+        assert np.isfinite(capacity.convex(4, 16)).all()
+
+
+def test_times_that_no_clock_can_have_measured_say_nothing() -> None:
+    capacity = Capacity(SERVED, 64, 8)
+    serve(capacity, 100)
     before = capacity.raw.copy()
-    for _ in range(100):
-        step(100.0)  # a machine that slept
+    for wrong in (float("nan"), -1.0, 0.0, float("inf")):
+        serve(capacity, 50, factor=wrong)
     np.testing.assert_array_equal(capacity.raw, before)
+    assert capacity.slowdown == pytest.approx(1.0)
+
+
+def test_slow_steps_are_said_once_at_either_end(caplog: pytest.LogCaptureFixture) -> None:
+    capacity = Capacity(SERVED, 64, 8)
+    serve(capacity, 500)
+    serve(capacity, 1, factor=5000)  # held up for a minute
+    serve(capacity, 30, factor=8)  # four seconds
+    assert not capacity.slow
+    serve(capacity, 30, factor=1)
+    assert not caplog.records
+    for _ in range(3):
+        serve(capacity, 200, factor=8)  # half a minute
+        assert capacity.slow
+        serve(capacity, 200, factor=4)  # better, but not over
+        assert capacity.slow
+    (line,) = caplog.messages
+    assert "times what the cost profile says" in line
+    serve(capacity, 3000)
+    assert not capacity.slow
+    assert len(caplog.messages) == 2
+    assert "no longer slow" in caplog.messages[1]
+
+
+@given(st.lists(st.floats(0.01, 100), min_size=1, max_size=20), st.booleans(), st.integers(0, 2**32 - 1))
+def test_isotonic_is_the_nearest_rising_curve(values: list[float], weighted: bool, seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    weights = generator.uniform(0.1, 10, len(values)) if weighted else np.ones(len(values))
+    found = isotonic(values, weights if weighted else None)
+    assert (np.diff(found) >= 0).all()
+    assert (weights * found).sum() == pytest.approx((weights * values).sum())
+    for rising in np.sort(generator.uniform(0, 100, (20, len(values)))):
+        assert (weights * (values - found) * (rising - found)).sum() <= 1e-6
+
+
+def test_one_time_too_high_does_not_lift_all_larger_sizes() -> None:
+    profile = replace(SERVED, verify=(0.011, 0.096, *SERVED.verify[2:]))
+    capacity = Capacity(profile, 64, 8)
+    assert capacity.raw[64] == SERVED.verify[-1]
+    assert capacity.raw[2] < 0.096 / 2
 
 
 def test_a_profile_survives_the_disk_and_a_damaged_one_says_so(tmp_path: Path) -> None:

@@ -13,12 +13,21 @@ from dspark_server.errors import ConfigError
 from dspark_server.speculation.admission import Load, admit, best_count, within_floor
 from dspark_server.speculation.capacity import Capacity
 from dspark_server.speculation.drafting import Candidate
-from dspark_server.speculation.selection import Lagged, Selection, build_selection
+from dspark_server.speculation.selection import Lagged, LoadAware, Selection, build_selection
 from tests.speculation.costs import capacity, linear, load
 from tests.speculation.test_exact import Context, Pair, ratio_law, total_variation
 
 limits = st.lists(st.integers(0, 7), max_size=12)
 AWARE = ("causal", "lagged")
+
+
+def built(name: str, costs: Capacity, count: int = 0) -> Selection:
+    """The policy, or the default one in a step that explores with `count` draft tokens."""
+    policy = build_selection("causal" if name == "exploring" else name, costs, threshold=0.3)
+    if name == "exploring":
+        assert isinstance(policy, LoadAware)
+        policy._exploration.count = count
+    return policy
 
 
 def candidates(limits: list[int], rate: float = 0.9) -> list[Candidate]:
@@ -112,7 +121,7 @@ def test_it_is_the_best_of_all_prefixes(policy: str, seed: int) -> None:
         assert theta(tuple(lengths)) == pytest.approx(max(map(theta, allowed)), rel=1e-9)
 
 
-@pytest.mark.parametrize("policy", ["causal", "threshold", "fixed", "lagged"])
+@pytest.mark.parametrize("policy", ["causal", "threshold", "fixed", "lagged", "exploring"])
 def test_whether_a_token_is_kept_does_not_depend_on_it_or_on_later_ones(policy: str) -> None:
     """The causality probe: x_k moves confidences after k, and whether ell >= k must not move with them."""
     generator = np.random.default_rng(11)
@@ -120,7 +129,7 @@ def test_whether_a_token_is_kept_does_not_depend_on_it_or_on_later_ones(policy: 
         requests, gamma = int(generator.integers(1, 5)), int(generator.integers(1, 6))
         # Bumps and all: what a real machine's curve looks like.
         verify = np.sort(generator.random(requests * (gamma + 1)) * 3) + 0.2
-        chosen = build_selection(policy, capacity(verify.tolist(), draft=0.1), threshold=0.3)
+        chosen = built(policy, capacity(verify.tolist(), draft=0.1), int(generator.integers(1, requests * gamma + 1)))
         survival, here = falling(generator, requests, gamma), load(requests, int(generator.integers(0, 30)))
         most = [gamma] * requests
         if isinstance(chosen, Lagged):
@@ -219,7 +228,7 @@ def test_lagged_is_exact_with_fresh_noise_and_only_then() -> None:
     assert replayed == pytest.approx(17 / 20, abs=1e-12)
 
 
-@pytest.mark.parametrize("policy", AWARE)
+@pytest.mark.parametrize("policy", [*AWARE, "exploring"])
 @pytest.mark.parametrize("kind", ["random", "opposed", "zeros"])
 @pytest.mark.parametrize(("vocabulary", "gamma"), [(2, 2), (2, 3), (3, 2)])
 def test_the_joint_law_through_selection_is_the_targets(policy: str, kind: str, vocabulary: int, gamma: int) -> None:
@@ -249,9 +258,13 @@ def test_the_joint_law_through_selection_is_the_targets(policy: str, kind: str, 
         for (earlier, chance), (beside, share) in itertools.product(before.items(), drafts(other).items()):
 
             def kept(
-                draft: Context, earlier: Context = earlier, beside: Context = beside, costs: Capacity = costs
+                draft: Context,
+                earlier: Context = earlier,
+                beside: Context = beside,
+                costs: Capacity = costs,
+                seed: int = seed,
             ) -> int:
-                chosen, limits = build_selection(policy, costs), [gamma, 2]
+                chosen, limits = built(policy, costs, count=1 + seed), [gamma, 2]
                 if policy == "lagged":
                     for _ in range(2):  # the steps before: other blocks of the other request, and this one's likeliest
                         chosen.lengths(survival((0,) * gamma, earlier), limits, load(2))

@@ -1,0 +1,81 @@
+"""Steps that are larger or smaller than pays by the cost table: a wrong cost keeps away the steps that would show it.
+
+How many draft tokens such a step verifies is known before its blocks exist, so it is as lossless as `lagged`.
+"""
+
+from collections.abc import Sequence
+
+from dspark_server.speculation.admission import Load, StepCost
+from dspark_server.speculation.capacity import Capacity
+from dspark_server.speculation.drafting import Candidate, Choice, Purse
+
+EXPLORING = 0.005  # of the steps' seconds, what may be spent on larger steps than pay
+PLAIN = 0.02  # and on steps without drafts, where it is no longer known what they take
+
+
+class Exploration:
+    """Decides when a step explores.
+
+    A larger step has up to twice the drafting requests and twice the tokens of the usual one, at least 2 of drafts;
+    where drafts are usual, a plain one has none: all that drafts gain is seen against it. `count` is the number of
+    draft tokens that the present step verifies for that, None if it is not a larger one.
+    """
+
+    def __init__(self, capacity: Capacity, floor: float | None) -> None:
+        self.count: int | None = None
+        self._capacity = capacity
+        self._floor = floor
+        self._purse = Purse(EXPLORING)
+        self._plain = Purse(PLAIN)
+        self._usual = 0  # draft tokens that the last step verified that did not explore
+
+    def extend(self, choice: Choice, candidates: Sequence[Candidate], load: Load) -> Choice:
+        """Who drafts in this step: `choice`, or others where the step explores. Before any noise is drawn."""
+        self.count = None
+        if not choice.drafting:
+            self._usual = 0
+        elif self._wants_plain(load):
+            return Choice([])
+        chosen = set(choice.drafting)
+        others = [i for i, each in enumerate(candidates) if each.limit > 0 and not each.copies and i not in chosen]
+        backbone = sum(not candidates[index].copies for index in chosen)
+        more = sorted(others, key=lambda index: -candidates[index].rate)[: max(1, backbone)]
+        drafting = [*choice.drafting, *more]
+        room = StepCost.of(self._capacity, load, backbone + len(more)).room(load, self._floor)
+        slots = sum(candidates[index].limit for index in drafting)
+        count = min(room, slots, max(2, load.tokens + 2 * self._usual))
+        if count <= self._usual:
+            return choice
+        usual = load.tokens + self._usual
+        step, price = self._prices(usual, load.tokens + count, backbone, backbone + len(more))
+        if price <= 0 or not self._purse.afford(1, step, lambda _: price):
+            return choice
+        self._purse.spend(price)
+        self.count = count
+        return Choice(sorted(drafting), choice.probing | frozenset(more))
+
+    def _wants_plain(self, load: Load) -> bool:
+        """Whether this step does without drafts; its whole time is counted, though it commits tokens too."""
+        raw, most = self._capacity.raw, len(self._capacity.raw) - 1
+        price = float(raw[min(load.tokens, most)])
+        step = float(raw[min(load.tokens + self._usual, most)])
+        wanted = self._plain.afford(1, step, lambda _: price) > 0 and self._capacity.uncertain(load.tokens)
+        if wanted:
+            self._plain.spend(price)
+        return wanted
+
+    def verified(self, lengths: Sequence[int]) -> None:
+        """So much of each block this step verifies."""
+        if self.count is None:
+            self._usual = sum(lengths)
+
+    def _prices(self, usual: int, tokens: int, backbone: int, drafting: int) -> tuple[float, float]:
+        """Seconds of the usual step, and of how much longer one takes of so many tokens and drafting requests.
+
+        That is at most one more pass for each one's worth of tokens, whatever the table says, and a draft is shorter
+        than a pass: an error of the table must not make its own discovery too dear.
+        """
+        raw, most = self._capacity.raw, len(self._capacity.raw) - 1
+        there, draft = float(raw[min(usual, most)]), self._capacity.draft(backbone)
+        verify = min(float(raw[min(tokens, most)]) - there, there * -(-(tokens - usual) // usual))
+        return there + draft, verify + min(self._capacity.draft(drafting) - draft, there)
