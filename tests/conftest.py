@@ -1,8 +1,45 @@
-"""Without a GPU, Triton's kernels are interpreted; that is settled when triton is first imported, by any test."""
+"""How all tests run: one thread for each worker of pytest-xdist, files whole, and Triton interpreted without a GPU."""
 
 import os
+from pathlib import Path
 
-import torch
+import pytest
 
+WORKER = "PYTEST_XDIST_WORKER" in os.environ
+if WORKER:  # another worker has the other core; processes that tests start inherit it
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch  # noqa: E402 - reads the line above
+
+# Settled when triton is first imported, by any test.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+HERE = Path(__file__).parent
+# What takes longest starts first, so that no worker is left with it at the end.
+FIRST = (
+    "engine/test_device_executor.py",
+    "engine/test_real_lossless.py",
+    "engine/test_monte_carlo.py",
+    "models",
+    "server",
+    "distributed",
+    "training",
+    "kernels",
+)
+
+
+def _rank(path: str) -> int:
+    return next((rank for rank, begin in enumerate(FIRST) if path.startswith(begin)), len(FIRST))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """For `--dist loadgroup`: a file's tests run on one worker, where its fixtures are, the longest files first."""
+    if not WORKER:
+        return
+    paths = {item: item.path.relative_to(HERE).as_posix() for item in items}
+    items.sort(key=lambda item: _rank(paths[item]))
+    for item, path in paths.items():
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(path))

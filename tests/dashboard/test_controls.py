@@ -51,9 +51,15 @@ def test_a_load_that_nobody_watches_is_refused(server: Running) -> None:
     server.wait(lambda: server.post("load", requests=1, domain="chat").status_code == 409)
 
 
+@pytest.fixture(scope="module")
+def expected(shared_server: Running) -> str:
+    """Two hundred greedy tokens after "Once"."""
+    text: str = shared_server.complete("Once", max_tokens=200).json()["choices"][0]["text"]
+    return text
+
+
 @pytest.mark.parametrize("policy", ["lagged", "fixed", "threshold", "none", "causal"])
-def test_the_policy_changes_between_steps_and_the_answer_does_not(server: Running, policy: str) -> None:
-    expected = server.complete("Once", max_tokens=200).json()["choices"][0]["text"]
+def test_the_policy_changes_between_steps_and_the_answer_does_not(server: Running, policy: str, expected: str) -> None:
     with server.feed() as feed:
         number = server.post("prompt", feed=feed.id, prompt="Once", max_tokens=200).json()["number"]
         feed.until(lambda state: state["own"] and state["own"]["tokens"] > 5)

@@ -18,7 +18,7 @@ from dspark_server.engine.parallel import follow
 from dspark_server.runtime.parallel import ALONE, Group, TorchGroup
 
 from ..engine.support import FIXTURES
-from ..reliability.support import processes
+from ..processes import processes
 from ..runtime.twin import TwinDevice, TwinKernels
 
 

@@ -13,7 +13,7 @@ from dspark_server.errors import ConfigError
 from dspark_server.runtime import device, parallel
 from dspark_server.runtime.parallel import ALONE, TorchGroup
 
-from ..reliability.support import processes
+from ..processes import processes
 from .support import meet, tiny_config
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")

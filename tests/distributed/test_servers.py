@@ -18,10 +18,10 @@ import pytest
 from dspark_server.cli.ranks import EXIT_DEAD
 
 from ..engine.support import FIXTURES, greedy, prompts
+from ..processes import CommandLine
 from .support import one_rank, tiny_config, tokenizer
 
 PAIR = FIXTURES / "dspark_qwen3_vanilla"
-SERVE = ("-m", "dspark_server", "serve", str(PAIR / "target"))
 STEP_TIMEOUT = 3  # seconds
 ENDING = 60  # seconds for what takes one: interpreters end slowly on a busy machine
 PROMPT = prompts(1)[0]
@@ -48,14 +48,17 @@ class Served:
         options = ["--tokenizer", str(directory), "--kv-cache-memory-bytes", "8000000", "--port", str(port)]
         options += ["--step-timeout", str(STEP_TIMEOUT), "--shutdown-timeout", "60"]
         drafter = f'{{"method": "dspark", "model": "{PAIR / "draft"}", "selection": "fixed"}}'
-        with log.open("ab") as output:
-            self.process = subprocess.Popen(
-                [sys.executable, *launcher, *SERVE, *options, "--speculative-config", drafter],
-                env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"} | variables,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-            )
+        arguments = ["serve", str(PAIR / "target"), *options, "--speculative-config", drafter]
+        surroundings = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"} | variables
+        self.forked: dict[int, int] = {}  # rank and process id, where no command line says them
+        self.process: CommandLine | subprocess.Popen[bytes]
+        if launcher:
+            with log.open("ab") as output:
+                command = [sys.executable, *launcher, "-m", "dspark_server", *arguments]
+                self.process = subprocess.Popen(command, env=os.environ | surroundings, stdout=output, stderr=output)
+        else:
+            self.process = CommandLine(arguments, log, **surroundings)
+            self.forked = {int(variables.get("NODE_RANK", "0")): self.process.pid}
         self.http = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30)
 
     def ready(self) -> None:
@@ -81,7 +84,7 @@ class Served:
 
     def ranks(self) -> dict[int, int]:
         """Process ids by rank, of all that serve at this port."""
-        found = {}
+        found = {} if self.process.poll() is not None else dict(self.forked)
         for entry in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
                 command = (entry / "cmdline").read_bytes().split(b"\0")

@@ -236,11 +236,14 @@ class Served(NamedTuple):
     seen: list[Seen]
     selection: str
     params: list[SamplingParams]
-    wanted: list[Any]
+    wanted: tuple[list[list[int]], int]
+    steps: list[Seen]
 
 
-def _serve(core: EngineCore, seen: list[Seen], selection: str, params: list[SamplingParams]) -> list[Any]:
-    """Tokens, number of passes (one that was run ahead in vain is run again) and what each step came to."""
+def _serve(
+    core: EngineCore, seen: list[Seen], selection: str, params: list[SamplingParams]
+) -> tuple[list[list[int]], int]:
+    """Tokens and number of passes (one that was run ahead in vain is run again); `seen` then holds the steps."""
     seen.clear()
     core.select(selection)
     core.loop._everyone = SurvivalHistory(memory=POPULATION_MEMORY)
@@ -248,7 +251,7 @@ def _serve(core: EngineCore, seen: list[Seen], selection: str, params: list[Samp
     passes = executor_of(core).passes
     before = passes.replays
     tokens = core.generate(STALE_PROMPTS[: len(params)], params)
-    return [tokens, passes.replays - before, *seen]
+    return tokens, passes.replays - before
 
 
 @pytest.fixture(scope="module", params=["lagged", "causal", "unsure", "filtered"])
@@ -261,12 +264,12 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     with TwinDevice() as device:
         core, seen = load(device, selection, draft=draft, enable_prefix_caching=False, cuda_graph_sizes=(24,))
         _serve(core, seen, selection, params)
-        wanted = _serve(core, seen, selection, params)
-        assert _serve(core, seen, selection, params) == wanted, (
-            "the same work twice is not the same: the tests have no force"
-        )
-        yield Served(core, seen, selection, params, wanted)
-        assert _serve(core, seen, selection, params) == wanted, "a test left something behind"
+        wanted, steps = _serve(core, seen, selection, params), list(seen)
+        again = _serve(core, seen, selection, params)
+        assert (again, seen) == (wanted, steps), "the same work twice is not the same: the tests have no force"
+        yield Served(core, seen, selection, params, wanted, steps)
+        again = _serve(core, seen, selection, params)
+        assert (again, seen) == (wanted, steps), "a test left something behind"
 
 
 def calibrated(directory: Path) -> Path:
@@ -319,14 +322,21 @@ def test_an_input_that_is_not_refilled_is_found_out(
             before[field] = fresh
         upload(self, values, rows)
 
+    def compare(trace: StepTrace) -> None:
+        served.seen.append(Seen.of(trace))
+        assert served.seen[-1:] == served.steps[len(served.seen) - 1 : len(served.seen)], "found out: no need to go on"
+
     monkeypatch.setattr(Staging, "upload", stale)
+    core.loop.watch(compare)
     try:
         found = _serve(core, served.seen, served.selection, served.params)
     except (AssertionError, RuntimeError, IndexError, ValueError):
-        found = []
+        found = None
         core.batcher.recover()
         for request in list(core.batcher.waiting):
             core.batcher.remove(request)
+    finally:
+        core.loop.watch(lambda trace: served.seen.append(Seen.of(trace)))
     assert found != served.wanted
 
 

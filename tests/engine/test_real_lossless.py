@@ -21,6 +21,8 @@ from dspark_server.engine.step import sampling_batch
 from dspark_server.models.hub import resolve_model
 from dspark_server.speculation.noise import CounterStreams
 
+from .support import SMOLLM2_COSTS
+
 TOKENS = 96
 # As measured for tests/models/test_default_model.py: two or three steps of a bf16 logit near 20.
 TIE = 0.5
@@ -98,7 +100,9 @@ def test_every_token_is_the_targets_own_up_to_ties(
 ) -> None:
     speculative = SpeculativeConfig(method="none") if selection == "none" else SpeculativeConfig(selection=selection)
     values = {"kv_cache_memory_bytes": 256 << 20, "max_model_len": 512} | settings
-    core = EngineCore.load(EngineConfig(model=MODEL, speculative=speculative, check_invariants=True, **values))
+    core = EngineCore.load(
+        EngineConfig(model=MODEL, speculative=speculative, check_invariants=True, **values), SMOLLM2_COSTS
+    )
     outputs = core.generate(prompts, mixed())
     assert [len(output) for output in outputs] == [TOKENS] * len(TEXTS)
     lost = torch.cat([losses(judge, core, p, o, own) for p, o, own in zip(prompts, outputs, mixed(), strict=True)])

@@ -17,21 +17,25 @@ TRITON, REFERENCE = triton_kernels(), load("reference")
 RUNS = [(9, 33), (0, 5), (1, 0), (3, 14)]
 
 
+SHAPES = [
+    (3, 2, 64, torch.float32),
+    (4, 1, 128, torch.bfloat16),
+    (1, 2, 96, torch.float16),
+    (2, 1, 256, torch.bfloat16),
+    (17, 1, 40, torch.float32),
+]
+MASKS = [(True, None, None), (False, None, None), (True, 6, None), (False, 7, 1.5), (True, 1, 0.5)]
+CACHES = [None, torch.float8_e4m3fn]
+
+
 @pytest.mark.parametrize(
-    ("groups", "kv_heads", "size", "dtype"),
-    [
-        (3, 2, 64, torch.float32),
-        (4, 1, 128, torch.bfloat16),
-        (1, 2, 96, torch.float16),
-        (2, 1, 256, torch.bfloat16),
-        (17, 1, 40, torch.float32),
+    ("groups", "kv_heads", "size", "dtype", "causal", "window", "softcap", "cache"),
+    [  # every shape under every mask, and over either cache each of both: all pairs
+        (*shape, *mask, CACHES[(row + column) % 2])
+        for row, shape in enumerate(SHAPES)
+        for column, mask in enumerate(MASKS)
     ],
 )
-@pytest.mark.parametrize(
-    ("causal", "window", "softcap"),
-    [(True, None, None), (False, None, None), (True, 6, None), (False, 7, 1.5), (True, 1, 0.5)],
-)
-@pytest.mark.parametrize("cache", [None, torch.float8_e4m3fn])
 def test_attention(
     groups: int,
     kv_heads: int,

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import json
-import multiprocessing
 import os
 import resource
 import signal
@@ -23,6 +22,8 @@ from typing import Any
 
 import httpx
 
+from tests.processes import CommandLine, processes
+
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "dspark_qwen3_vanilla"
 EXIT_DEAD = 70
 
@@ -38,10 +39,6 @@ def body(seed: int, max_tokens: int = 200, **fields: Any) -> dict[str, Any]:
 def bodies(count: int, max_tokens: int = 200) -> list[dict[str, Any]]:
     """Requests of their own, every other one streamed."""
     return [body(seed, max_tokens, stream=bool(seed % 2)) for seed in range(count)]
-
-
-processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["dspark_server.api.server", "dspark_server.engine.core"])
 
 
 def tiny_engine(**engine: Any) -> Any:
@@ -313,13 +310,17 @@ class Command:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        command = [sys.executable, "-c", "from dspark_server.cli import main; main()", "serve", str(FIXTURE / "target")]
-        command += ["--tokenizer", str(directory / "tokenizer"), "--kv-cache-memory-bytes", "8000000"]
+        command = ["serve", str(FIXTURE / "target"), "--tokenizer", str(directory / "tokenizer")]
+        command += ["--kv-cache-memory-bytes", "8000000", "--speculative-config", '{"method": "none"}']
+        command += ["--port", str(port), *options]
         self.log = directory / "log"
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(
-                [*command, "--port", str(port), *options], env=os.environ | environment, stdout=log, stderr=log
-            )
+        self.process: CommandLine | subprocess.Popen[bytes]
+        if "LD_PRELOAD" in environment:  # read when a program is loaded
+            with self.log.open("w") as log:
+                program = [sys.executable, "-m", "dspark_server", *command]
+                self.process = subprocess.Popen(program, env=os.environ | environment, stdout=log, stderr=log)
+        else:
+            self.process = CommandLine(command, self.log, **environment)
         self.http = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30)
 
     def __enter__(self) -> "Command":

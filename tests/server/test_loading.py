@@ -1,10 +1,7 @@
 """`dspark-server serve` while its model loads: a failpoint makes that last."""
 
-import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +11,7 @@ import httpx
 import pytest
 
 from ..api.fake_engine import build_tokenizer
+from ..processes import CommandLine
 
 TARGET = Path(__file__).parents[1] / "fixtures" / "dspark_qwen3_vanilla" / "target"
 
@@ -26,16 +24,10 @@ class Serve:
             probe.bind(("127.0.0.1", 0))
             self.port = port or probe.getsockname()[1]
         build_tokenizer().save_pretrained(directory / "tokenizer")
-        command = [sys.executable, "-c", "from dspark_server.cli import main; main()", "serve", str(model)]
-        command += ["--tokenizer", str(directory / "tokenizer"), "--kv-cache-memory-bytes", "8000000"]
+        command = ["serve", str(model), "--tokenizer", str(directory / "tokenizer"), "--port", str(self.port)]
+        command += ["--kv-cache-memory-bytes", "8000000", "--speculative-config", '{"method": "none"}']
         self.log = directory / "log"
-        with self.log.open("wb") as output:
-            self.process = subprocess.Popen(
-                [*command, "--port", str(self.port)],
-                env=os.environ | {"DSPARK_FAILPOINTS": fault},
-                stdout=output,
-                stderr=output,
-            )
+        self.process = CommandLine(command, self.log, DSPARK_FAILPOINTS=fault)
         self.http = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=10)
 
     def wait(self, path: str, status: int) -> None:
