@@ -43,7 +43,8 @@ def shares(sizes: Sequence[int], seconds: Floats, size: int) -> Floats:
         return parts
     near = (size - sizes[right - 1]) / (sizes[right] - sizes[right - 1])
     parts[right - 1 : right + 1] = (1 - near) * seconds[right - 1], near * seconds[right]
-    return parts / parts.sum()
+    parts /= parts.sum()
+    return parts
 
 
 def convex_minorant(sizes: Sequence[int], seconds: Sequence[float]) -> Floats:
