@@ -220,8 +220,8 @@ class Feed:
             "counters": counters(self._engine),
             "picture": self.watch.picture,
             "gain": None if stats.gain.ratio is None else round(stats.gain.ratio, 2),
-            "slow": getattr(costs, "slow", False),
-            "slowdown": round(getattr(costs, "slowdown", 1.0), 3),
+            "slow": stats.slow_steps,
+            "slowdown": round(stats.step_slowdown, 3),
             "costs": [] if costs is None else [(tokens, 1e3 * s) for tokens, s in costs.verify_seconds.items()],
         }
         return orjson.dumps(state)[:-1]

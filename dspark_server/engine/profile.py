@@ -231,7 +231,7 @@ def _kept(path: Path, profiler: Profiler) -> Profile | None:
         return kept
     what, now, then = found
     logger.warning(
-        "the kept cost profile is off by a factor of %.1f (%s takes %.4g ms, %.4g ms when it was measured): measuring again",
+        "the kept cost profile is off by a factor of %.1f: %s takes %.4g ms, not %.4g ms as measured; measuring again",
         max(now / then, then / now),
         what,
         1e3 * now,

@@ -235,8 +235,8 @@ def test_it_warns_of_steps_that_the_cost_profile_does_not_explain(
     open_page: Open, server: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def costs_say(slowdown: float, slow: bool) -> None:
-        monkeypatch.setattr(type(server.engine.costs), "slowdown", slowdown, raising=False)
-        monkeypatch.setattr(type(server.engine.costs), "slow", slow, raising=False)
+        monkeypatch.setattr(server.engine.stats, "step_slowdown", slowdown)
+        monkeypatch.setattr(server.engine.stats, "slow_steps", slow)
 
     costs_say(1.0, False)
     page = open_page()
