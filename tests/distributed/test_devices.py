@@ -17,7 +17,7 @@ from dspark_server.engine.core import EngineCore
 from dspark_server.engine.device_executor import DeviceExecutor
 from dspark_server.engine.parallel import LeadingExecutor
 
-from ..engine.support import FIXTURES, greedy, prompts, seeded
+from ..engine.support import FIXTURES, greedy, prompts, seeded, still
 from ..engine.test_device_executor import COSTS, SIZES, sampled
 from ..runtime.twin import TwinDevice, TwinKernels
 from .support import Together
@@ -46,12 +46,12 @@ def executor_of(core: EngineCore) -> DeviceExecutor:
 
 def one_rank(config: EngineConfig) -> EngineCore:
     """An engine on the CPU, which has no graphs."""
-    return EngineCore.load(replace(config, cuda_graph_sizes=()), COSTS, kernels=ReferenceKernels())
+    return EngineCore.load(replace(config, cuda_graph_sizes=()), COSTS, kernels=ReferenceKernels(), clock=still)
 
 
 def load(two: Together, device: TwinDevice, config: EngineConfig, **others: Any) -> AbstractContextManager[EngineCore]:
     """An engine on both ranks, rank 0 on `device`; `others` as in `Together.load`."""
-    return two.core(config, costs=COSTS, device=device, kernels=TwinKernels(), **{"twin": {}} | others)
+    return two.core(config, costs=COSTS, device=device, kernels=TwinKernels(), **{"twin": {}, "clock": still} | others)
 
 
 @pytest.mark.parametrize(

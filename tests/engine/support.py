@@ -15,6 +15,11 @@ HEADS = ("vanilla", "gated", "rnn")
 SMOLLM2_COSTS = Profile((1, 8, 24, 64), (0.02, 0.024, 0.04, 0.08), (1, 8), (2e-3, 4e-3), 0.0, 0.0)
 
 
+def still() -> float:
+    """A clock that stands still, for engines with passed costs: steps teach none, so that drafting repeats."""
+    return 0.0
+
+
 def tiny_core(
     head: str = "vanilla", *, drafter: bool = True, selection: str = "fixed", method: str = "none", **settings: Any
 ) -> EngineCore:

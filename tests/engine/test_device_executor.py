@@ -27,7 +27,7 @@ from dspark_server.speculation.capacity import Profile
 from dspark_server.speculation.history import SurvivalHistory
 
 from ..runtime.twin import TwinDevice, TwinKernels
-from .support import FIXTURES, greedy, prompts, seeded
+from .support import FIXTURES, greedy, prompts, seeded, still
 
 # So slow that what steps really take is an outlier: selection is then the same at every run.
 COSTS = Profile((1, 16, 64), (1e4, 1.1e4, 2e4), (1, 4), (500.0, 700.0), 0.0, 0.0)
@@ -87,6 +87,7 @@ def load(
         device=device,
         kernels=kernels or (TwinKernels() if device else ReferenceKernels()),
         trace=lambda trace: seen.append(Seen.of(trace)),
+        clock=still,
     )
     return core, seen
 
@@ -236,14 +237,11 @@ class Served(NamedTuple):
     seen: list[Seen]
     selection: str
     params: list[SamplingParams]
-    wanted: tuple[list[list[int]], int]
-    steps: list[Seen]
+    wanted: list[Any]
 
 
-def _serve(
-    core: EngineCore, seen: list[Seen], selection: str, params: list[SamplingParams]
-) -> tuple[list[list[int]], int]:
-    """Tokens and number of passes (one that was run ahead in vain is run again); `seen` then holds the steps."""
+def _serve(core: EngineCore, seen: list[Seen], selection: str, params: list[SamplingParams]) -> list[Any]:
+    """Tokens, number of passes (one that was run ahead in vain is run again) and what each step came to."""
     seen.clear()
     core.select(selection)
     core.loop._everyone = SurvivalHistory(memory=POPULATION_MEMORY)
@@ -251,7 +249,7 @@ def _serve(
     passes = executor_of(core).passes
     before = passes.replays
     tokens = core.generate(STALE_PROMPTS[: len(params)], params)
-    return tokens, passes.replays - before
+    return [tokens, passes.replays - before, *seen]
 
 
 @pytest.fixture(scope="module", params=["lagged", "causal", "unsure", "filtered"])
@@ -264,12 +262,12 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     with TwinDevice() as device:
         core, seen = load(device, selection, draft=draft, enable_prefix_caching=False, cuda_graph_sizes=(24,))
         _serve(core, seen, selection, params)
-        wanted, steps = _serve(core, seen, selection, params), list(seen)
-        again = _serve(core, seen, selection, params)
-        assert (again, seen) == (wanted, steps), "the same work twice is not the same: the tests have no force"
-        yield Served(core, seen, selection, params, wanted, steps)
-        again = _serve(core, seen, selection, params)
-        assert (again, seen) == (wanted, steps), "a test left something behind"
+        wanted = _serve(core, seen, selection, params)
+        assert _serve(core, seen, selection, params) == wanted, (
+            "the same work twice is not the same: the tests have no force"
+        )
+        yield Served(core, seen, selection, params, wanted)
+        assert _serve(core, seen, selection, params) == wanted, "a test left something behind"
 
 
 def calibrated(directory: Path) -> Path:
@@ -322,12 +320,7 @@ def test_an_input_that_is_not_refilled_is_found_out(
             before[field] = fresh
         upload(self, values, rows)
 
-    def compare(trace: StepTrace) -> None:
-        served.seen.append(Seen.of(trace))
-        assert served.seen[-1:] == served.steps[len(served.seen) - 1 : len(served.seen)], "found out: no need to go on"
-
     monkeypatch.setattr(Staging, "upload", stale)
-    core.loop.watch(compare)
     try:
         found = _serve(core, served.seen, served.selection, served.params)
     except (AssertionError, RuntimeError, IndexError, ValueError):

@@ -28,6 +28,7 @@ from dspark_server.speculation.sampling import SamplingBatch
 from dspark_server.training.checkpoint import draft_config, export
 from dspark_server.training.config import TrainConfig
 from dspark_server.training.model import DraftModel
+from tests.engine.support import still
 from tests.models.support import save_tiny
 from tests.speculation.test_controls import reference
 
@@ -149,7 +150,7 @@ def load(
         max_num_batched_tokens=64,
         check_invariants=True,
     )
-    return EngineCore.load(config, COSTS, trace=trace)
+    return EngineCore.load(config, COSTS, trace=trace, clock=still)
 
 
 def run(

@@ -9,7 +9,7 @@ from dspark_server.engine.core import EngineCore, load_tokenizer
 from dspark_server.engine.request import SamplingParams
 from dspark_server.models.hub import DEFAULT_MODEL, resolve_model, shipped_drafter
 from dspark_server.speculation.calibration import Calibration
-from tests.engine.support import SMOLLM2_COSTS
+from tests.engine.support import SMOLLM2_COSTS, still
 from tests.models.support import save_tiny
 
 PROMPTS = (
@@ -42,7 +42,7 @@ def test_it_drafts_by_default_and_changes_no_greedy_token() -> None:
     prompts = [tokenizer(text, add_special_tokens=False).input_ids for text in PROMPTS]
     params = SamplingParams(max_tokens=60, temperature=0.0)
     sizes = {"kv_cache_memory_bytes": 128 << 20, "max_model_len": 512, "max_num_seqs": 4, "max_num_batched_tokens": 32}
-    core = EngineCore.load(EngineConfig(**sizes), SMOLLM2_COSTS)
+    core = EngineCore.load(EngineConfig(**sizes), SMOLLM2_COSTS, clock=still)
     outputs = core.generate(prompts, params)
     stats = core.loop.stats
     assert stats.draft_tokens > 0
