@@ -26,6 +26,7 @@ Floats = npt.NDArray[np.float64]
 STALE = 0.02  # a cost that a correction has moved by this share makes the tables anew
 DOUBT = 0.5  # standard deviation of the log of a cost that counts as unknown
 OVERHEAD_GAIN = 0.1  # of a step's overhead in their average
+LONGEST = 1e6  # seconds: no clock has measured more for a step
 
 
 @dataclass(frozen=True)
@@ -230,4 +231,4 @@ class Capacity:
 
 
 def _measured(seconds: float) -> bool:
-    return 0 < seconds < math.inf  # False for NaN
+    return 0 < seconds < LONGEST  # False for NaN

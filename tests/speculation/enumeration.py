@@ -91,8 +91,8 @@ class RatioProblems:
         return cls(world, states, tokens, size, weight, q)
 
     def run(self, rows: Tensor, coins: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
-        """(drafts that stand, token) of production for problems `rows` [m] under coins [m, gamma] and residual
-        uniforms [m]. A token that ends the cycle as it was drafted has stood: what q has too much of is never redrawn.
+        """(accepted drafts, token) of production for problems `rows` [m] under coins [m, gamma] and residual uniforms
+        [m]. A draft token whose own row is broken counts as accepted where it is the last token of the cycle.
         """
         states, tokens, lengths = self.states[rows], self.tokens[rows], self.lengths[rows]
         logits, row_start = self.world.verify_logits(states, tokens, lengths)
@@ -102,7 +102,9 @@ class RatioProblems:
         done = accept(logits, row_start, draft, lengths, self.world.sampling(len(rows)), streams)
         assert not done.failed.any()
         drafted = tokens.gather(1, done.count.clamp(max=gamma - 1).unsqueeze(1)).squeeze(1)
-        return done.count + ((done.count < lengths) & (done.token == drafted)), done.token
+        own_row = torch.tensor(row_start[:-1]) + (done.count + 1).clamp(max=lengths)
+        broken = (done.count < lengths) & ~logits[own_row].max(-1).values.isfinite()
+        return done.count + (broken & (done.token == drafted)), done.token
 
     def acceptance(self) -> Tensor:
         """[n, gamma]: the chance that token k + 1 stands, given that those before it do."""
