@@ -3,9 +3,11 @@
 from dataclasses import dataclass
 
 import pytest
+import torch
 
 from dspark_server.engine import threads
 from dspark_server.engine.threads import ThreadCount
+from tests.engine.support import greedy, prompts, tiny_core
 
 
 @dataclass
@@ -85,3 +87,32 @@ def test_a_new_limit_ends_a_trial() -> None:
     assert machine.run(count, threads.WINDOW + 1) == [4, 2]
     machine.processors, machine.share = 1, 0.0
     assert machine.run(count, 60) == [2, 1]
+
+
+def test_the_engine_computes_with_as_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a number of its own from the environment; a limit that changes between steps changes no token."""
+    before = torch.get_num_threads()
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert tiny_core().threads is None
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    try:
+        torch.set_num_threads(3)
+        core, machine = tiny_core(), Machine(3, dict.fromkeys((1, 2, 3), 1.0))
+        assert core.threads is not None and core.threads.count <= 3
+        expected = core.generate(prompts(3), greedy(12))
+        core.threads = machine.count()
+        for request in (core.new_request(prompt, greedy(12), nonce=0) for prompt in prompts(3)):
+            core.batcher.add(request)
+        made: dict[int, list[int]] = {}
+        seen = set()
+        while core.loop.has_work:
+            for output in core.loop.step():
+                made.setdefault(output.request.prompt_length, []).extend(output.tokens)
+            machine.now += threads.LOOK + 0.1
+            machine.processors = 1 + machine.processors % 3
+            core.follow_processors()
+            seen.add(torch.get_num_threads())
+        assert seen == {1, 2, 3}
+        assert sorted(made.values()) == sorted(expected)
+    finally:
+        torch.set_num_threads(before)
