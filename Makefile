@@ -48,7 +48,7 @@ serve: $(STAMP)
 # A file's tests stay on one worker, each with one thread: see tests/conftest.py.
 test: $(DEV)
 	@$(BIN)/dspark-server pull
-	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder --durations=40 $(ARGS)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=40 $(ARGS)
 
 CLIENTS := build/clients
 

@@ -35,11 +35,6 @@ def _rank(path: str) -> int:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For `--dist loadgroup`: a file's tests run on one worker, where its fixtures are, the longest files first."""
-    if not WORKER:
-        return
-    paths = {item: item.path.relative_to(HERE).as_posix() for item in items}
-    items.sort(key=lambda item: _rank(paths[item]))
-    for item, path in paths.items():
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(path))
+    """The longest files first; with `--dist loadfile` a file's tests run on one worker, where its fixtures are."""
+    if WORKER:
+        items.sort(key=lambda item: _rank(item.path.relative_to(HERE).as_posix()))
