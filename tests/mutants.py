@@ -59,10 +59,10 @@ LOSSLESS = (
          "p = torch.softmax(mine.logits[mine.start[active] + slot], -1)",
          "tests/speculation/test_losslessness.py::test_ratio_rule_has_the_targets_joint_law"),
     _one("retrospective search over this step's survivals", SELECTION,
-         "return admit(survival.tolist(), limits, load.sampling, seconds.room(load, self._floor), seconds).lengths",
+         "lengths = admit(survival.tolist(), limits, load.sampling, seconds.room(load, self._floor), seconds).lengths",
          "every = (ranked := Ranked.of(survival, limits)).values\n"
          "        bumpy = seconds.upto(len(every)) * [1 + count % 2 for count in range(len(every) + 1)]\n"
-         "        return ranked.first(best_count(every, bumpy, load))",
+         "        lengths = ranked.first(best_count(every, bumpy, load))",
          "tests/speculation/test_selection.py::test_whether_a_token_is_kept_does_not_depend_on_it_or_on_later_ones"),
     _one("prefix cut at a forbidden token", STEP, "        lengths = self._selection.lengths(survival, usable,",
          "        usable = [next((k for k, x in enumerate(row[:limit]) if x in r.stop_ids), limit)\n"

@@ -223,7 +223,14 @@ def test_padding_never_reaches_a_row_that_is_read() -> None:
 
 
 # They come and go, so that every input changes from step to step; and their prompts repeat themselves.
-STALE = [sampled(0.05, 14), sampled(0.7, 14), greedy(3), sampled(0.5, 12), sampled(0.1, 12), sampled(0.9, 10)]
+STALE = [
+    sampled(0.05, 14),
+    sampled(0.7, 14),
+    greedy(3),
+    sampled(0.5, 12, max_draft_tokens=0),
+    sampled(0.1, 12),
+    sampled(0.9, 10),
+]
 STALE_FILTERED = [sampled(0.05, 14), sampled(0.7, 14, top_k=3), greedy(3), sampled(0.5, 12), sampled(0.1, 12),
                   sampled(0.9, 10, top_p=0.6), sampled(1.5, 9, min_p=0.2), sampled(1.2, 7, top_k=2)]  # fmt: skip
 STALE_PROMPTS = [

@@ -82,11 +82,12 @@ def judge(model: torch.nn.Module, sequence: list[int], prompt_length: int) -> Te
 
 def test_greedy_text_is_transformers_own_up_to_ties(default_model: Path, conversations: list[list[int]]) -> None:
     decoder = Decoder.load(default_model, torch.bfloat16, load("native"), max_model_len=512)
-    sequences = generate(decoder, conversations)
-    for dtype in (torch.bfloat16, torch.float32):
+    texts = list(zip(generate(decoder, conversations), conversations, strict=True))
+    # transformers' products in bfloat16 take minutes where the processor has none: a fifth of the texts for them.
+    for dtype, judged in ((torch.bfloat16, texts[::5]), (torch.float32, texts)):
         reference = AutoModelForCausalLM.from_pretrained(default_model, dtype=dtype)
-        gaps = torch.cat([judge(reference, s, len(p)) for s, p in zip(sequences, conversations, strict=True)])
-        assert len(gaps) == len(PROMPTS) * NEW_TOKENS
+        gaps = torch.cat([judge(reference, sequence, len(prompt)) for sequence, prompt in judged])
+        assert len(gaps) == len(judged) * NEW_TOKENS
         disagreements, largest = int((gaps > 0).sum()), gaps.max().item()
         print(f"{dtype}: {disagreements} of {len(gaps)} tokens differ, the largest gap is {largest:.3f}")
         assert largest <= NEAR_TIE
