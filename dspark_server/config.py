@@ -1,4 +1,4 @@
-"""What the engine is told at start. The command line, a file and the environment fill it; everything below reads it."""
+"""The engine's settings. The command line, a file and the environment set them; everything below reads them."""
 
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ UTILIZATION = 0.9  # of a GPU's memory, as in vLLM
 
 @dataclass(frozen=True)
 class SpeculativeConfig:
-    """`--speculative-config`: which drafter, and which policy chooses what the target verifies."""
+    """`--speculative-config`: the drafter, and the selection policy."""
 
     method: str = setting(
         "auto",
@@ -187,7 +187,7 @@ class EngineConfig:
             )
 
     def check_device(self, device: str | None) -> None:
-        """Raise ConfigError for settings that the device (None: the CPU) does not have."""
+        """Raise ConfigError for settings that the device (None: the CPU) does not support."""
         if device is not None:
             return
         if self.gpu_memory_utilization is not None:

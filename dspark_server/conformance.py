@@ -2,8 +2,8 @@
 
 A folder holds `target/`, `draft/` and `expected.safetensors`: caseC.prompt [T], then per round R the anchor, its
 position, draft_hidden [gamma, D], base_logits, draft_logits and target_logits (the last with gamma + 1 rows) [., V],
-confidence_logits [gamma], draft_tokens [gamma], the forced `accepted` and what was `committed`; caseC.sequence, the
-prompt and all that followed it.
+confidence_logits [gamma], draft_tokens [gamma], the forced `accepted` and the `committed` tokens; caseC.sequence, the
+prompt and all committed tokens.
 """
 
 import math
@@ -32,7 +32,7 @@ TOLERANCE = 1e-4  # absolute, float32
 
 @dataclass
 class Report:
-    """Largest absolute error per kind of tensor, and every exact thing that differed."""
+    """Largest absolute error per kind of tensor, and every difference in exact values."""
 
     largest: dict[str, float] = field(default_factory=dict)
     mismatches: list[str] = field(default_factory=list)
@@ -40,7 +40,7 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        """All numbers within TOLERANCE, all tokens equal, something compared. A NaN is out of bounds."""
+        """Whether all numbers are within TOLERANCE, all tokens equal, and something was compared. A NaN fails."""
         return self.rounds > 0 and not self.mismatches and all(e <= TOLERANCE for e in self.largest.values())
 
     def close(self, kind: str, where: str, ours: Tensor | None, theirs: Tensor) -> None:
@@ -51,7 +51,7 @@ class Report:
             return
         error = (ours.double() - theirs.double()).abs().max().item()
         previous = self.largest.get(kind, 0.0)
-        # Once a NaN, always a NaN: no comparison with one may let it be forgotten.
+        # A NaN must stay: comparisons with it are false, so a later error would replace it.
         self.largest[kind] = previous if math.isnan(previous) or error <= previous else error
 
     def equal(self, where: str, ours: list[int], theirs: Tensor) -> None:
@@ -61,7 +61,7 @@ class Report:
 
 
 class _Forced:
-    """Acceptance that keeps as many drafts as it is told, then takes the target's arg max."""
+    """Acceptance that accepts a given number of draft tokens, then takes the target's arg max."""
 
     def __init__(self) -> None:
         self.counts: Iterator[int] = iter(())
@@ -78,7 +78,7 @@ class _Forced:
 
 
 def replay(directory: Path, progress: Callable[[str], None] = lambda line: None) -> Report:
-    """Replay every case of the folder; CheckpointError if it is not such a folder."""
+    """Replay every case of the folder. Raises CheckpointError if it is not such a folder."""
     path = directory / "expected.safetensors"
     try:
         expected = load_file(path)

@@ -1,4 +1,4 @@
-"""The errors a user can meet. Each is raised where the fact is known and turned into HTTP in api/errors.py."""
+"""The errors that a user can see. Each is raised where its cause is known and turned into HTTP in api/errors.py."""
 
 
 class DSparkServerError(Exception):
@@ -16,7 +16,7 @@ class CheckpointError(DSparkServerError):
 class RequestError(DSparkServerError):
     """A request cannot be served as written (HTTP 400, or `status`).
 
-    `param` names the offending field of the request body, if one is to blame.
+    `param` names the field of the request body at fault, if there is one.
     """
 
     def __init__(self, message: str, *, param: str | None = None, status: int = 400, code: str | None = None) -> None:
@@ -35,7 +35,7 @@ class CapacityError(DSparkServerError):
 
 
 class LimitError(DSparkServerError):
-    """A client has used up what it may use (HTTP 429 with Retry-After, in seconds)."""
+    """A client has reached one of its limits (HTTP 429 with Retry-After, in seconds)."""
 
     def __init__(self, message: str, *, retry_after: int = 1) -> None:
         super().__init__(message)
@@ -43,7 +43,7 @@ class LimitError(DSparkServerError):
 
 
 class DeadlineError(DSparkServerError):
-    """A request took longer than the server gives one (HTTP 504)."""
+    """A request took longer than its time limit (HTTP 504)."""
 
 
 class EngineDeadError(DSparkServerError):

@@ -3,7 +3,7 @@
     failpoints.hit("step.verify")                     may raise, sleep, hang or kill the process
     logits = failpoints.passed("target.logits", logits)   may also put NaN or inf into a tensor's rows
 
-They are armed by `arm` (tests) or, in a process of its own, by the environment: `DSPARK_FAILPOINTS` holds
+They are armed by `arm` (tests) or, in a separate process, by the environment: `DSPARK_FAILPOINTS` holds
 `NAME=ACTION[:ARGUMENT][*TIMES][@AFTER]`, separated by semicolons. TIMES hits fire (default: all) after AFTER have
 passed. No request, header or route can arm one.
 
@@ -25,7 +25,7 @@ from dspark_server.errors import CapacityError, ConfigError
 
 VARIABLE = "DSPARK_FAILPOINTS"
 
-# Every point there is, and where it lies; `arm` refuses others, and a test looks for each in the sources.
+# All points, and where they lie; `arm` refuses others, and a test looks for each in the sources.
 POINTS = {
     "engine.load": "before a model is read",
     "engine.thread": "step thread, outside a step",
@@ -48,12 +48,12 @@ T = TypeVar("T")
 
 
 class ThreadDeath(BaseException):
-    """No `except Exception` stops it."""
+    """Ends a thread: `except Exception` does not catch it."""
 
 
 @dataclass
 class Fault:
-    """What an armed point does: the `times` hits that follow the first `after`."""
+    """Action of an armed point: it fires at the `times` hits after the first `after`."""
 
     action: str
     argument: str = ""
@@ -89,7 +89,7 @@ class Fault:
 
     @property
     def due(self) -> bool:
-        """Count a hit; whether this one fires."""
+        """Count a hit and return whether it fires."""
         self.hits += 1
         return self.hits > self.after and (self.times is None or self.hits <= self.after + self.times)
 
@@ -104,12 +104,12 @@ def hit(name: str) -> None:
 
 
 def passed(name: str, value: T) -> T:
-    """`value`, or a damaged copy if the point is armed; it may also fail as `hit` does."""
+    """Return `value`, or a damaged copy if the point is armed; it may also fail as `hit` does."""
     return value if _armed is None else _damaged(name, value)
 
 
 def arm(faults: Mapping[str, str]) -> None:
-    """Arm exactly these points, by name. Raises ConfigError for an unknown one or a fault that cannot be read."""
+    """Arm exactly these points, by name. Raises ConfigError for an unknown point or a fault that cannot be read."""
     global _armed
     for name in faults:
         if name not in POINTS:
@@ -118,13 +118,13 @@ def arm(faults: Mapping[str, str]) -> None:
 
 
 def disarm() -> None:
-    """Back to no faults; what hangs goes on."""
+    """Disarm all points; hanging threads go on."""
     arm({})
 
 
 @contextmanager
 def armed(**faults: str) -> Iterator[None]:
-    """Points armed for the length of a block, their dots written as underscores (step_verify="raise:MemoryError")."""
+    """Arm points for a block; their dots are written as underscores (step_verify="raise:MemoryError")."""
     names = {name.replace(".", "_"): name for name in POINTS}
     arm({names.get(name, name): text for name, text in faults.items()})
     try:
@@ -134,7 +134,7 @@ def armed(**faults: str) -> Iterator[None]:
 
 
 def arm_from_environment(environment: Mapping[str, str] = os.environ) -> tuple[str, ...]:
-    """Arm what DSPARK_FAILPOINTS says; the names armed. Raises ConfigError."""
+    """Arm the points in DSPARK_FAILPOINTS and return their names. Raises ConfigError."""
     entries = [entry.strip() for entry in environment.get(VARIABLE, "").split(";") if entry.strip()]
     faults = {name.strip(): text.strip() for name, _, text in (entry.partition("=") for entry in entries)}
     arm(faults)

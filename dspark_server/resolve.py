@@ -1,4 +1,4 @@
-"""Where settings come from: command line over environment (DSPARK_...) over configuration file over defaults."""
+"""Resolves settings: command line over environment (DSPARK_...) over configuration file over defaults."""
 
 import os
 import re
@@ -13,7 +13,7 @@ from dspark_server.settings import Option, options, read_object, suggest, unders
 PREFIX = "DSPARK_"
 DEFAULT = "default"
 CONFIG_VARIABLE = "DSPARK_CONFIG"
-# Variables that are not settings of a server but of the machine it runs on, and what they do.
+# Variables that belong to the machine rather than to a server, and their meaning.
 OTHER_VARIABLES = {
     CONFIG_VARIABLE: "The configuration file, if `--config` is not given.",
     "DSPARK_CACHE_DIR": "Keeps converted models, built kernels, profiles; default `~/.cache/dspark-server`.",
@@ -22,8 +22,8 @@ OTHER_VARIABLES = {
     "DSPARK_LINEAR": "Which matrix product bfloat16 weights get: `auto`, `native`, `onednn` or `plain`.",
 }
 
-# What Kubernetes adds to every container for each Service of its namespace (unless enableServiceLinks is false). One
-# whose name begins with "dspark" must not look like settings of ours.
+# Variables that Kubernetes adds to every container for each Service of its namespace (unless enableServiceLinks is
+# false). Those of a Service whose name begins with "dspark" must not look like settings of ours.
 _SERVICE_LINK = re.compile(r"_SERVICE_(HOST|PORT(_\w+)?)$|_PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?$")
 _LINK_VALUE = re.compile(r"(tcp|udp|sctp)://")
 
@@ -32,9 +32,9 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Resolved:
-    """A value in force and who said so: "default", "command line", "environment NAME" or "file PATH".
+    """A value in force and its source: "default", "command line", "environment NAME" or "file PATH".
 
-    `keys` are those that the source gave of a mapping; the others are defaults.
+    `keys` are the keys of a mapping that the source gave; the others are defaults.
     """
 
     value: Any
@@ -49,7 +49,7 @@ class Resolution:
         self.settings = settings
 
     def __str__(self) -> str:
-        """What is not a default, for the log."""
+        """Settings that are not defaults, for the log."""
         given = [
             f"{option.name}={option.show(resolved.value)} ({resolved.source})"
             for option, resolved in self.settings.items()
@@ -58,7 +58,7 @@ class Resolution:
         return ", ".join(given) or "defaults"
 
     def make(self, cls: type[T], **changes: Any) -> T:
-        """An instance of a dataclass of settings. Raises ConfigError for values that do not go together."""
+        """Return an instance of a dataclass of settings. Raises ConfigError for conflicting values."""
         by_name = {option.name: resolved.value for option, resolved in self.settings.items()}
         return cls(**({option.field: by_name[option.name] for option in options(cls)} | changes))
 
@@ -69,9 +69,9 @@ def resolve(
     environment: Mapping[str, str] = os.environ,
     file: Path | None = None,
 ) -> Resolution:
-    """The value of every known option. `command_line` holds what was given there, by key (underscores).
+    """Return the value of every known option. `command_line` holds the given flags, by key (underscores).
 
-    Raises ConfigError for a key or variable that is not known, a value that cannot be read, and a damaged file.
+    Raises ConfigError for an unknown key or variable, a value that cannot be read, and a damaged file.
     """
     _refuse_unknown_variables(known, environment)
     if file is None and environment.get(CONFIG_VARIABLE):
@@ -106,7 +106,7 @@ def _is_service_link(name: str, value: str) -> bool:
 
 
 def _read_file(path: Path, known: Sequence[Option]) -> dict[str, Any]:
-    """What a YAML file says, by option key."""
+    """Return the content of a YAML file by option key."""
     content = load_yaml(path)
     if content is None:
         return {}
@@ -127,11 +127,11 @@ def _read_file(path: Path, known: Sequence[Option]) -> dict[str, Any]:
 
 
 def load_yaml(path: Path) -> Any:
-    """The content of a YAML file. Raises ConfigError if it cannot be read, or a mapping has a key twice."""
+    """Return the content of a YAML file. Raises ConfigError if it cannot be read, or a mapping has a key twice."""
     import yaml
 
     class Loader(yaml.SafeLoader):  # type: ignore[misc]
-        """PyYAML lets the last of equal keys win without a word."""
+        """Refuses equal keys in a mapping, of which PyYAML silently takes the last."""
 
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
             seen = set()
@@ -149,7 +149,7 @@ def load_yaml(path: Path) -> Any:
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from None
     except yaml.MarkedYAMLError as error:
-        # Without PyYAML's excerpt: the line may hold a key that is secret.
+        # Without PyYAML's excerpt: the line may hold a secret key.
         mark = error.problem_mark
         where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
         raise ConfigError(f"{path} is not valid YAML: {error.problem}{where}.") from None

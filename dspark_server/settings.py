@@ -1,4 +1,4 @@
-"""Settings as data: a dataclass field that also says what it means, where it belongs and what it may be.
+"""Settings as data: dataclass fields with a description, a group and the allowed values.
 
 Flags, the configuration file, the environment, `dspark-server config` and docs/configuration.md are all derived from
 these fields, so that a new setting is one line in its dataclass. Nothing here is slow to import: `--help` reads it.
@@ -51,7 +51,7 @@ class Option:
 
     @property
     def key(self) -> str:
-        """The name with underscores: how configuration files may write it, and Python does."""
+        """The name with underscores, as in Python; configuration files may use it too."""
         return underscored(self.name)
 
     @property
@@ -66,7 +66,7 @@ class Option:
 
     @property
     def is_mapping(self) -> bool:
-        """Whether the value is a dataclass of settings of its own, written as a JSON object or a YAML mapping."""
+        """Whether the value is a nested dataclass of settings, written as a JSON object or a YAML mapping."""
         return dataclasses.is_dataclass(self.kind)
 
     def show(self, value: Any) -> str:
@@ -80,7 +80,7 @@ class Option:
         return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
     def read(self, value: Any, where: str) -> Any:
-        """A value as text (command line, environment) or as YAML has it, converted and checked.
+        """Convert and check a value from text (command line, environment) or from YAML.
 
         Raises ConfigError naming `where` it was written.
         """
@@ -114,7 +114,7 @@ class Option:
         return tuple(numbers)
 
     def check(self, value: Any, where: str) -> None:
-        """Raise ConfigError if the value, of the right type, is out of bounds; of a tuple, each of its values."""
+        """Raise ConfigError if the value, of the right type, is out of bounds; each of a tuple's is checked."""
         if isinstance(value, tuple):
             for each in value:
                 self.check(each, where)
@@ -142,7 +142,7 @@ class Option:
 
 
 def options(cls: type[Any]) -> tuple[Option, ...]:
-    """The settings of a dataclass: its fields made by `setting`. The others are internal."""
+    """Return the settings of a dataclass: its fields made by `setting`. The others are internal."""
     found = []
     for field in dataclasses.fields(cls):
         if "group" in field.metadata:
@@ -160,9 +160,9 @@ def check(instance: Any, prefix: str = "--") -> None:
 
 
 def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
-    """An instance of a dataclass of settings from a mapping with the fields' names.
+    """Return an instance of a dataclass of settings from a mapping with the fields' names.
 
-    Raises ConfigError for keys that are not known and values of the wrong type.
+    Raises ConfigError for unknown keys and values of the wrong type.
     """
     known = {option.field: option for option in options(cls)}
     read: dict[str, Any] = {}
@@ -175,12 +175,12 @@ def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
 
 
 def underscored(name: object) -> str:
-    """A key of a file as Python writes it; both spellings are accepted."""
+    """Return a file's key in Python's spelling; both spellings are accepted."""
     return str(name).replace("-", "_")
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
-    """` Did you mean X?` if a known word is close to this one, else nothing."""
+    """Return ` Did you mean X?` if a known word is close to this one, else ""."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f" Did you mean {close[0]}?" if close else ""
 
@@ -194,8 +194,8 @@ def _without_none(kind: Any) -> tuple[Any, bool]:
 
 
 def _convert(kind: Any, value: Any) -> Any:
-    """The value as `kind`, or None. Text is read generously (yes, on, 1), other values strictly (no 1.5 as 1)."""
-    from pydantic import TypeAdapter, ValidationError  # a tenth of a second, which --help can do without
+    """Convert the value to `kind`, or None. Text is read leniently (yes, on, 1), all else strictly (no 1.5 as 1)."""
+    from pydantic import TypeAdapter, ValidationError  # takes a tenth of a second, which --help can do without
 
     if isinstance(value, str) and kind is str:
         return value
@@ -209,7 +209,7 @@ def _convert(kind: Any, value: Any) -> Any:
 
 
 def read_object(value: Any, where: str) -> Mapping[str, Any]:
-    """A JSON object, or a mapping as it is. Raises ConfigError for anything else."""
+    """Return a JSON object, or a mapping as it is. Raises ConfigError for anything else."""
     if isinstance(value, str):
         try:
             value = json.loads(value)

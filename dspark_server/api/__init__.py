@@ -1,7 +1,7 @@
-"""The HTTP edge: OpenAI's completions API over the engine's front door.
+"""The HTTP API: OpenAI's completions API on top of the engine.
 
-`create_app` builds the ASGI application, `serve` runs it under uvicorn until SIGTERM. Both are imported when they are
-first asked for: they bring torch, and the command line reads `ServerSettings` for `--help`.
+`create_app` builds the ASGI application, `serve` runs it under uvicorn until SIGTERM. Both are imported on first use:
+they import torch, and the command line reads `ServerSettings` for `--help`.
 """
 
 from typing import TYPE_CHECKING, Any

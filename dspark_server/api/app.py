@@ -1,4 +1,4 @@
-"""The ASGI application: routes, and what they need of the engine."""
+"""The ASGI application: its routes and what they share."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -28,7 +28,7 @@ from dspark_server.errors import RequestError
 
 
 def create_app(engine: AsyncEngine, settings: ServerSettings | None = None) -> FastAPI:
-    """The application over an engine, to be started before it serves."""
+    """Return the application for an engine, which must be started before the application serves."""
     settings = settings or ServerSettings()
     metrics = Metrics(engine)
     intake = Intake(engine, metrics, settings)
@@ -57,7 +57,7 @@ def create_app(engine: AsyncEngine, settings: ServerSettings | None = None) -> F
 
 
 def bare_app(settings: ServerSettings, **options: Any) -> FastAPI:
-    """What every application of ours has before its routes: the edge, and errors as OpenAI's objects."""
+    """Return an application without routes: the edge middleware, and errors as OpenAI's error objects."""
     app = FastAPI(
         title="dspark-server", version=__version__, redirect_slashes=False, docs_url=None, redoc_url=None, **options
     )
@@ -67,7 +67,7 @@ def bare_app(settings: ServerSettings, **options: Any) -> FastAPI:
 
 
 def _docs_page(app: FastAPI) -> Callable[[], Awaitable[Response]]:
-    """Not FastAPI's own, which loads Swagger UI from the net."""
+    """Return the handler of /docs. FastAPI's own page loads Swagger UI from the internet."""
     policy = PAGE_HEADERS["Content-Security-Policy"].replace("'self'", "'none'", 1)
     headers = PAGE_HEADERS | {"Content-Security-Policy": f"{policy}; img-src data:; style-src 'unsafe-inline'"}
 
@@ -84,7 +84,7 @@ def _docs_page(app: FastAPI) -> Callable[[], Awaitable[Response]]:
 def _add_post(
     app: FastAPI, path: str, about: str, endpoint: Callable[[Request], Awaitable[Response]], **bodies: type[Body]
 ) -> None:
-    """A route whose body is one of `bodies`, each under the name of the field it cannot do without."""
+    """Add a POST route whose body is one of `bodies`, each keyed by the name of its required field."""
     schemas = [body_schema(kind, required) for required, kind in bodies.items()]
     schema = schemas[0] if len(schemas) == 1 else {"anyOf": schemas}
     extra = {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
@@ -156,5 +156,5 @@ def _add_models(app: FastAPI, engine: AsyncEngine) -> None:
 
 
 def json_response(value: dict[str, Any], status: int = 200) -> Response:
-    """A JSON object as an answer."""
+    """Return a response with a JSON object."""
     return Response(orjson.dumps(value), status, media_type="application/json")

@@ -1,4 +1,4 @@
-"""The dashboard's background load: n requests kept running inside the server, never at a client's expense."""
+"""The dashboard's background load: a number of requests kept running in the server, which give way to clients."""
 
 import asyncio
 import itertools
@@ -18,16 +18,16 @@ logger = logging.getLogger(__name__)
 
 SHORTEST, LONGEST = 64, 192  # tokens of an answer
 TEMPERATURE = 0.7
-RETRY_AFTER = 0.25  # seconds until a request that found no place tries again
-ENOUGH = 0.5  # share of the KV cache that may be in use when another request starts
+RETRY_AFTER = 0.25  # seconds until a refused request is tried again
+ENOUGH = 0.5  # share of the KV cache in use above which no further request starts
 
 
 class BackgroundLoad:
     """A closed loop of `wanted` users with prompts of one domain.
 
-    A client's request counts more than one of these: they have the last priority, one starts only while fewer than
-    `limit` (max_num_seqs) requests are in flight and half of the KV cache is free, and `make_room`, called often,
-    aborts those in a client's way.
+    Clients' requests come first: background requests have the lowest priority, one starts only while fewer than `limit`
+    (max_num_seqs) requests are in flight and half of the KV cache is free, and `make_room`, called often, aborts those
+    that a client waits for.
     """
 
     def __init__(self, engine: AsyncEngine, prompting: Prompting, limit: int) -> None:
@@ -42,16 +42,16 @@ class BackgroundLoad:
 
     @property
     def wanted(self) -> int:
-        """Requests that are kept running."""
+        """Number of requests to keep running."""
         return len(self._users)
 
     @property
     def running(self) -> int:
-        """Requests in flight now."""
+        """Number of requests in flight."""
         return len(self._running)
 
     def set(self, requests: int, domain: str) -> None:
-        """Keep so many running. Fewer than before: the youngest end at once. Another domain counts from the next on."""
+        """Keep this many running; surplus ones end at once, youngest first. Later requests are of the new domain."""
         self.domain = domain
         while len(self._users) > requests:
             self._users.pop().cancel()
@@ -59,11 +59,11 @@ class BackgroundLoad:
             self._users.append(asyncio.create_task(self._user()))
 
     def stop(self) -> None:
-        """End all of it."""
+        """End all background requests."""
         self.set(0, self.domain)
 
     def make_room(self) -> None:
-        """Abort the youngest requests for clients that would else wait for a place, or for blocks, behind them."""
+        """Abort the youngest requests if clients would otherwise wait for a place or for blocks."""
         stats = self._engine.stats
         excess = self._engine.in_flight - self.limit
         if stats.waiting and stats.kv_usage > ENOUGH and self._engine.in_flight > self.running:
@@ -75,7 +75,7 @@ class BackgroundLoad:
             self._users[place] = asyncio.create_task(self._user())
 
     async def _user(self) -> None:
-        """One request after another."""
+        """Send one request after another."""
         task = asyncio.current_task()
         assert task is not None
         while True:
@@ -84,7 +84,7 @@ class BackgroundLoad:
                 continue
             try:
                 await self._request(task)
-            except DSparkServerError as error:  # full, draining or dead; the dashboard ends the load in the end
+            except DSparkServerError as error:  # full, draining or dead; the dashboard ends the load eventually
                 logger.debug("a background request was refused: %s", error)
                 await asyncio.sleep(RETRY_AFTER)
             except Exception:

@@ -1,4 +1,4 @@
-"""POST /v1/chat/completions: messages become a prompt by the chat template; from there on it is a completion."""
+"""POST /v1/chat/completions: the chat template turns messages into a prompt; the rest is as for a completion."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +24,7 @@ class Chat:
     async def create(self, request: Request) -> Response:
         """Serve one request.
 
-        Raises RequestError, CapacityError or EngineDeadError; once the response is made it reports failures itself.
+        Raises RequestError, CapacityError or EngineDeadError; the response, once made, reports failures itself.
         """
         intake = self._intake
         asked = await intake.receive(request, ChatRequest, "chatcmpl")
@@ -53,7 +53,7 @@ class Chat:
 
 @contextmanager
 def _own_names(body: ChatRequest) -> Iterator[None]:
-    """Errors blame the fields of this endpoint: the engine knows a completion's."""
+    """Rename the fields in errors to this endpoint's: the engine names those of completions."""
     try:
         yield
     except RequestError as error:

@@ -1,4 +1,4 @@
-"""The body of a chat completion: a conversation, which a chat template renders, and how to answer it."""
+"""The body of a chat completion: a conversation, which a chat template renders, and the options of its answer."""
 
 from typing import Annotated, Any, ClassVar
 
@@ -15,12 +15,12 @@ MAX_TOOL_CALLS = 128  # of one message
 MAX_NAME = 256  # characters of a name or an id
 MAX_TEMPLATE_KWARGS = 64
 
-# Names that a template gets from the conversation itself, or that are no business of a request.
+# Template variables that are set from the conversation itself, or that a request must not set.
 RESERVED = frozenset(
     {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "chat_template", "tokenize"}
 )
 
-# Kinds of a message's parts that are text, and the field that has it; the last two as in OpenAI's Responses API.
+# Types of message parts that hold text, and the field with the text; the last two as in OpenAI's Responses API.
 TEXT_PARTS = {"text": "text", "refusal": "refusal", "input_text": "text", "output_text": "text"}
 
 TEXT_OR_PARTS: dict[str, Any] = {
@@ -92,18 +92,18 @@ class Conversation(Body):
 
     @property
     def shown_tools(self) -> list[dict[str, Any]] | None:
-        """The tools that the model sees: with `tool_choice: "none"` it sees none."""
+        """The tools that the model sees; none with `tool_choice: "none"`."""
         return None if self.tool_choice == "none" else self.tools or None
 
     def turns(self) -> list[dict[str, Any]]:
-        """The messages as a template takes them: plain dicts, content as one string, arguments of calls as objects.
+        """The messages for a template: plain dicts, content as one string, arguments of calls as objects.
 
-        Raises RequestError for what is no text, and for a turn that says nothing.
+        Raises RequestError for content that is not text, and for an empty turn.
         """
         return [_turn(message, f"messages.{index}") for index, message in enumerate(self.messages)]
 
     def check_conversation(self) -> None:
-        """Rules beyond types, all but those of `turns`. Raises RequestError."""
+        """Check the rules beyond types, except those of `turns`. Raises RequestError."""
         if self.chat_template is not None:
             raise RequestError(
                 "`chat_template` is refused in requests: a template is a program. Start the server with "
@@ -171,19 +171,19 @@ class ChatRequest(Conversation, GenerationRequest):
 
     @property
     def wanted_logprobs(self) -> int | None:
-        """See the base."""
+        """See the base class."""
         return self.top_logprobs if self.logprobs else None
 
     @property
     def limit(self) -> tuple[str, int | None]:
-        """Most tokens of the answer, the smaller of both fields, and the field that says so."""
+        """Name and value of the field that limits the answer's tokens: the smaller of both."""
         most, older = self.max_completion_tokens, self.max_tokens
         if older is not None and (most is None or older < most):
             return "max_tokens", older
         return "max_completion_tokens", most
 
     def check(self) -> None:
-        """See the base."""
+        """See the base class."""
         super().check()
         self.check_conversation()
         if self.top_logprobs and not self.logprobs:
@@ -218,7 +218,7 @@ def _turn(message: Message, place: str) -> dict[str, Any]:
 
 
 def _text(content: Any, place: str) -> str:
-    """Text of a message; several parts stand on lines of their own (as in vLLM)."""
+    """Text of a message; several parts are joined by line ends (as in vLLM)."""
     if content is None:
         return ""
     if isinstance(content, str):
@@ -248,7 +248,7 @@ def _text(content: Any, place: str) -> str:
 
 
 def _call(call: dict[str, Any], place: str) -> dict[str, Any]:
-    """A tool call that the assistant made. OpenAI has its arguments as JSON text, templates want the object."""
+    """Convert a tool call of the assistant: OpenAI sends its arguments as JSON text, templates take an object."""
     function = call.get("function")
     if (
         not isinstance(function, dict)

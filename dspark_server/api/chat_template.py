@@ -1,4 +1,4 @@
-"""From a conversation to a prompt: the checkpoint's chat template, run in Jinja's sandbox as transformers runs it.
+"""Renders a conversation to a prompt: the checkpoint's chat template, run in Jinja's sandbox as transformers runs it.
 
 A template comes with a checkpoint or from the operator (`--chat-template`), never from a request.
 """
@@ -22,7 +22,7 @@ from dspark_server.errors import ConfigError, RequestError
 logger = logging.getLogger(__name__)
 
 MAX_PROMPT = 32 << 20  # characters
-LONGEST_REASON = 300  # characters of a template's own message that a client gets to see
+LONGEST_REASON = 300  # characters of a template's own error message shown to a client
 
 NO_TEMPLATE = (
     "This model has no chat template. Use /v1/completions, or start the server with one: --chat-template FILE (Jinja)."
@@ -30,7 +30,7 @@ NO_TEMPLATE = (
 
 
 class ChatTemplate:
-    """The chat template of one model: a text, or one by purpose ("default", "tool_use"). Safe to share by threads."""
+    """The chat template of one model: one text, or one per purpose ("default", "tool_use"). Thread-safe."""
 
     def __init__(self, source: str | dict[str, str] | None, special_tokens: dict[str, str] | None = None) -> None:
         """Raises jinja2.TemplateSyntaxError."""
@@ -40,10 +40,10 @@ class ChatTemplate:
 
     @classmethod
     def load(cls, tokenizer: Any, path: str | None) -> "ChatTemplate":
-        """The template in a file, or else the tokenizer's.
+        """Load the template from a file, or else the tokenizer's.
 
-        Raises ConfigError if the file cannot be used. A checkpoint's template that cannot is logged and left out: the
-        model can do without.
+        Raises ConfigError if the file cannot be used. An unusable template of a checkpoint is logged and left out: the
+        model works without one.
         """
         special_tokens = dict(tokenizer.special_tokens_map)
         if path is not None:
@@ -61,15 +61,15 @@ class ChatTemplate:
 
     @property
     def exists(self) -> bool:
-        """Whether there is one that plain messages can be rendered by."""
+        """Whether there is a template for plain messages."""
         return "default" in self._templates
 
     async def render(self, conversation: Conversation) -> str:
-        """The prompt of a conversation, made off the event loop. Raises RequestError, with the template's own words."""
+        """Render a conversation's prompt, off the event loop. Raises RequestError with the template's own message."""
         return await asyncio.to_thread(self.render_now, conversation)
 
     def render_now(self, conversation: Conversation) -> str:
-        """The same, at once."""
+        """Render the prompt on the calling thread."""
         turns, tools = conversation.turns(), conversation.shown_tools
         template = self._templates.get("tool_use") if tools else None
         template = template or self._templates.get("default")
@@ -102,17 +102,17 @@ class _Template:
         environment = _environment()
         self._variables = meta.find_undeclared_variables(environment.parse(source))
         self._template = environment.from_string(source)
-        self.knows_developers = "developer" in source  # others have their instructions as OpenAI's older "system"
+        self.knows_developers = "developer" in source  # else developer messages become OpenAI's older "system"
 
     def warn_unused(self, given: list[str]) -> None:
-        """Log what a request says to the template in vain."""
+        """Log the variables of a request that the template does not use."""
         unused = [name for name in given if name not in self._variables]
         if unused:
             shown = ", ".join(repr(name[:40]) for name in unused[:8])
             logger.warning("the chat template does not use %s", shown)
 
     def render(self, variables: dict[str, Any]) -> str:
-        """Its text. Raises RequestError if the template refuses, fails, or writes too much."""
+        """Return the rendered text. Raises RequestError if the template refuses, fails, or writes too much."""
         pieces, size = [], 0
         try:
             for piece in self._template.generate(variables):
@@ -120,7 +120,7 @@ class _Template:
                 size += len(piece)
                 if size > MAX_PROMPT:
                     break
-        except Exception as error:  # whatever a template can do to data it was not written for
+        except Exception as error:  # a template may raise anything on data it was not written for
             reason = str(error)[:LONGEST_REASON] or type(error).__name__
             raise RequestError(
                 f"The chat template cannot render these messages: {reason}",
@@ -137,7 +137,7 @@ class _Template:
 
 
 def _cut_at(mark: str, prompt: str) -> str:
-    """The prompt up to the mark; where the template strips messages, without the space before it either."""
+    """Return the prompt up to the mark, and without the space before it if the template strips messages."""
     place = prompt.rfind(mark.strip())
     if place < 0:
         raise RequestError(
@@ -149,7 +149,7 @@ def _cut_at(mark: str, prompt: str) -> str:
 
 
 class _GenerationTag(Extension):
-    """`{% generation %}…{% endgeneration %}` marks the assistant's own text for trainers; here it is text as any."""
+    """`{% generation %}…{% endgeneration %}` marks the assistant's own text for trainers; here it is ordinary text."""
 
     tags = {"generation"}  # noqa: RUF012 (as in the base)
 
@@ -159,7 +159,7 @@ class _GenerationTag(Extension):
 
 
 def _environment() -> ImmutableSandboxedEnvironment:
-    """What checkpoints' templates are written for."""
+    """Return the Jinja environment that checkpoints' templates are written for."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols]
     )

@@ -1,4 +1,4 @@
-"""POST /v1/completions: from a body to choices in the engine, to the response that reads them."""
+"""POST /v1/completions: reads a body, submits choices to the engine, and returns the response that reads them."""
 
 import asyncio
 
@@ -21,7 +21,7 @@ class Completions:
     async def create(self, request: Request) -> Response:
         """Serve one request.
 
-        Raises RequestError, CapacityError or EngineDeadError; once the response is made it reports failures itself.
+        Raises RequestError, CapacityError or EngineDeadError; the response, once made, reports failures itself.
         """
         intake = self._intake
         asked = await intake.receive(request, CompletionRequest, "cmpl")
@@ -45,7 +45,7 @@ class Completions:
             await intake.submit(asked, params, prompts, reservation, choices=body.candidates)
 
     async def _prompt(self, given: str | list[int], body: CompletionRequest) -> Prompt:
-        """Its tokens, and the text a choice begins with: the prompt as given, or its ids as text."""
+        """Return a prompt's tokens and the text that a choice begins with: the prompt as given, or its ids as text."""
         tokens = given
         if isinstance(tokens, str):
             tokens = await self._intake.encode(tokens, body, add_special_tokens=body.add_special_tokens)

@@ -1,7 +1,8 @@
 """The dashboard: a static page at /, the feed it reads, and its controls.
 
-No control can change an answer: they are the policy (all are lossless) and a background load that gives way to clients.
-The routes exist only with `--dashboard`. PAGES need no key (they contain nothing of the server); /dashboard/ needs one.
+No control can change an answer: one sets the policy (all are lossless), one a background load that gives way to
+clients. The routes exist only with `--dashboard`. PAGES need no key (they contain no data of the server); /dashboard/
+needs one.
 """
 
 import itertools
@@ -88,7 +89,7 @@ class Dashboard:
         self._numbers = itertools.count(1)
 
     def add_to(self, app: FastAPI) -> None:
-        """Add the page and its routes, none of which is part of the API in /openapi.json."""
+        """Add the page and its routes; /openapi.json has none of them."""
         for path, (name, kind) in PAGES.items():
             app.add_api_route(path, _page(name, kind), methods=["GET", "HEAD"], include_in_schema=False)
         app.add_api_route("/dashboard/feed", self.feed, methods=["GET"], include_in_schema=False)
@@ -123,7 +124,7 @@ class Dashboard:
             if viewer.own is own:
                 viewer.own = None
             raise
-        if viewer.own is not own or viewer.over:  # stopped, or its viewer left, while it was encoded
+        if viewer.own is not own or viewer.over:  # stopped, or its viewer left, during encoding
             own.generation.close()
             self._feed.watch.unfollow(request_id)
         return _json({"number": own.number})
@@ -212,7 +213,7 @@ class Dashboard:
         return viewer
 
     async def _read(self, request: Request, kind: type[T]) -> T:
-        # Forms cannot send this type, so pages of other sites cannot use these routes behind their visitor's back.
+        # HTML forms cannot send this type, so pages of other sites cannot use these routes through a visitor's browser.
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise RequestError("The body must be sent as content-type application/json.", status=415)
         text = await self._intake.read(request)

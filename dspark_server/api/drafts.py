@@ -1,34 +1,34 @@
-"""What became of one request's drafts, as vLLM reports it: `metrics.speculative_decoding` of an answer."""
+"""Draft statistics of one request as vLLM reports them: `metrics.speculative_decoding` of an answer."""
 
 from typing import Any
 
-MAX_STEPS = 4096  # of which the detailed lists tell each; the histograms count all
+MAX_STEPS = 4096  # steps listed in detail; the histograms count all
 
 
 class DraftRecord:
     """Counts of one choice's verified drafts.
 
-    `longest` is the most tokens a draft can have here. Memory grows with it, and with `detailed` up to MAX_STEPS.
+    `longest` is the largest number of tokens in a draft. Memory grows with it, and with `detailed` up to MAX_STEPS.
     """
 
     __slots__ = ("_by_length", "_longest", "_steps")
 
     def __init__(self, longest: int, *, detailed: bool = False) -> None:
         self._longest = longest
-        self._by_length: dict[int, list[int]] = {}  # drafts of a length, by how many of their tokens were accepted
+        self._by_length: dict[int, list[int]] = {}  # by draft length: number of drafts by accepted tokens
         self._steps: list[tuple[int, int]] | None = [] if detailed else None
 
     def add(self, drafted: int, accepted: int) -> None:
-        """Count a step that verified `drafted` > 0 draft tokens and kept the first `accepted` of them."""
+        """Count a step that verified `drafted` > 0 draft tokens and accepted the first `accepted` of them."""
         self._by_length.setdefault(drafted, [0] * (drafted + 1))[accepted] += 1
         if self._steps is not None and len(self._steps) < MAX_STEPS:
             self._steps.append((drafted, accepted))
 
     def figures(self) -> dict[str, Any]:
-        """The figures under vLLM's names, for JSON.
+        """Return the figures under vLLM's names, for JSON.
 
-        Steps without a draft count nowhere, and the token that every step adds of its own only in
-        `mean_acceptance_length`.
+        Steps without a draft are not counted. The bonus or correction token of a step counts in
+        `mean_acceptance_length` only.
         """
         histogram = [0] * (self._longest + 1)
         for counts in self._by_length.values():

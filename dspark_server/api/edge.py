@@ -1,4 +1,4 @@
-"""The outermost layer: request ids, keys and their limits, caps on what is read, no exception past it. Plain ASGI."""
+"""The outermost layer, plain ASGI: request ids, API keys and their limits, size limits, errors as responses."""
 
 import ipaddress
 import logging
@@ -19,8 +19,8 @@ from dspark_server.logcontext import concerned
 
 logger = logging.getLogger(__name__)
 
-REQUEST_ID = "dspark_server.request_id"  # where the scope has it
-MOST_BODIES = 16  # of the largest size, at once: what clients send while it is read has a bound for all together
+REQUEST_ID = "dspark_server.request_id"  # key in the scope
+MOST_BODIES = 16  # of the largest size, read at once: limits the memory of all bodies together
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 
 
@@ -52,7 +52,7 @@ class Edge:
             await send(message)
 
         async def counted() -> Message:
-            """`receive` for a body whose length nobody announced, or announced wrongly."""
+            """Count the bytes of a body: its Content-Length may be absent or wrong."""
             nonlocal reading
             message = await receive()
             if message["type"] == "http.request":
@@ -76,7 +76,7 @@ class Edge:
             return
         except Exception as error:
             if started:
-                raise  # uvicorn logs it and cuts the connection, which is all that can be done
+                raise  # the response has begun: uvicorn logs the error and closes the connection
             await error_response(error)(scope, receive, send_with_id)
         finally:
             self._reading -= reading
@@ -96,11 +96,11 @@ class Edge:
 
 
 def _check_origin(scope: Scope, listening: str) -> None:
-    """Without API keys: no page of another site may use the browser of somebody who can reach this server.
+    """Without API keys, refuse requests that a page of another site sends through a user's browser.
 
-    Raises RequestError (403). Browsers send Origin with whatever a page posts. Our own page is known by its Host, but
-    not on a server that listens for this machine alone: there a foreign name that points at us (DNS rebinding) is an
-    attack, elsewhere it is how the server is reached.
+    Raises RequestError (403). Browsers send Origin with every POST of a page. Our own page is recognised by its Host,
+    except on a server that listens on loopback only: there a foreign name that resolves to us is an attack (DNS
+    rebinding), elsewhere names are how the server is reached.
     """
     headers = dict(scope["headers"])
     if b"origin" not in headers:
@@ -128,7 +128,7 @@ def _is_address(host: str) -> bool:
 
 
 def _request_id(scope: Scope) -> bytes:
-    """The client's X-Request-Id if it is one printable word, else a new one."""
+    """Return the client's X-Request-Id if it is one printable word, else a new one."""
     for name, value in scope["headers"]:
         if name == b"x-request-id":
             if _REQUEST_ID.fullmatch(value):

@@ -1,6 +1,6 @@
 """Errors as HTTP: one place turns exceptions into OpenAI's error objects.
 
-`{"error": {"message", "type", "param", "code"}}`, bounded, never the request's own content, never a traceback.
+`{"error": {"message", "type", "param", "code"}}`, of limited length, without content of the request or a traceback.
 """
 
 import logging
@@ -26,7 +26,7 @@ _TYPES = {
 
 
 def error_object(status: int, message: str, *, param: str | None = None, code: str | None = None) -> dict[str, Any]:
-    """The error object of a status."""
+    """Return the error object for a status."""
     if len(message) > LONGEST_MESSAGE:
         message = message[:LONGEST_MESSAGE] + " ..."
     kind = _TYPES.get(status, "invalid_request_error")
@@ -34,7 +34,7 @@ def error_object(status: int, message: str, *, param: str | None = None, code: s
 
 
 def describe(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
-    """Status, error object and extra headers of an exception; one that nobody expected is logged and says nothing."""
+    """Return status, error object and extra headers of an exception; unexpected ones are logged, not shown."""
     if isinstance(error, RequestError):
         headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else {}
         return error.status, error_object(error.status, str(error), param=error.param, code=error.code), headers
@@ -57,17 +57,17 @@ def describe(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
 
 
 class GenerationError(Exception):
-    """The engine gave a request up; its message is meant for the client."""
+    """The engine gave up a request; the message is for the client."""
 
 
 def error_response(error: Exception) -> Response:
-    """The HTTP answer to an exception."""
+    """Return the HTTP response for an exception."""
     status, body, headers = describe(error)
     return Response(orjson.dumps(body), status, headers, media_type="application/json")
 
 
 def install(app: FastAPI) -> None:
-    """Make every exception that leaves a route an error object."""
+    """Turn every exception that leaves a route into an error object."""
 
     async def handle(request: Request, error: Exception) -> Response:
         return error_response(explained(request, error) if isinstance(error, HTTPException) else error)

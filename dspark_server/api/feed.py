@@ -1,9 +1,9 @@
-"""The dashboard's stream of server-sent events: the state of the engine, ten times a second at most.
+"""The dashboard's stream of server-sent events: the state of the engine, at most ten times a second.
 
 A viewer gets `hello` first, then states. A state has the counters of /metrics, the newest step's picture, the cost
-table, the gain of drafts, and the tokens of the viewer's own prompt. Prompts and answers of all others are never shown,
-only their lengths, probabilities and counts. A viewer who reads slowly gets fewer states, each with all new text of the
-own prompt and the newest of its blocks.
+table, the gain of drafts, and the tokens of the viewer's own prompt. Prompts and answers of others are never shown,
+only their lengths, probabilities and counts. A slow reader gets fewer states, each with all new text of the own prompt
+and the newest of its blocks.
 """
 
 import asyncio
@@ -56,11 +56,11 @@ class OwnPrompt:
 
     @property
     def has_news(self) -> bool:
-        """There are blocks, or an end, that no state has had yet."""
+        """Whether blocks or the end have not been sent yet."""
         return bool(self._blocks) or (self.finish_reason is not None and not self._told_end)
 
     def news(self) -> dict[str, Any]:
-        """All new text, and the newest blocks."""
+        """Return all new text and the newest blocks."""
         finish_reason = self.finish_reason  # read before the blocks: the last of them is there by then
         taken = [self._blocks.popleft() for _ in range(len(self._blocks))]
         now = monotonic()
@@ -89,7 +89,7 @@ class OwnPrompt:
 
 
 def _described(block: Block, prompting: Prompting) -> dict[str, Any]:
-    """A block with its texts. `own` is the target's own token: the bonus or the correction."""
+    """Describe a block with its texts. `own` is the target's own token: the bonus token or the correction."""
     own = block.committed[block.accepted] if len(block.committed) > block.accepted else None
     return {
         "draft": [
@@ -104,7 +104,7 @@ def _described(block: Block, prompting: Prompting) -> dict[str, Any]:
 
 
 class Viewer:
-    """One open feed. Its id is a secret: whoever has it may start a prompt and read its tokens here."""
+    """One open feed. Its id is a secret: with it a client may start a prompt and read its tokens here."""
 
     def __init__(self) -> None:
         self.id = secrets.token_urlsafe(16)
@@ -113,7 +113,7 @@ class Viewer:
         self._news = asyncio.Event()
 
     def wake(self) -> None:
-        """There may be something to send."""
+        """Report that there may be something to send."""
         self._news.set()
 
     async def wait(self) -> None:
@@ -125,7 +125,7 @@ class Viewer:
 class Feed:
     """All viewers of one engine. Without viewers the engine does no work for it.
 
-    `state` gives the rest of a state; `tick` is called ten times a second, `on_leave` when a viewer has left.
+    `state` gives the other fields of a state; `tick` is called ten times a second, `on_leave` when a viewer has left.
     """
 
     def __init__(
@@ -148,7 +148,7 @@ class Feed:
         self._ticker: asyncio.Task[None] | None = None
 
     def open(self) -> Viewer:
-        """A new viewer.
+        """Add a viewer.
 
         Raises CapacityError when too many are open, EngineDeadError when the engine has stopped.
         """
@@ -167,7 +167,7 @@ class Feed:
         return viewer
 
     def close(self, viewer: Viewer) -> None:
-        """The viewer has left. After the last one the engine is no longer observed."""
+        """Remove a viewer that left. After the last one the engine is no longer observed."""
         if self.viewers.pop(viewer.id, None) is None:
             return
         viewer.over = True
@@ -179,11 +179,11 @@ class Feed:
             self._engine.watch(None)
 
     def hello(self, viewer: Viewer) -> bytes:
-        """The first event."""
+        """Return the first event."""
         return b"event: hello\ndata: " + orjson.dumps({"feed": viewer.id, **self._hello()}) + b"\n\n"
 
     def message(self, viewer: Viewer) -> bytes:
-        """One state for one viewer."""
+        """Return one state for one viewer."""
         own = b"null"
         if viewer.own is not None:
             own = orjson.dumps(viewer.own.news())
@@ -199,7 +199,7 @@ class Feed:
             self._tick()
             health = self._engine.health()
             if health == "dead" or (health == "draining" and self._engine.in_flight == 0):
-                for viewer in self.viewers.values():  # an open stream would hold the server's end up
+                for viewer in self.viewers.values():  # an open stream would delay the server's shutdown
                     viewer.over = True
             self.latest = self._latest()
             changed = self.latest != told or monotonic() - at >= QUIET_INTERVAL
@@ -228,7 +228,7 @@ class Feed:
 
 
 def counters(engine: AsyncEngine) -> dict[str, Any]:
-    """The counters of /metrics since the server's start; `budgets[b]` counts requests with b tokens verified."""
+    """Return the counters of /metrics since the server's start; `budgets[b]` counts requests with b tokens verified."""
     stats = engine.stats
     budgets = dict(stats.budgets)
     return {

@@ -1,8 +1,8 @@
 """A request being generated: its choices, between the engine's callbacks and the response that reads them.
 
 The engine calls `Choice.on_tokens` on the event loop, once per step. Text is decoded there at once, so that a stop
-string ends the choice in the engine even while its reader stalls, and what a slow reader has not taken is merged.
-One wake-up of the response serves all choices that got text in the same step.
+string ends the choice in the engine even if its reader stalls; text that a slow reader has not taken is merged. One
+wake-up of the response serves all choices that got text in the same step.
 """
 
 import asyncio
@@ -29,7 +29,7 @@ _FAILED = (FinishReason.ABORT, FinishReason.ERROR)
 
 
 class Choice:
-    """One choice: its text so far not taken, its counts, and how it ended."""
+    """One choice: its text not sent yet, its counts, and its finish reason."""
 
     __slots__ = (
         "_arrival",
@@ -81,7 +81,7 @@ class Choice:
         self._text = text
         self._stop_token_ids = stop_token_ids
         self._drop_stop_token = drop_stop_token
-        self._scores_prompt = scores_prompt  # or has it from the first choice for the same prompt
+        self._scores_prompt = scores_prompt  # else it uses the scores of the first choice for the prompt
         self.index = index
         self.prompt = prompt
         self.handle: Handle | None = None
@@ -91,10 +91,10 @@ class Choice:
         self.pending_tokens: list[int] = []
         self.pending_logprobs: list[TokenLogprob] = []  # of tokens not sent yet
         self.prompt_logprobs: list[TokenLogprob | None] | None = None
-        self.siblings: list[Choice] = []  # of the first choice for a prompt: the others for it
+        self.siblings: list[Choice] = []  # in the first choice for a prompt: the other choices for it
         self.cumulative_logprob = 0.0
         self.decoder: TokenDecoder | None = None  # of the tokens whose log-probabilities have been sent
-        self.text_offset = 0  # characters of theirs
+        self.text_offset = 0  # number of characters of these tokens
         self.completion_tokens = 0
         self.cached_tokens = 0
         self.drafts = generation.draft_record()
@@ -103,23 +103,23 @@ class Choice:
 
     @property
     def has_news(self) -> bool:
-        """There is something to send: text, but an echo only together with the first of it, or the end."""
+        """Whether there is something to send: text or the end. An echo waits for the first generated token."""
         if self.finish_reason in _FAILED:
             return False  # the request ends with an error instead
         if self._scores_prompt and self.prompt_logprobs is None:
-            return False  # they come first
+            return False  # the prompt's scores are sent first
         if self.finish_reason is not None:
             return not self.finish_sent
         return self.pending_text != "" and self.completion_tokens > 0
 
     def on_tokens(self, event: TokenEvent) -> None:
-        """Take what one engine step gave. Never raises: a failure here ends this request and no other."""
+        """Take the tokens of one engine step. Never raises: a failure here ends this request only."""
         if self.finish_reason is not None:
             return  # ended here by a stop string, or already failed
         try:
             self._take(event)
         except Exception:
-            concerned.set(self._generation.concerned)  # the engine calls in a context of its own
+            concerned.set(self._generation.concerned)  # the engine calls in its own context
             logger.exception("turning tokens into text failed")
             self._generation.fail("The output could not be turned into text.")
 
@@ -188,14 +188,14 @@ class Choice:
         )
 
     def abandon(self) -> None:
-        """The request is over before this choice is (its client left, or another choice failed)."""
-        if self.finish_reason is None and self.handle is not None:  # one that was never admitted is not counted
+        """End this choice because its request is over (the client left, or another choice failed)."""
+        if self.finish_reason is None and self.handle is not None:  # a choice that was never admitted is not counted
             self._end(FinishReason.ABORT)
             self._generation.abort(self)
 
 
 class Generation:
-    """The choices of one HTTP request and the one waiter for news of them."""
+    """The choices of one HTTP request and the one task that waits for their news."""
 
     def __init__(
         self, engine: AsyncEngine, metrics: Metrics, arrival: float, *, wants_tokens: bool = False, tenant: str = ""
@@ -205,10 +205,10 @@ class Generation:
         self._news = False
         self.metrics = metrics
         self.arrival = arrival  # monotonic seconds
-        self.tenant = tenant  # whose it is
-        self.concerned = concerned.get()  # what log lines about it say
+        self.tenant = tenant  # the API key's
+        self.concerned = concerned.get()  # request ids for its log lines
         self.wants_tokens = wants_tokens
-        self.draft_figures = "none"  # or "summary" or "detailed": what the answer says of its drafts
+        self.draft_figures = "none"  # "none", "summary" or "detailed": draft statistics in the answer
         self.choices: list[Choice] = []
         self.open = 0  # choices not yet ended
         self.failure: str | None = None  # why the whole request failed
@@ -221,7 +221,7 @@ class Generation:
         self.open += 1
 
     def draft_record(self) -> DraftRecord | None:
-        """A record for a new choice; None when nobody asked, or when nothing is ever drafted."""
+        """Return a record for a new choice; None if the request asked for none, or nothing is ever drafted."""
         longest = len(self._engine.stats.accepted_per_position)
         if self.draft_figures == "none" or longest == 0:
             return None
@@ -229,7 +229,7 @@ class Generation:
 
     @property
     def figures(self) -> dict[str, Any]:
-        """What the answer says besides choices and usage: {} or {"metrics": ...}.
+        """Fields of the answer besides choices and usage: {} or {"metrics": ...}.
 
         As in vLLM the figures describe one sequence, and are null for an answer with several choices.
         """
@@ -240,35 +240,35 @@ class Generation:
 
     @property
     def over(self) -> bool:
-        """Nothing more will come."""
+        """Whether nothing more will come."""
         return self.open == 0 or self.failure is not None or self.disconnected
 
     def wake(self) -> None:
-        """There is something to send."""
+        """Report that there is something to send."""
         self._news = True
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
     async def wait(self) -> None:
-        """Until there is news; all that came since the last call counts as one."""
+        """Wait for news; all news since the last call count as one."""
         if not self._news:
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
         self._news = False
 
     async def wait_over(self) -> None:
-        """Until nothing more will come."""
+        """Wait until nothing more will come."""
         while not self.over:
             await self.wait()
 
     def fail(self, message: str, cause: DSparkServerError | None = None) -> None:
-        """The request cannot go on. Other choices end in `close`: this may run inside an engine callback."""
+        """Mark the request as failed. Other choices end in `close`: this may run inside an engine callback."""
         if self.failure is None:
             self.failure, self.cause = message, cause
         self.wake()
 
     def disconnect(self) -> None:
-        """The client is gone: let go of everything at once."""
+        """Release everything at once: the client has left."""
         self.disconnected = True
         self.close()
         self.wake()
@@ -280,7 +280,7 @@ class Generation:
 
     @contextmanager
     def closed_on_failure(self) -> Iterator[None]:
-        """For the time in which choices are submitted: a request that fails then leaves none behind."""
+        """Close the request if the block, which submits its choices, raises: no choice is left behind."""
         try:
             yield
         except BaseException:
@@ -288,6 +288,6 @@ class Generation:
             raise
 
     def close(self) -> None:
-        """End what is still running; idempotent."""
+        """End all choices that still run; idempotent."""
         for choice in self.choices:
             choice.abandon()

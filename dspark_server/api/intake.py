@@ -1,4 +1,4 @@
-"""What completions and chat have in common before there is an answer: read, check, tokenize, submit."""
+"""Steps that completions and chat share before the answer: read, check, tokenize, submit."""
 
 import asyncio
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ B = TypeVar("B", bound=GenerationRequest)
 
 @dataclass(frozen=True)
 class Asked(Generic[B]):
-    """A request that was read and checked. `likely_tokens`: about how many its prompts have."""
+    """A request that was read and checked. `likely_tokens`: estimated number of its prompt tokens."""
 
     body: B
     generation: Generation
@@ -37,14 +37,14 @@ class Asked(Generic[B]):
 
 @dataclass(frozen=True)
 class Prompt:
-    """What the target reads, and what the answer's text begins with (the prompt's own, if it is to be echoed)."""
+    """The prompt's tokens, and the text that the answer begins with (the prompt's own, if it is echoed)."""
 
     tokens: list[int]
     echo: str = ""
 
 
 class Intake:
-    """The way of a request into one engine."""
+    """Takes requests for one engine."""
 
     def __init__(self, engine: AsyncEngine, metrics: Metrics, settings: ServerSettings) -> None:
         self.engine = engine
@@ -55,18 +55,18 @@ class Intake:
 
     @property
     def detokenizer(self) -> Detokenizer:
-        """Built when it is first needed; `warm_up` does so before the first request."""
+        """The detokenizer, built on first use; `warm_up` builds it before the first request."""
         if self._detokenizer is None:
             self._detokenizer = Detokenizer(self.engine.tokenizer)
         return self._detokenizer
 
     def warm_up(self) -> None:
-        """Build what the first request would pay for, and others with it: the token table, the compiler of forms."""
+        """Build the token table and the grammar compiler, so that no request has to wait for them."""
         assert self.detokenizer
         self._forms.warm_up()
 
     async def read(self, request: Request) -> bytes:
-        """The body. Raises RequestError (408) if it does not arrive in time."""
+        """Read the body. Raises RequestError (408) if it does not arrive in time."""
         try:
             async with asyncio.timeout(self.settings.body_timeout):
                 return await request.body()
@@ -74,23 +74,23 @@ class Intake:
             raise RequestError("The body took too long to arrive.", status=408) from None
 
     def generation(self, request: Request, arrival: float, *, wants_tokens: bool) -> Generation:
-        """An empty one for a request that arrived at `arrival` (monotonic seconds), on its tenant's account."""
+        """Return an empty generation for a tenant's request that arrived at `arrival` (monotonic seconds)."""
         tenant = request.state.tenant
         return Generation(self.engine, self.metrics, arrival, wants_tokens=wants_tokens, tenant=tenant)
 
     async def receive(self, request: Request, kind: type[B], prefix: str) -> Asked[B]:
-        """Read and check a body; its answer's id begins with `prefix`. Raises RequestError."""
+        """Read and check a body; the answer's id begins with `prefix`. Raises RequestError."""
         arrival = monotonic()
         content = await self.read(request)
         body = parse(content, kind)
         self.check(body)
         generation = self.generation(request, arrival, wants_tokens=body.return_token_ids)
-        # `submit` counts the tokens, but a place is taken before.
+        # An estimate: a place is reserved before `submit` counts the tokens.
         likely = len(content) // BYTES_PER_TOKEN
         return Asked(body, generation, f"{prefix}-{body.request_id or request.scope[REQUEST_ID]}", likely)
 
     def check_model(self, name: str | None) -> None:
-        """Raise RequestError (404) for a model that is not served; None is the one that is."""
+        """Raise RequestError (404) for a model that is not served; None stands for the served one."""
         if name is not None and name != self.engine.model_name:
             raise RequestError(
                 f"This server does not have that model; it serves {self.engine.model_name!r}.",
@@ -100,7 +100,7 @@ class Intake:
             )
 
     def check(self, body: GenerationRequest) -> None:
-        """What needs no tokenizer. Raises RequestError."""
+        """Check the rules that need no tokenizer. Raises RequestError."""
         engine = self.engine
         self.check_model(body.model)
         for name in ("stop_token_ids", "allowed_token_ids"):
@@ -115,7 +115,7 @@ class Intake:
             )
 
     async def encode(self, text: str, body: GenerationRequest, *, add_special_tokens: bool) -> list[int]:
-        """Tokens of a prompt. Of one that cannot fit only what may be kept is read: tokenizing 30 MB takes a minute.
+        """Tokenize a prompt. If it cannot fit, only the part that may be kept is tokenized: 30 MB take a minute.
 
         Raises RequestError if it cannot fit and must not be cut.
         """
@@ -131,7 +131,7 @@ class Intake:
         return await engine.encode(text[-most:], add_special_tokens=add_special_tokens)
 
     def cut(self, tokens: list[int], body: GenerationRequest, answer: int) -> list[int]:
-        """The last `truncate_prompt_tokens` of a prompt; -1: as many as leave room for `answer` tokens."""
+        """Return the last `truncate_prompt_tokens` of a prompt; -1: as many as leave room for `answer` tokens."""
         keep = body.truncate_prompt_tokens
         if keep is None:
             return tokens
@@ -140,7 +140,7 @@ class Intake:
         return tokens[-(max(1, self.engine.room(answer)) if keep == -1 else keep) :]
 
     async def params(self, body: GenerationRequest, max_tokens: int, tenant: str) -> SamplingParams:
-        """Everything the engine must know of how to sample. Raises RequestError."""
+        """Return the engine's sampling parameters. Raises RequestError."""
         params = body.sampling(max_tokens)
         if any(not 0 <= token < self.engine.vocab_size for token, _ in params.logit_bias):
             raise RequestError(
@@ -153,7 +153,7 @@ class Intake:
         return params if grammar is None else replace(params, grammar=grammar)
 
     async def _bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
-        """Each word as tokens, as it stands and after a space: tokenizers write these differently (as in vLLM)."""
+        """Tokenize each word as written and after a space: tokenizers encode these differently (as in vLLM)."""
         spellings: dict[tuple[int, ...], None] = {}
         for word in words:
             for text in (word, " " + word.lstrip()):
@@ -171,10 +171,10 @@ class Intake:
         *,
         choices: int,
     ) -> None:
-        """Hand `choices` choices for each prompt to the engine. Raises RequestError for what can never be served.
+        """Submit `choices` choices for each prompt. Raises RequestError for requests that can never be served.
 
-        The first choice for a prompt has the prompt scored, for its siblings too. The event loop gets a turn between
-        two prompts, not between the choices for one: all of them must be there when its scores arrive.
+        The first choice for a prompt has the prompt scored, for its siblings too. The event loop runs between two
+        prompts, not between the choices for one: all of them must exist when its scores arrive.
         """
         body, generation = asked.body, asked.generation
         generation.draft_figures = self.settings.per_request_spec_decode_metrics

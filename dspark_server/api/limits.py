@@ -1,4 +1,4 @@
-"""What one API key may use: requests at once, and requests per minute. Beyond, 429 with Retry-After."""
+"""Limits of one API key: concurrent requests, and requests per minute. Beyond, 429 with Retry-After."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -9,7 +9,7 @@ from dspark_server.errors import LimitError
 
 
 class TokenBucket:
-    """`per_minute` requests a minute on average, as many at once after a quiet minute."""
+    """Allows `per_minute` requests a minute on average, and as many at once after a quiet minute."""
 
     def __init__(self, per_minute: int, clock: Callable[[], float]) -> None:
         self._per_minute = per_minute
@@ -18,7 +18,7 @@ class TokenBucket:
         self._seen = clock()
 
     def take(self) -> float:
-        """Take a request: 0.0, or, taking nothing, the seconds until there is one."""
+        """Take a request and return 0.0; if none is left, return the seconds until there is one."""
         now = self._clock()
         self._left = min(self._per_minute, self._left + (now - self._seen) * self._per_minute / 60)
         self._seen = now
@@ -29,7 +29,7 @@ class TokenBucket:
 
 
 class KeyLimits:
-    """Both limits for every tenant; None: none. Without API keys all clients are one tenant."""
+    """Both limits for every tenant; None: no limit. Without API keys all clients are one tenant."""
 
     def __init__(
         self, max_concurrent: int | None, per_minute: int | None, *, clock: Callable[[], float] = monotonic
@@ -42,7 +42,7 @@ class KeyLimits:
 
     @contextmanager
     def admit(self, tenant: str) -> Iterator[None]:
-        """Count a request while it runs. Raises LimitError for one too many."""
+        """Count a request while it runs. Raises LimitError if it exceeds a limit."""
         running = self._running.get(tenant, 0)
         if self._max_concurrent is not None and running >= self._max_concurrent:
             raise LimitError(f"This API key has {running} requests running, the most it may have.")

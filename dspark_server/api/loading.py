@@ -1,6 +1,6 @@
-"""What is answered while the model loads: every route of the application to come with 503, but for liveness.
+"""The application while the model loads: 503 for every route of the final application, except liveness.
 
-Keys and limits apply as later, and what will be no path is none now.
+Keys and limits apply, and unknown paths are unknown, as in the final application.
 """
 
 from fastapi import FastAPI, Request, Response
@@ -37,18 +37,18 @@ DASHBOARD_ROUTES: dict[str, tuple[str, ...]] = {
 
 
 class Door:
-    """An ASGI application that stands for another, which may be replaced while it serves."""
+    """An ASGI application that forwards to another, which may be replaced while it serves."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request by the application of the moment."""
+        """Serve one request with the current application."""
         await self.app(scope, receive, send)
 
 
 def create_loading_app(settings: ServerSettings) -> FastAPI:
-    """The application of a server that has no model yet."""
+    """Return the application of a server whose model is not loaded yet."""
     app = bare_app(settings, openapi_url=None)
     app.add_api_route("/live", _live, methods=["GET"])
     app.add_api_route("/health", _health, methods=["GET"])

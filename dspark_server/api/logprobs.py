@@ -12,7 +12,7 @@ LOWEST = -9999.0  # JSON has no -inf
 
 
 class Logprobs:
-    """Renders what a request asked for. `count`: alternatives for each token of the answer, None if not asked for."""
+    """Renders the requested log-probabilities. `count`: alternatives per token of the answer, None if not requested."""
 
     def __init__(self, detokenizer: Detokenizer, body: GenerationRequest, count: int | None) -> None:
         self._detokenizer = detokenizer
@@ -20,15 +20,15 @@ class Logprobs:
         self._prompt_count = body.prompt_logprobs
         self._as_ids = body.return_tokens_as_token_ids
         self._skip_special_tokens = body.skip_special_tokens
-        self._scores: list[TokenLogprob | None] | None = None  # of the prompt rendered last, which choices share
+        self._scores: list[TokenLogprob | None] | None = None  # of the prompt rendered last; choices share them
         self._rendered: list[dict[str, Any] | None] = []
 
     def take(self, choice: Choice) -> dict[str, Any] | None:
-        """The log-probabilities of the tokens that are new."""
+        """Return the log-probabilities of the new tokens."""
         raise NotImplementedError
 
     def of_prompt(self, choice: Choice) -> list[dict[str, Any] | None] | None:
-        """vLLM's list for the prompt: for every token its own entry and the likeliest ones, by token id."""
+        """Return vLLM's list for the prompt: for every token its own entry and the likeliest ones, by token id."""
         if self._prompt_count is None or choice.prompt_logprobs is None:
             return None
         if self._scores is not choice.prompt_logprobs:
@@ -49,7 +49,7 @@ class Logprobs:
         }
 
     def _decoder(self, choice: Choice, *, echo: bool = False) -> TokenDecoder:
-        """The decoder of the choice's tokens (an echoed prompt's, too), as far as they have been taken."""
+        """Return the decoder of the choice's tokens (and of an echoed prompt's), after those already taken."""
         if choice.decoder is None:
             before = [] if echo else choice.prompt
             choice.decoder = self._detokenizer.decoder(before, skip_special_tokens=self._skip_special_tokens)
@@ -61,16 +61,16 @@ class Logprobs:
 
 
 class CompletionLogprobs(Logprobs):
-    """Parallel lists, as completions have them."""
+    """Parallel lists, the form of completions."""
 
     def __init__(self, detokenizer: Detokenizer, body: CompletionRequest) -> None:
         super().__init__(detokenizer, body, body.logprobs)
         self._echo = body.echo
 
     def take(self, choice: Choice) -> dict[str, Any] | None:
-        """Lists for the tokens that are new; an echoed prompt's tokens come with the first. None if not asked for.
+        """Return lists for the new tokens; an echoed prompt's tokens come with the first. None if not requested.
 
-        `text_offset`: characters of the text before the one that the token begins or goes on with.
+        `text_offset`: number of characters of the text before the one that the token begins or continues.
         """
         if self._count is None:
             return None
@@ -90,7 +90,7 @@ class CompletionLogprobs(Logprobs):
         return {"tokens": tokens, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}
 
     def _top(self, each: TokenLogprob, count: int, decoder: TokenDecoder) -> dict[str, float]:
-        """The token and the likeliest ones; where two share a text, the likelier."""
+        """Return the token and the likeliest ones by text; of two with the same text, the likelier."""
         best: dict[str, float] = {}
         for token, value in [(each.token, each.logprob), *each.top[:count]]:
             text = self._text(token, decoder.piece(token))
@@ -99,13 +99,13 @@ class CompletionLogprobs(Logprobs):
 
 
 class ChatLogprobs(Logprobs):
-    """One entry a token, as chat completions have them."""
+    """One entry per token, the form of chat completions."""
 
     def __init__(self, detokenizer: Detokenizer, body: ChatRequest) -> None:
         super().__init__(detokenizer, body, body.wanted_logprobs)
 
     def take(self, choice: Choice) -> dict[str, Any] | None:
-        """Entries of the tokens that are new. None if not asked for."""
+        """Return entries of the new tokens. None if not requested."""
         if self._count is None:
             return None
         decoder, count = self._decoder(choice), self._count
@@ -118,6 +118,6 @@ class ChatLogprobs(Logprobs):
         return {"content": content}
 
     def _described(self, token: int, value: float, decoder: TokenDecoder) -> dict[str, Any]:
-        """`bytes` are exact even where a token is only part of a character: those of all tokens are the text."""
+        """Return one entry. `bytes` are exact even for part of a character: those of all tokens are the text's."""
         piece = decoder.piece(token)
         return {"token": self._text(token, piece), "logprob": max(value, LOWEST), "bytes": list(piece)}

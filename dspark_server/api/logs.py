@@ -1,6 +1,6 @@
 """Log lines: text for people, or one JSON object a line, both with the id of the request they belong to.
 
-No line has a prompt or an answer in it, at any level.
+No line contains a prompt or an answer, at any level.
 """
 
 import logging
@@ -13,14 +13,14 @@ import orjson
 from dspark_server.logcontext import concerned
 
 TEXT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
-SHOWN = 8  # ids in a line for people
+SHOWN = 8  # ids in a text line
 
 
 class TextFormatter(logging.Formatter):
-    """A line for people; the ids of its requests stand behind the message, those of the step thread too."""
+    """A text line; the ids of its requests follow the message, also on lines of the step thread."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        """The line without its traceback. Line ends and control characters in it are escaped: no text can forge one."""
+        """Format the line without its traceback. Line ends and control characters are escaped: none can be forged."""
         line, identifiers = super().formatMessage(record), concerned.get()()
         if identifiers:
             more = f", {len(identifiers) - SHOWN} more" if len(identifiers) > SHOWN else ""
@@ -32,7 +32,7 @@ class JsonFormatter(logging.Formatter):
     """time (UTC, ISO 8601), level, logger, message, and request_id (request_ids) and exception where there are any."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """One line: whatever a message holds, JSON escapes its line ends."""
+        """Format one line: JSON escapes the line ends of a message."""
         fields: dict[str, Any] = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
@@ -52,12 +52,12 @@ def _identified(identifiers: Sequence[str]) -> dict[str, Any]:
 
 
 def formatter(kind: str) -> logging.Formatter:
-    """For `--log-format` text or json."""
+    """Return the formatter for `--log-format` text or json."""
     return JsonFormatter() if kind == "json" else TextFormatter(TEXT)
 
 
 def set_up(level: str, kind: str) -> None:
-    """Send everything from `level` on to standard error."""
+    """Send all records from `level` on to standard error."""
     handler = logging.StreamHandler()
     handler.setFormatter(formatter(kind))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)

@@ -1,6 +1,6 @@
 """/metrics: vLLM's series names over plain numbers.
 
-The step thread and the response path only add to plain Python counters; prometheus_client comes in when a scrape asks.
+The step thread and the response path only add to plain Python counters; prometheus_client is used by scrapes only.
 """
 
 from bisect import bisect_left
@@ -48,12 +48,12 @@ class Histogram:
         self._sum += value
 
     def drain(self, values: deque[float] | deque[int]) -> None:
-        """Count values that another thread appends, and take them away."""
+        """Count the values that another thread appends, and remove them."""
         for _ in range(len(values)):
             self.observe(values.popleft())
 
     def family(self, labels: Sequence[str]) -> HistogramMetricFamily:
-        """As prometheus_client writes it: cumulative buckets."""
+        """Return prometheus_client's form: cumulative buckets."""
         total, buckets = 0, []
         for bound, count in zip([*map(str, self._bounds), "+Inf"], self._counts, strict=True):
             total += count
@@ -64,7 +64,7 @@ class Histogram:
 
 
 class Metrics(Collector):
-    """Everything `/metrics` shows. Its own registry: two servers in one process do not meet."""
+    """All series of `/metrics`. It has its own registry, so two servers in one process do not conflict."""
 
     def __init__(self, engine: AsyncEngine) -> None:
         self._engine = engine
@@ -99,7 +99,7 @@ class Metrics(Collector):
     def finished(
         self, reason: str, seconds: float, *, prompt: int, generated: int, decode: float | None = None
     ) -> None:
-        """Count a choice that ended, for whatever reason; `decode` is its decode time if it got a token at all."""
+        """Count an ended choice, whatever its finish reason; `decode` is its decode time if it got a token."""
         self._success[reason] += 1
         self._e2e.observe(seconds)
         self._prompt.observe(prompt)
@@ -110,15 +110,15 @@ class Metrics(Collector):
                 self._per_token.observe(decode / (generated - 1))
 
     def render(self) -> bytes:
-        """The Prometheus text format."""
+        """Return the Prometheus text format."""
         return generate_latest(self._registry)
 
     def describe(self) -> Iterable[Metric]:
-        """Nothing up front: names are known at scrape time."""
+        """Return nothing: names are known at scrape time only."""
         return []
 
     def collect(self) -> Iterator[Metric]:
-        """Called by prometheus_client at each scrape."""
+        """Return all series; prometheus_client calls it at each scrape."""
         labels = (self._engine.model_name, "0")
         stats = self._engine.stats
         yield _gauge("num_requests_running", "Requests in the batch.", labels, stats.running)
@@ -172,7 +172,7 @@ class Metrics(Collector):
 
 
 def speculation_families(labels: Sequence[str], stats: EngineStats) -> Iterator[Metric]:
-    """Our own series: what DSpark decides, and how well it knows what it decides by."""
+    """Our own series: DSpark's decisions, and the quality of the estimates behind them."""
 
     def counters(name: str, documentation: str, label: str, values: Iterable[tuple[str, float]]) -> Metric:
         family = CounterMetricFamily("dspark:" + name, documentation, labels=(*LABELS, label))

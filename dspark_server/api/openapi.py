@@ -1,4 +1,4 @@
-"""JSON schemas of request bodies, for /openapi.json; docs/api.md is made of that (reference.py)."""
+"""JSON schemas of request bodies, for /openapi.json; reference.py makes docs/api.md from them."""
 
 from typing import Any
 
@@ -6,9 +6,9 @@ from dspark_server.api.schema import Body
 
 
 def body_schema(kind: type[Body], required: str) -> dict[str, Any]:
-    """JSON schema of a body, without references; every field but `required` may be null.
+    """Return a body's JSON schema, without references; every field but `required` may be null.
 
-    `x-refused` lists the fields that are known and not served: with a value that asks for something they are a 400.
+    `x-refused` lists the fields that are known but not supported: a value with an effect gives a 400.
     """
     schema = kind.model_json_schema(ref_template="#/$defs/{model}")
     definitions = schema.pop("$defs", {})
@@ -30,7 +30,7 @@ def body_schema(kind: type[Body], required: str) -> dict[str, Any]:
 
 
 def _allow_null(schema: dict[str, Any], *, except_for: str | None = None) -> None:
-    """Titles go: they are the names again."""
+    """Allow null in every field but `except_for`. Titles are removed: they repeat the names."""
     schema.pop("title", None)
     for name, value in schema.get("properties", {}).items():
         for part in (value, value.get("items", {}), *value.get("anyOf", ())):

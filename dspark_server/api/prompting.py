@@ -1,4 +1,4 @@
-"""Prompts the server sends itself, for the dashboard: through the same door as a client's, and counted the same."""
+"""Prompts that the server sends itself, for the dashboard: submitted and counted like a client's."""
 
 import asyncio
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from dspark_server.engine.request import SamplingParams
 
 
 class Prompting:
-    """Starts generations of prompts given as text, as a chat's first turn where the model has a chat template."""
+    """Starts generations of prompts given as text; with a chat template each is a chat's first turn."""
 
     def __init__(self, intake: Intake, template: ChatTemplate) -> None:
         self._intake = intake
@@ -24,7 +24,7 @@ class Prompting:
         await asyncio.to_thread(self._intake.warm_up)
 
     async def start(self, prompt: str, params: SamplingParams, request_id: str) -> Generation:
-        """Reserve a place, encode, submit; the caller waits for the end and closes it.
+        """Reserve a place, encode, submit; the caller waits for the end and closes the generation.
 
         Raises CapacityError, EngineDeadError or RequestError.
         """
@@ -45,9 +45,9 @@ class Prompting:
         return generation
 
     def text_stream(self, prompt: Sequence[int] = ()) -> TextStream:
-        """Turns the tokens that follow `prompt` into text."""
+        """Return a decoder for the tokens that follow `prompt`."""
         return self._intake.detokenizer.stream(prompt)
 
     def piece(self, token: int) -> str:
-        """One token as it can be shown alone: a special one by its name, part of a character as U+FFFD."""
+        """Text of a single token: the name of a special token, U+FFFD for part of a character."""
         return self._intake.detokenizer.text_of(token)

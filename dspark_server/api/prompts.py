@@ -1,4 +1,4 @@
-"""The prompts of a completion request: texts or token ids, one or many. Checked by hand, as lists may be long."""
+"""The prompts of a completion request: texts or token ids, one or many. Not checked by pydantic: lists may be long."""
 
 from typing import Any
 
@@ -9,10 +9,10 @@ MAX_PROMPTS = 1024
 
 
 def prompts_of(request: CompletionRequest, *, vocab_size: int, max_model_len: int) -> list[str | list[int]]:
-    """The prompts of a request, each a text or token ids.
+    """Return the prompts of a request, each a text or token ids.
 
     Raises RequestError for an empty prompt, a mixed list, a token id outside the vocabulary, and more token ids than
-    the context holds (before it looks at each).
+    the context holds (checked before the ids).
     """
     prompt = request.prompt
     if isinstance(prompt, str):

@@ -1,7 +1,4 @@
-"""The API reference, from the schema: /docs of a server, which asks nothing of the net, and docs/api.md.
-
-curl -s localhost:8000/openapi.json | python -m dspark_server.api.reference > docs/api.md
-"""
+"""Makes the API reference from the schema: a server's /docs, which loads nothing from the internet, and docs/api.md."""
 
 import re
 import sys
@@ -17,7 +14,7 @@ UNITS = {"string": ("Length", "characters"), "array": ("Items", "entries"), "obj
 
 
 def reference(document: dict[str, Any]) -> str:
-    """The whole page from what /openapi.json says."""
+    """Return the whole page for the content of /openapi.json."""
     paths = document["paths"]
     completion, chat = (_bodies(paths[path]["post"])[0] for path in GENERATION)
     shared = {name: field for name, field in completion["properties"].items() if chat["properties"].get(name) == field}
@@ -36,14 +33,14 @@ def reference(document: dict[str, Any]) -> str:
 
 
 def page(document: dict[str, Any]) -> str:
-    """The same for a browser, without anything from elsewhere. Links to other pages of docs/ are text there."""
+    """Return the page as HTML that loads nothing from elsewhere. Links to other pages of docs/ become text."""
     text = re.sub(r"\[([^\]]+)\]\(\w[\w-]*\.md\)", r"\1 (docs/)", reference(document))
     body = MarkdownIt("commonmark", {"html": False}).enable("table").render(re.sub(r"<!--.*?-->\n*", "", text))
     return _PAGE.format(title=document["info"]["title"], body=body)
 
 
 def _beside(chat: dict[str, Any], body: dict[str, Any]) -> str:
-    """The fields of a body; those of a chat, if it has a chat's, by name only."""
+    """Return the table of a body's fields; of a body with messages, those that are the same in `chat` by name only."""
     fields = body["properties"]
     if "messages" not in fields:
         return _fields(body, fields)
@@ -81,7 +78,7 @@ def _rows(name: str, field: dict[str, Any], required: bool) -> Iterator[tuple[st
 
 
 def _type(schema: dict[str, Any]) -> str:
-    """In words, with the range."""
+    """The type in words, with its range."""
     if "anyOf" in schema:
         kinds = [_type(choice) for choice in schema["anyOf"] if choice != {"type": "null"}]
         return "; or ".join(dict.fromkeys(kinds)) or "any"
@@ -116,7 +113,7 @@ def _span(least: float | None, most: float | None, above: float | None) -> str:
 
 
 def _number(value: float) -> str:
-    return "2^64 - 1" if value >= 2**64 - 1 else f"{value:.15g}"  # JSON schemas have it as a rounded float
+    return "2^64 - 1" if value >= 2**64 - 1 else f"{value:.15g}"  # JSON schemas hold it as a rounded float
 
 
 def _names(names: list[str]) -> str:

@@ -1,7 +1,7 @@
-"""How a generation becomes bytes: one JSON answer, or server-sent events.
+"""Responses of a generation: one JSON answer, or server-sent events.
 
-Streaming is the hot path (32 streams wake at every engine step), so there is no model and no task group in it: the
-JSON around a text is made once per choice, and all that is new goes out in one `send`.
+Streaming is the hot path (32 streams wake at every engine step), so it uses no pydantic model and no task group: the
+constant JSON around a text is made once, and all that is new goes out in one `send`.
 """
 
 import asyncio
@@ -23,12 +23,12 @@ from dspark_server.engine.engine import AsyncEngine
 from dspark_server.errors import CapacityError, EngineDeadError
 
 DONE = b"data: [DONE]\n\n"
-# Line ends to Python's str.splitlines, which some clients cut the stream with; JSON escapes only the ASCII ones.
+# Line ends for Python's str.splitlines, which some clients split the stream with; JSON escapes only the ASCII ones.
 _LINE_ENDS = ((b"\xc2\x85", b"\\u0085"), (b"\xe2\x80\xa8", b"\\u2028"), (b"\xe2\x80\xa9", b"\\u2029"))
 
 
 def json_text(text: str) -> bytes:
-    """A JSON string that holds no line end of any kind."""
+    """Return a JSON string without line ends of any kind."""
     encoded = orjson.dumps(text)
     if not text.isascii():
         for raw, escaped in _LINE_ENDS:
@@ -37,9 +37,9 @@ def json_text(text: str) -> bytes:
 
 
 class GenerationResponse(Response):
-    """An answer that waits for the engine: lets go of the request as soon as its client leaves.
+    """A response that waits for the engine, and aborts the request as soon as its client leaves.
 
-    A reader that stalls is server.Protocol's business: it cuts the connection, which is a client that leaves.
+    server.Protocol handles a reader that stalls: it closes the connection, so that the client has left.
     """
 
     def __init__(
@@ -71,12 +71,12 @@ class GenerationResponse(Response):
         raise NotImplementedError
 
     async def send_failure(self, send: Send) -> None:
-        """The request failed before anything was sent: a plain error answer."""
+        """Send an error response: the request failed before anything was sent."""
         status, body, headers = describe(self.failure())
         await send_json(send, status, body, headers)
 
     def failure(self) -> Exception:
-        """What became of the request, as the error that the client is told."""
+        """Return the failure of the request as an error for the client."""
         if self.generation.cause is not None:
             return self.generation.cause
         message = self.generation.failure or "The request was aborted."
@@ -92,7 +92,7 @@ class GenerationResponse(Response):
 
 
 class WholeResponse(GenerationResponse):
-    """One JSON object when all choices have ended. `best`: (n, best_of), the n likeliest of each prompt's are shown."""
+    """One JSON object when all choices have ended. `best`: (n, best_of); the n likeliest of each prompt's are shown."""
 
     def __init__(
         self,
@@ -136,7 +136,7 @@ class WholeResponse(GenerationResponse):
         return fields if self.shape.one_prompt else fields | self._prompt(choice)
 
     def _prompt(self, choice: Choice) -> dict[str, Any]:
-        """What was asked about the prompt of a choice."""
+        """Fields about the prompt of a choice, as requested."""
         fields: dict[str, Any] = {}
         if self.logprobs is not None:
             fields["prompt_logprobs"] = self.logprobs.of_prompt(choice)
@@ -172,7 +172,7 @@ class StreamResponse(GenerationResponse):
     async def respond(self, send: Send) -> None:
         """Send the whole answer."""
         generation = self.generation
-        await generation.wait()  # the status waits for the first news: an early failure is an honest 5xx
+        await generation.wait()  # before the status is sent: an early failure becomes a 5xx
         if generation.disconnected:
             return
         if generation.failure is not None:
@@ -186,7 +186,7 @@ class StreamResponse(GenerationResponse):
             await send({"type": "http.response.body", "body": self._chunks() + self._ending(), "more_body": False})
 
     def _chunks(self) -> bytes:
-        """Everything that is new, one event per choice."""
+        """Return everything that is new, one event per choice."""
         return b"".join([self._chunk(choice) for choice in self.generation.choices if choice.has_news])
 
     def _chunk(self, choice: Choice) -> bytes:
@@ -200,7 +200,7 @@ class StreamResponse(GenerationResponse):
         return b'%b{"index":%d,%b%b' % (self._head, choice.index, said, shape.after) + self._full_tail(choice)
 
     def _full_tail(self, choice: Choice) -> bytes:
-        """The end of a chunk that says more than text: the last of a choice, or one with usage or token ids."""
+        """The end of a chunk with more than text: the last of a choice, or one with logprobs, usage, token ids."""
         fields: dict[str, Any] = {
             "logprobs": None if self.logprobs is None else self.logprobs.take(choice),
             "finish_reason": choice.finish_reason,
@@ -242,7 +242,7 @@ def answer(
     *,
     best: tuple[int, int] | None = None,
 ) -> GenerationResponse:
-    """The response to `body`, whole or streamed, of choices that the engine already has."""
+    """Return the response to `body`, whole or streamed, for choices that were submitted."""
     name = shape.chunk_name if body.stream else shape.name
     head = {"id": identifier, "object": name, "created": int(time()), "model": engine.model_name}
     if not body.stream:
@@ -259,7 +259,7 @@ _STREAM_HEADERS = [
 
 
 def usage_of(choices: Sequence[Choice]) -> dict[str, Any]:
-    """Token counts; a prompt that several choices share counts once."""
+    """Token counts; a prompt shared by several choices counts once."""
     prompts = {id(choice.prompt): choice for choice in reversed(choices)}.values()
     prompt_tokens = sum(len(choice.prompt) for choice in prompts)
     completion_tokens = sum(choice.completion_tokens for choice in choices)
@@ -272,7 +272,7 @@ def usage_of(choices: Sequence[Choice]) -> dict[str, Any]:
 
 
 async def send_json(send: Send, status: int, body: dict[str, Any], headers: dict[str, str]) -> None:
-    """A whole JSON answer."""
+    """Send a whole JSON answer."""
     content = orjson.dumps(body)
     raw = [(name.lower().encode(), value.encode("latin-1")) for name, value in headers.items()]
     raw += [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
@@ -282,7 +282,7 @@ async def send_json(send: Send, status: int, body: dict[str, Any], headers: dict
 
 
 def best_of(choices: Sequence[Choice], n: int, candidates: int) -> list[Choice]:
-    """Of every `candidates` choices for a prompt the `n` with the highest log-probability per token, best first."""
+    """The `n` of every `candidates` choices for a prompt with the highest log-probability per token, best first."""
     if n == candidates:
         return list(choices)
     shown = []

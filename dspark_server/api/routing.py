@@ -1,7 +1,7 @@
-"""Words of the errors that routing raises: paths that are not served (404), methods that a path does not take (405).
+"""Messages of routing errors: paths that are not served (404), methods that a path does not take (405).
 
-Many of the first are routes of other servers, or served paths with a wrong base: the error names them, and says which
-route to use instead where there is one.
+Many unknown paths are routes of other servers, or served paths with a wrong base: the error names them, and the route
+to use instead where there is one.
 """
 
 import re
@@ -16,7 +16,7 @@ _MODELS = "GET /v1/models"
 _HEALTH = "GET /health"
 
 # Routes of other servers (OpenAI, vLLM, SGLang, TGI, TEI, llama.cpp, Ollama, Anthropic, SageMaker, KServe), paths below
-# them included, and what serves the same here.
+# them included, and the route that serves the same here.
 INSTEAD: dict[str, str | None] = {
     **dict.fromkeys(("/v1/responses", "/v1/messages", "/v1/complete", "/api/chat", "/v1/chat"), _CHAT),
     **dict.fromkeys(("/openai/deployments", "/invocations", "/v2/models"), f"{_CHAT} or {_COMPLETIONS}"),
@@ -45,7 +45,7 @@ INSTEAD: dict[str, str | None] = {
 
 
 def explained(request: Request, error: HTTPException) -> HTTPException:
-    """The same error with a message for the client; that of a wrong method has all methods of the path in `Allow`."""
+    """Return the error with a message for the client; a 405 has all methods of the path in `Allow`."""
     if error.status_code == 404:
         return HTTPException(404, _not_found(request.app, request.url.path))
     if error.status_code == 405:
@@ -69,7 +69,7 @@ def _not_found(app: FastAPI, path: str) -> str:
 
 
 def _methods(request: Request) -> set[str]:
-    """Methods that some route of the path takes."""
+    """Return the methods that some route of the path takes."""
     routes: list[BaseRoute] = request.app.routes
     found: set[str] = set()
     for route in routes:

@@ -1,4 +1,4 @@
-"""Prompts the dashboard offers and its background load sends, by domain: drafts fare differently in each."""
+"""Prompts that the dashboard offers and its background load sends, by domain: acceptance differs between domains."""
 
 SAMPLE_PROMPTS: dict[str, tuple[str, ...]] = {
     "math": (

@@ -1,6 +1,6 @@
-"""Request bodies: every field, its type, its range, and what is not served.
+"""Request bodies: every field, its type, its range, and the unsupported fields.
 
-Types are strict (a bool or a string is no number), NaN and infinities are refused, null means absent everywhere, and
+Types are strict (a bool or a string is not a number), NaN and infinities are refused, null means absent everywhere, and
 every list and string has a cap. A field that would change the output but has no effect here is refused, not ignored.
 """
 
@@ -27,10 +27,10 @@ MAX_LOGPROBS = 20  # alternatives per token
 MAX_BIASES = 1024
 MAX_ALLOWED = 65536
 MAX_BAD_WORDS = 128
-MAX_CONTAINERS = 1 << 18  # brackets and braces of a body, those in texts too: so many lists take the event loop 0.1 s
+MAX_CONTAINERS = 1 << 18  # brackets and braces of a body, also in texts: so many lists block the event loop for 0.1 s
 MAX_GRAMMAR = 64 << 10  # bytes of a schema, a regular expression or a list of choices
 
-# Values that ask for nothing, of fields that are not supported: with them the output is what it would be without.
+# Values of unsupported fields that have no effect: with them the output is the same as without the field.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "suffix": ("",),
     "length_penalty": (1,),
@@ -44,7 +44,7 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "guided_json_object": (False,),
     "structural_tag": (),
 }
-# vLLM's old names of what is served under another one.
+# Old names in vLLM, and the names served here.
 RENAMED = {
     "guided_json": '`structured_outputs: {"json": …}`',
     "guided_regex": '`structured_outputs: {"regex": …}`',
@@ -63,8 +63,8 @@ class Body(BaseModel):
     """Strict types; null is the same as absent."""
 
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False, use_attribute_docstrings=True)
-    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {}  # fields that are refused but for these values
-    parts: ClassVar[dict[str, frozenset[str]]] = {}  # known fields of the objects in lists that others check
+    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {}  # fields that are refused except with these values
+    parts: ClassVar[dict[str, frozenset[str]]] = {}  # known fields of objects in list fields checked elsewhere
 
     @model_validator(mode="before")
     @classmethod
@@ -217,7 +217,7 @@ class GenerationRequest(Body):
 
     @property
     def wanted_logprobs(self) -> int | None:
-        """Alternatives reported for each token of the answer; None: no log-probabilities at all."""
+        """Alternatives reported for each token of the answer; None: no log-probabilities."""
         raise NotImplementedError
 
     @property
@@ -226,7 +226,7 @@ class GenerationRequest(Body):
         return self.prompt_logprobs
 
     def check(self) -> None:
-        """Rules that more than one field takes part in. Raises RequestError."""
+        """Check the rules that concern several fields. Raises RequestError."""
         if self.prompt_logprobs is not None and self.stream:
             raise RequestError("`prompt_logprobs` cannot be streamed.", param="prompt_logprobs")
         if self.stream_options is not None and not self.stream:
@@ -234,13 +234,13 @@ class GenerationRequest(Body):
 
     @property
     def max_draft_tokens(self) -> int | None:
-        """Most tokens drafted at once for this request; None: as many as the server likes."""
+        """Maximum number of draft tokens in a block of this request; None: the server's."""
         if self.speculation is None:
             return None
         return self.speculation.max_draft_tokens if self.speculation.enabled else 0
 
     def sampling(self, max_tokens: int) -> SamplingParams:
-        """The engine's parameters, the same for all choices; without what needs the tokenizer (bad words, grammar)."""
+        """The engine's parameters, equal for all choices; without what needs the tokenizer (bad words, grammar)."""
         return SamplingParams(
             max_tokens=max_tokens,
             min_tokens=self.min_tokens,
@@ -291,25 +291,25 @@ class CompletionRequest(GenerationRequest):
 
     @property
     def wanted_logprobs(self) -> int | None:
-        """As asked for; `best_of` ranks its choices by them."""
+        """As requested; `best_of` ranks its choices by them."""
         if self.logprobs is None and self.candidates > self.n:
             return 0
         return self.logprobs
 
     @property
     def wanted_prompt_logprobs(self) -> int | None:
-        """As asked for; `echo` shows the prompt's tokens among the answer's."""
+        """As requested; `echo` shows the prompt's tokens among the answer's."""
         if self.echo and self.logprobs is not None:
             return max(self.logprobs, self.prompt_logprobs or 0)
         return self.prompt_logprobs
 
     @property
     def candidates(self) -> int:
-        """Choices generated per prompt, of which the `n` best are returned."""
+        """Number of choices generated per prompt, of which the `n` best are returned."""
         return self.best_of or self.n
 
     def check(self) -> None:
-        """See the base."""
+        """See the base class."""
         super().check()
         if self.candidates < self.n:
             raise RequestError("`best_of` must not be less than `n`.", param="best_of")
@@ -325,9 +325,9 @@ Kind = TypeVar("Kind", bound=GenerationRequest)
 
 
 def parse(body: bytes, kind: type[Kind]) -> Kind:
-    """Read and check a request body, all but the prompt.
+    """Read and check a request body, except the prompt.
 
-    Raises RequestError (400) naming the field to blame.
+    Raises RequestError (400) naming the field at fault.
     """
     values = read_object(body)
     _refuse_unsupported(values, kind)
@@ -337,7 +337,7 @@ def parse(body: bytes, kind: type[Kind]) -> Kind:
 
 
 def read_object(body: bytes) -> dict[str, Any]:
-    """The JSON object a body is. Raises RequestError (400) for anything else."""
+    """Return the JSON object in a body. Raises RequestError (400) for anything else."""
     if body.count(b"[") + body.count(b"{") > MAX_CONTAINERS:
         raise RequestError(f"The body has over {MAX_CONTAINERS} brackets and braces.", code="body_too_complex")
     try:
@@ -382,7 +382,7 @@ def _refuse_unsupported(values: dict[str, Any], kind: type[Body], *, within: str
 
 
 def _unknown(values: dict[str, Any], kind: type[Body], *, within: str = "") -> dict[str, None]:
-    """Fields that `kind` does not know, in order; null is the same as absent, here too."""
+    """Return the fields that `kind` does not know, in order; null is the same as absent, here too."""
     known = {field.alias or name for name, field in kind.model_fields.items()} | kind.unsupported.keys()
     found = dict.fromkeys(within + name for name, value in values.items() if value is not None and name not in known)
     for name, inner in kind.parts.items():
@@ -396,7 +396,7 @@ def _unknown(values: dict[str, Any], kind: type[Body], *, within: str = "") -> d
 
 
 def _biases(given: dict[str, float]) -> tuple[tuple[int, float], ...]:
-    """OpenAI's form has token ids as strings."""
+    """Convert logit biases: OpenAI's form has token ids as strings."""
     try:
         return tuple((int(token), value) for token, value in given.items())
     except ValueError:
@@ -404,15 +404,15 @@ def _biases(given: dict[str, float]) -> tuple[tuple[int, float], ...]:
 
 
 def _as_request_error(error: ValidationError) -> RequestError:
-    """The first field's problem, in words that hold nothing of the body but the names of our own fields.
+    """Describe the first invalid field, with nothing of the body but the names of our own fields.
 
-    Of what its alternatives say, that of the one that got furthest: it is the one that was meant.
+    Of a union's alternatives, the one that got furthest is described: it is the one that was meant.
     """
     problems = error.errors(include_url=False, include_input=False, include_context=False)
     same_field = (each for each in problems if each["loc"][:1] == problems[0]["loc"][:1])
     first = max(same_field, key=lambda each: (len(each["loc"]), not each["type"].endswith("_type")))
     place = [str(part) for part in first["loc"] if not str(part).startswith(("constrained-", "list[", "function-"))]
     name = ".".join(place)
-    is_object = first["type"] in ("model_type", "dict_type")  # pydantic's words are about Python
+    is_object = first["type"] in ("model_type", "dict_type")  # pydantic's message names Python types
     message = "Input should be an object" if is_object else first["msg"]
     return RequestError(f"`{name}`: {message}.", param=place[0] if place else None)

@@ -1,11 +1,11 @@
-"""Runs the application under uvicorn from before the model is loaded, and ends it well.
+"""Runs the application under uvicorn, from before the model is loaded to a clean end.
 
-The socket opens first: a port in use is known at once, and probes are told that the model is loading (loading.py).
+The socket opens first: a port in use is known at once, and probes learn that the model is loading (loading.py).
 
 SIGTERM: readiness turns 503 and new requests are refused while the listener stays open; running requests may finish
-within `shutdown_timeout`; those that do not are ended with one error event; the exit code is 0. A second signal does
-not wait, nor does one while the model loads. When the engine is dead, readiness is 503, and a second later `serve`
-ends with an error.
+within `shutdown_timeout`; those that do not are ended with one error event; the exit code is 0. A second signal ends
+the server at once, as does one while the model loads. When the engine is dead, readiness is 503, and a second later
+`serve` ends with an error.
 """
 
 import asyncio
@@ -34,47 +34,47 @@ from dspark_server.errors import ConfigError, EngineDeadError
 logger = logging.getLogger(__name__)
 
 HEADER_TIMEOUT = 30.0  # seconds in which a request's headers must have arrived
-# Seconds an idle connection is kept: longer than clients (httpx 5) and proxies (60) keep theirs, so that it is they who
-# close it, and never the server under a request that is on its way.
+# Seconds an idle connection is kept: longer than clients (httpx 5) and proxies (60) keep theirs, so that they close
+# it, and never the server while a request is on its way.
 KEEP_ALIVE = 75
 LAST_LOOK = 1.0  # seconds a server with a dead engine still answers: readiness shows it, requests get their error
 LAST_WORDS_TIMEOUT = 5  # seconds for the last chunks to reach their readers
-MOST_FRAMING = 2 << 20  # bytes of a request that are not body before its connection is cut
-CHUNK_FRAMING = 16  # bytes that each byte of a body may come with, itself among them
-LINGER_TIMEOUT = 30.0  # seconds in which the rest of a body must have arrived that was answered before its end
-LINGER_BYTES = 64 << 20  # most of that rest: it is dropped, but many clients read only once they have sent all
+MOST_FRAMING = 2 << 20  # most bytes of a request besides its body; beyond, its connection is closed
+CHUNK_FRAMING = 16  # bytes allowed per byte of a body in chunks, that byte included
+LINGER_TIMEOUT = 30.0  # seconds for the rest of a body after an early answer
+LINGER_BYTES = 64 << 20  # most bytes of that rest; it is dropped, but many clients read only after sending all
 MAX_PIPELINED = 64  # requests that a connection may send ahead of their answers
 
 
 class Protocol(HttpToolsProtocol):
     """uvicorn's HTTP/1.1 with the bounds it lacks.
 
-    Three deadlines: for a request's headers, for a reader that takes nothing, and for the rest of a body that has been
-    answered. A bound on all that is not body (headers, chunk extensions, trailers: the parser keeps them before anybody
-    is asked for a key), one on the rest of a body, and one on pipelined requests.
+    Three deadlines: for a request's headers, for a reader that takes nothing, and for the rest of a body after an early
+    answer. Limits on everything besides the body (headers, chunk extensions, trailers: the parser stores them before
+    keys are checked), on the rest of a body, and on pipelined requests.
     """
 
     stall_timeout = 60.0
     max_header_bytes = 64 << 10
-    _framing = 0  # bytes of the current request that are not body, less what its body may need
-    _lingering = 0  # bytes of its body that came behind the answer
+    _framing = 0  # bytes of the current request besides its body, less the allowance for chunks
+    _lingering = 0  # bytes of its body that came after the answer
     _deadlines: dict[str, asyncio.TimerHandle]
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """A client connected; it must say something."""
+        """Start the deadline for the first headers."""
         self._deadlines = {}
         super().connection_made(transport)
         self._expect("headers", HEADER_TIMEOUT)
 
     def data_received(self, data: bytes) -> None:
-        """Bytes from the client."""
+        """Parse bytes from the client and apply the limits."""
         self._framing += len(data)
         super().data_received(data)
         if self._framing > max(MOST_FRAMING, self.max_header_bytes) or len(self.pipeline) > MAX_PIPELINED:
             self.transport.abort()
 
     def on_body(self, body: bytes) -> None:
-        """Part of a body: it may come in chunks as small as a byte, with a few bytes of framing each."""
+        """Count part of a body: chunks may be as small as a byte, with a few bytes of framing each."""
         self._framing = max(0, self._framing - CHUNK_FRAMING * len(body))
         if self.cycle.response_complete:
             self._lingering += len(body)
@@ -83,39 +83,39 @@ class Protocol(HttpToolsProtocol):
         super().on_body(body)
 
     def on_message_complete(self) -> None:
-        """The request is here, and with it perhaps the next."""
+        """Reset the counts: the request is complete, and the next one may follow."""
         self._framing = self._lingering = 0
         self._settle("rest")
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
-        """The answer is on its way, perhaps before the end of its request."""
+        """Start the deadline for the rest of the body, if the answer came before its end."""
         super().on_response_complete()
         if self.cycle.response_complete and self.cycle.more_body and not self.transport.is_closing():
             self._expect("rest", LINGER_TIMEOUT)
 
     def on_message_begin(self) -> None:
-        """A request begins, the first of its connection or a later one."""
+        """Start the deadline for the headers of a request, the first of its connection or a later one."""
         super().on_message_begin()
         self._expect("headers", HEADER_TIMEOUT)
 
     def on_headers_complete(self) -> None:
-        """The headers are here: the body has a deadline elsewhere."""
+        """End the deadline for headers; the body has a deadline elsewhere."""
         self._settle("headers")
         super().on_headers_complete()
 
     def pause_writing(self) -> None:
-        """The send buffer is full; senders wait, and their tokens are merged."""
+        """Start the reader's deadline: the send buffer is full, senders wait, and their tokens are merged."""
         super().pause_writing()
         self._expect("reader", self.stall_timeout)
 
     def resume_writing(self) -> None:
-        """The reader took something."""
+        """End the reader's deadline: it took data."""
         self._settle("reader")
         super().resume_writing()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The client left, or was cut off."""
+        """End all deadlines: the client left, or was cut off."""
         for name in list(self._deadlines):
             self._settle(name)
         super().connection_lost(exc)
@@ -131,11 +131,11 @@ class Protocol(HttpToolsProtocol):
 
 
 class StillLoading(Exception):
-    """Told to end while a model was loading, on a thread that cannot be stopped: end the process without waiting."""
+    """The server had to end while a model was loading on a thread that cannot be stopped: end the process at once."""
 
 
 class Server(uvicorn.Server):
-    """uvicorn that loads its engine once it listens, and drains it before it closes its listener."""
+    """uvicorn that loads its engine after it listens, and drains it before it closes its listener."""
 
     def __init__(self, load: Callable[[], AsyncEngine], settings: ServerSettings) -> None:
         """`load` makes the engine; it runs on a thread that ends with it."""
@@ -150,11 +150,11 @@ class Server(uvicorn.Server):
         self._died: float | None = None  # monotonic seconds
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen, load, serve until SIGTERM or SIGINT has been honoured, stop the engine.
+        """Listen, load, serve until SIGTERM or SIGINT is handled, stop the engine.
 
         Run it on a uvloop (`uvloop.run`): uvicorn's loop setting does not apply inside a coroutine.
 
-        Raises ConfigError where it cannot listen, what `load` raises, StillLoading, and EngineDeadError if the engine
+        Raises ConfigError if it cannot listen, the errors of `load`, StillLoading, and EngineDeadError if the engine
         died: the process cannot serve any more and should end.
         """
         try:
@@ -170,7 +170,7 @@ class Server(uvicorn.Server):
             raise EngineDeadError(f"The engine has stopped: {self.engine.failure}.")
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen, and begin to load. Raises ConfigError where it cannot listen; uvicorn logs why."""
+        """Listen, and begin to load. Raises ConfigError if it cannot listen; uvicorn logs the reason."""
         try:
             await super().startup(sockets)
         except SystemExit:
@@ -179,7 +179,7 @@ class Server(uvicorn.Server):
         self._loading = asyncio.create_task(self._load_engine())
 
     async def _load_engine(self) -> None:
-        # libgomp keeps a pool of workers per calling thread: that of the loading thread ends with it.
+        # libgomp keeps a pool of workers per calling thread: the loading thread's pool ends with that thread.
         loader = ThreadPoolExecutor(1, thread_name_prefix="loader")
         loaded = loader.submit(self._prepare)
         loader.shutdown(wait=False)
@@ -192,18 +192,18 @@ class Server(uvicorn.Server):
         engine = self._load()
         app = create_app(engine, self._settings)
         app.state.intake.warm_up()
-        # What there is now stays as long as the server (`serve` lets it go): a full collection would look at all of it
-        # each time, an eighth of a second in which nobody gets a token.
+        # Objects made so far live as long as the server (`serve` releases them): a full collection would scan them, an
+        # eighth of a second in which no request gets a token.
         gc.collect()
         gc.freeze()
         return engine, app
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Signal handler. Not uvicorn's, which raises the signal again at the end: the exit code would not be 0."""
+        """Count a signal. uvicorn's handler would raise the signal again at the end: the exit code would not be 0."""
         self._signals += 1
 
     async def on_tick(self, counter: int) -> bool:
-        """Called ten times a second."""
+        """Watch loading, signals and the engine; called ten times a second."""
         if self.engine is None:
             failed = self._loading is not None and self._loading.done()
             self.should_exit = self.should_exit or failed or self._signals > 0
@@ -258,14 +258,14 @@ def _config(app: Door, settings: ServerSettings) -> uvicorn.Config:
 
 
 class PathFilter(logging.Filter):
-    """Leaves requests to some paths out of uvicorn's access log; a query string changes nothing."""
+    """Drops requests to some paths from uvicorn's access log; query strings are ignored."""
 
     def __init__(self, paths: Iterable[str]) -> None:
         super().__init__()
         self._paths = frozenset(paths)
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """The arguments of such a record are client, method, path with query, HTTP version and status."""
+        """Whether to log a record; its arguments are client, method, path with query, HTTP version and status."""
         _, _, path, *_ = cast("tuple[str, ...]", record.args)
         return path.partition("?")[0] not in self._paths
 
@@ -293,7 +293,7 @@ async def serve(
 
 
 def run(load: Callable[[], AsyncEngine], settings: ServerSettings | None = None) -> None:
-    """The same on a uvloop of its own; returns after a graceful shutdown."""
+    """Serve on a new uvloop; returns after a graceful shutdown."""
     import uvloop
 
     uvloop.run(serve(load, settings))

@@ -1,4 +1,4 @@
-"""Settings of the HTTP edge. Times in seconds, sizes in bytes."""
+"""Settings of the HTTP API. Times in seconds, sizes in bytes."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ DRAFT_FIGURES = ("none", "summary", "detailed")
 
 @dataclass(frozen=True)
 class StructuredOutputsConfig:
-    """`--structured-outputs-config`: what answers in JSON may have beyond their schema, unless a request says so."""
+    """`--structured-outputs-config`: limits on JSON answers beyond their schema; a request may set its own."""
 
     disable_any_whitespace: bool = setting(
         True, "No white space between the tokens of JSON; false: at most 16 blanks in a place.", group="Server"
@@ -27,7 +27,7 @@ class StructuredOutputsConfig:
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """Where the server listens, whom it lets in, and what it lets a client do."""
+    """Address, API keys, and limits of clients."""
 
     host: str = setting("127.0.0.1", "Address to listen on; 0.0.0.0 for all.", group="Server")
     port: int = setting(8000, "Port to listen on; 0 picks a free one.", group="Server", minimum=0, maximum=65535)
@@ -92,7 +92,7 @@ class ServerSettings:
                 raise ConfigError(f"--disable-access-log-for-endpoints takes paths such as /health, not {path!r}.")
 
     def all_api_keys(self) -> tuple[str, ...]:
-        """Every key that is let in, those of the file too; none: everybody is.
+        """Return all valid keys, including those of the file; without any, every request is allowed.
 
         Raises ConfigError if a key is empty or not printable ASCII, or the file cannot be read or has no keys.
         """

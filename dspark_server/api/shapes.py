@@ -1,4 +1,4 @@
-"""How each API words an answer. All the rest of a response (responses.py) is the same for completions and chat."""
+"""The JSON of each API's answers. The rest of a response (responses.py) is the same for completions and chat."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ class Shape:
     """The names of an API's objects, and the JSON around a choice's text.
 
     In a chunk the text stands between `first` (in the first chunk of its choice) or `later`, and `after`; a choice that
-    ends with no text left has `nothing` in place of `later` and the text.
+    ends with no text left has `nothing` instead of `later` and the text.
     """
 
     name: str  # of a whole answer
@@ -20,7 +20,7 @@ class Shape:
     later: bytes
     after: bytes
     nothing: bytes
-    one_prompt: bool  # what is said of the prompt stands beside the choices, not in each
+    one_prompt: bool  # fields about the prompt stand beside the choices, not in each
 
 
 COMPLETION = Shape(

@@ -1,4 +1,4 @@
-"""From `response_format` and `structured_outputs` to a compiled form, off the event loop, capped in size and time."""
+"""Compiles `response_format` and `structured_outputs` to forms, off the event loop, limited in size and time."""
 
 import asyncio
 from collections import OrderedDict
@@ -24,7 +24,7 @@ ANY_OBJECT = '{"type":"object"}'
 
 @dataclass(frozen=True)
 class Form:
-    """A form as asked for. `param`: the field to blame; `compact`, `closed`: see `GrammarCompiler.json_schema`."""
+    """A requested form. `param`: the field named in errors; `compact`, `closed`: see `GrammarCompiler.json_schema`."""
 
     param: str
     kind: str
@@ -34,22 +34,22 @@ class Form:
 
 
 class StructuredForms:
-    """Compiles the forms that requests ask for, and keeps the latest."""
+    """Compiles the requested forms, and keeps the latest."""
 
     def __init__(self, engine: AsyncEngine, config: StructuredOutputsConfig) -> None:
         self._engine = engine
         self._config = config
         self._compiler: GrammarCompiler | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="grammar")
-        # By tenant too: by the time a form takes nobody may learn that another uses it.
+        # By tenant too: the time for a form must not reveal that another tenant uses it.
         self._kept: OrderedDict[tuple[str, Form], CompiledForm] = OrderedDict()
 
     def warm_up(self) -> None:
-        """Make the compiler, which holds the interpreter for up to seconds: before there are requests to wait."""
+        """Create the compiler, which holds the interpreter for up to seconds, before any request waits."""
         self._compiler_now()
 
     async def of(self, body: GenerationRequest, tenant: str) -> "CompiledForm | None":
-        """The form a request asks for; None for free text. Raises RequestError."""
+        """Return the form that a request asks for; None for free text. Raises RequestError."""
         form = asked_form(body, self._config)
         if form is None:
             return None
@@ -94,7 +94,7 @@ class StructuredForms:
 
 
 def asked_form(body: GenerationRequest, config: StructuredOutputsConfig) -> Form | None:
-    """The form that a body asks for. Raises RequestError where it says too much or too little."""
+    """Return the form that a body asks for. Raises RequestError unless the fields describe exactly one."""
     compact, closed = config.disable_any_whitespace, config.disable_additional_properties
     wanted, forms = body.response_format, []
     if body.structured_outputs is not None:

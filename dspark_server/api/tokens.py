@@ -1,7 +1,7 @@
 """POST /tokenize and POST /detokenize, in vLLM's shapes.
 
-They run on a thread and a tokenizer of their own: a long text delays neither the event loop nor the prompts of
-completions, whose tokens are the same.
+They have their own thread and tokenizer: a long text delays neither the event loop nor the prompts of completions,
+whose tokens are the same.
 """
 
 import asyncio
@@ -107,7 +107,7 @@ class Tokens:
         }
 
     def _render(self, asked: TokenizeChatRequest) -> str:
-        """The prompt of a conversation, as /v1/chat/completions would have it."""
+        """Return the prompt of a conversation, as for /v1/chat/completions."""
         asked.check_conversation()
         text = self._template.render_now(asked)
         if len(text) > MAX_TEXT:
@@ -121,7 +121,7 @@ class Tokens:
         if max(asked.tokens, default=0) >= self._engine.vocab_size:
             message = f"A token id is outside the vocabulary (0 to {self._engine.vocab_size - 1})."
             raise RequestError(message, param="tokens")
-        # The backend's own decode: transformers' may tidy spaces, and the text would not give the tokens again. As a
-        # batch, because only that lets other threads run meanwhile.
+        # The backend's decode: transformers' may change spaces, so that the text would give other tokens. As a batch,
+        # because only that lets other threads run meanwhile.
         (text,) = self._tokenizer.backend_tokenizer.decode_batch([asked.tokens], skip_special_tokens=False)
         return {"prompt": text}

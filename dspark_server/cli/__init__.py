@@ -1,4 +1,4 @@
-"""The `dspark-server` command. Nothing that takes long is imported before a command needs it (torch: seconds)."""
+"""The `dspark-server` command. Slow imports (torch: seconds) are left to the commands that need them."""
 
 import sys
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""`chat`: talk to a server in the terminal. Answers go to stdout, all else to stderr, so that they can be piped."""
+"""`chat`: talk to a server in the terminal. Answers go to stdout, all else to stderr, so that answers can be piped."""
 
 import contextlib
 import sys
@@ -19,7 +19,7 @@ HELP = {
     "/exit": "leave; so does Ctrl-D",
 }
 PROMPT = "> "
-# A model may write what a terminal would take for commands.
+# A model may write control characters that a terminal would obey.
 _CONTROLS = dict.fromkeys([*(code for code in range(32) if code not in b"\t\n"), *range(0x7F, 0xA0)])
 
 
@@ -58,7 +58,7 @@ def chat(
 
 
 def _talk(conversation: "Conversation") -> bool:
-    """Turns until the input ends; whether the last one failed."""
+    """Run turns until the input ends; return whether the last one failed."""
     if sys.stdin.isatty():
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  (input() then edits lines and remembers them)
@@ -85,7 +85,7 @@ def _talk(conversation: "Conversation") -> bool:
 
 
 def _answer(conversation: "Conversation", line: str) -> bool:
-    """Stream one answer; whether it came without an error."""
+    """Stream one answer; return whether it came without an error."""
     try:
         answer = conversation.ask(line, _write)
     except DSparkServerError as error:

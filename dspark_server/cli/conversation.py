@@ -1,4 +1,4 @@
-"""A conversation over /v1/chat/completions, streamed: what was said, and how fast the last answer came."""
+"""A conversation over /v1/chat/completions, streamed: its messages, and the speed of the last answer."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,16 +11,16 @@ import orjson
 
 from dspark_server.errors import DSparkServerError
 
-READ_TIMEOUT = 300.0  # seconds without a sign of the server
+READ_TIMEOUT = 300.0  # seconds without data from the server
 
 
 class ServerError(DSparkServerError):
-    """The server cannot be talked to, or refused; the message says what to do."""
+    """The server cannot be reached, or refused; the message says what to do."""
 
 
 @dataclass
 class Answer:
-    """What is known of an answer. Times on the monotonic clock, in seconds; None: not there yet, or never sent."""
+    """An answer and its measurements. Times on the monotonic clock, in seconds; None: not there yet, or never sent."""
 
     sent: float
     text: str = ""
@@ -32,7 +32,7 @@ class Answer:
     stopped: bool = False
 
     def summary(self) -> str:
-        """One line: how it ended if not by itself, tokens, speed, time to the first token, tokens per target pass."""
+        """One line: an early end, tokens, speed, time to the first token, tokens per target pass."""
         parts = []
         if self.stopped:
             parts.append("stopped")
@@ -51,7 +51,7 @@ class Answer:
 
 @contextmanager
 def connect(url: str, api_key: str = "") -> Iterator[httpx.Client]:
-    """A client for the server at that address, with or without /v1. Raises ServerError for what is no address."""
+    """Return a client for the server at an address, with or without /v1. Raises ServerError for an invalid one."""
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     base = url.rstrip("/").removesuffix("/v1")
     try:
@@ -63,7 +63,7 @@ def connect(url: str, api_key: str = "") -> Iterator[httpx.Client]:
 
 
 class Conversation:
-    """Turns with one model. Raises ServerError if the server has to be asked for a model, and that fails."""
+    """Turns with one model. Raises ServerError if none is given and asking the server for one fails."""
 
     def __init__(
         self,
@@ -83,7 +83,7 @@ class Conversation:
         self.messages = list(self._system)
 
     def ask(self, text: str, write: Callable[[str], None]) -> Answer:
-        """Hand the answer to `write` piece by piece. Ctrl-C ends it early and keeps what came.
+        """Pass the answer to `write` piece by piece. Ctrl-C ends it early and keeps the text so far.
 
         Raises ServerError; the turn is then forgotten.
         """
@@ -131,7 +131,7 @@ class Conversation:
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        """What the network does wrong, as errors that say what to do."""
+        """Turn network errors into errors that say what to do."""
         where = self._http.base_url
         try:
             yield
@@ -143,7 +143,7 @@ class Conversation:
             raise ServerError(f"the connection to {where} failed: {str(error) or type(error).__name__}.") from None
 
     def _check(self, response: httpx.Response) -> None:
-        """Raise ServerError for anything but success."""
+        """Raise ServerError for any response but success."""
         status = response.status_code
         if status == 200:
             return
@@ -171,7 +171,7 @@ _HINTS = {
 
 
 def _read(data: str, answer: Answer) -> str:
-    """The text of a chunk; what else it says goes into `answer`. Raises ServerError if it is none, or an error."""
+    """Return a chunk's text; its other fields go into `answer`. Raises ServerError for an error or other data."""
     try:
         chunk = orjson.loads(data)
         if chunk.get("error"):

@@ -10,7 +10,7 @@ from typer.core import TyperArgument, TyperCommand
 
 
 class Command(TyperCommand):
-    """typer's lays out names and meanings in columns and cuts names where they are narrow; here a name has a line."""
+    """Prints each name on its own line; typer's columns cut names on narrow terminals."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Usage, purpose, a panel for each group of parameters, examples."""
@@ -27,21 +27,21 @@ class Command(TyperCommand):
                 entries = Group(*(part for param in params for part in _entry(param, ctx)))
                 console.print(Panel(entries, title=title, title_align="left", border_style="dim"))
         for line in (self.epilog or "").splitlines():
-            console.print(f" {line}", soft_wrap=True)  # whole, to be copied
+            console.print(f" {line}", soft_wrap=True)  # unwrapped, to be copied
         console.print()
 
 
 def _entry(param: Any, ctx: Any) -> tuple[Text, Padding]:
-    """Its names and what follows them, then what it does."""
+    """A parameter's names and their details, then its meaning."""
     names, said = param.get_help_record(ctx)
     if isinstance(param, TyperArgument):
-        names = names.partition(" ")[0]  # what it is called is there twice
+        names = names.partition(" ")[0]  # the record repeats the argument's name
     about = param.help or ""
     meaning = Text.from_markup(about).append(said.removeprefix(about), style="dim")
     return Text(names, style="bold cyan", overflow="fold"), Padding(meaning, (0, 0, 0, 4))
 
 
 def _paragraphs(text: str) -> Text:
-    """A docstring as it flows: its own line ends mean nothing, empty lines do."""
+    """Reflow a docstring: single line ends are dropped, empty lines kept."""
     paragraphs = (" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
     return Text.from_markup("\n\n".join(paragraphs))

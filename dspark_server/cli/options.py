@@ -1,4 +1,4 @@
-"""Flags made from settings, and errors as a command shows them."""
+"""Flags made from settings, and a command's error messages."""
 
 import functools
 import inspect
@@ -27,7 +27,7 @@ P = ParamSpec("P")
 
 @contextmanager
 def clear_errors() -> Iterator[None]:
-    """Errors raised on purpose end the command with their message and status 1, without a traceback."""
+    """End the command with the message of a deliberate error and status 1, without a traceback."""
     try:
         yield
     except DSparkServerError as error:
@@ -40,7 +40,7 @@ def takes_settings(
 ) -> Callable[[Callable[Concatenate[Resolution, P], None]], Callable[..., None]]:
     """Give a command the flags of the settings in `groups`, and the resolved settings as its first parameter.
 
-    The flags stand before the command's own; files and the environment may set every setting there is.
+    The flags stand before the command's own; files and the environment may set all settings.
     """
     shown = [option for option in OPTIONS if option.group in groups and option.name not in without]
 
@@ -67,7 +67,7 @@ def takes_settings(
 
 
 def _parameter(option: Option) -> inspect.Parameter:
-    """The command line's parameter of a setting. All are read as text here: Option.read converts and checks."""
+    """Return a setting's command-line parameter. All are read as text: Option.read converts and checks."""
     default = option.show(option.default) if not option.is_mapping else ""
     rules = "; ".join(filter(None, ("|".join(option.choices), default and f"default: {default}")))
     shown = escape(option.help) + (f" [dim]{escape(f'[{rules}]')}[/dim]" if rules else "")

@@ -1,8 +1,8 @@
-"""The processes of a tensor-parallel server: those torchrun made, or children that the first one starts itself.
+"""The processes of a tensor-parallel server: made by torchrun, or started by the first one as its children.
 
 Children run the same command with torchrun's variables (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT). Their
-stdin is a pipe that their parent holds: however it ends, they read its end, and end too. With NNODES and NODE_RANK one
-command on each node starts that node's share of the ranks.
+stdin is a pipe held by their parent: when the parent ends, in any way, they read end of file and end too. With NNODES
+and NODE_RANK one command on each node starts that node's share of the ranks.
 """
 
 import contextlib
@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from dspark_server.errors import ConfigError, EngineDeadError
 from dspark_server.runtime.processors import usable
 
-if TYPE_CHECKING:  # torch takes seconds, and a wrong setting should not
+if TYPE_CHECKING:  # torch takes seconds; a wrong setting is reported before
     from dspark_server.runtime.device import Device
     from dspark_server.runtime.parallel import Group
 
 EXIT_DEAD = 70  # EX_SOFTWARE: the engine died, and with it the server
-LAST_PASS = 10.0  # seconds other ranks get to end when rank 0 tells them to
+LAST_PASS = 10.0  # seconds that other ranks have to end after rank 0 tells them to
 _CHILD = "LAUNCHED_BY_DSPARK_SERVER"
 _DEFAULT_PORT = "29500"  # torchrun's
 
@@ -33,27 +33,27 @@ logger = logging.getLogger(__name__)
 
 
 class Ranks:
-    """This process's place among the ranks (`rank` of `size`), and its children: one that ends is the end of all.
+    """This process's rank (`rank` of `size`), and its children: the end of one ends the server.
 
-    A context: at its end the other ranks are told to end; after an error the children are killed.
+    A context manager: at its end the other ranks are told to end; after an error the children are killed.
     """
 
     def __init__(self, rank: int, size: int) -> None:
         self.rank = rank
         self.size = size
-        self._group: Group | None = None  # until they have met
-        self._local: int | None = None  # which of its node's ranks it is; None: LOCAL_RANK says
-        self._store: Any = None  # where they meet; None: whoever made the ranks has one
+        self._group: Group | None = None  # None until the ranks have met
+        self._local: int | None = None  # rank within its node; None: LOCAL_RANK
+        self._store: Any = None  # where the ranks meet; None: the launcher's
         self._children: list[subprocess.Popen[bytes]] = []
         self._on_death: Callable[[str], None] = self._give_up
-        self._ending = False  # what ends from now on was meant to
+        self._ending = False  # ranks that end from now on were told to
 
     @classmethod
     def start(cls, asked: int, device: str) -> "Ranks":
-        """Find this process's place among the ranks, and start those that nobody else does.
+        """Find this process's rank, and start the ranks that no launcher has started.
 
         `asked` is --tensor-parallel-size; under torchrun it may be left at 1. `device` is --device. Raises ConfigError
-        for variables that do not go with it, and for more ranks on this node than GPUs.
+        for variables that disagree with it, and for more ranks on this node than GPUs.
         """
         environment = os.environ
         made_by_launcher = "RANK" in environment and "WORLD_SIZE" in environment
@@ -71,8 +71,8 @@ class Ranks:
     def meet(self, device: str, timeout: float) -> "tuple[Group, Device | None]":
         """Take this rank's device, and wait for all ranks; `timeout` is for one collective, in seconds.
 
-        On a node's GPUs it is the one of number LOCAL_RANK, which becomes the calling thread's. Raises ConfigError if
-        there is none, EngineDeadError if not all ranks come.
+        On a node with GPUs the device is GPU number LOCAL_RANK, which becomes the calling thread's. Raises ConfigError
+        if there is none, EngineDeadError if not all ranks come.
         """
         from dspark_server.runtime.device import find_device
         from dspark_server.runtime.parallel import ALONE, TorchGroup
@@ -87,7 +87,7 @@ class Ranks:
         return self._group, mine
 
     def _gpu(self, device: str) -> int:
-        """The number of this rank's GPU; 0 where there is none. Raises ConfigError if the others have taken all."""
+        """Return the number of this rank's GPU; 0 where there is none. Raises ConfigError if there are too few."""
         from dspark_server.runtime.device import cuda_devices
 
         found = 0 if device == "cpu" else cuda_devices()
@@ -102,7 +102,7 @@ class Ranks:
         return local
 
     def _launch(self, device: str) -> None:
-        """Start this node's ranks but its first, which is this process, and find the store where all meet."""
+        """Start this node's ranks except its first, which is this process, and find the store where all meet."""
         size = self.size
         nodes, node = _number("NNODES", "1"), _number("NODE_RANK", "0")
         if nodes < 1 or size % nodes or node >= nodes:
@@ -156,15 +156,15 @@ class Ranks:
         self.leave(EXIT_DEAD)
 
     def watch(self, on_death: Callable[[str], None]) -> None:
-        """Report a child's end here from now on, from a thread of its own; before, it ends this process."""
+        """From now on report a child's end to `on_death`, on a separate thread; before, it ends this process."""
         self._on_death = on_death
 
     def leave(self, code: int) -> NoReturn:
-        """End this process now with status `code`, and its children with it, also those that hang."""
+        """End this process now with status `code`, and its children, including those that hang."""
         self._ending = True
         self._kill()
         logging.shutdown()
-        # Not sys.exit: it waits for threads, and the one that loads or steps may never end.
+        # Not sys.exit: it waits for threads, and the thread that loads or steps may never end.
         os._exit(code)
 
     def __enter__(self) -> "Ranks":
@@ -173,12 +173,12 @@ class Ranks:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             self.close()
-        else:  # its message should be the only one
+        else:  # only the error's message should be shown
             self._ending = True
             self._kill()
 
     def close(self) -> None:
-        """Rank 0: tell the others to end, and wait until the children have. Other ranks: only leave."""
+        """Rank 0: tell the others to end, and wait until the children have ended. Other ranks: only leave."""
         from dspark_server.runtime.parallel import TorchGroup
 
         group = self._group
@@ -194,7 +194,7 @@ class Ranks:
         for child in self._children:
             child.wait()
         patience.cancel()
-        if group.on_gpus:  # NCCL's communicators end after the graphs that use them, or never: the process ends first
+        if group.on_gpus:  # NCCL's communicators end only after the graphs that use them: end the process instead
             self.leave(0)
         group.leave()
 
@@ -204,7 +204,7 @@ class Ranks:
 
 
 def _check_gpus(device: str, ranks: int) -> None:
-    """Raise ConfigError if this node has GPUs, but not one for each of its `ranks`."""
+    """Raise ConfigError if this node has GPUs, but fewer than `ranks`."""
     if device == "cpu":
         return
     from dspark_server.runtime.device import cuda_devices
@@ -225,7 +225,7 @@ def _number(variable: str, default: str | None = None) -> int:
 
 
 def _store(address: str, port: int, size: int, listener: socket.socket | None = None, leads: bool = False) -> Any:
-    """Where the ranks meet; this process holds it if it `leads` or listens."""
+    """Return the store where the ranks meet; this process hosts it if it `leads` or listens."""
     import torch.distributed as dist
 
     from dspark_server.runtime.parallel import PATIENCE

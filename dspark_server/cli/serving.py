@@ -1,4 +1,4 @@
-"""`serve`, and `config`, which says what it would serve with."""
+"""`serve`, and `config`, which prints the settings that `serve` would use."""
 
 import logging
 import signal
@@ -27,11 +27,11 @@ def serve(resolution: Resolution) -> None:
     log = logging.getLogger("dspark_server")
     if armed := failpoints.arm_from_environment():
         log.warning("failpoints are armed, this server will fail on purpose: %s", ", ".join(armed))
-    # Until the server handles it: as the first process of a container this one would else not hear of it.
+    # Until the server handles it: the first process of a container ignores SIGTERM by default.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    if config.tensor_parallel_size > 1:  # before there are processes that would all say the same
+    if config.tensor_parallel_size > 1:  # before the other ranks exist, which would repeat the errors
         load_config(resolve_model(config.model, revision=config.revision)).shared_by(config.tensor_parallel_size)
-    # From here on torch is imported, which takes seconds; a wrong setting did not.
+    # From here on torch is imported, which takes seconds; wrong settings are reported before.
     with Ranks.start(config.tensor_parallel_size, config.device) as ranks:
         if ranks.rank != 0:
             _follow(config, ranks)
@@ -41,7 +41,7 @@ def serve(resolution: Resolution) -> None:
 
 
 def _lead(config: EngineConfig, settings: ServerSettings, ranks: Ranks) -> None:
-    """What rank 0 does, and most servers have no other."""
+    """Run rank 0, in most servers the only one."""
     from dspark_server.api.server import StillLoading, run
     from dspark_server.engine.core import EngineCore
     from dspark_server.engine.engine import AsyncEngine
@@ -69,7 +69,7 @@ def _lead(config: EngineConfig, settings: ServerSettings, ranks: Ranks) -> None:
 
 
 def _follow(config: EngineConfig, ranks: Ranks) -> None:
-    """What a rank other than 0 does: it serves rank 0, which says when it ends; signals are for that one."""
+    """Run a rank other than 0: it serves rank 0, which also ends it; signals are for rank 0."""
     from dspark_server.engine.parallel import follow
     from dspark_server.runtime.parallel import TorchGroup
 
@@ -101,7 +101,7 @@ def config(
     if markdown:
         typer.echo(show.reference(), nl=False)
         return
-    resolution.make(EngineConfig), resolution.make(ServerSettings)  # what does not go together is an error here too
+    resolution.make(EngineConfig), resolution.make(ServerSettings)  # conflicting settings are an error here too
     if json:
         typer.echo(show.as_json(resolution))
     else:

@@ -1,4 +1,4 @@
-"""Settings for the eye (a table), for programs (JSON) and as the reference in docs/configuration.md."""
+"""Settings as a table, as JSON, and as the reference in docs/configuration.md."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -15,7 +15,7 @@ from dspark_server.settings import GROUPS, MASK, Option, options
 
 
 def table(resolution: Resolution) -> None:
-    """Every setting in force with its value and source, by group; defaults are dim."""
+    """Print every setting in force with its value and source, by group; defaults are dim."""
     grid = Table(box=None, pad_edge=False, show_header=False)
     for _ in range(3):
         grid.add_column(overflow="fold")
@@ -29,7 +29,7 @@ def table(resolution: Resolution) -> None:
         grid.add_row()
     console = Console()
     if not console.is_terminal:
-        console.width = 1000  # one line per setting, however long: somebody may search them
+        console.width = 1000  # one line per setting, however long, so that they can be searched
     console.print(grid)
 
 
@@ -43,7 +43,7 @@ def _rows(option: Option, resolved: Resolved) -> Iterator[tuple[str, str, str]]:
 
 
 def as_json(resolution: Resolution) -> str:
-    """`{"port": {"value": 8000, "source": "default"}, ...}`; secrets are masked."""
+    """Return `{"port": {"value": 8000, "source": "default"}, ...}`; secrets are masked."""
 
     def plain(option: Option, value: Any) -> Any:
         if option.secret and value:
@@ -60,7 +60,7 @@ def as_json(resolution: Resolution) -> str:
 
 
 def reference() -> str:
-    """docs/configuration.md."""
+    """Return docs/configuration.md."""
     parts = [_PREFACE]
     for group in GROUPS:
         rows = [

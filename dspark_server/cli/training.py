@@ -1,4 +1,4 @@
-"""`data`, `train`, `calibrate` and `eval`: from a target to a drafter that is believed and measured."""
+"""`data`, `train`, `calibrate` and `eval`: from a target to a trained, calibrated and measured drafter."""
 
 from pathlib import Path
 from typing import Annotated

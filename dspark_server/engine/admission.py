@@ -1,4 +1,4 @@
-"""Who may come in. Places and prompt tokens are bounded, and taken before any work is done for a request."""
+"""Admission of requests: bounded places and prompt tokens, reserved before any work is done for a request."""
 
 import asyncio
 from dataclasses import dataclass
@@ -10,9 +10,9 @@ SHUTTING_DOWN = "The server is shutting down; send the request to another replic
 
 @dataclass(eq=False)
 class Reservation:
-    """Places for `choices` submissions; a context manager that returns those not used.
+    """A reservation for `places` submissions; a context manager that returns unused places.
 
-    `tokens` is how long their prompts were thought to be.
+    `tokens`: estimated length of their prompts.
     """
 
     admission: "Admission"
@@ -28,7 +28,7 @@ class Reservation:
 
 
 class Admission:
-    """Counts on the event loop what is in flight: `places` choices at most, `tokens` of prompts without an answer."""
+    """Bounds, on the event loop, choices in flight (`places`) and prompt tokens without an answer (`tokens`)."""
 
     def __init__(self, places: int, tokens: int) -> None:
         self._places = places
@@ -37,11 +37,11 @@ class Admission:
         self._idle.set()
         self.in_flight = 0
         self.queued_tokens = 0
-        self.draining = False  # nobody new
-        self.closed = False  # the drain is over: not even who has a place
+        self.draining = False  # no new requests
+        self.closed = False  # the drain is over: reserved places are refused too
 
     def reserve(self, choices: int, tokens: int) -> Reservation:
-        """Take places. Raises CapacityError when there are none now, RequestError when there never will be."""
+        """Take places. Raises CapacityError if there are none now, RequestError if there never will be."""
         if self.draining:
             raise CapacityError(SHUTTING_DOWN, retry_after=5)
         if choices > self._places:
@@ -53,7 +53,7 @@ class Admission:
             raise CapacityError(
                 f"The queue is full ({self.in_flight} requests in flight, {self._places} allowed). Try again later."
             )
-        # A prompt longer than the bound gets in when no other waits: it would never else.
+        # A prompt longer than the bound is admitted when no other waits; else it never would be.
         if self.queued_tokens and self.queued_tokens + tokens > self._tokens:
             raise CapacityError(
                 f"The queue is full ({self.queued_tokens} prompt tokens waiting, {self._tokens} allowed). "
@@ -65,8 +65,7 @@ class Admission:
         return Reservation(self, choices, tokens)
 
     def enter(self, reservation: Reservation, tokens: int) -> None:
-        """A choice takes a reserved place, until it is released, and has a prompt of so many tokens.
-
+        """Use a reserved place, until its release, for a choice whose prompt has `tokens` tokens.
         Raises CapacityError if the drain has ended meanwhile.
         """
         if self.closed:
@@ -76,7 +75,7 @@ class Admission:
         self.queued_tokens += tokens
 
     def release(self, places: int, tokens: int) -> None:
-        """Give places, or tokens that wait no more, back."""
+        """Return places, or prompt tokens that no longer wait."""
         self.in_flight -= places
         self.queued_tokens -= tokens
         if self.in_flight == 0:

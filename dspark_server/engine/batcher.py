@@ -1,4 +1,4 @@
-"""Continuous batching: who runs in the next step, with how many tokens, and who must give way.
+"""Continuous batching: which requests run in the next step, with how many tokens, and which are preempted.
 
 The plan is made between commit and the next draft, the only point where a request may be preempted: once a draft
 exists, only selection may drop it (DSPARK, "No value-dependent drop").
@@ -28,13 +28,13 @@ class Scheduled:
 
     @property
     def samples(self) -> bool:
-        """The run reaches the sequence's end, so its last row is wanted."""
+        """Whether the run reaches the sequence's end, so that its last row is sampled from."""
         return self.count == self.request.pending
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One step. `draft_room` is how many draft tokens may be verified beside the scheduled ones."""
+    """One step. `draft_room`: number of draft tokens that may be verified beside the scheduled ones."""
 
     scheduled: list[Scheduled] = field(default_factory=list)
     draft_room: int = 0
@@ -46,7 +46,7 @@ class Plan:
 
     @property
     def load(self) -> Load:
-        """What the pass holds before any draft."""
+        """Load of the pass before any draft."""
         contexts = [request.computed for request in self.decoding]
         return Load(
             sampling=sum(entry.samples for entry in self.scheduled),
@@ -59,15 +59,15 @@ class Plan:
         )
 
 
-DRAFTED_SHARE = 0.1  # of a step in what drafts are taken to want
-KEYED_TOKENS = 16384  # tokens of prompts hashed in one step while others run: some 3 ms
+DRAFTED_SHARE = 0.1  # weight of one step in the average number of draft tokens
+KEYED_TOKENS = 16384  # tokens of prompts hashed in one step while others run: about 3 ms
 
 
 @dataclass(frozen=True)
 class Shortage:
-    """The first request of the queue was looked up and does not fit: not before the pool has `given_back` so many.
+    """The first request of the queue does not fit until `given_back` of the pool reaches the value here.
 
-    Or before a block with the key `next` is published, behind the cached prefix that was found.
+    Or until a block with the key `next`, which continues the cached prefix that was found, is published.
     """
 
     request: Request
@@ -76,7 +76,7 @@ class Shortage:
 
 
 class Batcher:
-    """Who runs in each step. `WaitingQueue` says who is admitted next, `prefill_chunks` how prompts share a step.
+    """Schedules each step. `WaitingQueue` orders admission, `prefill_chunks` divides a step among prompts.
 
     The oldest running request is never preempted, so the batch always makes progress; see `_last_in_line`.
     """
@@ -98,10 +98,10 @@ class Batcher:
         self.gamma = gamma
         self.waiting = WaitingQueue()
         self.running: list[Request] = []
-        self._touched: dict[Request, None] = {}  # by the step under way, or the last one
+        self._touched: dict[Request, None] = {}  # by the current step, or the last one
         self._shortage: Shortage | None = None
         self._clock = clock
-        self._drafted = float(gamma)  # draft tokens verified in a step for each decoding request, lately
+        self._drafted = float(gamma)  # recent average of draft tokens verified per decoding request and step
 
     # -- arrival and departure ---------------------------------------------------------------------------------------
 
@@ -121,7 +121,7 @@ class Batcher:
             )
 
     def add(self, request: Request) -> None:
-        """Queue a request that `check_fits` let through."""
+        """Queue a request that passed `check_fits`."""
         self.waiting.push(request)
 
     def remove(self, request: Request) -> None:
@@ -147,13 +147,13 @@ class Batcher:
         request.computed = request.finite = request.published = 0
 
     def begin(self) -> None:
-        """A step begins: what it touches from now on is lost if it fails."""
+        """Begin a step: the requests that it touches are lost if it fails."""
         self._touched = dict.fromkeys(self.running)
 
     def recover(self) -> list[Request]:
-        """After a step that failed, wherever it stopped: the requests that it touched and that do not wait again.
+        """Remove, and return, the requests that a failed step touched, except those that wait again.
 
-        They are let go. No row that the step may have written is trusted: the pool is empty and the cache forgotten.
+        No row that the step may have written is trusted: the pool is emptied and the prefix cache forgotten.
         """
         lost = [request for request in self._touched if request not in self.waiting]
         self.running.clear()
@@ -173,7 +173,7 @@ class Batcher:
         self._reserve_running()
         decoding = [request for request in self.running if request.is_decoding]
         room = self.max_num_batched_tokens - len(decoding)
-        # Drafts get what they lately took, but prefill must not starve behind them: it gets at least half of the rest.
+        # Drafts get their recent average, but prefill must not starve behind them: it gets at least half of the room.
         prefill_room = max(room - ceil(self._drafted * len(decoding)), room // 2)
         prompts = [request for request in self.running if not request.is_decoding]
         prompts += self._admit_newcomers(prefill_room, under_way=sum(request.pending for request in prompts))
@@ -183,22 +183,22 @@ class Batcher:
         return Plan(scheduled, draft_room=room - sum(chunks.values()))
 
     def drafted(self, plan: Plan, tokens: int) -> None:
-        """A step planned like this verifies `tokens` draft tokens. Where that is all the room, more may be wanted."""
+        """Average the `tokens` draft tokens of a step with this plan. If they fill the room, the average only rises."""
         if requests := len(plan.decoding):
             each = tokens / requests
             if tokens < plan.draft_room or each > self._drafted:
                 self._drafted += DRAFTED_SHARE * (each - self._drafted)
 
     def _reserve_running(self) -> None:
-        """Slots for every running request's anchor and gamma draft tokens, preempting the last in line if need be."""
+        """Reserve slots for all running anchors and gamma draft tokens each; if needed, preempt the last in line."""
         for request in list(self.running):
             while request.status is Status.RUNNING and not self._reserve(request):
                 self.preempt(self._last_in_line())
 
     def _last_in_line(self) -> Request:
-        """The running request that gives way first: of the tenant whose request is the youngest, the last by rank.
+        """The running request to preempt first: the last by rank of the tenant that has the youngest request.
 
-        Requests of the last priority give way before all others.
+        Requests of the last priority are preempted before all others.
         """
         running = self.running[::-1]  # of equals, the one admitted last
         youngest = max(running, key=lambda each: (is_last(each), each.arrival))
@@ -220,8 +220,8 @@ class Batcher:
     def _admit_newcomers(self, room: int, under_way: int) -> list[Request]:
         """Admit from the queue as long as prompts leave some of `room`, but always until newcomers fill half of it.
 
-        `under_way`: tokens that prompts admitted before still have to run. A request that does not fit stays at the
-        head of the queue, and no other is admitted. One whose prefix another request is just running is set aside.
+        `under_way`: pending tokens of prompts admitted before. A request that does not fit stays at the head of the
+        queue, and no other is admitted. A request whose prefix another request is running now is set aside.
         """
         admitted: list[Request] = []
         brought, left = 0, max(1, KEYED_TOKENS // self.pool.block_size)
@@ -246,7 +246,7 @@ class Batcher:
         return admitted
 
     def _is_short(self, request: Request) -> bool:
-        """Nothing has changed since the request did not fit."""
+        """Whether nothing has changed since the request did not fit."""
         short = self._shortage
         return (
             short is not None
@@ -265,7 +265,7 @@ class Batcher:
         return request.keys[:usable]
 
     def _runner_of(self, request: Request, block: int) -> Request | None:
-        """A request before this one in rank that is just running the prefix which this one's block `block` ends."""
+        """A request not behind this one in rank whose prefill will publish the prefix that ends with block `block`."""
         if not self.pool.prefix_caching:
             return None
         key = request.keys[block]
@@ -305,10 +305,9 @@ class Batcher:
     # -- after the pass ----------------------------------------------------------------------------------------------
 
     def advance(self, request: Request, rows: int, finite: int | None = None) -> None:
-        """`rows` more committed tokens have KV rows, of which the first `finite` (None: all) are known to hold no NaN.
+        """Count KV rows of `rows` more committed tokens; the first `finite` (None: all) are known to hold no NaN.
 
-        Blocks that are full of such rows are published. Behind one that may hold a NaN nothing is, as it would be seen
-        from there.
+        Blocks full of such rows are published. Blocks behind one that may hold a NaN are not, as they attend to it.
         """
         if request.finite == request.computed:
             request.finite += rows if finite is None else min(rows, finite)
@@ -326,13 +325,13 @@ class Batcher:
             self.waiting.call_back(request)
 
     def update_gauges(self) -> None:
-        """Write what is running, waiting and held into the stats."""
+        """Write the numbers of running and waiting requests, and the KV usage, into the stats."""
         self.stats.running = len(self.running)
         self.stats.waiting = len(self.waiting)
         self.stats.kv_usage = self.pool.usage
 
     def check(self) -> None:
-        """Block conservation and status, for tests and the debug flag."""
+        """Check block conservation and request status, for tests and the debug flag."""
         self.pool.check([request.blocks for request in self.running])
         assert all(request.status is Status.RUNNING for request in self.running)
         assert all(request.status is Status.WAITING and not request.blocks for request in self.waiting)

@@ -1,8 +1,8 @@
-"""The block pool and the prefix cache: who holds which KV block, and what it may be reused for.
+"""The block pool and the prefix cache: references to KV blocks, and the prefixes by which they are found again.
 
 A block is *free*, *held* (referenced by one or more requests), or *cached* (referenced by none, its content known and
-evictable, least recently used first). free + cached + held == total, always. Only full blocks of committed tokens are
-given an identity, so no unverified token can be found by a later request.
+evictable, least recently used first). free + cached + held == total, always. Only full blocks of committed tokens get
+an identity, so a later request never finds an unverified token.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from dspark_server.errors import CapacityError
 
 @dataclass(frozen=True)
 class BlockKey:
-    """Identity of a full block: a SHA-256 chain over everything before it, and what the last digest was made of."""
+    """Identity of a full block: a SHA-256 chain over everything before it, and the inputs of the last digest."""
 
     digest: bytes
     parent: bytes
@@ -33,7 +33,7 @@ def chain(parent: bytes, tokens: Sequence[int]) -> BlockKey:
 
 
 def chain_root(*identity: str) -> bytes:
-    """Start of a chain. Everything that shapes the KV rows beside the tokens (model, drafter, salt) goes in here."""
+    """Start of a chain. `identity`: all that the KV rows depend on besides the tokens (model, drafter, salt)."""
     digest = hashlib.sha256()
     for part in identity:
         encoded = part.encode("utf-8", "surrogatepass")
@@ -53,11 +53,11 @@ class BlockPool:
         self._key_of: list[BlockKey | None] = [None] * num_blocks
         self._block_of: dict[bytes, int] = {}
         self._evictable: OrderedDict[int, None] = OrderedDict()
-        self.given_back = 0  # blocks that have become available since the start, every time counted
+        self.given_back = 0  # number of times since the start that a block became available
 
     @property
     def available(self) -> int:
-        """Blocks that `allocate` can hand out now, evicting cached ones if it must."""
+        """Blocks that `allocate` can hand out now, evicting cached ones if needed."""
         return len(self._free) + len(self._evictable)
 
     @property
@@ -89,7 +89,7 @@ class BlockPool:
         return block
 
     def distrust(self, blocks: Sequence[int]) -> None:
-        """Take the identity of held blocks away: what they contain must not be found."""
+        """Remove the identity of held blocks, so that look-ups do not find them."""
         for block in blocks:
             self._forget(block)
 
@@ -100,21 +100,21 @@ class BlockPool:
             self._key_of[block] = None
 
     def lookup(self, keys: Sequence[BlockKey]) -> list[int]:
-        """Blocks that hold the longest cached prefix of `keys`; nothing is taken."""
+        """Blocks that hold the longest cached prefix of `keys`; adds no reference."""
         found: list[int] = []
         for key in keys:
             block = self._block_of.get(key.digest)
             if block is None:
                 break
             known = self._key_of[block]
-            # Equal digests are not trusted: what they were made of must match.
+            # Equal digests are not trusted: their inputs must match too.
             if known is not key and known != key:
                 break
             found.append(block)
         return found
 
     def names(self, key: BlockKey) -> bool:
-        """A block was published with the digest of `key`: a look-up may find more than it did before."""
+        """Whether a block is published with the digest of `key`, so that a look-up may find more than before."""
         return key.digest in self._block_of
 
     def hold(self, blocks: Sequence[int]) -> None:
@@ -126,7 +126,7 @@ class BlockPool:
 
     def release(self, blocks: Sequence[int]) -> None:
         """Drop one reference to each. Blocks with an identity stay findable until evicted."""
-        # The last block of a chain goes first: a prefix is worth more than its continuation.
+        # The last block of a chain is evicted first: a prefix is worth more than its continuation.
         for block in reversed(blocks):
             assert self._references[block] > 0, f"block {block} released more often than held"
             self._references[block] -= 1
@@ -141,8 +141,8 @@ class BlockPool:
     def publish(self, block: int, key: BlockKey) -> bool:
         """Make a full block of committed tokens findable. The first block with a key keeps it.
 
-        False if the digest names something else: what follows the block must not be published either, as it would pass
-        for the continuation of that.
+        False if the digest belongs to other tokens: then the blocks after this one must not be published either, as
+        look-ups would take them for continuations of those tokens.
         """
         if not self.prefix_caching or self._key_of[block] is not None:
             return True
@@ -152,7 +152,7 @@ class BlockPool:
         return self._key_of[named] == key
 
     def reset(self) -> None:
-        """Everything free and nothing known, whatever was held: for when nobody holds anything any more."""
+        """Free all blocks, held ones too, and forget all identities; block tables become invalid."""
         self.given_back += self.num_blocks - self.available
         self._free = list(range(self.num_blocks - 1, -1, -1))
         self._references = [0] * self.num_blocks
@@ -169,7 +169,7 @@ class BlockPool:
         self._block_of.clear()
 
     def check(self, owners: Sequence[Sequence[int]]) -> None:
-        """Conservation law (RELIABILITY, law 1). `owners` are the block tables of all live requests."""
+        """Check conservation (RELIABILITY, law 1). `owners` are the block tables of all live requests."""
         counts = [0] * self.num_blocks
         for table in owners:
             for block in table:

@@ -1,4 +1,4 @@
-"""What a rank computes with (device, kernels, types), and its executor over the KV blocks that all ranks can hold."""
+"""Builds one rank: device, kernels, types, and its executor over the number of KV blocks that every rank can hold."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from dspark_server.speculation.dspark import DSparkDrafter
 
 @dataclass(frozen=True)
 class Place:
-    """Where one rank computes, and in which types: weights in `dtype`, KV rows in `stored`."""
+    """Device, kernels and types of one rank: weights in `dtype`, KV rows in `stored`."""
 
     directory: Path  # of the model
     group: Group
@@ -37,10 +37,10 @@ class Place:
     def choose(
         cls, config: EngineConfig, group: Group, device: Device | None = None, kernels: Kernels | None = None
     ) -> "Place":
-        """The place that the configuration names; `device` and `kernels` take the place of its own.
+        """The place that the configuration names; `device` and `kernels` replace its own.
 
-        The model is downloaded if it must be. Raises CheckpointError if it cannot be found, ConfigError for a device
-        that is not there, or that lacks what the settings ask for.
+        Downloads the model if needed. Raises CheckpointError if it cannot be found, ConfigError for a device that is
+        missing, or that lacks a feature that the settings require.
         """
         device = device or find_device(config.device)
         config.check_device(None if device is None else device.name)
@@ -65,7 +65,7 @@ def build_executor(
 ) -> TorchExecutor | DeviceExecutor:
     """The executor of one rank, ready to run; all ranks build theirs at the same time.
 
-    Its KV pool has the blocks that fit on every rank: as many as the configuration says, or a device's memory leaves.
+    Its KV pool has the number of blocks that fits on every rank: the configured one, or what device memory leaves.
     Raises ConfigError if this rank has room for none.
     """
     groups = [target.kv_group] + ([drafter.kv_group] if drafter.kv_group else [])

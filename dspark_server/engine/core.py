@@ -39,7 +39,7 @@ from dspark_server.speculation.selection import POLICIES, Selection, build_selec
 
 @dataclass(eq=False)
 class EngineCore:
-    """Everything the step thread owns, and the facts the front door needs to check a request."""
+    """Everything the step thread owns, and the facts that `AsyncEngine` needs to check a request."""
 
     config: EngineConfig
     loop: StepLoop
@@ -50,17 +50,17 @@ class EngineCore:
     cache_identity: str
     cache_dtype: str
     backend: str
-    speculation: str  # which drafter, which policy, for people
-    threads: ThreadCount | None = None  # None: another number of threads was asked for, or a GPU computes
+    speculation: str  # drafter and policy, as text for people
+    threads: ThreadCount | None = None  # None: the number is set by OMP_NUM_THREADS, or a GPU computes
 
     @property
     def batcher(self) -> Batcher:
-        """Who waits and who runs."""
+        """The batcher of the step loop."""
         return self.loop.batcher
 
     @property
     def cache_info(self) -> dict[str, str]:
-        """Facts about the KV cache, under vLLM's names (a block is a block, whatever it lies on)."""
+        """Facts about the KV cache, under vLLM's names (`num_gpu_blocks` also on a CPU)."""
         pool = self.batcher.pool
         return {
             "block_size": str(pool.block_size),
@@ -80,9 +80,9 @@ class EngineCore:
         kernels: Kernels | None = None,
         **loop_options: Any,
     ) -> "EngineCore":
-        """Load weights, allocate the KV pool, measure what steps cost (or believe `costs`).
+        """Load weights, allocate the KV pool, measure step costs (or use `costs`).
 
-        This is rank 0 of the group; its other ranks `follow`. `device` and `kernels` take the place of those the
+        Runs on rank 0 of the group; the other ranks run `follow`. `device` and `kernels` replace those that the
         configuration names; `loop_options` go to StepLoop.
 
         Raises CheckpointError for a model that cannot be read, ConfigError for settings that do not fit it.
@@ -142,7 +142,7 @@ class EngineCore:
         )
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer the configuration names, or the model's own, whose end token ends answers from now on.
+        """Load the configured tokenizer, or the model's own. Its end token ends answers from now on.
 
         Raises CheckpointError if there is none, ConfigError if it has tokens that the model does not know.
         """
@@ -172,19 +172,19 @@ class EngineCore:
 
     @property
     def policies(self) -> tuple[str, ...]:
-        """What `select` takes: without a drafter only "none", without a cost model none that goes by costs."""
+        """Policies that `select` accepts: without a drafter only "none", without a cost model none that uses costs."""
         if not self.loop.executor.gamma:
             return ("none",)
         return POLICIES if self.loop.capacity else ("fixed", "threshold", "none")
 
     def follow_processors(self) -> None:
-        """Compute with as many threads as processors may be used now. Step thread only, after a step."""
+        """Adapt the number of compute threads to the usable processors. Step thread only, after a step."""
         capacity = self.loop.capacity
         if self.threads and self.threads.stepped(capacity.slowdown if capacity else 1.0):
             torch.set_num_threads(self.threads.count)
 
     def select(self, policy: str) -> None:
-        """Select by another policy from the next step on; it starts without any history. Step thread only."""
+        """Use another policy from the next step on; it starts without any history. Step thread only."""
         assert policy in self.policies
         self.loop.select_by(_selection(policy, self.loop.capacity, self.config.speculative))
 
@@ -200,12 +200,12 @@ class EngineCore:
         leader: Request | None = None,
         tenant: str = "",
     ) -> Request:
-        """A request ready to be queued; its fit has been checked elsewhere. `prompt` is kept and must not change.
+        """A request ready to be queued; the caller has checked that it fits. `prompt` is kept and must not change.
 
-        `leader` is an earlier request for the same prompt, with the same rules, tenant and salt: what depends on them
-        alone is shared with it.
+        `leader` is an earlier request for the same prompt, with the same rules, tenant and salt: both share everything
+        that depends on these alone.
         """
-        goes_on = params.ignore_eos and params.grammar is None  # a form says itself where an answer ends
+        goes_on = params.ignore_eos and params.grammar is None  # a grammar itself determines the end of an answer
         eos = frozenset[int]() if goes_on else self.eos_token_ids
         stop_ids = params.stop_token_ids | eos
         return Request(
@@ -238,7 +238,7 @@ class EngineCore:
         return [request.output for request in requests]
 
     def fail_step(self, message: str) -> list[StepOutput]:
-        """After a failed step: end each request it touched with an error. Those that wait had no part in it."""
+        """After a failed step: end each request it touched with an error. Waiting requests are not affected."""
         touched = self.batcher.recover()
         for request in touched:
             request.finish_reason = FinishReason.ERROR
@@ -257,10 +257,10 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
         )
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory)
-    except Exception as error:  # transformers raises whatever its readers trip over
+    except Exception as error:  # transformers raises exceptions of any type
         why = " ".join(str(error).split()) or type(error).__name__
         raise CheckpointError(f"{directory} has no usable tokenizer: {why}") from error
-    # Prompts longer than the training length are refused by us, with a message of ours.
+    # Prompts longer than the training length are refused by `AsyncEngine`, with its own message.
     tokenizer.model_max_length = 1 << 60
     return tokenizer
 
@@ -297,7 +297,7 @@ def _drafter(config: SpeculativeConfig, target: Decoder, place: Place) -> DSpark
 
 
 def _profile(config: EngineConfig, executor: Executor, num_blocks: int, max_model_len: int, identity: str) -> Profile:
-    """What steps cost here, measured or kept."""
+    """The cost profile of this machine, measured or kept."""
     return profile(
         executor,
         num_blocks=num_blocks,
@@ -312,7 +312,7 @@ def _profile(config: EngineConfig, executor: Executor, num_blocks: int, max_mode
 
 
 def _backend(executor: TorchExecutor | DeviceExecutor, place: Place) -> str:
-    """What computes, for people, and for telling profiles apart."""
+    """Description of the backend, for people and for the identity of profiles."""
     dtype = str(place.dtype).removeprefix("torch.")
     backend = f"{place.kernels.name}, {executor.target.lm_head.backend} linear, {dtype}"
     if isinstance(executor, DeviceExecutor):

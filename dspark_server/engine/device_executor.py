@@ -1,10 +1,10 @@
-"""The executor of a device with a queue: draft, pass and acceptance are queued; the host waits for what it must see.
+"""The executor of a device with a queue: draft, pass and acceptance are queued; the host waits only for their results.
 
-A step waits twice: for the draft, because what of it is verified depends on its survivals, and for the accepted tokens.
-Where the policy fixes the number of verified tokens before the draft (`Rest`), it waits once: draft tokens stay on the
-device, which picks the likeliest, lays out the pass, runs and judges it. Drafts and passes up to the largest graph size
-are replayed (runtime/graphs.py), larger ones and whatever needs the slot-by-slot sampler run eagerly; all of them are
-the same functions over the same buffers.
+A step waits twice: for the draft, because its survivals determine the prefix lengths, and for the accepted tokens. If
+the policy fixes the number of verified tokens before the draft (`Rest`), it waits once: draft tokens stay on the
+device, which picks the likeliest, lays out the pass, runs it and its acceptance. Drafts and passes up to the largest
+graph size are replayed (runtime/graphs.py); larger ones, and those that need the slot-by-slot sampler, run eagerly. All
+of them are the same functions over the same buffers.
 
 Shapes: R requests of a step, at most Rd; gamma draft tokens of the drafter; N token slots of a pass, T at most.
 """
@@ -41,7 +41,7 @@ I32, I64, F32, F64, BOOL = torch.int32, torch.int64, torch.float32, torch.float6
 
 @dataclass(frozen=True)
 class _Ahead:
-    """A pass that was run and judged before the host asked for it: with these runs, logits [M, V] and outcome."""
+    """A pass that was run, with acceptance, before the host asked for it: its runs, logits [M, V] and outcome."""
 
     runs: list[Run]
     logits: Tensor
@@ -50,10 +50,10 @@ class _Ahead:
 
 
 class DeviceExecutor:
-    """Target and drafter on `device`; see `Executor` for what it does, and the module for how.
+    """Target and drafter on `device`; implements `Executor` as the module describes.
 
-    `sizes` are the token counts that get CUDA graphs; none: everything runs eagerly. `judge` and `timing` belong to
-    the step loop's arguments of these names.
+    `sizes` are the token counts that get CUDA graphs; none: everything runs eagerly. The methods `judge` and `timing`
+    are for the step loop's arguments of these names.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class DeviceExecutor:
         self._ahead: _Ahead | None = None
         self._lengths: list[int] = []  # of the runs of the last pass
         self._finite = torch.empty(0)  # [N] bool on the device: which of its tokens have finite hidden states
-        self._landed: Tensor | None = None  # the same on the host, once it is there
+        self._landed: Tensor | None = None  # the same on the host, once fetched
         self._marks: list[Any] = []
         self._seconds: tuple[float, float] | None = None
 
@@ -132,7 +132,7 @@ class DeviceExecutor:
 
     @torch.inference_mode()
     def capture(self) -> None:
-        """Record every graph now, the largest first: later ones find their memory in its pool. Writes scratch only."""
+        """Record every graph, the largest first: the others reuse its memory pool. Writes scratch only."""
         nobody: dict[str, Sequence[int]] = {name: [] for name in self._asked.host}
         for size in reversed(self.drafts.sizes):
             if isinstance(self.drafter, DSparkDrafter):
@@ -144,9 +144,9 @@ class DeviceExecutor:
 
     @torch.inference_mode()
     def rehearse(self, tokens: int, requests: int) -> None:
-        """The greatest step there can be, over whatever the pool holds: its result is of no use.
+        """Run the largest possible step over arbitrary pool contents; its result is discarded.
 
-        Ranks do it together; only the first drafts and samples.
+        All ranks do it together; only rank 0 drafts and samples.
         """
         table = list(range(-(-tokens // self.pool.block_size)))
         runs = [Run([0] * tokens, 0, table, tokens)]
@@ -169,7 +169,7 @@ class DeviceExecutor:
         streams: Streams,
         rest: Callable[[], Rest] | None = None,
     ) -> DraftBlock:
-        """See `Executor.draft`. What the block holds is on the host, but for `q` and `columns`."""
+        """See `Executor.draft`. The block's fields are on the host, except `q` and `columns`."""
         self._ahead, self._seconds, self._marks = None, None, [self.device.mark()]
         asked = asked_of_drafter(requests)
         block = None
@@ -177,7 +177,7 @@ class DeviceExecutor:
             assert isinstance(self.drafter, DSparkDrafter), "the engine must not draft without a drafter"
             copies = self.drafter.copies(asked, sampling)
             sampler = self.drafter.sampler
-            # Where the drafter has names of its own, a copied token may need a column: known only from the logits.
+            # If the drafter has its own vocabulary, a copied token may need a column: known only from the logits.
             if sampler.takes_whole_blocks(sampling) and (copies is None or sampler.draft_tokens is None):
                 after = rest() if rest and len(asked) == len(requests) else None
                 block = self._draft_whole(asked, sampling, streams, copies, after)
@@ -193,7 +193,7 @@ class DeviceExecutor:
         copies: CopyBias | None,
         rest: Rest | None,
     ) -> DraftBlock:
-        """Backbone and sampler in one, replayed where there is a graph; then, with `rest`, all the rest."""
+        """Backbone and sampler in one call, replayed if there is a graph; with `rest`, pass and acceptance too."""
         drafter, count = self._dspark, len(requests)
         inverse, uniforms = drafter.sampler.whole_block_noise(sampling, streams)
         self._ask(requests, sampling, copies, inverse, uniforms)
@@ -221,7 +221,7 @@ class DeviceExecutor:
     def _draft_slot_by_slot(
         self, requests: list[DraftRequest], sampling: SamplingBatch, streams: Streams, copies: CopyBias | None
     ) -> DraftBlock:
-        """The backbone alone is replayed; heads and laws that look at their own numbers follow eagerly, and wait."""
+        """Replay the backbone alone; heads and sampling that branch on values run eagerly, and the host waits."""
         drafter, count, where = self._dspark, len(requests), self.device.where
         self._ask(requests, sampling, copies, sampling.temperature, None)
         hidden, base = self.drafts.run(count, self._backbone, "backbone")
@@ -286,7 +286,7 @@ class DeviceExecutor:
         return drafter.backbone(batch, pool)
 
     def _whole_blocks(self, sampled: bool) -> Callable[[int], Results]:
-        """The work of a draft: gives law, on, odds and confidence, and leaves the rest where the pass looks for it."""
+        """Function that drafts: gives q, on, odds and confidence; writes tokens, usable and survival for the pass."""
         sampler = self._dspark.sampler
 
         def work(size: int) -> Results:
@@ -315,12 +315,12 @@ class DeviceExecutor:
     # -- pass --------------------------------------------------------------------------------------------------------
 
     def verify(self, runs: list[Run]) -> tuple[Tensor, list[int]]:
-        """See `Executor.verify`; the logits are on the device, and perhaps not computed yet."""
+        """See `Executor.verify`; the logits are on the device, and may not be computed yet."""
         self._lengths = [len(run.tokens) for run in runs]
         if self._ahead is not None:
             if _same(runs, self._ahead.runs):
                 return self._ahead.logits, self._ahead.row_start
-            self._ahead = None  # run again: the rows it wrote to the cache are written over
+            self._ahead = None  # run again: it overwrites the rows of that pass in the cache
         if len(self._marks) not in (1, 2):
             self._marks = [self.device.mark()]
         logits, _, _ = self._launch(runs, None)
@@ -329,9 +329,9 @@ class DeviceExecutor:
         return logits[: row_start[-1]], row_start
 
     def _launch(self, runs: list[Run], rest: Rest | None, size: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-        """Queue a pass over `runs`, and with `rest` over the draft tokens that it keeps of the last draft.
+        """Queue a pass over `runs`, and with `rest` over the likeliest `rest.count` tokens of the last draft.
 
-        Gives logits [N, V] float32, row_start [R+1] and drafted [R] as `Layout` has them, on the device.
+        Gives logits [N, V] float32, row_start [R+1] and drafted [R] as in `Layout`, on the device.
         """
         size = max(size, sum(len(run.tokens) for run in runs) + (rest.count if rest else 0))
         self._runs.upload(
@@ -368,7 +368,7 @@ class DeviceExecutor:
         return self.target.logits(hidden), layout.row_start, layout.drafted, are_finite(last)
 
     def finite_rows(self) -> list[int]:
-        """See `Executor.finite_rows`; waits for a pass that was not judged."""
+        """See `Executor.finite_rows`; waits for the pass if its acceptance was not run."""
         if self._landed is None:
             (self._landed,) = self.device.fetch([self._finite])
         return leading(self._landed, self._lengths)
@@ -378,7 +378,7 @@ class DeviceExecutor:
     def _go_on(
         self, rest: Rest, law: Tensor | None, columns: Tensor | None, streams: Streams, wanted: list[Tensor]
     ) -> list[Tensor]:
-        """Pass and acceptance of a draft that nobody has seen; gives `wanted` on the host, with the one wait."""
+        """Run pass and acceptance of a draft that the host has not seen; gives `wanted` on the host, in one wait."""
         logits, starts, drafted = self._launch(rest.runs, rest)
         self._marks.append(self.device.mark())
         draft = DraftTokens(self._draft_tokens, law, self._runs.there["draft_row"] - 1, columns)
@@ -401,7 +401,7 @@ class DeviceExecutor:
         sampling: SamplingBatch,
         streams: Streams,
     ) -> Accepted:
-        """`acceptance.accept`, its outcome on the host; `draft` has its tokens there, and its law on the device."""
+        """`acceptance.accept`, with its outcome and `draft.tokens` on the host, and `draft.q` on the device."""
         ahead, self._ahead = self._ahead, None
         if ahead is not None and logits is ahead.logits:
             accepted = ahead.accepted
@@ -415,9 +415,9 @@ class DeviceExecutor:
         return accepted
 
     def timing(self, draft: float, verify: float) -> tuple[float, float]:
-        """What draft and pass of the step took on the device, in seconds, whatever the host's clock says they did.
+        """Seconds of the step's draft and pass on the device, in place of those by the host's clock.
 
-        (0, 0) for a step nobody waited for, which selection's cost model takes for an outlier and leaves out.
+        (0, 0) for a step that was not waited for; selection's cost model leaves it out as an outlier.
         """
         seconds, self._seconds, self._marks = self._seconds, None, []
         return seconds or (0.0, 0.0)
@@ -427,12 +427,12 @@ HOST = ("tokens", "confidence", "survival", "usable", "hidden", "base_logits", "
 
 
 def _may_go_on(rest: Rest) -> bool:
-    """Every request can be judged at once, and no prompt is scored."""
+    """Whether acceptance takes one call for all requests, and no prompt is scored."""
     return bool(rest.sampled) and rest.sampling.at_once and all(run.logits_rows <= 1 for run in rest.runs)
 
 
 def _with_drafts(rest: Rest, tokens: list[list[int]], drafted: list[int]) -> list[Run]:
-    """The runs of `rest` with the draft tokens the device has put into them."""
+    """The runs of `rest` with the draft tokens that the device has added."""
     return [
         run if row < 0 else replace(run, tokens=run.tokens + tokens[row][:length], logits_rows=run.logits_rows + length)
         for run, row, length in zip(rest.runs, rest.rows, drafted, strict=False)
@@ -440,7 +440,7 @@ def _with_drafts(rest: Rest, tokens: list[list[int]], drafted: list[int]) -> lis
 
 
 def _same(runs: list[Run], others: list[Run]) -> bool:
-    """The same work for the same requests: a request is known by its list of blocks itself."""
+    """Whether both are the same work for the same requests; a request is identified by its block list object."""
     return len(runs) == len(others) and all(
         run == other and run.block_table is other.block_table for run, other in zip(runs, others, strict=True)
     )
@@ -454,16 +454,16 @@ def _row_start(runs: list[Run]) -> list[int]:
 
 
 def _tables(tables: list[list[int]]) -> Tensor:
-    """Block tables as one [R, W] int32, filled up with zeros."""
+    """Block tables as one [R, W] int32, padded with zeros."""
     width = max(map(len, tables), default=0)
     return torch.tensor([table + [0] * (width - len(table)) for table in tables], dtype=I32).view(len(tables), width)
 
 
 def working_bytes(executor_of: Callable[[int], Any], config: EngineConfig, target: Decoder) -> int:
-    """What the greatest step needs beyond weights and KV pool: a full pass with logits for every token, a full draft.
+    """Bytes of the largest step beyond weights and KV pool: a full pass with logits for every token, a full draft.
 
-    `executor_of` builds an executor over so many KV blocks. Graphs are not counted: the share of memory that
-    --gpu-memory-utilization leaves is room for them.
+    `executor_of` builds an executor over a number of KV blocks. Graphs are not counted: they use the memory that
+    --gpu-memory-utilization leaves free.
     """
     length = min(config.max_num_batched_tokens, target.max_model_len)
     executor = executor_of(-(-length // config.block_size) + 2)

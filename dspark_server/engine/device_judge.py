@@ -1,4 +1,4 @@
-"""Acceptance on a device: at once where no law looks at its own numbers, else as on the host, slot by slot.
+"""Acceptance on a device: in one call if no request has a seed or controls, else slot by slot, as on the host.
 
 Shapes: R requests, L draft tokens of the longest block, V vocabulary.
 """
@@ -20,7 +20,7 @@ I64, F32, F64, BOOL = torch.int64, torch.float32, torch.float64, torch.bool
 
 
 class DeviceJudge:
-    """Judges passes of up to `most` requests whose blocks have up to `widest` tokens."""
+    """Runs acceptance for passes of up to `most` requests whose blocks have up to `widest` tokens."""
 
     def __init__(self, device: Device, kernels: Kernels, most: int, widest: int) -> None:
         self._device = device
@@ -53,9 +53,8 @@ class DeviceJudge:
         streams: Streams,
         beside: Tensor,
     ) -> tuple[Accepted, Tensor]:
-        """`acceptance.accept`, its outcome on the host; `draft` has its tokens there, and its law on the device.
-
-        And `beside`, which lands with the outcome.
+        """`acceptance.accept`, with its outcome and `draft.tokens` on the host, and `draft.q` on the device.
+        Gives the outcome, and `beside` on the host, fetched together.
         """
         if sampling.at_once and logits.dtype == F32:
             outcome = self._at_once(logits, row_start, draft, lengths, sampling, streams)
@@ -77,9 +76,9 @@ class DeviceJudge:
         sampling: SamplingBatch,
         streams: Streams,
     ) -> Accepted:
-        """The outcome [R] on the device, of a pass that the host has not seen.
+        """The outcome [R], on the device, of a pass that the host has not seen.
 
-        row_start and drafted are the layout's, of every run, and so is `draft.row`; the runs `sampled` [R] are judged.
+        row_start, drafted and `draft.row` cover every run of the layout; acceptance runs for the runs `sampled` [R].
         """
         noise = self._stage(Noise.of(sampling, streams, draft.tokens.shape[1]), {"run": sampled}, len(sampled))
         run = self.staging.there["run"][: len(sampled)]
@@ -110,7 +109,7 @@ class DeviceJudge:
         return accept_at_once(logits, there["start"][:count], there["lengths"][:count], draft, noise, self._kernels)
 
     def _stage(self, noise: Noise, values: Mapping[str, Tensor | Sequence[int]], requests: int) -> Noise:
-        """Upload the fields that are used; gives the noise on the device."""
+        """Upload the fields in use; gives the noise on the device."""
         named = {"greedy": noise.greedy, "inverse": noise.inverse_temperature, "coins": noise.coins, "last": noise.last}
         named |= {} if noise.filters is None else vars(noise.filters)
         used = {name: value for name, value in named.items() if value is not None}

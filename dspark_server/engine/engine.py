@@ -1,7 +1,7 @@
-"""The engine's front door: submit, stream, abort, drain, health.
+"""The engine's asynchronous interface: submit, stream, abort, drain, health.
 
-The event loop and the step thread (thread.py) share nothing mutable. Requests and aborts travel through one inbox; what
-a step gave comes back in one message, with one wake-up of the event loop per step, not per token.
+The event loop and the step thread (thread.py) share no mutable state. Requests and aborts go through one inbox; the
+outputs of a step come back in one message, with one wake-up of the event loop per step, not per token.
 """
 
 import asyncio
@@ -41,7 +41,7 @@ class Handle:
 
 
 class AsyncEngine:
-    """Runs an EngineCore on a thread of its own and streams what it produces to the event loop."""
+    """Runs an EngineCore on its own thread and streams its tokens to the event loop."""
 
     def __init__(self, core: EngineCore, tokenizer: PreTrainedTokenizerBase) -> None:
         self.core = core
@@ -89,17 +89,17 @@ class AsyncEngine:
         """Facts about the KV cache, under vLLM's names."""
         return self.core.cache_info
 
-    # -- what the dashboard may turn and see -------------------------------------------------------------------------
+    # -- controls and observation for the dashboard ------------------------------------------------------------------
 
     def select(self, policy: str) -> None:
-        """Select by `policy` (one of `core.policies`) from the next step on; outputs stay lossless."""
+        """Use `policy` (one of `core.policies`) from the next step on; outputs stay lossless."""
         self.selection = policy
         self._steps.put(Select(policy))
 
     def watch(self, trace: Callable[[StepTrace], None] | None) -> None:
-        """Let `trace` see every step that samples, on the step thread; None ends it, and then it costs nothing.
+        """Call `trace` with every step that samples, on the step thread; None ends the calls and their cost.
 
-        It must not raise, and must not keep tensors.
+        `trace` must not raise, and must not keep tensors.
         """
         self._steps.put(Watch(trace))
 
@@ -123,12 +123,12 @@ class AsyncEngine:
         self._encoder.shutdown(wait=False, cancel_futures=True)
 
     def die(self, reason: str) -> None:
-        """The engine cannot go on: what it runs on is gone. Any thread may say so."""
+        """Declare the engine dead, as something that it runs on is gone. Any thread may call this."""
         self._steps.die(reason)
 
     @property
     def failure(self) -> str | None:
-        """Why the engine is dead; None while it is not."""
+        """Reason why the engine is dead; None while it is not."""
         return self._dead
 
     def health(self) -> str:
@@ -138,7 +138,7 @@ class AsyncEngine:
         return "draining" if self._admission.draining else "ready"
 
     def begin_drain(self) -> None:
-        """Refuse new requests from now on; those in flight go on."""
+        """Refuse new requests from now on; those in flight continue."""
         self._admission.draining = True
 
     async def wait_idle(self, timeout: float) -> bool:
@@ -155,7 +155,7 @@ class AsyncEngine:
     # -- requests ----------------------------------------------------------------------------------------------------
 
     def reserve(self, choices: int = 1, tokens: int = 0) -> Reservation:
-        """Take places before any work is done for a request. `tokens`: a guess, as its prompts are not tokenized yet.
+        """Take places before any work is done for a request. `tokens`: estimate, as prompts are not tokenized yet.
 
         Raises CapacityError when the queue is full or the server is draining, EngineDeadError when it is dead,
         RequestError for more choices than there are places.
@@ -175,7 +175,7 @@ class AsyncEngine:
         return ids
 
     def room(self, prompt_length: int) -> int:
-        """Most tokens that an answer to a prompt of this length may have; below 1: there is no place for one."""
+        """Maximum length of an answer to a prompt of this length, in tokens; below 1: there is no room for one."""
         return min(self.max_model_len, self.core.batcher.capacity) - prompt_length
 
     def submit(
@@ -193,9 +193,9 @@ class AsyncEngine:
     ) -> Handle:
         """Queue one choice. `on_tokens` is called on the event loop, once per step that has tokens for it.
 
-        `leader` is an earlier choice of the same request for the same prompt, the very list, whose rules, tenant and
-        salt this one has too: the prompt is checked and prepared once for both. It is kept and must not change. Tenants
-        take turns in the queue, and find only their own prefixes in the cache.
+        `leader` is an earlier choice of the same request with the same prompt (the same list), rules, tenant and salt:
+        the prompt is checked and prepared once for both. The list is kept and must not change. Tenants take turns in
+        the queue, and find only their own prefixes in the cache.
 
         Raises RequestError for a request that can never be served, EngineDeadError or CapacityError if the engine died
         or a drain ended after the place was reserved.
@@ -273,7 +273,7 @@ class AsyncEngine:
     # -- event-loop side of the step thread --------------------------------------------------------------------------
 
     def _mourn(self, reason: str) -> None:
-        """The engine cannot go on: fail all, now. The first reason stands."""
+        """The engine is dead: fail all requests. Only the first reason counts."""
         if self._dead is None:
             self._dead = reason
             logger.critical("the engine has stopped: %s", reason)

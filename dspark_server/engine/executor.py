@@ -1,4 +1,4 @@
-"""What the step loop asks of a model. The torch executor runs real weights; tests and the simulator bring their own."""
+"""Interface of the step loop to a model. `TorchExecutor` runs real weights; tests and the simulator have their own."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,11 +20,11 @@ __all__ = ["DraftRequest", "Executor", "Rest", "TorchExecutor"]
 
 @dataclass(frozen=True)
 class Rest:
-    """What follows a draft, where the policy has fixed before it how many draft tokens are verified (§5.2).
+    """Verification with a fixed budget: the policy fixes the number of verified tokens before the draft (§5.2).
 
-    With it an executor may go on without a look at the draft. `runs` are the pass's without draft tokens; run i takes
-    its own from row rows[i] of the block (-1: none), in all the `count` likeliest, of row r at most limits[r];
-    recorded [R, gamma] float32 is their survival where the drafter does not say. `sampling` has a row for each of the
+    With it an executor need not wait for the draft. `runs` are those of the pass, without draft tokens; run i takes
+    draft tokens from row rows[i] of the block (-1: none). The `count` likeliest are verified, at most limits[r] of row
+    r; recorded [R, gamma] float32 is their survival if the drafter reports none. `sampling` has a row for each of the
     runs that sample, `sampled`.
     """
 
@@ -44,7 +44,7 @@ class Executor(Protocol):
 
     @property
     def block(self) -> int:
-        """Most that the drafter itself makes of a block; what is longer is a copy."""
+        """Maximum length of a block from the drafter itself; longer blocks are copies."""
 
     def draft(
         self,
@@ -55,19 +55,19 @@ class Executor(Protocol):
     ) -> DraftBlock:
         """Draft up to gamma tokens after each anchor. KV slots for anchor and block are reserved.
 
-        Requests whose block is copied alone come last; `sampling` has a row for each of the others. `rest`: what will
-        be asked for next, if that is certain.
+        Requests whose block is only copied come last; `sampling` has a row for each of the others. `rest` gives the
+        verification that follows, if its budget is fixed.
         """
 
     def verify(self, runs: list[Run]) -> tuple[Tensor, list[int]]:
         """One target pass over all runs: logits [M, V] float32 and where each run's rows start (R + 1 entries)."""
 
     def finite_rows(self) -> list[int]:
-        """Of each run of the last `verify`, how many leading tokens have finite hidden states after the last layer.
+        """Number of leading tokens of each run of the last `verify` with finite hidden states after the last layer.
 
-        Their keys hold no NaN then, and their values neither NaN nor infinity, in every layer of the target: a token
-        attends to itself, and the residual stream keeps what is not finite to its end. So the rows that a drafter is
-        given are finite too; a NaN that its own projection makes of them costs drafts, and no request.
+        Their keys then hold no NaN, and their values neither NaN nor infinity, in every layer of the target: a token
+        attends to itself, and the residual stream carries a non-finite value to its end. So the rows that a drafter
+        observes are finite too; a NaN from its own projection of them costs drafts, but fails no request.
         """
 
 
@@ -113,12 +113,12 @@ class TorchExecutor:
 
 
 def are_finite(hidden: Tensor) -> Tensor:
-    """Whether each row of `hidden` [N, D] is finite, [N] bool; one whose sum overflows float32 is taken not to be."""
+    """Whether each row of `hidden` [N, D] is finite, [N] bool; one whose sum overflows float32 counts as not finite."""
     return hidden.sum(-1, dtype=torch.float32).isfinite()
 
 
 def leading(flags: Tensor, lengths: list[int]) -> list[int]:
-    """Of runs of so many rows, one after another, how many lead each of which `flags` [at least N] bool holds."""
+    """Number of leading rows with true `flags` [at least N] bool in each of consecutive runs of `lengths` rows."""
     if bool(flags[: sum(lengths)].all()):
         return lengths
     each = flags[: sum(lengths)].split(lengths)
@@ -126,12 +126,12 @@ def leading(flags: Tensor, lengths: list[int]) -> list[int]:
 
 
 def asked_of_drafter(requests: list[DraftRequest]) -> list[DraftRequest]:
-    """Those whose block is not copied alone: the first ones."""
+    """Requests whose block is not only copied: the first ones."""
     return [request for request in requests if not request.alone or request.match is None]
 
 
 def add_copies(block: DraftBlock | None, requests: list[DraftRequest], gamma: int, drafter: Drafter) -> DraftBlock:
-    """What the drafter made of `asked_of_drafter(requests)` (None: there were none), and below it the copies."""
+    """The drafter's `block` for `asked_of_drafter(requests)` (None: there were none), with the copies below it."""
     copied = [(request.match, request.copied) for request in requests if request.alone and request.match is not None]
     if drafter.copying is None:
         assert block is not None, "a drafter that may not copy was asked for copies alone"

@@ -1,7 +1,7 @@
 """Estimate of what drafting gains: the time of steps against the time of the same tokens without drafts.
 
 The estimate compares a step that was run with one that was not, so it takes the ratio of the two from the cost table
-and the scale from the clock: a slow minute of the machine makes both slower and leaves the gain as it is.
+and the scale from the clock: a slow minute of the machine slows both and does not change the gain.
 """
 
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ class StepTime:
 
 
 def seconds_without_drafts(capacity: Capacity, load: Load, drafts: int, committed: int, took: StepTime) -> float:
-    """Seconds in which steps without drafts would have given the tokens of this step.
+    """Seconds that steps without drafts would take for the tokens of this step.
 
     `load` is the step before its drafts, `drafts` the number of draft tokens verified, `committed` the number of tokens
     that the step committed. Without drafts each of `load.sampling` requests gets one token a step, so the step is run
@@ -45,7 +45,7 @@ def seconds_without_drafts(capacity: Capacity, load: Load, drafts: int, committe
 
 
 def _pass_seconds(capacity: Capacity, load: Load, drafts: int) -> float:
-    """Seconds of the target pass by the cost table, with so many draft tokens."""
+    """Seconds of the target pass with `drafts` draft tokens, by the cost table."""
     tokens = min(load.tokens + drafts, len(capacity.raw) - 1)
     return float(capacity.raw[tokens]) + capacity.attention(load.context, load.pairs + drafts * load.per_draft)
 

@@ -1,11 +1,11 @@
-"""GBNF, the notation of llama.cpp and of vLLM's xgrammar, to the Lark that llguidance reads."""
+"""Converts GBNF, the notation of llama.cpp and of vLLM's xgrammar, to the Lark that llguidance reads."""
 
 import re
 
 from llguidance.gbnf_to_lark import gbnf_to_lark
 
 _RULE = re.compile(r"^[ \t]*[\w-]+[ \t]*::=", re.MULTILINE)
-# Strings, classes and comments, left as they are but for code points; and line ends before another alternative.
+# Strings, classes and comments, in which only code points are rewritten; and line ends before another alternative.
 _PARTS = re.compile(
     r'(?P<kept>"(?:\\.|[^"\\\n])*"|\[(?:\\.|[^\]\\\n])*\]|#[^\n]*)|\s*\n(?:[ \t]*(?:#[^\n]*)?\n)*[ \t]*(?=\|)'
 )
@@ -18,7 +18,7 @@ def is_gbnf(grammar: str) -> bool:
 
 
 def to_lark(grammar: str) -> str:
-    """GBNF to Lark. Raises ValueError, which says where the mistake is."""
+    """Convert GBNF to Lark. Raises ValueError with the place of the mistake."""
     try:
         return gbnf_to_lark(_PARTS.sub(_plain, grammar))
     except RecursionError:
@@ -28,7 +28,7 @@ def to_lark(grammar: str) -> str:
 
 
 def _plain(part: re.Match[str]) -> str:
-    r"""A part without what the converter misreads: code points with zeros in front, `\-`, a rule that goes on."""
+    r"""Rewrite a part that the converter misreads: code points with leading zeros, `\-`, a rule over several lines."""
     return " " if part["kept"] is None else _CODE.sub(_character, part["kept"])
 
 

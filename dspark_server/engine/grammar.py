@@ -1,7 +1,7 @@
-"""Structured output: forms compiled by llguidance, followed by one matcher per choice.
+"""Structured output: grammars compiled by llguidance, with one matcher per choice.
 
-A mask is asked for at every position of a draft block and of its verification, given the draft tokens before it; the
-matcher is advanced by these and rolled back, so only committed tokens move it (`speculation.controls.Grammar`).
+Drafting and verification ask for a mask at every position of a block, given the draft tokens before it; the matcher
+is advanced by these and rolled back, so that only committed tokens move it (`speculation.controls.Grammar`).
 """
 
 import json
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
 
 COMPACT: "JsonCompileOptions" = {"whitespace_flexible": False}
-# An answer of a small model can lose itself in blanks, so few of them are let through between two tokens of JSON.
+# A small model can repeat white space endlessly, so only a little is allowed between two tokens of JSON.
 FLEXIBLE: "JsonCompileOptions" = {"whitespace_flexible": True, "whitespace_pattern": r"[ \n\t]{1,16}"}
 
-# The step waits for a mask, so each may take so many operations of llguidance: about 5 ms of one core. A grammar that
-# needs more for one fails. Some operations are not counted, and a matcher is slower before it has seen its first
-# tokens: so a request may also have a few masks that take longer than MASK_SECONDS, and is ended after them.
+# The step waits for a mask, so the operations of llguidance for each are limited: to about 5 ms of one core. A grammar
+# that needs more for one mask fails. Some operations are not counted, and a matcher is slower before its first tokens:
+# so masks may take longer than MASK_SECONDS, and the request ends at the SLOW_MASKS-th of these.
 LIMITS = LLParserLimits(step_lexer_fuel=30_000, step_max_items=4_000, verbose_errors=False)
 MASK_SECONDS = 0.005  # of one core
 SLOW_MASKS = 16
@@ -37,21 +37,21 @@ FAILED = "The form (`response_format` or `structured_outputs`) cannot be followe
 
 
 class FormError(ValueError):
-    """A form that cannot be compiled; the message says why."""
+    """A grammar that cannot be compiled; the message says why."""
 
 
 class GrammarCompiler:
-    """Compiles forms for one tokenizer. `vocabulary`: V of the target's logits, padded rows included."""
+    """Compiles grammars for one tokenizer. `vocabulary`: V of the target's logits, padded rows included."""
 
     def __init__(self, tokenizer: Any, vocabulary: int) -> None:
         self._tokenizer: LLTokenizer = from_tokenizer(tokenizer)
         self._vocabulary = vocabulary
 
     def json_schema(self, schema: str, *, compact: bool = True, closed: bool = True) -> "CompiledForm":
-        """JSON that a schema (as text) admits. Raises FormError.
+        """Compile a JSON schema (as text). Raises FormError.
 
         `compact`: no white space between tokens of JSON; else a little. `closed`: objects that name their properties
-        and do not speak of others have no others.
+        and say nothing of others have no others.
         """
         style = COMPACT if compact else FLEXIBLE
         return self._compile(
@@ -59,22 +59,22 @@ class GrammarCompiler:
         )
 
     def regex(self, pattern: str) -> "CompiledForm":
-        """A text that the whole of a regular expression (see `engine.regex`) matches. Raises FormError."""
+        """Compile a regular expression (see `engine.regex`) for the whole answer. Raises FormError."""
         return self._compile(lambda: LLMatcher.grammar_from_regex(to_rust(pattern)))
 
     def grammar(self, grammar: str) -> "CompiledForm":
-        """A text of a context-free language, given in Lark as llguidance reads it, or in GBNF. Raises FormError."""
+        """Compile a context-free grammar, given in llguidance's Lark or in GBNF. Raises FormError."""
         return self._compile(lambda: LLMatcher.grammar_from_lark(_as_lark(grammar)))
 
     def choice(self, texts: Sequence[str]) -> "CompiledForm":
-        """One of a few texts. Raises FormError."""
+        """Compile a choice between texts. Raises FormError."""
         options = " | ".join(json.dumps(text) for text in texts)
         return self._compile(lambda: LLMatcher.grammar_from_lark(f"start: {options}"))
 
     def _compile(self, make: Callable[[], str]) -> "CompiledForm":
         try:
             grammar = make()
-            # Silent: what it has to say of a form is the client's, not the log's.
+            # Silent: its messages are for the client, not for the log.
             matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=LIMITS)
         except RecursionError:
             raise FormError("it is nested too deeply") from None
@@ -82,7 +82,7 @@ class GrammarCompiler:
             raise FormError(str(error)) from None
         if matcher.is_error():
             raise FormError(matcher.get_error())
-        matcher.compute_bitmask()  # the dearest, as it is the first: not on the step thread
+        matcher.compute_bitmask()  # the first mask is the most expensive: not on the step thread
         if matcher.is_error():
             raise FormError(f"it is too complex: {_first_line(matcher.get_error())}")
         return CompiledForm(matcher, self._tokenizer, self._vocabulary)
@@ -97,12 +97,12 @@ class CompiledForm:
         self._vocabulary = vocabulary
 
     def start(self, stop_ids: frozenset[int]) -> "FormMatcher":
-        """At the beginning of an answer that any of `stop_ids` may end."""
+        """A matcher at the beginning of an answer that any of `stop_ids` may end."""
         return FormMatcher(self._matcher.deep_copy(), self._tokenizer, stop_ids, self._vocabulary)
 
 
 class FormMatcher:
-    """See `speculation.controls.Grammar`. What it says of a prefix is kept, as draft and target ask alike."""
+    """See `speculation.controls.Grammar`. The mask of a prefix is kept, as draft and target both ask for it."""
 
     def __init__(
         self,
@@ -118,7 +118,7 @@ class FormMatcher:
         self._size = tokenizer.vocab_size  # tokens that the matcher knows
         self._end = end = tokenizer.eos_token
         self._may_stop = bool(stop_ids)
-        # Behind a complete form stands an end, also where none may stop the answer: it is not committed then.
+        # An end follows a complete answer even if `stop_ids` is empty; it is not committed then.
         self._end_ids = stop_ids or frozenset({end})
         self._ends = torch.zeros(vocabulary, dtype=torch.bool)
         self._ends[list(self._end_ids)] = True
@@ -126,17 +126,17 @@ class FormMatcher:
 
     @property
     def failure(self) -> str | None:
-        """Why nothing may follow any more, if the form has become too costly to follow."""
+        """Reason why no token may follow, if masks became too expensive or the matcher failed; else None."""
         if self._slow >= SLOW_MASKS:
             return FAILED.format(f"{SLOW_MASKS} masks took over {MASK_SECONDS * 1000:.0f} ms each")
         return FAILED.format(_first_line(self._matcher.get_error())) if self._matcher.is_error() else None
 
     def mask(self, drafted: Sequence[int]) -> Tensor:
-        """The tokens [V] bool that may follow; none if `drafted` cannot follow; ends only, behind an end."""
+        """The tokens [V] bool that may follow `drafted`; none if it breaks the grammar; only ends after an end."""
         return self._look(drafted)[0]
 
     def over(self, drafted: Sequence[int] = ()) -> bool:
-        """Nothing but an end can follow."""
+        """Whether only an end can follow."""
         return self._look(drafted)[1]
 
     def _look(self, drafted: Sequence[int]) -> tuple[Tensor, bool]:
@@ -149,12 +149,12 @@ class FormMatcher:
 
     def _compute(self, prefix: tuple[int, ...]) -> Tensor:
         nothing = torch.zeros_like(self._ends)
-        # A matcher that has failed calls itself stopped; its answer is broken off, not complete.
+        # A failed matcher reports that it is stopped, but its answer is not complete.
         if self.failure is not None:
             return nothing
         if not self._end_ids.isdisjoint(prefix):
             return self._ends
-        # A row of the padded embedding is no token to the matcher: it would fail for good.
+        # A row of the padded embedding is not a token of the matcher, which would fail permanently.
         if any(token >= self._size for token in prefix):
             return nothing
         taken = self._matcher.try_consume_tokens(list(prefix)) if prefix else 0
@@ -180,9 +180,9 @@ class FormMatcher:
                 self._matcher.rollback(taken)
 
     def commit(self, tokens: Sequence[int]) -> None:
-        """The answer went on with `tokens`; an end among them is the last."""
+        """Advance by the committed `tokens`; an end among them is the last."""
         said = tuple(tokens)
-        # What follows a prefix is the same whether it is drafted or committed.
+        # The mask of a prefix is the same whether the prefix is drafted or committed.
         self._known = {
             prefix[len(said) :]: known for prefix, known in self._known.items() if prefix[: len(said)] == said
         }
@@ -194,7 +194,7 @@ class FormMatcher:
 def _as_lark(grammar: str) -> str:
     if gbnf.is_gbnf(grammar):
         return gbnf.to_lark(grammar)
-    # A matcher that is rolled back over such a limit does not find back to where it was.
+    # Rolling a matcher back over such a limit does not restore its state.
     if re.search(r"\bmax_tokens\s*=", grammar):
         raise ValueError("`max_tokens` of a rule is not supported; say the length by a pattern")
     return grammar

@@ -1,8 +1,8 @@
-"""Objects that name their properties and do not speak of others: closed, as by `unevaluatedProperties: false`.
+"""Closes objects that name their properties and say nothing of others, as by `unevaluatedProperties: false`.
 
 An object whose names come from one schema is closed there, by `additionalProperties: false`. One that several schemas
-describe together (`allOf`, or `$ref` and `anyOf` beside `properties`) is closed over the names of all of them, and they
-stay open.
+describe together (`allOf`, or `$ref` and `anyOf` beside `properties`) is closed over the names of all of them, and
+those schemas stay open.
 """
 
 from collections.abc import Iterator, Mapping
@@ -14,23 +14,23 @@ SPEAKS_OF_OTHERS = ("additionalProperties", "unevaluatedProperties")
 
 
 class Closing:
-    """Knows which schemas of a document take part in describing one object together with others."""
+    """Closes schemas of one document; knows which of them describe one object together with others."""
 
     def __init__(self, root: Any) -> None:
         self._root = root
-        self._open: set[int] = set()  # ids of schemas (as parsed) that another closes over
+        self._open: set[int] = set()  # ids of parsed schemas whose object another schema closes
         for node in _objects(root):
             if len(self._namers(node)) > 1:
                 for part in self._parts(node):
                     self._open.update(map(id, self._together(part, set())))
 
     def closed(self, given: Mapping[str, Any], node: dict[str, Any]) -> dict[str, Any]:
-        """`node`, made from the schema `given`, with what closes it."""
+        """`node`, made from the schema `given`, with the keywords that close it where needed."""
         if id(given) in self._open or any(key in given or key in node for key in SPEAKS_OF_OTHERS):
             return node
         namers = self._namers(given)
         if not namers or (len(namers) == 1 and namers[0] is not given):
-            return node  # there it is closed, if at all
+            return node  # closed in that schema, if at all
         together = list(self._together(given, set()))
         if len(namers) > 1 and any(
             key in each for each in together for key in (*SPEAKS_OF_OTHERS, "patternProperties")
@@ -66,7 +66,7 @@ class Closing:
             yield from value if isinstance(value, list) else [value]
 
     def _together(self, node: Any, seen: set[int]) -> Iterator[Mapping[str, Any]]:
-        """A schema and all that apply to the same value, but those `seen` (by id)."""
+        """A schema and all that apply to the same value, except those `seen` (by id)."""
         waiting = [node]
         while waiting:
             each = waiting.pop()

@@ -6,7 +6,7 @@ from urllib.parse import unquote
 
 
 def steps(reference: Any) -> tuple[str, ...] | None:
-    """The way from the root that `#/a/b` names; None for what does not point into the document."""
+    """Path from the root that `#/a/b` names; None for any value that does not point into the document."""
     if reference == "#":
         return ()
     if not isinstance(reference, str) or not reference.startswith("#/"):
@@ -15,7 +15,7 @@ def steps(reference: Any) -> tuple[str, ...] | None:
 
 
 def resolved(root: Any, way: tuple[str, ...] | None) -> Any:
-    """The value at a place in a document; None if there is nothing."""
+    """The value at a path in a document; None if there is none."""
     found = root
     if way is None:
         return None
@@ -30,7 +30,7 @@ def resolved(root: Any, way: tuple[str, ...] | None) -> Any:
 
 
 def targets(value: Any) -> Iterator[tuple[str, ...]]:
-    """The places in a document that its own references point to."""
+    """Paths in a document that its own references point to."""
     if isinstance(value, dict) and (way := steps(value.get("$ref"))) is not None:
         yield way
     if isinstance(value, (dict, list)):

@@ -1,7 +1,7 @@
-"""JSON schemas as llguidance reads them: without keywords that constrain nothing, and with its kind of patterns.
+"""Prepares JSON schemas for llguidance: removes keywords that constrain nothing, and translates patterns.
 
-llguidance refuses every keyword that it does not know how to enforce, also with a value that every answer meets
-(`uniqueItems: false`). Only such values are left out here; what constrains stays, and llguidance refuses it by name.
+llguidance refuses every keyword that it cannot enforce, also with a value that every answer meets (`uniqueItems:
+false`). Only such values are removed here; keywords that constrain stay, and llguidance refuses them by name.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,7 +19,7 @@ Schema = Any  # an object or a boolean, as parsed
 FORMATS = frozenset(
     ("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"),
 )
-# A pattern that zod sends (z.iso.duration); its look-arounds say that something follows `P` and `T`. And without them.
+# A pattern that zod sends (z.iso.duration), with look-arounds so that something follows `P` and `T`; and without them.
 DATES, TIMES = r"\d+Y(\d+M)?(\d+D)?|\d+M(\d+D)?|\d+D", r"\d+H(\d+M)?({0})?|\d+M({0})?|{0}".format(r"\d+([.,]\d+)?S")
 PLAIN = {
     r"^P(?:(\d+W)|(?!.*W)(?=\d|T\d)(\d+Y)?(\d+M)?(\d+D)?(T(?=\d)(\d+H)?(\d+M)?(\d+([.,]\d+)?S)?)?)$": (
@@ -46,10 +46,10 @@ DATA = ("const", "default", "enum", "example", "examples", "required", "x-guidan
 
 
 def prepared(text: str, *, closed: bool) -> str:
-    """A schema (JSON text) for llguidance, which admits what the original does.
+    """An equivalent schema (JSON text) for llguidance.
 
-    `closed`: objects that name their properties and do not speak of others have no others. Raises ValueError for a
-    pattern that cannot be followed, and for text that is not JSON.
+    `closed`: objects that name their properties and say nothing of others have no others. Raises ValueError for an
+    unsupported pattern, for a schema that no answer satisfies, and for text that is not JSON.
     """
     schema = orjson.loads(text)
     made = _Preparation(schema, closed).schema(schema, ())
@@ -65,7 +65,7 @@ class _Preparation:
         self._closing = Closing(root) if closed else None
 
     def schema(self, given: Schema, place: tuple[str, ...]) -> Schema:
-        """A schema at a `place` of the document, and all below it."""
+        """Prepare a schema at a `place` of the document, and all below it."""
         if not isinstance(given, dict):
             return given
         node = {key: self._below(key, value, (*place, key)) for key, value in given.items()}
@@ -89,7 +89,7 @@ class _Preparation:
         return node if self._closing is None else self._closing.closed(given, node)
 
     def _refer(self, names: dict[str, Any]) -> None:
-        """Put what `$ref` stands for in its place (pydantic refers to the names of an enumeration)."""
+        """Replace `$ref` by its target (pydantic refers to the names of an enumeration)."""
         way = steps(names["$ref"])
         if way is not None and ANNOTATIONS.issuperset(names.keys() - {"$ref"}):
             del names["$ref"]
@@ -104,7 +104,7 @@ class _Preparation:
         return self.schema(value, place) if key in ONE else self._elsewhere(key, value, place)
 
     def _elsewhere(self, key: str, value: Any, place: tuple[str, ...]) -> Any:
-        """No schema, or one that is there to be referred to (OpenAPI has them in `components`)."""
+        """Prepare a value that is no schema, or a schema that only references use (OpenAPI's `components`)."""
         if key in DATA or not isinstance(value, dict):
             return value
         if place in self._places:
@@ -113,7 +113,7 @@ class _Preparation:
 
 
 def is_true(schema: Schema) -> bool:
-    """Whether a schema admits everything, and that can be seen at once."""
+    """Whether a schema trivially admits everything: true, or only annotations."""
     return schema is True or (isinstance(schema, dict) and ANNOTATIONS.issuperset(schema))
 
 
@@ -125,7 +125,7 @@ def _asks_nothing(value: Any) -> bool:
     return value == [] or is_true(value)
 
 
-# By keyword: whether its value constrains nothing, given its node. In an order in which one may follow from another.
+# By keyword: whether its value constrains nothing, given its node. In order: removing one may void a later one.
 VOID: dict[str, Callable[[Any, Mapping[str, Any]], bool]] = {
     **dict.fromkeys(("$vocabulary", "deprecated", "contentSchema"), lambda value, node: True),
     "format": lambda value, node: isinstance(value, str) and (value not in FORMATS or "pattern" in node),
@@ -147,7 +147,7 @@ VOID: dict[str, Callable[[Any, Mapping[str, Any]], bool]] = {
 
 
 def _of_strings(schema: Schema) -> Schema:
-    """The rules that a schema has for strings; an empty one if it has none, and the schema itself where unsure."""
+    """The rules of a schema for strings; an empty one if there are none, and the schema itself if unsure."""
     if not isinstance(schema, dict):
         return {} if schema is True else {"enum": []}
     kinds = schema.get("type", "string")
@@ -158,7 +158,7 @@ def _of_strings(schema: Schema) -> Schema:
 
 
 def _name_properties(node: dict[str, Any]) -> None:
-    """Say `propertyNames` by keywords that llguidance knows, where they can say it: names, a pattern, a length."""
+    """Express `propertyNames` by keywords that llguidance knows, where possible: names, a pattern, a length."""
     if "properties" in node or "patternProperties" in node:
         return
     rules = _of_strings(node["propertyNames"])

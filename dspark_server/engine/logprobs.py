@@ -1,4 +1,4 @@
-"""Log-probabilities that a user asked for: of the target, over its raw logits, as vLLM reports them.
+"""Requested log-probabilities: of the target, over its raw logits, as vLLM reports them.
 
 Raw means before controls, temperature and filters; natural logarithms, float32.
 """
@@ -21,7 +21,7 @@ class TokenLogprob:
 
 
 def token_logprobs(logits: Tensor, tokens: Sequence[int], count: int) -> list[TokenLogprob]:
-    """For each row of logits [N, V] the token (of N) that came next, with `count` alternatives."""
+    """Log-probability of each of N tokens by its row of logits [N, V], with the `count` most likely tokens."""
     laws = logits.float().log_softmax(dim=-1)
     own = laws.gather(1, torch.tensor(tokens).to(logits.device).unsqueeze(1))
     ranks = (laws > own).sum(dim=1) + 1

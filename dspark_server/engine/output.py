@@ -1,8 +1,8 @@
 """From tokens to text: incremental detokenization and stop strings.
 
-`Detokenizer` is built once per tokenizer, `TextStream` once per choice. The law both keep: the concatenated pieces of a
-stream are the UTF-8 of all its tokens' bytes, whatever the chunking, and no piece ends inside a character. Wherever
-these bytes are valid, that is the tokenizer's own decode of all tokens at once.
+`Detokenizer` is built once per tokenizer, `TextStream` once per choice. Invariant of both: the concatenated pieces of a
+stream are all its tokens' bytes decoded as UTF-8, whatever the chunking, and no piece ends inside a character. If these
+bytes are valid, that is the tokenizer's own decode of all tokens at once.
 """
 
 import codecs
@@ -18,8 +18,8 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 class TextStream:
     """Text of one choice, as its tokens arrive.
 
-    stop: strings that end the choice. A text that may be the beginning of one is held back until that is settled. The
-    match that completes first wins; of those completed by the same character, the longest.
+    matcher: the strings that end the choice. Text that may be the beginning of one is held back until this is decided.
+    The match that completes first wins; of those completed by the same character, the longest.
     min_tokens: a stop string counts only if a later token than this one completes it.
     """
 
@@ -43,7 +43,7 @@ class TextStream:
         self.stopped: str | None = None  # the stop string that ended the choice
 
     def push(self, tokens: Sequence[int]) -> str:
-        """Take the next tokens; the text that can be shown now. Tokens after the end are ignored."""
+        """Take the next tokens; gives the text that can be shown now. Tokens after the end are ignored."""
         if self._matcher is None:
             self.consumed += len(tokens)
             return self._decoder.push(tokens)
@@ -58,7 +58,7 @@ class TextStream:
         return "".join(pieces)
 
     def finish(self) -> str:
-        """The output is complete: what was held back. An unfinished character becomes U+FFFD."""
+        """End the output; gives the text held back. An unfinished character becomes U+FFFD."""
         if self.stopped is not None:
             return ""
         text = self._decoder.finish()
@@ -69,7 +69,7 @@ class TextStream:
         return shown + held
 
     def _match(self, text: str, matcher: "StopMatcher") -> str:
-        """Feed decoded text to the matcher; the part of (held + text) that is settled."""
+        """Feed decoded text to the matcher; gives the part of (held + text) that can be shown."""
         length = len(self._held)
         self._held += text
         state = self._state
@@ -90,7 +90,7 @@ class TextStream:
 class StopMatcher:
     """All stop strings in one Aho-Corasick automaton: one dictionary look-up a character, however many strings.
 
-    A state is the longest suffix of the text that begins some stop string, which is just what must be held back.
+    A state is the longest suffix of the text that begins some stop string: exactly the text to hold back.
     `depths[state]` is its length, `matches[state]` the longest stop string that ends there.
     """
 
@@ -125,7 +125,7 @@ class StopMatcher:
         self.matches[state] = stop
 
     def _link(self) -> None:
-        """Failure links breadth first, so that a state's own link is ready before its children's."""
+        """Set failure links breadth first, so that a state's own link is ready before its children's."""
         queue = list(self._next[0].values())
         for state in queue:
             for character, child in self._next[state].items():
@@ -138,7 +138,7 @@ class TokenDecoder:
     """Text of tokens that arrive one after the other: every token has fixed bytes, the text is the UTF-8 of them all.
 
     pieces: bytes of each token id. hidden: ids that the text leaves out. opening: bytes of a token that begins the
-    text, where SentencePiece drops a space; None if other text stands before it.
+    text, where SentencePiece drops a space; None if other text precedes it.
     """
 
     __slots__ = ("_decode", "_hidden", "_opening", "_pieces")
@@ -169,7 +169,7 @@ class TokenDecoder:
         return self._decode(b"".join([self._take(token) for token in tokens]))
 
     def finish(self) -> str:
-        """The end of the text: U+FFFD if it ends inside a character."""
+        """Rest of the text: U+FFFD if it ends inside a character, else nothing."""
         return self._decode(b"", True)
 
     def _take(self, token: int) -> bytes:
@@ -191,7 +191,7 @@ class Detokenizer:
         added = self._backend.get_added_tokens_decoder()
         self._special = frozenset(token for token, content in added.items() if content.special)
         vocabulary: dict[str, int] = self._backend.get_vocab(with_added_tokens=True)
-        self.longest_token = max(map(len, vocabulary), default=1)  # characters; no token is made of more
+        self.longest_token = max(map(len, vocabulary), default=1)  # maximum number of characters
         self._pieces = _pieces(self._backend, vocabulary, added)
 
     def stream(
@@ -227,15 +227,15 @@ class Detokenizer:
         return decoder.push(tokens) + decoder.finish()
 
     def _opening(self, token: int) -> bytes:
-        """Bytes of a token that begins a text: the last of its bytes, where the decoder drops a space."""
+        """Bytes of a token that begins a text: without the leading space, if the decoder drops it."""
         piece, alone = self.bytes_of(token), self._backend.decode([token], skip_special_tokens=False).encode()
         return alone if piece.endswith(alone) else piece
 
 
 def _pieces(backend: Any, vocabulary: dict[str, int], added: Container[int]) -> list[bytes]:
-    """Bytes of every token id inside a text: what the decoder prints for it behind an ordinary token.
+    """Bytes of every token id inside a text: the decoder's output for it after an ordinary token.
 
-    Where that is no whole character, the vocabulary's entry spells the bytes: <0xE2>, or in ByteLevel's alphabet.
+    If that is not a whole character, the vocabulary's entry gives the bytes: <0xE2>, or in ByteLevel's alphabet.
     """
     before = _ordinary(backend, vocabulary, added)
     prefix = backend.decode(before)
@@ -254,7 +254,7 @@ def _pieces(backend: Any, vocabulary: dict[str, int], added: Container[int]) -> 
 
 
 def _ordinary(backend: Any, vocabulary: dict[str, int], added: Container[int]) -> list[int]:
-    """The first token with a text of its own, [] if there is none."""
+    """The first ordinary token with visible text, as a list; [] if there is none."""
     for entry, token in sorted(vocabulary.items(), key=itemgetter(1)):
         text = "" if token in added or _BYTE_TOKEN.fullmatch(entry) else backend.decode([token])
         if text.strip() and REPLACEMENT not in text:

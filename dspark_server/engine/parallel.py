@@ -1,9 +1,9 @@
 """One engine on several ranks: rank 0 schedules, drafts and samples; the others run their share of each target pass.
 
-What rank 0 sends, as JSON: first the model it serves and how, then the runs of each pass, which hold every token that
-the steps before committed; at last nothing, which ends the others. They never sample, so the ranks cannot disagree
-about a token. The drafter is whole and on rank 0 alone: what it observes, the outputs of target layers, is the same on
-all ranks. On GPUs they record the same graphs in the same order, and replay the same one for the same runs.
+Rank 0 sends JSON: first the model and its settings, then the runs of each pass, which hold every token that the steps
+before committed; at last an empty message, which ends the others. They never sample, so the ranks cannot disagree about
+a token. The whole drafter is on rank 0 alone: the outputs of target layers that it observes are the same on all ranks.
+On GPUs all ranks record the same graphs in the same order, and replay the same one for the same runs.
 """
 
 import logging
@@ -31,13 +31,13 @@ from dspark_server.speculation.sampling import SamplingBatch
 
 logger = logging.getLogger(__name__)
 
-# Settings that shape a pass and its graphs: those of rank 0 count on every rank, whatever it was started with.
+# Settings that shape a pass and its graphs: every rank uses those of rank 0, whatever it was started with.
 SHARED = ("max_model_len", "block_size", "kv_cache_dtype", "max_num_seqs", "max_num_batched_tokens",
           "cuda_graph_sizes", "enforce_eager")  # fmt: skip
 
 
 class LeadingExecutor:
-    """Rank 0's executor: tells the others what each pass runs, and runs its own share by `executor`."""
+    """Rank 0's executor: sends the runs of each pass to the other ranks, and runs its own share by `executor`."""
 
     def __init__(self, executor: Executor, group: TorchGroup) -> None:
         self.gamma = executor.gamma
@@ -55,14 +55,14 @@ class LeadingExecutor:
         streams: Streams,
         rest: Callable[[], Rest] | None = None,
     ) -> DraftBlock:
-        # Without `rest`: a pass that only the device knows could not be told to the others.
+        # Without `rest`: a pass that only the device knows could not be sent to the others.
         return self._executor.draft(requests, sampling, streams)
 
     def finite_rows(self) -> list[int]:
         return self._executor.finite_rows()  # hidden states are whole on every rank
 
     def verify(self, runs: list[Run]) -> tuple[Tensor, list[int]]:
-        """As `Executor`. Raises EngineDeadError for any failure: the other ranks are in the pass and stay there."""
+        """As `Executor`. Raises EngineDeadError for any failure: the other ranks cannot leave the pass."""
         self._group.send(encode_runs(runs))
         try:
             return self._executor.verify(runs)
@@ -73,7 +73,7 @@ class LeadingExecutor:
 
 
 def announce(directory: Path, dtype: torch.dtype, config: EngineConfig, group: TorchGroup) -> None:
-    """Rank 0, once it has the model's files: the others may look for theirs, and must find the same model.
+    """Rank 0 sends its model and settings once it has the files; the others then must find the same model.
 
     Raises ConfigError, and sends nothing, for a model that these ranks cannot share.
     """
@@ -104,12 +104,12 @@ def follow(
 
 
 def encode_runs(runs: list[Run]) -> bytes:
-    """Plain data, for `decode_runs`."""
+    """Encode runs as JSON, for `decode_runs`."""
     return orjson.dumps([[run.tokens, run.context_len, run.block_table, run.logits_rows] for run in runs])
 
 
 def decode_runs(message: bytes) -> list[Run]:
-    """What `encode_runs` was given."""
+    """Decode the runs of `encode_runs`."""
     return [Run(*fields) for fields in orjson.loads(message)]
 
 

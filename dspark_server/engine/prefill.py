@@ -1,4 +1,4 @@
-"""How the prompts under way share the tokens that a step has for prefill."""
+"""Divides the tokens that a step has for prefill among the prompts in progress."""
 
 from collections.abc import Iterable, Sequence
 
@@ -37,14 +37,14 @@ def equal_shares(wanted: Sequence[int], room: int) -> list[int]:
 
 
 def _divide(line: Sequence[Request], share: int, chunks: dict[Request, int]) -> None:
-    """Half of a tenant's share by rank, the other half by what is left of the prompt."""
+    """Divide a tenant's share: half by rank, the other half by the number of prompt tokens left."""
     by_rank = -(-share // 2)
     left = _fill(line, by_rank, chunks) + share - by_rank
     _fill(sorted(line, key=lambda request: request.pending - chunks.get(request, 0)), left, chunks)
 
 
 def _fill(line: Iterable[Request], room: int, chunks: dict[Request, int]) -> int:
-    """Give each in turn what it still lacks; what is left of `room`."""
+    """Give each request in turn its pending tokens; returns the unused part of `room`."""
     for request in line:
         chunk = min(request.pending - chunks.get(request, 0), room)
         if chunk:

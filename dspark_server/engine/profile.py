@@ -1,6 +1,6 @@
-"""Measures what drafts and target passes cost here, on the path that serves: the table behind selection (SPS(B)).
+"""Measures the cost of drafts and target passes here, on the serving path: the cost table of selection (SPS(B)).
 
-Kept in the user's cache for each machine, model, drafter and version, so that only the first start pays for it.
+Profiles are kept in the user's cache per machine, model, drafter and version, so that only the first start measures.
 """
 
 import hashlib
@@ -26,25 +26,25 @@ from dspark_server.speculation.sampling import SamplingBatch
 
 logger = logging.getLogger(__name__)
 
-VERSION = 4  # of what is measured; another one makes every kept profile stale
+VERSION = 4  # of the measurement; a change makes every kept profile stale
 ROUNDS = 5  # over all sizes
-FEWEST = 3  # rounds, however long they take
+FEWEST = 3  # minimum number of rounds, however long they take
 PATIENCE = 10.0  # seconds after which no further round begins
 WARM = (1, 16, 256)  # tokens of the passes that are run before the first request
-PROBED = (1, 8, 32)  # tokens of the passes that a kept profile is tried on
+PROBED = (1, 8, 32)  # tokens of the passes that check a kept profile
 TRIALS = 3  # of each
-TOLERANCE = 1.5  # times longer or shorter than kept, beyond which a profile is measured again
+TOLERANCE = 1.5  # factor between kept and present seconds beyond which a profile is measured again
 
 
 class Work(NamedTuple):
-    """Something to time, and what is run before it each time, untimed."""
+    """A call to time, and a call that is run before it each time, untimed."""
 
     run: Callable[[], object]
     before: Callable[[], object] = lambda: None
 
 
 class Profiler:
-    """Times an executor on a KV pool that nobody uses yet: `num_blocks` blocks of `block_size` tokens.
+    """Times an executor on a KV pool not in use yet: `num_blocks` blocks of `block_size` tokens.
 
     No sequence is longer than `max_model_len`.
     """
@@ -65,7 +65,7 @@ class Profiler:
         self._run_length = executor.gamma + 1
 
     def warm_up(self) -> None:
-        """Passes of one token, of a few requests and of a prompt, and a draft: nothing is cold for the first one."""
+        """Run passes of one token, of a few requests and of a prompt, and a draft, before the first request."""
         if self._longest <= self._run_length:
             return
         for tokens in WARM:
@@ -74,9 +74,9 @@ class Profiler:
             self._draft(1, 1)()
 
     def measure(self, max_tokens: int, max_requests: int, near: int = 64, far: int = 1024) -> Profile:
-        """Time passes up to `max_tokens` tokens and drafts up to `max_requests` requests; a few seconds.
+        """Time passes up to `max_tokens` tokens and drafts up to `max_requests` requests; takes a few seconds.
 
-        Context costs are the slope between `near` and `far` tokens of it, as far as the pool and the model reach.
+        Context costs are the slope between `near` and `far` tokens of context, limited by the pool and the model.
         """
         share = max(1, self._num_blocks // -(-max_tokens // self._run_length)) * self._block_size
         near = max(1, min(near, min(share, self._longest) - self._run_length))
@@ -86,7 +86,7 @@ class Profiler:
         few = min(self._run_length, max_tokens)
         slopes = [(queries, context) for queries in {1, few} for context in (far, near)] if far > near else []
         works = [Work(self._pass(tokens, near)) for tokens in sizes]
-        # As in service after a target pass, which leaves nothing of the drafter in the caches.
+        # As when serving: after a target pass, which leaves nothing of the drafter in the processor's caches.
         works += [Work(self._draft(count, near), self._pass(1, near)) for count in requests]
         works += [Work(self._pass(queries, context)) for queries, context in slopes]
         seconds = self._undisturbed(works, ROUNDS, PATIENCE)
@@ -94,7 +94,7 @@ class Profiler:
         times = dict(zip(slopes, seconds[len(works) - len(slopes) :], strict=True))
 
         def slope(queries: int) -> float:
-            """Seconds for one more token of context of a run of so many query tokens."""
+            """Seconds for one more token of context of a run of `queries` tokens."""
             return max(0.0, times[queries, far] - times[queries, near]) / (far - near) if times else 0.0
 
         single, several = slope(1), slope(few)
@@ -108,9 +108,9 @@ class Profiler:
         return Profile(tuple(sizes), rising[0], tuple(requests), rising[1], per_run, per_query)
 
     def disagreement(self, kept: Profile) -> tuple[str, float, float] | None:
-        """Where `kept` is furthest from what a few passes and a draft take now, if by more than TOLERANCE.
+        """Largest deviation of `kept` from a few passes and a draft timed now; None if within TOLERANCE.
 
-        A name for what was timed, and its seconds now and as kept.
+        Gives the name of the pass or draft, its seconds now, and its kept seconds.
         """
         sizes = [tokens for tokens in PROBED if tokens <= kept.tokens[-1]]
         works = [Work(self._pass(tokens, 1)) for tokens in sizes]
@@ -125,10 +125,10 @@ class Profiler:
         return furthest if abs(math.log(furthest[1] / furthest[2])) > math.log(TOLERANCE) else None
 
     def _undisturbed(self, works: Sequence[Work], rounds: int, patience: float = math.inf) -> list[float]:
-        """Seconds that each work takes when nothing disturbs it, from its times in several rounds over all of them.
+        """Seconds of each work without disturbance, from its times in several rounds over all works.
 
-        What disturbs only adds time, so it is the lower quartile; and no stretch of time, a first call of each
-        included, has all repeats of a work.
+        Disturbances only add time, so the lower quartile is taken. Rounds spread the repeats of a work over time, so
+        that one disturbance, or a slow first call, cannot affect all of them.
         """
         times: list[list[float]] = [[] for _ in works]
         began = self._clock()
@@ -146,12 +146,12 @@ class Profiler:
         return self._clock() - began
 
     def _pass(self, tokens: int, context: int) -> Callable[[], object]:
-        """A target pass as decoding makes them: runs of an anchor and its drafts, a row of logits for each token."""
+        """A target pass as in decoding: runs of an anchor and its drafts, a row of logits for each token."""
         lengths = [self._run_length] * (tokens // self._run_length)
         lengths += [tokens % self._run_length] if tokens % self._run_length else []
         tables = self._tables(len(lengths), context + self._run_length)
         runs = [Run([1] * length, context, table, length) for length, table in zip(lengths, tables, strict=True)]
-        # Reading a number waits for the pass, where a device works on after `verify` has returned.
+        # Reading a number waits for the pass on a device that is not done when `verify` returns.
         return lambda: float(self._executor.verify(runs)[0][-1, -1])
 
     def _draft(self, requests: int, context: int) -> Callable[[], object]:
@@ -162,14 +162,14 @@ class Profiler:
         return lambda: self._executor.draft(rows, sampling, streams)
 
     def _tables(self, runs: int, length: int) -> list[list[int]]:
-        """Blocks of their own for each run, as long as there are any: what they hold does not matter."""
+        """A block table per run; runs share blocks only if the pool has too few. Block contents do not matter."""
         each = -(-length // self._block_size)
         return [[(run * each + index) % self._num_blocks for index in range(each)] for run in range(runs)]
 
 
 @torch.inference_mode()
 def warm_up(executor: Executor, num_blocks: int, block_size: int, max_model_len: int) -> None:
-    """Run what serving will, on a KV pool that nobody uses yet."""
+    """Warm up the serving path on a KV pool not in use yet."""
     Profiler(executor, num_blocks, block_size, max_model_len).warm_up()
 
 
@@ -189,7 +189,7 @@ def profile(
 ) -> Profile:
     """The kept profile of this machine and `identity` (model, drafter, backend), or a new one, which is then kept.
 
-    A kept one is first held against a few passes: one that is far off was taken at another time than now.
+    A kept profile is first checked by a few passes, and measured again if it is far off.
     """
     name = repr(
         (
@@ -213,13 +213,13 @@ def profile(
         partial = path.with_suffix(f".{os.getpid()}.partial")
         measured.save(partial)
         partial.replace(path)
-    except OSError as error:  # a volume of another user, a full disk: measuring again next time is all it costs
+    except OSError as error:  # a volume of another user, a full disk: the next start only measures again
         logger.warning("what steps cost could not be kept (%s): it is measured again at the next start", error)
     return measured
 
 
 def _kept(path: Path, profiler: Profiler) -> Profile | None:
-    """The profile at `path`, unless there is none, it is damaged, or steps take another time now."""
+    """The profile at `path`; None if it is missing or damaged, or disagrees with the seconds measured now."""
     if not path.exists():
         return None
     try:
@@ -241,7 +241,7 @@ def _kept(path: Path, profiler: Profiler) -> Profile | None:
 
 
 def _machine() -> str:
-    """What timings depend on: processor, torch."""
+    """Description of what timings depend on: processor model and torch version."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -251,6 +251,6 @@ def _machine() -> str:
 
 
 def _sizes(most: int) -> list[int]:
-    """1, 2, 4, ... with the halves between, up to and with `most`."""
+    """1, 2, 3, 4, 6, 8, 12, ... up to and including `most`."""
     steps = {1 << power for power in range(most.bit_length())} | {3 << power for power in range(most.bit_length())}
     return sorted({size for size in steps if size < most} | {most})

@@ -10,7 +10,7 @@ from itertools import count
 
 from dspark_server.engine.request import Request
 
-LAST_PRIORITY = 2**31 - 1  # of requests that must never be in another's way
+LAST_PRIORITY = 2**31 - 1  # of requests that must never delay others
 
 Rank = tuple[int, float]
 
@@ -21,23 +21,23 @@ def rank(request: Request) -> Rank:
 
 
 def is_last(request: Request) -> bool:
-    """The request has the last priority of all, which is behind every other tenant's requests too."""
+    """Whether the request has the last priority of all, which is behind every other tenant's requests too."""
     return request.params.priority == LAST_PRIORITY
 
 
 class WaitingQueue:
     """The order of admission.
 
-    The tenants form a ring: the first one's best request is admitted, then the tenant goes to the ring's end. A request
-    that was preempted gives its tenant one more place, in front of the ring; the tenant's best request takes it.
-    Requests of the last priority form a ring of their own behind all others.
+    The tenants form a ring: the first one's best request is admitted, then the tenant moves to the ring's end. A
+    preempted request gives its tenant one more place, in front of the ring; the tenant's best request takes it.
+    Requests of the last priority form a separate ring behind all others.
 
     A request may also be set aside until another has run the part of the prompt that both share (`set_aside`).
     """
 
     def __init__(self) -> None:
         self._rings = (_Ring(), _Ring())  # of ordinary requests, and of those with the last priority
-        self._followers: dict[Request, dict[Request, int]] = {}  # runner -> those set aside, and the blocks they want
+        self._followers: dict[Request, dict[Request, int]] = {}  # runner -> those set aside, and the blocks they await
         self._runner: dict[Request, Request] = {}  # of each request that is set aside
         self._arrivals = count()
         self._returns = count(1)
@@ -49,13 +49,13 @@ class WaitingQueue:
         return any(request in ring.places for ring in self._rings) or request in self._runner
 
     def __iter__(self) -> Iterator[Request]:
-        """All in order of admission, then those set aside. O(n log n): not for the path that serves."""
+        """All in order of admission, then those set aside. O(n log n): not for the serving path."""
         for ring in self._rings:
             yield from ring
         yield from self._runner
 
     def push(self, request: Request) -> None:
-        """Queue a request that arrives, or that need not be set aside any longer."""
+        """Queue a request that arrives, or that is no longer set aside."""
         self._ring(request).push(request, next(self._arrivals))
 
     def push_back(self, request: Request) -> None:
@@ -74,7 +74,7 @@ class WaitingQueue:
         return next(ring for ring in self._rings if ring.places).pop()
 
     def remove(self, request: Request) -> None:
-        """Take out a request wherever it stands. No turn is used."""
+        """Take out a request from any place in the queue. No turn is used."""
         runner = self._runner.pop(request, None)
         if runner is None:
             self._ring(request).remove(request)
@@ -91,7 +91,7 @@ class WaitingQueue:
         self._followers.setdefault(runner, {})[request] = blocks
 
     def call_back(self, runner: Request, published: int | None = None) -> None:
-        """Put those that waited for `runner` to publish that many blocks back in line; None: all that waited for it."""
+        """Put requests back in line that waited for up to `published` blocks of `runner`; None: all of them."""
         followers = self._followers.get(runner)
         if followers is None:
             return
@@ -104,7 +104,7 @@ class WaitingQueue:
 
 
 class _Ring:
-    """Tenants that take turns, each with a line of its own."""
+    """Tenants that take turns, each with its own line."""
 
     def __init__(self) -> None:
         self.places: dict[Request, int] = {}  # of each waiting request: the number in its heap entry
@@ -177,7 +177,7 @@ class _Line:
         return self._heap[0][2]
 
     def left(self, places: dict[Request, int]) -> None:
-        """One of the requests is no longer in `places`. Entries of such requests never outnumber the others."""
+        """Count a request that left `places`. Entries of such requests never outnumber the others."""
         self.size -= 1
         if len(self._heap) > 2 * self.size:
             self._heap = [entry for entry in self._heap if places.get(entry[2]) == entry[1]]

@@ -1,8 +1,8 @@
-r"""Regular expressions of ECMA-262, which JSON schemas use too, in the syntax that llguidance reads: Rust's.
+r"""Translates regular expressions of ECMA-262, which JSON schemas use too, to Rust's syntax, which llguidance reads.
 
 `\d`, `\w` and `\s` are ASCII, as in vLLM; `\p{...}` names Unicode classes. Brackets have no set operations and no
-nested brackets, POSIX names (`[[:alpha:]]`) apart. Inline flags (`(?i)`, `(?s:...)`, `(?x)`) are Rust's. Only what the
-two syntaxes read differently is rewritten; mistakes are left for llguidance to report.
+nested brackets, except POSIX names (`[[:alpha:]]`). Inline flags (`(?i)`, `(?s:...)`, `(?x)`) are Rust's. Only parts
+that the two syntaxes read differently are rewritten; llguidance reports mistakes.
 """
 
 import re
@@ -20,19 +20,19 @@ _GROUP = re.compile(r"\(\?(?P<on>[a-zA-Z]*)(?:-(?P<off>[a-zA-Z]*))?(?P<end>[:)])
 _CODE = re.compile(r"x([0-9A-Fa-f]{2})|u([0-9A-Fa-f]{4})|[xuU]\{([0-9A-Fa-f]{1,8})\}|U([0-9A-Fa-f]{8})")
 _LOW_SURROGATE = re.compile(r"\\u([Dd][C-Fc-f][0-9A-Fa-f]{2})")
 _PROPERTY = re.compile(r"[pP](?:\{[^}]*\}|[A-Za-z])")
-_QUANTIFIER = re.compile(r"\{(?:\d+(?:,\d*)?\}|,)")  # `{,n}` is text to ECMA-262 and a count to Python: left to fail
+_QUANTIFIER = re.compile(r"\{(?:\d+(?:,\d*)?\}|,)")  # `{,n}` is text in ECMA-262 and a count in Python: left to fail
 _POSIX = re.compile(r"\[:\^?[a-z]+:\]")
 _SPECIAL = re.compile(r"\\.|\[\^?(?:\\.|[^\]\\])*\]|[()|]", re.DOTALL)
 _COMMENT = re.compile(r"#[^\n]*")
 
 
 def to_rust(pattern: str) -> str:
-    """The same language in Rust's syntax. Raises ValueError for what no regular language has, or llguidance lacks."""
+    """The same language in Rust's syntax. Raises ValueError for parts that are not regular or that llguidance lacks."""
     return _Translation(pattern).run()
 
 
 def conjuncts(pattern: str) -> list[str]:
-    """Patterns to be searched for that together say what `pattern` does, without the look-aheads at its beginning."""
+    """Patterns to search for that together are equivalent to `pattern`, without the look-aheads at its beginning."""
     found = []
     while pattern.startswith("^(?="):
         ends = [at for at, depth in _depths(pattern) if pattern[at] == ")" and depth == 0]
@@ -44,7 +44,7 @@ def conjuncts(pattern: str) -> list[str]:
 
 
 def _depths(pattern: str) -> Iterator[tuple[int, int]]:
-    """Places of characters that stand for more than themselves, with the number of groups open behind them."""
+    """Positions of escapes, classes, parentheses and `|`, with the number of groups open after each."""
     depth = 0
     for part in _SPECIAL.finditer(pattern):
         depth += {"(": 1, ")": -1}.get(part[0], 0)
@@ -53,13 +53,13 @@ def _depths(pattern: str) -> Iterator[tuple[int, int]]:
 
 @dataclass(frozen=True)
 class _Set:
-    """A class inside brackets, as Rust writes it."""
+    """A character class, in Rust's syntax."""
 
     text: str
 
 
 class _Translation:
-    """One pass from left to right. `flags` are those in force, `outer` those of the groups that are open."""
+    """One pass from left to right. `flags` are the current ones, `outer` those to restore after each open group."""
 
     def __init__(self, pattern: str) -> None:
         self.pattern = pattern
@@ -116,7 +116,7 @@ class _Translation:
         self.flags = flags
         if group[0] == "(?:":
             return group[0]
-        # Spaces and comments of `x` are gone by then.
+        # This translation removes the spaces and comments that `x` ignores.
         on, off = group["on"].replace("x", ""), (group["off"] or "").replace("x", "")
         return f"(?{on}{'-' if off else ''}{off}{group['end']}" if on or off or group["end"] == ":" else ""
 
@@ -136,7 +136,7 @@ class _Translation:
         return f"(?-i:{meant.text})" if "i" in self.flags else meant.text
 
     def _escaped(self) -> int | _Set:
-        """The character or class that the escape at this place stands for, in brackets and outside."""
+        """The character or class that the escape at this position denotes, in brackets and outside."""
         self.at += 1
         letter = self.pattern[self.at : self.at + 1]
         if not letter:
@@ -203,7 +203,7 @@ class _Translation:
         return ord(self.pattern[self.at - 1])
 
     def _range_end(self) -> int | None:
-        """The last character of a range, if the hyphen here makes one: beside a class or a bracket it is itself."""
+        """The last character of a range; None if the hyphen here is a literal, beside a class or a bracket."""
         start = self.at
         self.at += 1
         if self.at < len(self.pattern) and self.pattern[self.at] != "]":
@@ -221,6 +221,6 @@ class _Translation:
 
 
 def _exactly(code: int) -> str:
-    """A character as itself, in brackets and outside, whatever the flags."""
+    """A character as a literal, in brackets and outside, with any flags."""
     character = chr(code)
     return character if character.isalnum() else f"\\x{{{code:X}}}"

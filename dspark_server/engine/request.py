@@ -1,7 +1,7 @@
-"""A request: what the user asked for, what has been committed, and where its KV rows live.
+"""A request: its parameters, its committed tokens, and the blocks of its KV rows.
 
 Life: WAITING -> RUNNING -> FINISHED, with RUNNING -> WAITING on preemption. `tokens[:computed]` have KV rows;
-the rest is still to run. A request is *decoding* when only its last token, the anchor, is left to run.
+the others are still to run. A request is *decoding* when only its last token, the anchor, is left to run.
 """
 
 from collections.abc import Sequence
@@ -18,13 +18,13 @@ from dspark_server.speculation.history import SurvivalHistory
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How one choice is sampled. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 are off.
+    """Sampling parameters of one choice. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 are off.
 
     `max_tokens` 0 only runs the prompt. `seed` selects the coupled acceptance rule, whose tokens repeat; without it the
     ratio rule runs (DSpark, step 8). Penalties, biases and masks are off at the values below; `bad_words` are token
-    sequences, `grammar` a compiled form shared by the choices of a request. `logprobs` and `prompt_logprobs`: how many
-    alternatives to report for each token; None: no log-probabilities. `max_draft_tokens` None: as many as the server
-    likes. The lower `priority` goes first.
+    sequences, `grammar` is compiled and shared by the choices of a request. `logprobs` and `prompt_logprobs`: number of
+    alternatives to report for each token; None: no log-probabilities. `max_draft_tokens` None: only the server's limit.
+    The lower `priority` goes first.
     """
 
     max_tokens: int = 16
@@ -51,9 +51,9 @@ class SamplingParams:
     def controls(
         self, vocabulary: int, prompt: Sequence[int], stop_ids: frozenset[int], sibling: Control | None = None
     ) -> Control | None:
-        """The rules of one choice that answers `prompt`; None where there are none.
+        """Controls of one choice that answers `prompt`; None if there are none.
 
-        `sibling`: those of another choice for the same prompt, made with the same parameters.
+        `sibling`: controls of another choice for the same prompt, made with the same parameters.
         """
         if isinstance(sibling, Controls):
             return sibling.again(None if self.grammar is None else self.grammar.start(stop_ids))
@@ -75,14 +75,14 @@ class SamplingParams:
 
 
 class CompiledGrammar(Protocol):
-    """A form that answers must have; each choice follows it on its own."""
+    """A grammar that answers must follow; each choice has its own matcher."""
 
     def start(self, stop_ids: frozenset[int]) -> Grammar:
-        """At the beginning of an answer. Any of `stop_ids` may end it where it may end."""
+        """A matcher at the beginning of an answer. Any of `stop_ids` may end a complete answer."""
 
 
 class FinishReason(StrEnum):
-    """Why a choice ended."""
+    """Reason for the end of a choice."""
 
     STOP = "stop"
     LENGTH = "length"
@@ -91,7 +91,7 @@ class FinishReason(StrEnum):
 
 
 class Status(Enum):
-    """Where a request is in its life."""
+    """State of a request."""
 
     WAITING = "waiting"
     RUNNING = "running"
@@ -113,7 +113,7 @@ class Request:
     chain_root: bytes
     nonce: int
     choice: int = 0
-    tenant: str = ""  # whose it is: tenants take turns, and share no cached prefix
+    tenant: str = ""  # owner: tenants take turns, and share no cached prefix
     arrival: float = 0.0  # monotonic seconds
     admitted: float = 0.0  # the same, of the first admission
     status: Status = Status.WAITING
@@ -126,17 +126,17 @@ class Request:
     finite: int = 0  # leading tokens whose KV rows are known to hold no NaN: only those blocks are published
     published: int = 0
     cached_tokens: int | None = None  # prompt tokens found in the prefix cache at first admission
-    draft_number: int = 0  # every draft of the request, discarded ones included; survives preemption
+    draft_number: int = 0  # number of drafts of the request, discarded ones included; survives preemption
     history: SurvivalHistory = field(default_factory=SurvivalHistory)
     copied: SurvivalHistory = field(default_factory=SurvivalHistory)  # of the blocks it copied from its context
     context: ContextIndex = field(default_factory=ContextIndex)
-    controls: Control | None = None  # told of every committed token
+    controls: Control | None = None  # notified of every committed token
     leader: "Request | None" = None  # an earlier choice for the same prompt, until its keys have been taken
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)  # as far as the prompt has been run
 
     @property
     def max_length(self) -> int:
-        """Longest the sequence may grow, in tokens."""
+        """Maximum length of the sequence, in tokens."""
         return self.prompt_length + self.params.max_tokens
 
     @property
@@ -151,7 +151,7 @@ class Request:
 
     @property
     def is_decoding(self) -> bool:
-        """Only the anchor is left to run."""
+        """Whether only the anchor is left to run."""
         return self.pending == 1 and len(self.tokens) > self.prompt_length
 
     @property
@@ -161,12 +161,12 @@ class Request:
 
     @property
     def scores_prompt(self) -> bool:
-        """Log-probabilities of the prompt were asked for and are not all known yet."""
+        """Whether log-probabilities of the prompt were requested and are not all known yet."""
         return self.params.prompt_logprobs is not None and len(self.prompt_logprobs) < self.prompt_length
 
     @property
     def grammar(self) -> Grammar | None:
-        """The form that the answer is held to."""
+        """The grammar that the answer must follow; None if there is none."""
         return self.controls.grammar if isinstance(self.controls, Controls) else None
 
     def full_block_keys(self, block_size: int, most: int | None = None) -> list[BlockKey]:
@@ -197,7 +197,7 @@ class Request:
             taken.append(token)
             if controls is not None:
                 controls.commit([token])
-            # After each token: where an answer ends must not depend on how many were committed at once.
+            # After each token: the end of an answer must not depend on the number of tokens committed at once.
             if token in self.stop_ids or (grammar is not None and grammar.over()):
                 self.finish_reason = FinishReason.STOP
             elif self.remaining == 0:

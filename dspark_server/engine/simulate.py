@@ -1,9 +1,9 @@
-"""An executor without a model: a virtual clock that passes advance, and drafts that survive by chance.
+"""An executor without a model: passes advance a virtual clock, and draft tokens are accepted at random.
 
 The production batcher, step loop and selection run on it unchanged, at any concurrency, on any machine
-(ARCHITECTURE.md, decision 7). Nothing of scheduling is written here a second time.
+(ARCHITECTURE.md, decision 7). No scheduling is reimplemented here.
 
-Shapes: R drafting requests, gamma draft tokens each, a_{r,k} the chance that request r's prefix up to k survives.
+Shapes: R drafting requests, gamma draft tokens each, a_{r,k} the probability that request r's prefix up to k survives.
 """
 
 from collections.abc import Callable
@@ -27,7 +27,7 @@ from dspark_server.speculation.sampling import SamplingBatch
 
 Floats = npt.NDArray[np.float64]
 
-# Accepted length of blocks of 7 at T = 1, the token of the target included (DSpark, table 1, Qwen3-4B).
+# Acceptance length of blocks of 7 at T = 1, the token of the target included (DSpark, table 1, Qwen3-4B).
 PAPER_BLOCK = 7
 PAPER_TAU = {
     "dspark": {"math": 6.11, "code": 5.38, "chat": 3.64},
@@ -39,7 +39,7 @@ DOMAINS = ("math", "code", "chat")  # GSM8K, HumanEval, MT-Bench
 
 @dataclass
 class VirtualClock:
-    """Seconds that pass only when something is done."""
+    """A clock in seconds that only simulated work advances."""
 
     now: float = 0.0
 
@@ -49,11 +49,11 @@ class VirtualClock:
 
 @dataclass(frozen=True)
 class SurvivalModel:
-    """Where a draft token's chance to stand, given that those before it do, comes from.
+    """Model of a draft token's acceptance probability c, given that those before it are accepted.
 
     c = sigmoid(level + request_spread u_r + token_spread e_{r,k}), u and e standard normal, u kept for the request's
-    life, e new for every token. Chances are what the confidence head says, so it is calibrated; the spreads make it as
-    telling as the paper's (AUC 0.81 to 0.90). `informed` is False for a drafter without such a head.
+    life, e new for every token. The confidence head reports c, so it is calibrated; the spreads make it as informative
+    as the paper's (AUC 0.81 to 0.90). `informed` is False for a drafter without such a head.
     """
 
     level: float
@@ -63,7 +63,7 @@ class SurvivalModel:
 
     @classmethod
     def of(cls, domain: str, drafter: str = "dspark") -> "SurvivalModel":
-        """Calibrated to the paper's tau. Raises ConfigError for names the table does not have."""
+        """A model calibrated to the paper's tau. Raises ConfigError for names that the table does not have."""
         if drafter not in PAPER_TAU or domain not in DOMAINS:
             raise ConfigError(
                 f"No acceptance is known for drafter {drafter!r} and domain {domain!r}; "
@@ -73,18 +73,18 @@ class SurvivalModel:
         return replace(model, level=_level(PAPER_TAU[drafter][domain], model.request_spread, model.token_spread))
 
     def chances(self, effects: Floats, noise: Floats) -> Floats:
-        """[R, gamma] chances from request effects u [R] and token noise e [R, gamma]."""
+        """Acceptance probabilities c [R, gamma] from request effects u [R] and token noise e [R, gamma]."""
         logits = self.level + self.request_spread * effects[:, None] + self.token_spread * noise
         return np.asarray(1 / (1 + np.exp(-logits)))
 
     def tau(self, block: int = PAPER_BLOCK) -> float:
-        """Tokens a cycle commits on average when whole blocks are verified."""
+        """Mean number of tokens that a cycle commits when whole blocks are verified."""
         return float(1 + self.chances(*_sample(block)).cumprod(axis=1).sum(axis=1).mean())
 
 
 @lru_cache
 def _sample(block: int) -> tuple[Floats, Floats]:
-    """Enough requests and blocks for averages."""
+    """Request effects and token noise, enough of them for averages."""
     rng = np.random.default_rng(20260601)
     return rng.standard_normal(20_000), rng.standard_normal((20_000, block))
 
@@ -102,7 +102,7 @@ def _level(tau: float, request_spread: float, token_spread: float) -> float:
 
 @dataclass(frozen=True)
 class Pass:
-    """What one simulated target pass held: runs, those that decode, those of them that drafted, tokens."""
+    """Contents of one simulated target pass: runs, those that decode, those of them that drafted, tokens."""
 
     runs: int
     decoding: int
@@ -113,17 +113,17 @@ class Pass:
 
 @dataclass
 class SimulatedExecutor:
-    """Implements `Executor`: passes advance `clock` by what `capacity` says they cost.
+    """Implements `Executor`: passes advance `clock` by their cost in `capacity`.
 
-    Which draft tokens would survive is drawn when they are drafted and written into the tokens themselves, 1 or 0;
-    selection sees none of them. `log` has an entry for each pass.
+    A draft token is 1 if it would be accepted, else 0, drawn when it is drafted; selection sees no token. `log` has an
+    entry for each pass.
     """
 
     clock: VirtualClock
     capacity: Capacity
     survival: SurvivalModel
     gamma: int
-    overhead: float = 0.0  # seconds of a sampling step outside both models
+    overhead: float = 0.0  # seconds of a sampling step outside draft and pass
     seed: int = 0
     log: list[Pass] = field(default_factory=list)
     _drafting: int = 0
@@ -131,7 +131,7 @@ class SimulatedExecutor:
 
     @property
     def block(self) -> int:
-        """All of a block is the drafter's."""
+        """The drafter makes whole blocks."""
         return self.gamma
 
     def __post_init__(self) -> None:
@@ -145,7 +145,7 @@ class SimulatedExecutor:
         streams: Streams,
         rest: Callable[[], Rest] | None = None,
     ) -> DraftBlock:
-        """Blocks of ones and zeros; `sampling.key`, a request's number, says which request effect is its own."""
+        """Blocks of ones and zeros; `sampling.key`, a request's number, is the index of its request effect."""
         chances = self.survival.chances(
             self._effect(sampling.key.numpy()), self._noise.standard_normal((len(requests), self.gamma))
         )
@@ -162,7 +162,7 @@ class SimulatedExecutor:
         )
 
     def verify(self, runs: list[Run]) -> tuple[Tensor, list[int]]:
-        """Time passes; logits are of a vocabulary of one, since `accept` asks the drafts themselves."""
+        """Advance the clock; logits are of a vocabulary of one, since `accept` reads the drafts themselves."""
         row_start = np.concatenate([[0], np.cumsum([run.logits_rows for run in runs])])
         lengths = np.array([len(run.tokens) for run in runs])
         context = np.array([run.context_len for run in runs])
@@ -179,11 +179,11 @@ class SimulatedExecutor:
         return torch.zeros(int(row_start[-1]), 1), row_start.tolist()
 
     def finite_rows(self) -> list[int]:
-        """All of them."""
+        """All rows of each run."""
         return self._lengths
 
     def accept(self, verified: Verification, drafted: Drafted | None, sampling: SamplingBatch) -> Accepted:
-        """The step loop's `acceptance`: a prefix stands as far as its tokens are ones."""
+        """The step loop's `acceptance`: accepts the leading ones of each prefix."""
         self.clock.now += self.overhead
         count = torch.zeros(len(verified.requests), dtype=torch.int64)
         if drafted:
@@ -193,7 +193,7 @@ class SimulatedExecutor:
         return Accepted(count, torch.zeros_like(count), torch.zeros_like(count, dtype=torch.bool))
 
     def _effect(self, numbers: npt.NDArray[np.int64]) -> Floats:
-        """What sets requests apart, the same for a request under every policy."""
+        """Request effects u [R]: the same for a request under every policy."""
         most = int(numbers.max()) + 1
         if most > len(self._effects):
             self._effects = np.random.default_rng((self.seed, 2)).standard_normal(2 * most)

@@ -38,9 +38,9 @@ CONTRADICTION = (
     "The request's constraints (form, allowed_token_ids, bad_words, logit_bias, min_tokens) leave no token that could "
     "follow."
 )
-FIRST_GUESS = 0.6  # survival of a draft token before there was any
+FIRST_GUESS = 0.6  # assumed survival of a draft token before any was verified
 POPULATION_MEMORY = 0.995  # as history.MEMORY, for all requests together
-INDEXED_TOKENS = 4096  # of all requests, indexed for copies in one step: some 4 ms
+INDEXED_TOKENS = 4096  # of all requests, indexed for copies in one step: about 4 ms
 
 
 Judge = Callable[
@@ -50,11 +50,11 @@ Acceptance = Callable[[Verification, Drafted | None, SamplingBatch], Accepted]
 
 
 class StepLoop:
-    """Owns every request and block; one thread calls it.
+    """Owns every request and block; only one thread may call it.
 
-    `kernels` make acceptance faster; `judge` takes the place of `accept`, and `timing` says what draft and pass really
-    took (seconds), given what the clock says, where an executor works on after it has returned. `acceptance` may be
-    replaced (conformance forces counts); `trace` is shown every step that sampled.
+    `kernels` speed up acceptance; `judge` replaces `accept`. `timing` corrects the wall-clock times of draft and pass
+    (seconds) for executors that return before the device is done. `acceptance` replaces the acceptance rules
+    (conformance forces counts); `trace` receives every step that samples.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class StepLoop:
         self._max_draft_tokens = min(executor.gamma, max_draft_tokens or executor.gamma)
         self._block = min(self._max_draft_tokens, executor.block)
         self._copying = copying
-        self._may_index = INDEXED_TOKENS  # in the step under way
+        self._may_index = INDEXED_TOKENS  # tokens left to index in this step
         self._judge: Judge = judge or partial(accept, kernels=kernels)
         self._timing = timing
         self._streams = CounterStreams()
@@ -95,7 +95,7 @@ class StepLoop:
 
     @property
     def has_work(self) -> bool:
-        """Some request is waiting or running."""
+        """Whether any request is waiting or running."""
         return bool(self.batcher.running or self.batcher.waiting)
 
     @property
@@ -104,16 +104,16 @@ class StepLoop:
         return self._selection.name
 
     def select_by(self, selection: Selection) -> None:
-        """Another policy from the next step on; between steps no draft exists that it could judge by its tokens."""
+        """Set the policy from the next step on. Between steps no draft exists whose tokens could influence it."""
         self._selection = selection
 
     def watch(self, trace: Callable[[StepTrace], None] | None) -> None:
-        """Show every step that samples to `trace` from the next one on; None: to nobody."""
+        """Call `trace` with every step that samples, from the next step on; None: no more calls."""
         self._trace = trace
 
     @torch.inference_mode()
     def step(self) -> list[StepOutput]:
-        """One cycle for every scheduled request. Nothing of a request changes before commit but its draft number."""
+        """Run one cycle for every scheduled request. Before commit, only a request's draft number changes."""
         began = self._clock()
         self.batcher.begin()
         failpoints.hit("step.plan")
@@ -171,7 +171,7 @@ class StepLoop:
         return outputs
 
     def _choose(self, plan: Plan, load: Load) -> Asked | None:
-        """Who drafts, as the policy has it."""
+        """Choose the requests that draft, by the policy; None if there are none."""
         candidates = plan.decoding
         matches = self._matches(request for request in candidates if may_copy_alone(request))
         alone = {request for request, match in matches.items() if match and match.length >= ALONE}
@@ -207,7 +207,7 @@ class StepLoop:
         return Asked(requests, [limits[index] for index in order], [matches.get(r) for r in requests], backbone)
 
     def _draft(self, plan: Plan, load: Load, asked: Asked) -> Drafted | None:
-        """Draft a block for those who were asked, and select how much of each is verified."""
+        """Draft a block for each request in `asked` and select its prefix length; None if drafting failed."""
         requests, backbone = asked.requests, asked.backbone
         count = self._selection.count(len(requests) * self.executor.gamma, load, backbone)
         rest = None if count is None else partial(self._rest, plan, requests, asked.limits, count)
@@ -222,27 +222,27 @@ class StepLoop:
                 self._streams,
                 rest,
             )
-        except Exception:  # tokens do not need a draft, they only come slower without one
+        except Exception:  # a step commits tokens without a draft too, only fewer
             self.stats.failed_drafts += 1
-            if self.stats.failed_drafts.bit_count() == 1:  # the 1st, 2nd, 4th, ...: one that always fails fills no disk
+            if self.stats.failed_drafts.bit_count() == 1:  # the 1st, 2nd, 4th, ...: permanent failure fills no disk
                 logger.exception(
                     "drafting failed, for the %d. time; the step goes on without", self.stats.failed_drafts
                 )
             return None
         survival = failpoints.passed("draft.survival", self._survival_of(block, requests))
-        # A NaN at slot k cuts the prefix to k - 1, never shorter: earlier tokens were sampled without knowing of it.
+        # A NaN at slot k cuts the prefix to k - 1, never shorter: earlier tokens were sampled independently of it.
         usable = [min(limit, usable) for limit, usable in zip(asked.limits, block.usable.tolist(), strict=True)]
         slots = sum(asked.limits)
         lengths = self._selection.lengths(survival, usable, load, Drafts(backbone, slots))
         return Drafted(requests, block, survival, lengths, backbone, usable, slots)
 
     def _allowance(self, request: Request, alone: bool) -> int:
-        """Most draft tokens of a request's block, copied alone or not."""
+        """Maximum number of draft tokens in the request's block. `alone`: the block is only copied."""
         most, own = self._max_draft_tokens if alone else self._block, request.params.max_draft_tokens
         return most if own is None else min(most, own)
 
     def _matches(self, requests: Iterable[Request]) -> dict[Request, Match | None]:
-        """Where the text of each request that may copy stood before, as far as it has been indexed."""
+        """Earlier occurrence of the end of each request's text, as far as it is indexed; for those that may copy."""
         matches = {}
         for request in filter(self._may_copy, requests):
             self._index(request)
@@ -250,42 +250,42 @@ class StepLoop:
         return matches
 
     def _may_copy(self, request: Request) -> bool:
-        """Copies can be drafted for the request: it allows drafts, and so does the policy."""
+        """Whether copies can be drafted for the request: it and the policy allow drafts."""
         if self._copying is None or self._selection.name == "none" or request.remaining <= 1:
             return False
         return self._allowance(request, may_copy_alone(request)) > 0
 
     def _index(self, request: Request) -> None:
-        """Index what the request's text says, as far as the step has time for it."""
+        """Index the request's text, up to the number of tokens left to index in this step."""
         self._may_index -= request.context.enter(request.tokens, self._may_index)
 
     def _index_prompts(self, plan: Plan) -> None:
-        """Index prompts while they run, where copies will be looked for as soon as the answer begins."""
+        """Index prompts during prefill, for requests that may copy as soon as their answer begins."""
         for entry in plan.scheduled:
             if not entry.request.is_decoding and may_copy_alone(entry.request) and self._may_copy(entry.request):
                 self._index(entry.request)
 
     def _copied_rate(self, request: Request, match: Match | None) -> float:
-        """The chance that the first token of a copy stands, as `with_copies` will have it."""
+        """Estimated probability that the first token of a copy is accepted, as in `with_copies`."""
         assert self._copying is not None
         assert match is not None
         return request.copied.rate(self._copying.chance_alone(match.length, 1)[0], ALONE_WEIGHT)
 
     def _survival_of(self, block: DraftBlock, requests: list[Request]) -> Tensor:
-        """a_k [R, gamma]; where no confidence head says it, what each request's own drafts have come to."""
+        """Survival a_k [R, gamma]: from the confidence head, and from `_recorded` for rows without one."""
         if block.survival is not None and block.told:
             return block.survival
         recorded = self._recorded(requests)
         return recorded if block.survival is None else torch.where(block.survival.isnan(), recorded, block.survival)
 
     def _recorded(self, requests: list[Request]) -> Tensor:
-        """a_k [R, gamma] where no confidence head says it: what each request's own drafts have come to."""
+        """Survival a_k [R, gamma] estimated from the acceptance history of each request."""
         prior = self._everyone.rate(FIRST_GUESS)
         rates = torch.tensor([request.history.rate(prior) for request in requests])
         return rates.unsqueeze(1) ** torch.arange(1, self.executor.gamma + 1)
 
     def _rest(self, plan: Plan, requests: list[Request], limits: list[int], count: int) -> Rest:
-        """The step after the draft of `requests`, `count` of its tokens being verified."""
+        """Verification with a fixed budget: the pass after the draft of `requests`, with `count` draft tokens."""
         row_of = {request: row for row, request in enumerate(requests)}
         sampled = [index for index, entry in enumerate(plan.scheduled) if entry.samples]
         return Rest(
@@ -309,7 +309,7 @@ class StepLoop:
         return Verification([r for r, _ in sampled], logits, [row for _, row in sampled] + row_start[-1:])
 
     def _lossless(self, verified: Verification, drafted: Drafted | None, sampling: SamplingBatch) -> Accepted:
-        """The acceptance rules of DSPARK.md over one verification pass."""
+        """Apply the acceptance rules of DSPARK.md to one verification pass."""
         if drafted is None:
             none = [0] * len(verified.requests)
             return self._judge(verified.logits, verified.row_start, None, none, sampling, self._streams)
@@ -322,7 +322,7 @@ class StepLoop:
     def _learn(self, drafted: Drafted, outputs: list[StepOutput]) -> None:
         """Record the acceptance of drafts, in the counters and in each request's histories (of the drafter, of copies).
 
-        Draft tokens past the end of an answer were neither accepted nor rejected, nor were those of a failed request.
+        Draft tokens past the end of an answer, and those of a failed request, count as neither accepted nor rejected.
         """
         accepted = {output.request: output.accepted for output in outputs}
         ended = {output.request for output in outputs if len(output.tokens) <= output.accepted}
@@ -349,7 +349,7 @@ class StepLoop:
     def _commit(
         self, plan: Plan, prefixes: dict[Request, list[int]], verified: Verification, accepted: Accepted | None
     ) -> list[StepOutput]:
-        """Append what survived, account for its KV rows, let finished requests go."""
+        """Append the accepted tokens, count their KV rows, remove requests that ended."""
         counts = iter(accepted.count.tolist() if accepted else [])
         tokens = iter(accepted.token.tolist() if accepted else [])
         failed = iter(accepted.failed.tolist() if accepted else [])
@@ -369,25 +369,25 @@ class StepLoop:
                     request.error, request.impossible = too_costly or CONTRADICTION, True
                 else:
                     request.error = "The model produced no valid probabilities for this request (NaN in its logits)."
-                    self.batcher.pool.distrust(request.blocks)  # a row that was finite once may be so no more
+                    self.batcher.pool.distrust(request.blocks)  # rows that were finite may no longer be
                 ended.append(request)
                 outputs.append(StepOutput(request, []))
                 continue
             prefix = prefixes.get(request, [])
             taken = request.commit([*prefix[:kept], token])
-            kept = min(kept, len(taken))  # drafts past an early end are not committed, and no row of theirs counts
+            kept = min(kept, len(taken))  # drafts past an early end are not committed, their rows do not count
             self.batcher.advance(request, entry.count + kept, finite)
             self._count_tokens(len(taken), len(prefix), kept)
             if request.finish_reason is not None:
                 ended.append(request)
             outputs.append(output_of(request, taken, verified.logits[row : row + len(taken)], len(prefix), kept))
-        # Only now: should this step fail on the way here, all of them still run, and so all are told.
+        # Only now: if the step fails before this, all of them still run, so all of them get the error.
         for request in ended:
             self.batcher.remove(request)
         return outputs
 
     def _finite_rows(self, plan: Plan) -> Sequence[int | None]:
-        """Leading rows of each scheduled run that are known to be finite; None: all, as their logits have shown."""
+        """Number of leading rows of each scheduled run known to be finite; None: all, as their logits show."""
         if all(entry.samples and entry.count == 1 for entry in plan.scheduled):
             return [None] * len(plan.scheduled)
         return self.executor.finite_rows()
@@ -411,7 +411,7 @@ class StepLoop:
 
 
 def _runs(plan: Plan, prefixes: dict[Request, list[int]]) -> list[Run]:
-    """The pass's runs: committed tokens that are due, then the draft tokens to verify."""
+    """Runs of the pass: the scheduled committed tokens, then the draft tokens to verify."""
     runs = []
     for entry in plan.scheduled:
         request, prefix = entry.request, prefixes.get(entry.request, [])
@@ -424,7 +424,7 @@ def _runs(plan: Plan, prefixes: dict[Request, list[int]]) -> list[Run]:
 
 
 def _score_prompts(plan: Plan, logits: Tensor, row_start: list[int]) -> tuple[Tensor, list[int]]:
-    """Keep the log-probabilities of prompt tokens that were asked for; gives the rows that are left to sample from."""
+    """Store requested log-probabilities of prompt tokens; gives the logits and row starts left to sample from."""
     kept: list[int] = []
     starts = []
     for entry, (start, end) in zip(plan.scheduled, pairwise(row_start), strict=True):
@@ -436,7 +436,7 @@ def _score_prompts(plan: Plan, logits: Tensor, row_start: list[int]) -> tuple[Te
         known = request.prompt_logprobs
         if not known:
             known.append(None)  # nothing comes before the first token
-        first = start + len(known) - 1 - request.computed  # row i of the sequence speaks of token i + 1
+        first = start + len(known) - 1 - request.computed  # row i of the sequence predicts token i + 1
         following = request.tokens[len(known) : min(request.computed + entry.count + 1, request.prompt_length)]
         if following:
             count = request.params.prompt_logprobs or 0
@@ -447,12 +447,12 @@ def _score_prompts(plan: Plan, logits: Tensor, row_start: list[int]) -> tuple[Te
 
 
 def may_copy_alone(request: Request) -> bool:
-    """Whether what follows a long match is all that the request drafts: where it is greedy, and free."""
+    """Whether a copy after a long match can be the request's whole draft: it is greedy and has no `Controls`."""
     return request.params.temperature < GREEDY_BELOW and not isinstance(request.controls, Controls)
 
 
 def sampling_batch(requests: list[Request]) -> SamplingBatch:
-    """How each request samples the tokens that follow its anchor."""
+    """Sampling parameters of each request for the tokens after its anchor."""
     return replace(
         _lasting(tuple(requests)),
         position=torch.tensor([len(request.tokens) for request in requests], dtype=torch.int64),
@@ -460,9 +460,9 @@ def sampling_batch(requests: list[Request]) -> SamplingBatch:
     )
 
 
-@lru_cache(maxsize=2)  # those that draft and those that sample: from step to step they are mostly the same
+@lru_cache(maxsize=2)  # requests that draft, and that sample: mostly the same from step to step
 def _lasting(requests: tuple[Request, ...]) -> SamplingBatch:
-    """The part of `sampling_batch` that stays the same."""
+    """The part of `sampling_batch` that is the same in every step."""
     params = [request.params for request in requests]
     return SamplingBatch.of(
         temperature=[p.temperature for p in params],

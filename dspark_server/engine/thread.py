@@ -1,4 +1,4 @@
-"""The thread that owns an EngineCore: it takes messages, runs steps, and posts what they gave to the event loop."""
+"""The thread that owns an EngineCore: it takes messages, runs steps, and posts their outputs to the event loop."""
 
 import asyncio
 import logging
@@ -18,7 +18,7 @@ from dspark_server.logcontext import concerned
 
 logger = logging.getLogger(__name__)
 
-# A step that fails takes its requests with it; this many in a row mean that the engine cannot go on.
+# A failed step ends its requests; after this many in a row the engine is dead.
 MAX_FAILED_STEPS = 3
 
 
@@ -26,8 +26,9 @@ MAX_FAILED_STEPS = 3
 class TokenEvent:
     """Tokens one step committed to one choice. The last event, and only it, has a finish reason.
 
-    `admitted` is when the choice first left the queue, in monotonic seconds. In this step the target verified `drafted`
-    draft tokens and accepted the first `accepted` of them. An `error` may have a `cause` that says its HTTP status.
+    `admitted`: time at which the choice first left the queue, in monotonic seconds. In this step the target verified
+    `drafted` draft tokens and accepted the first `accepted` of them. The `cause` of an `error`, if any, determines its
+    HTTP status.
     """
 
     tokens: list[int]
@@ -35,8 +36,8 @@ class TokenEvent:
     stop_token: int | None = None
     error: str | None = None
     cached_tokens: int = 0
-    logprobs: list[TokenLogprob] | None = None  # of `tokens`, where they were asked for
-    prompt_logprobs: list[TokenLogprob | None] | None = None  # with the first tokens, where they were asked for
+    logprobs: list[TokenLogprob] | None = None  # of `tokens`, if requested
+    prompt_logprobs: list[TokenLogprob | None] | None = None  # with the first tokens, if requested
     admitted: float = 0.0
     drafted: int = 0
     accepted: int = 0
@@ -45,21 +46,21 @@ class TokenEvent:
 
 @dataclass(frozen=True)
 class Abort:
-    """Message to the step thread: let this request go."""
+    """Message to the step thread: remove this request."""
 
     request: Request
 
 
 @dataclass(frozen=True)
 class Select:
-    """Message to the step thread: select by this policy."""
+    """Message to the step thread: use this policy."""
 
     policy: str
 
 
 @dataclass(frozen=True)
 class Watch:
-    """Message to the step thread: show steps to this observer."""
+    """Message to the step thread: call this observer with every step that samples; None: no more calls."""
 
     trace: Callable[[StepTrace], None] | None
 
@@ -68,9 +69,9 @@ Message = Request | Abort | Select | Watch
 
 
 class StepThread:
-    """Runs the steps of `core`, which nobody else may touch once it has started.
+    """Runs the steps of `core`; once started, no other thread may touch it.
 
-    `dispatch` gets what each step gave, `mourn` the reason why there will be no more; both on the event loop.
+    `dispatch` gets the outputs of each step, `mourn` the reason if there will be no more; both on the event loop.
     """
 
     def __init__(
@@ -93,7 +94,7 @@ class StepThread:
         self.thread.start()
 
     def put(self, message: Message | None) -> None:
-        """A message, from any thread; None: end after what came before it."""
+        """Send a message, from any thread; None: end after the messages before it."""
         self._inbox.put(message)
 
     def _run(self) -> None:
@@ -114,7 +115,7 @@ class StepThread:
                 outputs = self._core.loop.step()
                 self._core.follow_processors()
                 failures = 0
-            except EngineDeadError as error:  # no step after it could go better
+            except EngineDeadError as error:  # later steps would fail too
                 logger.exception("a step failed")
                 self.die(str(error))
                 return
@@ -131,7 +132,7 @@ class StepThread:
             self._post(outputs)
 
     def _receive(self) -> bool:
-        """Take what is in the inbox, waiting if there is nothing else to do; False when told to stop."""
+        """Handle the messages in the inbox, waiting for one if there is no work; False if one of them is None."""
         block = not self._core.loop.has_work
         while True:
             if block:
@@ -162,7 +163,7 @@ class StepThread:
             self._on_loop(self._dispatch, [(output.request, event_of(output)) for output in outputs])
 
     def die(self, reason: str) -> None:
-        """There will be no more steps. Any thread may say so; before the start, to nobody yet."""
+        """Report that there will be no more steps, on the event loop once started. Any thread may call this."""
         if self._loop is None:
             self._mourn(reason)
         else:

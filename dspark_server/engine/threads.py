@@ -1,4 +1,4 @@
-"""The number of threads that compute, followed while serving."""
+"""The number of compute threads, adapted while serving."""
 
 import logging
 from collections.abc import Callable
@@ -9,19 +9,19 @@ from dspark_server.runtime import processors
 
 logger = logging.getLogger(__name__)
 
-LOOK = 1.0  # seconds between two looks at cpuset and quota
+LOOK = 1.0  # seconds between two readings of cpuset and quota
 WINDOW = 5.0  # seconds of steps that are compared with those before them
-FEWEST = 20  # steps of a window
-CHEAPER = 0.97  # of the cost before: what another number must reach to be kept
+FEWEST = 20  # minimum number of steps of a window
+CHEAPER = 0.97  # another number is kept if its cost is at most this share of the cost before
 WAIT, LONGEST_WAIT = 60.0, 960.0  # seconds between two trials; twice as long after each that was not kept
 
 
 class ThreadCount:
-    """As many threads as processors may be used, or fewer where a hypervisor takes their time and fewer are faster.
+    """One thread per usable processor, or fewer if a hypervisor steals processor time and fewer are faster.
 
-    Cpuset and quota are limits: the number follows them at once. Stolen time only says what may be worth a trial. Where
-    the hypervisor limits the whole machine, fewer threads wait less for each other; where each processor has other
-    guests, more of them get more time. So the other number runs for a while, and what steps cost decides.
+    Cpuset and quota are limits: the number follows them at once. Stolen time only suggests a number to try. If the
+    hypervisor limits the whole machine, fewer threads wait less for each other; if each processor has other guests,
+    more threads get more time. So the suggested number runs for a while, and the cost of steps decides.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class ThreadCount:
         stolen: Callable[[], tuple[int, int]] = processors.stolen,
         clock: Callable[[], float] = monotonic,
     ) -> None:
-        """Never more than `most`. The others replace what the machine says."""
+        """At most `most` threads. The other arguments replace readings of the machine."""
         self._most = most
         self._usable = usable
         self._stolen = stolen
@@ -44,7 +44,7 @@ class ThreadCount:
         self._begin_window(clock())
 
     def stepped(self, cost: float) -> bool:
-        """A step cost so many times what the cost model says; whether `count` has changed."""
+        """Record the `cost` of a step, relative to the cost model; gives whether `count` has changed."""
         self._costs.append(cost)
         now, count = self._clock(), self.count
         if now < self._next_look:

@@ -1,4 +1,4 @@
-"""What a step draws, sees and gives: the records that pass between the step loop and those who watch it."""
+"""Records of a step: its drafts, verification, trace and outputs, shared by the step loop and its observers."""
 
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ from dspark_server.speculation.drafter import DraftBlock
 
 @dataclass(frozen=True)
 class Asked:
-    """Who drafts in a step: `requests[i]` at most `limits[i]` tokens; `matches[i]` is where its text stood before.
+    """Requests that draft, each at most `limits[i]` tokens; `matches[i]`: earlier occurrence of the end of its text.
 
     The drafter makes the first `backbone` rows, the others are copied from their matches.
     """
@@ -27,11 +27,11 @@ class Asked:
 
 @dataclass(frozen=True)
 class Drafted:
-    """A step's draft block: `requests[i]` owns row i and has the first `lengths[i]` of its tokens verified.
+    """A step's draft block: row i belongs to `requests[i]`, the first `lengths[i]` of its tokens are verified.
 
-    survival [R, gamma] float32 is what selection went by: the block's own, or each request's record. The drafter made
-    the first `backbone` rows, the others are copies. At most `limits[i]` tokens of row i could have been verified,
-    before the draft `slots` of all rows.
+    survival [R, gamma] float32: the estimates that selection used, of the block or from each request's history. The
+    drafter made the first `backbone` rows, the others are copies. At most `limits[i]` tokens of row i could have been
+    verified; `slots`: sum of the limits as they were before the draft.
     """
 
     requests: list[Request]
@@ -50,7 +50,7 @@ class Drafted:
 
 @dataclass(frozen=True)
 class Verification:
-    """What the target said: rows of `requests[i]` are row_start[i] .. row_start[i+1]-1 of logits [M, V] float32."""
+    """Result of the target: rows of `requests[i]` are row_start[i] .. row_start[i+1]-1 of logits [M, V] float32."""
 
     requests: list[Request]
     logits: Tensor
@@ -59,7 +59,7 @@ class Verification:
 
 @dataclass(frozen=True)
 class StepTrace:
-    """Everything a sampling step saw, before it is committed: for conformance, measures, tests and the dashboard."""
+    """All data of a step that samples, before its commit: for conformance, measurements, tests and the dashboard."""
 
     drafted: Drafted | None
     verified: Verification
@@ -72,8 +72,8 @@ class StepTrace:
 class StepOutput:
     """The tokens one step committed to one request; `request.finish_reason` says whether they are its last.
 
-    logprobs of the tokens, and of the prompt together with the first of them, where the request asked for them.
-    `accepted` of its `drafted` draft tokens survived; both are 0 in a step without a draft.
+    Log-probabilities, if requested: of the tokens, and of the prompt together with the first of them. The target
+    accepted `accepted` of its `drafted` draft tokens; both are 0 in a step without a draft.
     """
 
     request: Request
@@ -85,7 +85,7 @@ class StepOutput:
 
 
 def output_of(request: Request, taken: list[int], logits: Tensor, drafted: int, accepted: int) -> StepOutput:
-    """What a commit of `taken` [n] says; logits [n, V] are the target's rows they came from."""
+    """Output of a commit of `taken` [n]; logits [n, V] are the target's rows they came from."""
     asked = request.params
     logprobs = None if asked.logprobs is None or not taken else token_logprobs(logits, taken, asked.logprobs)
     first = len(request.tokens) - len(taken) == request.prompt_length

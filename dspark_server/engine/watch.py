@@ -33,7 +33,7 @@ class Block:
     """One step of one followed request: token ids, and the survival a_k of every draft token, 0 to 1.
 
     The target verified the first `verified` tokens of `draft`, and accepted the first `accepted` of these. `committed`
-    has all tokens of the step. The one after the accepted ones is the target's own, and is missing where a draft token
+    has all tokens of the step. The one after the accepted ones is the target's own; it is missing if a draft token
     ended the request.
     """
 
@@ -62,7 +62,7 @@ class Picture:
     """One step of the whole batch.
 
     tokens: B of the pass, of which `prefill` are prompt tokens; each of `sampling` requests gets a token in any case.
-    theta: (B, expected tokens per second) if the likeliest drafts up to B were verified; `expected` is the choice's.
+    theta: (B, expected tokens per second) if the likeliest drafts up to B were verified; `expected`: for those chosen.
     rows: the first MAX_ROWS of the requests that sampled.
     """
 
@@ -172,7 +172,7 @@ class StepWatch:
         seconds = StepCost.of(self._capacity, trace.load, drafted.backbone, slots).upto(count)
         theta = theta_by_count(ranked.values, seconds, trace.load)
         points = np.unique(np.linspace(0, count, min(count + 1, MAX_POINTS)).round().astype(int))
-        # The choice lies on this curve if the policy ranks all drafts together, near it for fixed and threshold.
+        # The choice lies on this curve if the policy ranks all drafts together; near it for fixed and threshold.
         return (
             [(trace.load.tokens + int(point), round(float(theta[point]), 2)) for point in points],
             round(float(theta[min(chosen, count)]), 2),
@@ -186,7 +186,7 @@ def _chances(drafted: Drafted, row: int) -> list[float]:
 
 
 def _committed(trace: StepTrace, index: int, row: int | None) -> list[int]:
-    """The tokens that commit will take of the request at `index`, whose draft is `row`; none of a failed one."""
+    """The tokens that commit will append to the request at `index`, whose draft is `row`; none if it failed."""
     if bool(trace.accepted.failed[index]):
         return []
     draft: list[int] = []
@@ -204,6 +204,6 @@ def _block(drafted: Drafted | None, row: int | None, accepted: int, committed: l
 
 
 def _until_end(tokens: Sequence[int], stop_ids: frozenset[int]) -> list[int]:
-    """The tokens up to the first stop token, which commit takes."""
+    """The tokens up to and including the first stop token, as commit appends them."""
     end = next((index for index, token in enumerate(tokens, 1) if token in stop_ids), len(tokens))
     return list(tokens[:end])

@@ -1,15 +1,15 @@
-"""Notices a step thread that is gone, or that has been busy with one thing for too long."""
+"""Detects a step thread that has ended, or that has been busy with one step for too long."""
 
 import asyncio
 import threading
 from collections.abc import Callable
 from time import monotonic
 
-TICK = 0.2  # seconds between looks
+TICK = 0.2  # seconds between checks
 
 
 class Heartbeat:
-    """Written by the step thread, read by the watchdog. Waiting for work is no silence."""
+    """Written by the step thread, read by the watchdog. Waiting for work does not count as silence."""
 
     def __init__(self) -> None:
         self.beats = 0
@@ -20,7 +20,7 @@ class Heartbeat:
         self.waiting = True
 
     def beat(self) -> None:
-        """The thread begins something: every step, so that a long prompt, which takes many, is life."""
+        """The thread begins work: called every step, so that a long prompt, which takes many, counts as progress."""
         self.beats += 1
         self.waiting = False
 
@@ -30,7 +30,7 @@ async def watch(
 ) -> None:
     """Return after one call of `on_death(reason)`: the thread ended, or did not beat for `timeout` seconds of work.
 
-    Time counts only while this coroutine runs too: a process that was stopped and goes on has not hung.
+    Time counts only while this coroutine runs too: a process that was stopped and continued has not hung.
     """
     seen, silent, before = -1, 0.0, monotonic()
     while True:

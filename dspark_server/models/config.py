@@ -1,4 +1,4 @@
-"""What a decoder-only checkpoint's config.json says, read strictly: what we do not run is an error, not a guess.
+"""Strict reading of a decoder-only checkpoint's config.json: an unsupported option is an error.
 
 The defaults of absent fields are those of transformers 5 for the same architecture.
 """
@@ -25,7 +25,7 @@ GGUF_IS_NOT_READ = (
     "GGUF files are not read; give the directory or Hugging Face id of the model they were made of (safetensors)"
 )
 
-# Which parameters each rotary embedding takes beside its type and theta: (required, optional).
+# Parameters of each rotary embedding besides its type and theta: (required, optional).
 _ROPE_FIELDS: dict[str, tuple[set[str], set[str]]] = {
     "default": (set(), set()),
     "linear": ({"factor"}, set()),
@@ -39,7 +39,7 @@ _ROPE_FIELDS: dict[str, tuple[set[str], set[str]]] = {
 class RopeConfig:
     """A rotary embedding. Fields that `type` does not use keep their defaults.
 
-    `original_max_position` is the length the model was trained at before its context was stretched.
+    `original_max_position` is the length the model was trained at before its context was extended.
     """
 
     type: Literal["default", "linear", "dynamic", "llama3", "yarn"]
@@ -58,9 +58,9 @@ class RopeConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder's shape. `sliding_windows[i]` is layer i's window in tokens, None where it sees the whole context.
+    """A decoder's dimensions. `sliding_windows[i]` is layer i's window in tokens, None for the whole context.
 
-    `eos_token_ids` are those of config.json and generation_config.json; the tokenizer may know another.
+    `eos_token_ids` are those of config.json and generation_config.json; the tokenizer may have another.
     """
 
     family: Family
@@ -85,15 +85,15 @@ class ModelConfig:
 
     @property
     def max_length(self) -> int:
-        """The longest sequence the rotary embedding is meant for, in tokens."""
+        """The longest sequence that the rotary embedding supports, in tokens."""
         if self.rope.type in ("dynamic", "yarn"):
             return max(self.max_position, int(self.rope.factor * self.rope.original_max_position))
         return self.max_position
 
     def shared_by(self, size: int) -> "ModelConfig":
-        """What each of `size` ranks computes of a layer: whole heads and equal shares of the feed-forward.
+        """Return the config of one of `size` ranks: whole heads and equal shares of the feed-forward.
 
-        Raises ConfigError, which names the sizes that work, if it cannot be shared so.
+        Raises ConfigError, which names the sizes that work, if the layers cannot be divided so.
         """
         most = math.gcd(self.num_kv_heads, self.intermediate_size)
         if most % size:
@@ -111,9 +111,9 @@ class ModelConfig:
 
 
 def load_config(directory: Path) -> ModelConfig:
-    """Read config.json of a target checkpoint, and the further end tokens of generation_config.json if there is one.
+    """Read config.json of a target checkpoint, and further end tokens of generation_config.json if there is one.
 
-    Raises CheckpointError if a file is absent or unreadable, or asks for something this server does not run.
+    Raises CheckpointError if a file is absent or unreadable, or asks for something this server does not support.
     """
     fields = read_json(directory / "config.json")
     architectures = fields.get("architectures") or []
@@ -128,7 +128,7 @@ def load_config(directory: Path) -> ModelConfig:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a checkpoint directory; CheckpointError if there is none to read."""
+    """Read a JSON object from a checkpoint directory. Raises CheckpointError if there is none."""
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -143,10 +143,10 @@ def read_json(path: Path) -> dict[str, Any]:
 def parse_decoder(
     fields: Mapping[str, Any], family: Family, generation: Mapping[str, Any] | None = None
 ) -> ModelConfig:
-    """The decoder that `fields` (a Hugging Face config) describes, whatever its `architectures` says.
+    """Return the decoder that `fields` (a Hugging Face config) describes, regardless of `architectures`.
 
     A drafter's config is a decoder's plus fields of its own, so unknown fields are allowed here; those that would
-    change what a layer computes raise CheckpointError.
+    change a layer's computation raise CheckpointError.
     """
     _refuse_unsupported(fields)
     heads = _integer(fields, "num_attention_heads")
@@ -186,7 +186,7 @@ def parse_decoder(
 
 
 def _refuse_unsupported(fields: Mapping[str, Any]) -> None:
-    """Raise CheckpointError for a field that changes the arithmetic in a way this decoder does not know."""
+    """Raise CheckpointError for a field that changes the arithmetic in an unsupported way."""
     activation = fields.get("hidden_act", "silu")
     if activation != "silu":
         raise CheckpointError(f"config.json: hidden_act {activation!r} is not supported, only 'silu' is")
@@ -197,7 +197,7 @@ def _refuse_unsupported(fields: Mapping[str, Any]) -> None:
 
 
 def _rope(fields: Mapping[str, Any], max_position: int) -> RopeConfig:
-    """`rope_parameters` of transformers 5, or the older rope_theta and rope_scaling."""
+    """Read `rope_parameters` of transformers 5, or the older rope_theta and rope_scaling."""
     given = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
     if not isinstance(given, Mapping) or any(isinstance(value, Mapping) for value in given.values()):
         raise CheckpointError(f"config.json: rope parameters {given!r}: one set for all layers is supported, no other")
@@ -208,7 +208,7 @@ def _rope(fields: Mapping[str, Any], max_position: int) -> RopeConfig:
         raise CheckpointError(f"config.json: rope type {kind!r} is not supported; {', '.join(_ROPE_FIELDS)} are")
     theta = _number(scaling, "rope_theta", _number(fields, "rope_theta", 10_000.0))
     original = scaling.pop("original_max_position_embeddings", max_position)
-    # transformers lets a top-level field win over the one in the rope parameters; dynamic knows neither.
+    # In transformers a top-level field overrides the one in the rope parameters; dynamic uses neither.
     original = fields.get("original_max_position_embeddings") or original
     if kind not in ("llama3", "yarn"):
         original = max_position
@@ -232,7 +232,7 @@ def _rope(fields: Mapping[str, Any], max_position: int) -> RopeConfig:
 
 
 def _sliding_windows(fields: Mapping[str, Any], family: Family) -> tuple[int | None, ...]:
-    """Each layer's window. Mistral has one for all layers; Qwen names its windowed layers or starts at a layer."""
+    """Each layer's window. Mistral has one for all layers; Qwen lists its windowed layers or gives the first."""
     layers = _integer(fields, "num_hidden_layers")
     if family == "llama":
         types = ["full_attention"] * layers

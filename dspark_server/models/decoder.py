@@ -54,10 +54,10 @@ class LayerWeights:
 
     @classmethod
     def read(cls, reader: WeightReader, config: ModelConfig, prefix: str, group: Group = ALONE) -> "LayerWeights":
-        """Take the layer's tensors by their Hugging Face names under `prefix`, such as "model.layers.3.".
+        """Read the layer's tensors by their Hugging Face names under `prefix`, such as "model.layers.3.".
 
-        `config` is the whole model's. Of a group, each rank takes its own heads and its share of the feed-forward:
-        rows of qkv and gate_up, columns of output and down, whose products are to be summed over the ranks.
+        `config` is the whole model's. In a group, each rank reads its own heads and its share of the feed-forward: rows
+        of qkv and gate_up, columns of output and down, whose products are summed over the ranks.
         """
         hidden, feed_forward, head_dim = config.hidden_size, config.intermediate_size, config.head_dim
         queries, keys = config.num_heads * head_dim, config.num_kv_heads * head_dim
@@ -70,7 +70,7 @@ class LayerWeights:
         def summed(name: str, columns: int, bias: bool) -> tuple[Tensor, Tensor | None]:
             weight = reader.take(f"{prefix}{name}.weight", (hidden, columns), columns=group.share(columns))
             added = reader.take(f"{prefix}{name}.bias", (hidden,)) if bias else None
-            # A copy, not a view of the file's rows; the bias goes into the sum once.
+            # A copy, not a view of the file's rows; only one rank adds the bias.
             return weight.clone(memory_format=torch.contiguous_format), added if group.rank == 0 else None
 
         def norm(name: str, size: int) -> Tensor:
@@ -98,7 +98,7 @@ class LayerWeights:
         )
 
     def key_value_rows(self, config: ModelConfig) -> tuple[Tensor, Tensor | None]:
-        """The part of `qkv` that gives keys and values: weight [2 Hkv * d, D] and bias [2 Hkv * d] (views).
+        """Return the part of `qkv` for keys and values: weight [2 Hkv * d, D] and bias [2 Hkv * d] (views).
 
         A drafter stacks these of all its layers into one projection of the context features.
         """
@@ -109,7 +109,7 @@ class LayerWeights:
 class DecoderLayer:
     """Attention and feed-forward over the residual stream; serves the target (causal) and a drafter (not causal).
 
-    Of a group, `config` and `weights` are this rank's share.
+    In a group, `config` and `weights` are this rank's share.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class DecoderLayer:
         self._fused = self._fuse(config, weights)
 
     def _fuse(self, config: ModelConfig, weights: LayerWeights) -> FusedLayer | None:
-        """The layer in one call, where the kernels have that, multiply the matrices themselves, and nothing is sent."""
+        """Fuse the layer into one call, if the kernels can, have all packed weights, and there is one rank."""
         qkv, output, gate_up, down = (product.packed for product in self.products)
         if self._group.size > 1 or qkv is None or output is None or gate_up is None or down is None:
             return None
@@ -157,7 +157,7 @@ class DecoderLayer:
 
     @property
     def products(self) -> list[Linear]:
-        """The layer's matrix products in order: the floor of a pass is theirs (PERFORMANCE)."""
+        """The layer's matrix products in order; they are the lower bound of a pass's time (PERFORMANCE)."""
         return [self._qkv, self._output, self._gate_up, self._down]
 
     def forward(
@@ -172,10 +172,9 @@ class DecoderLayer:
     ) -> Tensor:
         """Run the layer and return its delta [N, D]; the layer's output is `residual` + the returned delta.
 
-        `residual` [N, D] is updated in place; `delta` [N, D] is what the layer before returned (it may be written
-        over), None for the first.
-        keys and values [S, Hkv, d] receive the rows of this batch's tokens at `batch.slots`; cos_sin [P, d] float32.
-        With causal=False each token sees all tokens of its run (a draft block).
+        `residual` [N, D] is updated in place; `delta` [N, D] is the previous layer's result (it may be overwritten),
+        None for the first layer. keys and values [S, Hkv, d] receive the rows of this batch's tokens at `batch.slots`;
+        cos_sin [P, d] float32. With causal=False each token sees all tokens of its run (a draft block).
         """
         if self._fused is not None:
             return self._fused(
@@ -231,7 +230,7 @@ class DecoderLayer:
 class Decoder:
     """The target model. Holds weights only: KV rows belong to the pool, sequences to the engine.
 
-    Of a group, every rank holds the embedding and its share of all else; `config` is the whole model's.
+    In a group, every rank holds the embedding and its share of all else; `config` is the whole model's.
     """
 
     def __init__(
@@ -266,12 +265,12 @@ class Decoder:
         group: Group = ALONE,
         where: torch.device | None = None,
     ) -> "Decoder":
-        """Load a model directory to serve sequences of up to `max_model_len` tokens (default: what the model can).
+        """Load a model directory to serve sequences of up to `max_model_len` tokens (default: the model's maximum).
 
-        `where`: the device its weights are put on; None: the CPU.
+        `where`: the device of the weights; None: the CPU.
 
-        Raises CheckpointError if the directory is not a complete checkpoint of a supported architecture, ConfigError
-        if the dtype or the length cannot be served, or the model cannot be shared by the group.
+        Raises CheckpointError if the directory is not a complete checkpoint of a supported architecture, ConfigError if
+        the dtype or the length cannot be served, or the group cannot share the model.
         """
         config = load_config(directory)
         share = config.shared_by(group.size)
@@ -312,11 +311,11 @@ class Decoder:
     def forward(
         self, batch: Batch, kv_layers: list[tuple[Tensor, Tensor]], taps: tuple[int, ...] = ()
     ) -> tuple[Tensor, list[Tensor]]:
-        """One pass over the batch; writes its tokens' KV rows.
+        """Run one pass over the batch and write its tokens' KV rows.
 
-        kv_layers: (keys, values) of each layer, each [S, Hkv, d]. Returns the hidden rows of `batch.logits_index`
-        after the final norm [M, D], and for each tap the output of that decoder layer before any norm [N, D]
-        (HF hidden_states[tap + 1]; -1 = the embeddings), in the order asked for, none of them a view of another.
+        kv_layers: (keys, values) of each layer, each [S, Hkv, d]. Returns the hidden rows of `batch.logits_index` after
+        the final norm [M, D], and for each tap the output of that decoder layer before any norm [N, D] (HF
+        hidden_states[tap + 1]; -1 = the embeddings), in the order of `taps`, none of them a view of another.
         """
         residual = self.embed(batch.tokens)
         tapped = {-1: residual.clone()} if -1 in taps else {}
@@ -324,7 +323,7 @@ class Decoder:
         for index, (layer, (keys, values)) in enumerate(zip(self.layers, kv_layers, strict=True)):
             delta = layer.forward(delta, residual, batch, keys, values, self.cos_sin)
             if index in taps:
-                # The same sum, rounded the same way, as the next norm will make in place.
+                # The same sum, rounded the same way, as the next norm computes in place.
                 tapped[index] = residual + delta
         assert delta is not None  # a config has at least one layer
         return self._final_rows(delta, residual, batch.logits_index), [tapped[tap] for tap in taps]
@@ -336,12 +335,12 @@ class Decoder:
         return self._kernels.add_rms_norm(delta, residual, self._final_norm, self.config.rms_norm_eps)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Hidden rows after the final norm [M, D] -> logits [M, V] float32; only on rank 0 those of all ranks."""
+        """Hidden rows after the final norm [M, D] -> logits [M, V] float32; those of all ranks on rank 0 only."""
         return self.group.gather(self.lm_head(hidden, out_float32=True), self.config.vocab_size)
 
 
 def _is_tied(reader: WeightReader, embedding: Tensor, directory: Path) -> bool:
-    """Whether the head is the embedding, as config.json says: a file may hold another all the same."""
+    """Whether the head is the embedding, as config.json says; the file may still hold another head."""
     if "lm_head.weight" not in reader or torch.equal(reader.take("lm_head.weight", embedding.shape), embedding):
         return True
     logger.warning(
@@ -352,7 +351,7 @@ def _is_tied(reader: WeightReader, embedding: Tensor, directory: Path) -> bool:
 
 
 def check_length(config: ModelConfig, max_model_len: int | None) -> int:
-    """The length to serve in tokens; ConfigError if it is beyond what the model's positions reach."""
+    """Return the length to serve in tokens. Raises ConfigError if it exceeds the model's positions."""
     if max_model_len is None:
         return config.max_length
     if not 1 <= max_model_len <= config.max_length:

@@ -1,6 +1,6 @@
 """The tokens that end an answer: those of the tokenizer, config.json and generation_config.json together, as in vLLM.
 
-A fine-tune often changes one of the three and forgets the others; an answer that none of them ends runs to max_tokens.
+A fine-tune often changes one of the three and forgets the others; an answer without any of them runs to max_tokens.
 """
 
 import logging
@@ -20,20 +20,20 @@ _TURNS = [
 
 
 def end_tokens(tokenizer: Any, configured: Collection[int]) -> frozenset[int]:
-    """The tokenizer's own end token beside those `configured` by the checkpoint."""
+    """Return the tokenizer's end token and those `configured` by the checkpoint."""
     own = tokenizer.eos_token_id
     return frozenset(configured) | (frozenset() if own is None else {own})
 
 
 def turn_end(tokenizer: Any, template_file: str | None = None) -> tuple[str, int] | None:
-    """The special token that the chat template puts behind an assistant's turn, and its id.
+    """Return the special token that the chat template writes after an assistant's turn, and its id.
 
-    The template in `template_file` replaces the tokenizer's own. None where there is no template, it cannot be
-    rendered, or no special token stands there.
+    The template in `template_file` replaces the tokenizer's own. None if there is no template, it cannot be rendered,
+    or no special token stands there.
     """
     template = None
     if template_file is not None:
-        with suppress(OSError, UnicodeDecodeError):  # the server says so where it loads the template
+        with suppress(OSError, UnicodeDecodeError):  # the server reports it when it loads the template
             template = Path(template_file).read_text(encoding="utf-8")
     if template is None and tokenizer.chat_template is None:
         return None
@@ -57,7 +57,7 @@ def turn_end(tokenizer: Any, template_file: str | None = None) -> tuple[str, int
 
 
 def warn_of_ends(ends: Collection[int], tokenizer: Any, template_file: str | None = None) -> None:
-    """Log a warning where no token ends an answer, or not the one that the chat template ends a turn with."""
+    """Log a warning if no token ends an answer, or if the chat template ends a turn with another token."""
     if not ends:
         logger.warning(
             "no end-of-sequence token is known: eos_token is absent from the tokenizer, eos_token_id from config.json "

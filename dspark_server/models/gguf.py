@@ -1,6 +1,6 @@
 """Conversion of a Llama-architecture GGUF file with a byte-level BPE tokenizer to a Hugging Face model directory.
 
-Only what the embedded default needs; general GGUF support belongs to llama.cpp and transformers.
+It covers the embedded default model only; for other GGUF files see llama.cpp and transformers.
 """
 
 import json
@@ -39,7 +39,7 @@ _CONTROL_TOKEN = 3  # gguf's TokenType.CONTROL
 def convert_gguf(file: Path, directory: Path, progress: bool = False) -> None:
     """Write bf16 model.safetensors, config.json, generation_config.json and the tokenizer into `directory`.
 
-    Raises CheckpointError if the file is damaged or is not what this converter knows.
+    Raises CheckpointError if the file is damaged or of an unsupported kind.
     """
     try:
         reader = GGUFReader(file)
@@ -64,7 +64,7 @@ def convert_gguf(file: Path, directory: Path, progress: bool = False) -> None:
 
 
 def _weights(reader: Any, fields: dict[str, Any], progress: bool) -> dict[str, Tensor]:
-    """All tensors, dequantized, under their Hugging Face names."""
+    """Return all tensors, dequantized, under their Hugging Face names."""
     heads = {
         "self_attn.q_proj": fields["llama.attention.head_count"],
         "self_attn.k_proj": fields["llama.attention.head_count_kv"],
@@ -108,7 +108,7 @@ def _config(fields: dict[str, Any], tied: bool) -> dict[str, Any]:
         "head_dim": fields["llama.embedding_length"] // heads,
         "hidden_act": "silu",
         "max_position_embeddings": fields["llama.context_length"],
-        # Stored as float32: the shortest decimal that gives it is what the model was trained with.
+        # Stored as float32: the model was trained with the shortest decimal that gives it.
         "rms_norm_eps": float(str(np.float32(fields["llama.attention.layer_norm_rms_epsilon"]))),
         "rope_theta": fields["llama.rope.freq_base"],
         "attention_bias": False,

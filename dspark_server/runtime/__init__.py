@@ -1,1 +1,1 @@
-"""What a step runs on: device and dtype, packed weights, KV pool tensors, the batch layout."""
+"""The parts that run a step: device and dtype, packed weights, KV pool tensors, the batch layout."""

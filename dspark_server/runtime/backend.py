@@ -1,4 +1,4 @@
-"""Which kernels run on a device, and which attention over them."""
+"""The choice of kernels and attention for a device."""
 
 import dspark_kernels
 import torch
@@ -11,10 +11,10 @@ from dspark_server.runtime.device import Device
 def choose_kernels(
     attention: str, device: Device | None, dtype: torch.dtype, block_size: int, cache: str = "auto"
 ) -> Kernels:
-    """The kernel set of the CPU, or the Triton one of a GPU, there with flash-attn's attention where that is wanted.
+    """Return the CPU's kernels, or a GPU's Triton kernels, with flash-attn's attention if that is requested.
 
-    `attention` is "auto", "flash-attn" or "triton"; `cache` names the KV cache's dtype, fp8 of which auto leaves to
-    Triton. Raises ConfigError for an attention that is not installed, or that takes neither `dtype` nor `block_size`.
+    `attention` is "auto", "flash-attn" or "triton"; `cache` names the KV cache's dtype; for fp8, auto takes Triton.
+    Raises ConfigError for an attention that is not installed, or does not support `dtype` or `block_size`.
     """
     if device is None:
         return dspark_kernels.load()

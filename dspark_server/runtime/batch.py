@@ -25,11 +25,11 @@ class Run:
 
 @dataclass(frozen=True)
 class Batch:
-    """A step's tokens and where they live.
+    """A step's tokens and their place in the KV cache.
 
     tokens [N] int64, positions [N] int32, slots [N] int32 (block * block_size + offset), query_start [R+1] int32,
-    context_len [R] int32, block_tables [R, W] int32, logits_index [M] int64 into the N tokens, row_start [R+1]:
-    logits rows of run r are row_start[r] .. row_start[r+1]-1.
+    context_len [R] int32, block_tables [R, W] int32, logits_index [M] int64 into the N tokens, row_start [R+1]: logits
+    rows of run r are row_start[r] .. row_start[r+1]-1.
     """
 
     tokens: Tensor
@@ -44,7 +44,7 @@ class Batch:
 
     @classmethod
     def of(cls, runs: list[Run], block_size: int) -> "Batch":
-        """Lay out `runs` in order. Every run has at least one token and blocks for all of them."""
+        """Lay out `runs` in order. Every run has at least one token, and blocks for all its tokens."""
         width = max(len(run.block_table) for run in runs)
         lengths = torch.tensor([len(run.tokens) for run in runs], dtype=torch.int32)
         context = torch.tensor([run.context_len for run in runs], dtype=torch.int32)

@@ -1,8 +1,7 @@
-"""The narrow interface to a device with a memory and a queue of its own, and CUDA behind it.
+"""The narrow interface to a device with its own memory and queue, and its CUDA implementation.
 
-Everything else that runs on a GPU is written against `Device`, which tests replace by one without hardware that keeps
-CUDA's rules and refuses what breaks them (tests/runtime/twin.py; docs/gpu.md). On a CPU there is no Device: the engine
-runs on plain tensors.
+All other code for GPUs uses `Device`. Tests replace it by one without hardware that enforces CUDA's rules
+(tests/runtime/twin.py; docs/gpu.md). On a CPU there is no Device: the engine runs on plain tensors.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,7 +16,7 @@ T = TypeVar("T")
 
 
 class Graph(Protocol[T]):
-    """Work recorded once: the same kernels over the same addresses, with the numbers that Python had then."""
+    """Recorded work: the same kernels on the same addresses, with Python's numbers at recording time."""
 
     result: T  # what the recorded function returned; each replay writes into these tensors
 
@@ -26,42 +25,42 @@ class Graph(Protocol[T]):
 
 
 class Device(Protocol):
-    """A device, its queue and the host memory it reads by itself. The step thread alone uses it."""
+    """A device, its queue and the host memory it reads by itself. Only the step thread uses it."""
 
     name: str  # "cuda"
     label: str  # the model of the hardware, for people
     where: torch.device
-    syncs: int  # how often the host has waited for results
+    syncs: int  # number of times the host has waited for results
 
     def pinned(self, size: int) -> Tensor:
-        """`size` bytes [size] uint8 of zeros on the host, which `upload` reads without the host's help."""
+        """Return `size` zero bytes [size] uint8 of host memory, which `upload` copies without the host's help."""
 
     def zeros(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Memory on the device."""
+        """Return zeroed memory on the device."""
 
     def upload(self, host: Tensor, there: Tensor) -> Any:
-        """Queue a copy of pinned bytes to the device. `host` must not change before `uploaded` has had the result."""
+        """Queue a copy of pinned bytes to the device. `host` must not change before a call of `uploaded`."""
 
     def uploaded(self, upload: Any) -> None:
-        """Wait until an upload has read its host memory: no wait at all if there was a `fetch` since."""
+        """Wait until an upload has read its host memory; returns at once if there was a `fetch` since."""
 
     def fetch(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Copies on the host of tensors on the device, once all queued work is done: the wait that `syncs` counts."""
+        """Wait until all queued work is done (counted in `syncs`) and return host copies of device tensors."""
 
     def capture(self, work: Callable[[], T]) -> Graph[T]:
-        """Run `work` once, then record it. It may not read results, nor allocate by them."""
+        """Run `work` once, then record it. It must not read results, nor allocate depending on them."""
 
     def mark(self) -> Any:
-        """A point in the queue, for `seconds`."""
+        """Return a point in the queue, for `seconds`."""
 
     def seconds(self, first: Any, last: Any) -> float:
-        """Time the device took from mark to mark, both of them before the last `fetch`."""
+        """Return the device's time from mark to mark, both of them before the last `fetch`."""
 
     def memory(self) -> tuple[int, int]:
-        """Bytes that are free, and bytes that there are."""
+        """Return the bytes that are free, and all bytes."""
 
     def peak(self, work: Callable[[], object]) -> int:
-        """Bytes that `work` needs at its worst moment, beyond what is allocated already."""
+        """Return the peak memory of `work` in bytes, beyond what is already allocated."""
 
     def check(self, dtype: torch.dtype) -> None:
         """Raise ConfigError if the device cannot compute in `dtype`, or store a KV cache in it."""
@@ -79,9 +78,9 @@ class CudaGraph(Generic[T]):
 
 
 class CudaDevice:
-    """One NVIDIA GPU through torch.cuda. None of this class has run here: docs/gpu.md, "Not checked".
+    """One NVIDIA GPU through torch.cuda. No part of this class has run here: docs/gpu.md, "Not checked".
 
-    It becomes the current one of the calling thread; every other thread's is GPU 0, which is rank 0's.
+    It becomes the current device of the calling thread; that of every other thread is GPU 0, which is rank 0's.
     """
 
     name = "cuda"
@@ -124,16 +123,16 @@ class CudaDevice:
             landed.append(self._landing[key].copy_(tensor, non_blocking=True))
         torch.cuda.current_stream().synchronize()
         self.syncs += 1
-        return [tensor.clone() for tensor in landed]  # the pinned ones are written again by the next fetch
+        return [tensor.clone() for tensor in landed]  # the next fetch overwrites the pinned tensors
 
     def capture(self, work: Callable[[], T]) -> CudaGraph[T]:
         current, aside = torch.cuda.current_stream(), torch.cuda.Stream()
         aside.wait_stream(current)
         with torch.cuda.stream(aside):
-            work()  # kernels are compiled and libraries set up by a first run, which may not be recorded
+            work()  # a first run, not recorded, compiles kernels and sets up libraries
         current.wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        # NCCL's watchdog may ask for its events meanwhile, on a thread of its own.
+        # NCCL's watchdog may query its events meanwhile, on its own thread.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             result = work()
         self._pool = self._pool or graph.pool()
@@ -172,9 +171,9 @@ class CudaDevice:
 
 
 def find_device(name: str, index: int = 0) -> CudaDevice | None:
-    """The device called "auto", "cpu" or "cuda", of GPUs that of this index; None: the CPU, which "auto" falls back to.
+    """Return the device "auto", "cpu" or "cuda" (the GPU of this index); None: the CPU, the fallback of "auto".
 
-    Raises ConfigError for "cuda" where torch sees no GPU, saying why.
+    Raises ConfigError for "cuda" where torch sees no GPU, with the reason.
     """
     if name == "cpu" or (name == "auto" and not cuda_devices()):
         return None
@@ -185,5 +184,5 @@ def find_device(name: str, index: int = 0) -> CudaDevice | None:
 
 
 def cuda_devices() -> int:
-    """How many GPUs torch sees."""
+    """Number of GPUs that torch sees."""
     return torch.cuda.device_count() if torch.cuda.is_available() else 0

@@ -1,7 +1,7 @@
 """CUDA graphs by size: work over fixed buffers, recorded for a few sizes and replayed for all up to the largest.
 
-A step that is smaller than its bucket is padded: rows beyond it are computed and nobody reads them, and what they
-write to the KV cache goes to a slot of its own that no block table names (`KVPool.scratch`).
+A step that is smaller than its bucket is padded: the rows beyond it are computed but never read, and they write to a KV
+slot that no block table names (`KVPool.scratch`).
 """
 
 from bisect import bisect_left
@@ -18,23 +18,23 @@ Results = tuple[Tensor | None, ...]
 def default_sizes(most: int) -> tuple[int, ...]:
     """1, 2, 4, then multiples of 8 up to 64, of 16 up to 256, of 32 up to 512; none above `most`, but `most` itself.
 
-    Fine where steps are short and padding would show, coarse where a recorded size costs more memory.
+    Fine where steps are short and padding is noticeable, coarse where a recorded size costs more memory.
     """
     sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, 513, 32)]
     return tuple(size for size in sizes if size < most) + ((most,) if most <= sizes[-1] else ())
 
 
 def up_to(sizes: Sequence[int], most: int) -> list[int]:
-    """The sizes below `most`, and `most` if a larger one was asked for too: it is then the largest that can occur."""
+    """Return the sizes below `most`, and `most` if `sizes` has an equal or larger one: the largest that can occur."""
     below = sorted({size for size in sizes if size < most})
     return below + [most] * any(size >= most for size in sizes)
 
 
 class Graphs:
-    """Records work at the size it is first asked for, and replays it from then on.
+    """Records work at the first use of a size, and replays it from then on.
 
-    `sizes` are the buckets; none at all: everything runs eagerly. Results of all sizes share the memory of the largest
-    that was recorded before them: record that first.
+    `sizes` are the buckets; without any, everything runs eagerly. Results of all sizes share the memory of the largest
+    recorded before them: record the largest first.
     """
 
     def __init__(self, device: Device, sizes: Sequence[int]) -> None:
@@ -45,15 +45,15 @@ class Graphs:
         self._largest: dict[Hashable, Results] = {}
 
     def bucket(self, size: int) -> int | None:
-        """The smallest bucket that holds `size`; None: too large, or no graphs."""
+        """Return the smallest bucket that holds `size`; None if it is too large, or there are no graphs."""
         place = bisect_left(self.sizes, size)
         return self.sizes[place] if place < len(self.sizes) else None
 
     def run(self, size: int, work: Callable[[int], Results], variant: Hashable = None) -> Results:
-        """`work(n)`, with n the bucket of `size`, or `size` itself where there is none: then nothing is recorded.
+        """Run `work(n)`, with n the bucket of `size`; without a bucket n is `size`, and nothing is recorded.
 
-        `variant` tells works apart that are recorded at the same size; the first dimension of each result grows with n.
-        A replay writes over what earlier ones of the same variant returned.
+        `variant` distinguishes works recorded at the same size; the first dimension of each result grows with n. A
+        replay overwrites the results of earlier ones of the same variant.
         """
         bucket = self.bucket(size)
         if bucket is None:

@@ -58,10 +58,10 @@ class KVPool:
 
 
 def cache_dtype(name: str, dtype: torch.dtype, kernels: Kernels, device: Device | None) -> torch.dtype:
-    """What the KV cache of a model that computes in `dtype` is stored in, by the setting's name.
+    """The dtype of the KV cache, by the setting's name, for a model that computes in `dtype`.
 
-    fp8 is e4m3 with scale 1, as vLLM's default: values are clamped to its range of +-448. Raises ConfigError for what
-    the kernels or the device cannot read.
+    fp8 is e4m3 with scale 1, as vLLM's default: values are clamped to its range of +-448. Raises ConfigError for a
+    dtype that the kernels or the device cannot read.
     """
     if name == "fp8":
         if not kernels.reads_fp8:
@@ -81,7 +81,7 @@ def cache_dtype(name: str, dtype: torch.dtype, kernels: Kernels, device: Device 
 
 
 def blocks_that_fit(device: Device, utilization: float, working: int, block_bytes: int) -> int:
-    """KV blocks for the share `utilization` of all device memory, less what is in use and `working` bytes of a step.
+    """KV blocks for the share `utilization` of all device memory, less memory in use and a step's `working` bytes.
 
     Raises ConfigError if that leaves none.
     """

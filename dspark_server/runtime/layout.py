@@ -1,4 +1,4 @@
-"""A step's runs laid out on the device: what `Batch.of` does on the host, without the host knowing every length.
+"""Lays out a step's runs on the device, as `Batch.of` does on the host; the host need not know every length.
 
 Shapes: N token slots of the bucket, of which the first n are real, R run slots, Rd rows of drafts, gamma draft tokens
 each, W block-table width, T committed tokens.
@@ -16,7 +16,7 @@ from dspark_server.runtime.batch import Batch
 
 @dataclass(frozen=True)
 class Layout:
-    """The batch, and where each run's rows of logits begin: row_start [R+1] int64; drafted [R] int64 tokens joined."""
+    """The batch; row_start [R+1] int64, each run's first row of logits; drafted [R] int64, its draft length."""
 
     batch: Batch
     row_start: Tensor
@@ -31,15 +31,15 @@ def lay_out(
     block_size: int,
     scratch: int,
 ) -> Layout:
-    """The first R = min(size, run slots) staged runs as a batch of N = `size` tokens, reading nothing on the host.
+    """Lay out the first R = min(size, run slots) staged runs as a batch of N = `size` tokens, without host reads.
 
-    staged: tokens [T] int64, the committed ones of all runs; count [.] int64, how many of them are a run's own;
-    context [.]; rows [.], its rows of logits before any draft; draft_row [.], its row of the drafts plus one, 0: none;
-    tables [., W] int32. A run is its committed tokens and the first draft_lengths[row] of draft_tokens[row].
-    draft_tokens [Rd, gamma] and draft_lengths [Rd] are int64.
+    staged: tokens [T] int64, the committed ones of all runs; count [.] int64, the number of a run's own; context [.];
+    rows [.], its rows of logits before any draft; draft_row [.], its row of the drafts plus one, 0: none; tables [., W]
+    int32. A run is its committed tokens and the first draft_lengths[row] of draft_tokens[row]. draft_tokens [Rd, gamma]
+    and draft_lengths [Rd] are int64.
 
-    Run slots that stage nothing are empty runs behind the others. Token slots n .. N belong to no run and write to
-    slot `scratch`. Row j of logits is wanted for j < row_start[R]; rows beyond repeat the first token's.
+    Unused run slots are empty runs after the others. Token slots n .. N belong to no run and write to slot `scratch`.
+    Row j of logits is wanted for j < row_start[R]; rows beyond repeat the first token's.
     """
     runs = min(size, len(staged["count"]))
     count, context, tables = staged["count"][:runs], staged["context"][:runs], staged["tables"][:runs]
@@ -83,7 +83,7 @@ def lay_out(
 def lay_out_blocks(
     size: int, gamma: int, staged: Mapping[str, Tensor], mask_token: int, block_size: int, scratch: int
 ) -> Batch:
-    """`size` draft blocks of gamma tokens, [anchor, mask, ...], of which the first staged["requests"] [1] are real.
+    """Lay out `size` draft blocks of gamma tokens, [anchor, mask, ...]; the first staged["requests"] [1] are real.
 
     staged: anchors [.] int64, positions [.] int64 of the anchors, tables [., W] int32. As above: the others are empty
     runs, and their tokens belong to none.
@@ -110,5 +110,5 @@ def lay_out_blocks(
 
 
 def _owner(starts: Tensor, slot: Tensor) -> Tensor:
-    """Which run's share of `starts` [R+1] each slot [N] lies in; the last run's where it lies in none."""
+    """Return the run whose share of `starts` [R+1] holds each slot [N]; the last run for slots in none."""
     return torch.searchsorted(starts[1:], slot, right=True).clamp(max=len(starts) - 2)

@@ -17,14 +17,14 @@ BACKENDS = ("native", "onednn", "plain")
 class Linear:
     """x weight^T + bias, weight [Nout, K], bias [Nout] or None.
 
-    The layer keeps a packed copy only: the caller lets go of `weight`, and its memory is free. `backend` names the
-    matrix product in use: "native", "onednn" or "plain" (which does keep `weight` itself).
+    The layer keeps a packed copy only: when the caller drops `weight`, its memory is free. `backend` names the matrix
+    product in use: "native", "onednn" or "plain" (which keeps `weight` itself).
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, kernels: Kernels) -> None:
         self.out_features, self.in_features = weight.shape
         self.backend = choose_backend(weight.dtype, kernels) if weight.device.type == "cpu" else "plain"  # cuBLAS
-        self.packed: PackedLinear | None = None  # for kernels that take the product in, if the backend is native
+        self.packed: PackedLinear | None = None  # for kernels that include the product, if the backend is native
         make = {"native": self._native, "onednn": _onednn, "plain": _plain}[self.backend]
         self._multiply = make(weight.detach(), bias, kernels)
 
@@ -43,7 +43,7 @@ class Linear:
 
 
 def choose_backend(dtype: torch.dtype, kernels: Kernels) -> str:
-    """Which matrix product weights of `dtype` get on this machine; DSPARK_LINEAR overrides the choice for bfloat16.
+    """Return the matrix product for weights of `dtype` on this machine; DSPARK_LINEAR overrides it for bfloat16.
 
     With AMX, oneDNN's tiles are about ten times faster than vector instructions. Without, our own are faster: by
     VDPBF16PS on AMD, by float32 FMA elsewhere on AVX-512; on older processors oneDNN has no bfloat16 product at all.

@@ -1,4 +1,4 @@
-"""How the C library hands out memory."""
+"""Memory allocation by the C library."""
 
 import ctypes
 import sys
@@ -7,10 +7,10 @@ _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # malloc.h
 
 
 def keep_freed_memory() -> None:
-    """Have malloc reuse freed blocks instead of giving them back to the system; does nothing without glibc.
+    """Make malloc reuse freed blocks instead of returning them to the system; does nothing without glibc.
 
-    By default each tensor of 32 MiB or more is mapped afresh, and its pages cost more to fault in than a matrix
-    product takes to fill them, most of all in a virtual machine (docs/experiments.md).
+    By default each tensor of 32 MiB or more is mapped afresh, and its page faults take longer than a matrix product
+    takes to fill it, most of all in a virtual machine (docs/experiments.md).
     """
     if not sys.platform.startswith("linux"):
         return

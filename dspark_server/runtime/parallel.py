@@ -1,6 +1,6 @@
-"""Tensor parallelism: ranks that hold a share of every layer each, and meet over torch.distributed (docs/parallel.md).
+"""Tensor parallelism: each rank holds a share of every layer; ranks meet over torch.distributed (docs/parallel.md).
 
-Rank 0 leads: it plans, drafts and samples, and tells the others by messages of plain bytes what to run with it.
+Rank 0 leads: it plans, drafts and samples, and tells the others what to run, by messages of plain bytes.
 """
 
 from collections.abc import Iterator
@@ -14,32 +14,32 @@ from torch import Tensor
 
 from dspark_server.errors import ConfigError, EngineDeadError
 
-PATIENCE = 600.0  # seconds to find each other at the start, and for one collective; the watchdog is stricter
-_FRAME = 1 << 14  # bytes of a message that travel at once
-_PREFIX = 8  # of them its length
-_FOREVER = timedelta(days=365)  # how long a rank waits for work: a server may be idle
+PATIENCE = 600.0  # seconds to meet at the start, and for one collective; the watchdog is stricter
+_FRAME = 1 << 14  # bytes of a message that are sent at once
+_PREFIX = 8  # bytes of these for its length
+_FOREVER = timedelta(days=365)  # for the wait for work: a server may be idle
 
 
 class Group:
-    """The ranks that share a model. In this one there is but one: everything is its own, and nothing is sent."""
+    """The ranks that share a model; this group has a single rank, so nothing is shared or sent."""
 
     rank = 0
     size = 1
 
     def share(self, total: int) -> slice:
-        """Which of `total` rows, columns or heads are this rank's: equal shares, the last cut short."""
+        """Return this rank's slice of `total` rows, columns or heads: equal shares, the last cut short."""
         return slice(None)
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """The sum of all ranks' x, which is written over, on each of them."""
+        """Return the sum of all ranks' x on every rank; x is overwritten."""
         return x
 
     def gather(self, x: Tensor, columns: int) -> Tensor:
-        """All ranks' x [M, n] beside each other, the first `columns` of them, on rank 0; elsewhere x itself."""
+        """Return all ranks' x [M, n] side by side, the first `columns` of them, on rank 0; elsewhere x itself."""
         return x
 
     def least(self, count: int) -> int:
-        """The smallest of all ranks' `count`, on each of them."""
+        """Return the smallest `count` of all ranks, on every rank."""
         return count
 
 
@@ -47,9 +47,9 @@ ALONE = Group()
 
 
 class TorchGroup(Group):
-    """Ranks over torch.distributed. Every call must be made by all of them, in the same order.
+    """Ranks over torch.distributed. All of them must make the same calls in the same order.
 
-    A rank that is gone, or silent for too long, is an EngineDeadError: what was to be computed together never will be.
+    A rank that is gone, or silent for too long, raises EngineDeadError: the common computation cannot be finished.
     """
 
     def __init__(self, rank: int, size: int, control: dist.ProcessGroup) -> None:
@@ -63,10 +63,10 @@ class TorchGroup(Group):
     def join(
         cls, store: Any, rank: int, size: int, where: torch.device | None = None, timeout: float = PATIENCE
     ) -> "TorchGroup":
-        """Meet `size` ranks at `store`, or where torchrun's variables say (None).
+        """Meet `size` ranks at `store`, or by torchrun's variables (None).
 
         Tensors travel by NCCL if `where`, this rank's device, is a GPU, else by gloo. `timeout` is for one collective,
-        in seconds, if it is longer than PATIENCE. Raises EngineDeadError if they do not all come, ConfigError if some
+        in seconds, if it is longer than PATIENCE. Raises EngineDeadError if not all ranks come, ConfigError if some
         have a GPU and some have none.
         """
         patience = timedelta(seconds=max(timeout, PATIENCE))
@@ -85,18 +85,18 @@ class TorchGroup(Group):
         return group
 
     def share(self, total: int) -> slice:
-        """Which of `total` rows, columns or heads are this rank's: equal shares, the last cut short."""
+        """Return this rank's slice of `total` rows, columns or heads: equal shares, the last cut short."""
         each = -(-total // self.size)
         return slice(min(total, self.rank * each), min(total, (self.rank + 1) * each))
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """The sum of all ranks' x, which is written over, on each of them."""
+        """Return the sum of all ranks' x on every rank; x is overwritten."""
         with _together():
             dist.all_reduce(x, group=self._tensors)
         return x
 
     def gather(self, x: Tensor, columns: int) -> Tensor:
-        """All ranks' x [M, n] beside each other, the first `columns` of them, on rank 0; elsewhere x itself."""
+        """Return all ranks' x [M, n] side by side, the first `columns` of them, on rank 0; elsewhere x itself."""
         if len(x) == 0:
             return x.new_empty(0, columns)
         parts = [torch.empty_like(x) for _ in range(self.size)] if self.rank == 0 else None
@@ -105,14 +105,14 @@ class TorchGroup(Group):
         return x if parts is None else torch.cat(parts, dim=1)[:, :columns].contiguous()
 
     def least(self, count: int) -> int:
-        """The smallest of all ranks' `count`, on each of them; they wait for each other as long as it takes."""
+        """Return the smallest `count` of all ranks, on every rank; waits for the others without a limit."""
         counts = torch.tensor(int(count))
         with _together():
             dist.all_reduce(counts, dist.ReduceOp.MIN, group=self._control)
         return int(counts)
 
     def send(self, message: bytes) -> None:
-        """Rank 0 tells all others; it waits until they listen."""
+        """Send a message from rank 0 to all others; waits until they receive it."""
         frame = torch.zeros(_FRAME, dtype=torch.uint8)
         content = torch.frombuffer(bytearray(len(message).to_bytes(_PREFIX, "little") + message), dtype=torch.uint8)
         frame[: len(content)] = content[:_FRAME]
@@ -122,7 +122,7 @@ class TorchGroup(Group):
                 dist.broadcast(content[_FRAME:], 0, group=self._control)
 
     def receive(self) -> bytes:
-        """What rank 0 sends next, however long that takes."""
+        """Return rank 0's next message; waits without a limit."""
         frame = torch.empty(_FRAME, dtype=torch.uint8)
         with _together():
             dist.broadcast(frame, 0, group=self._control)
@@ -134,7 +134,7 @@ class TorchGroup(Group):
         return frame[_PREFIX:length].numpy().tobytes()
 
     def leave(self) -> None:
-        """End the connections. The group is of no use afterwards."""
+        """Close the connections. The group cannot be used afterwards."""
         dist.destroy_process_group()
 
 
@@ -142,5 +142,5 @@ class TorchGroup(Group):
 def _together(failure: str = "another rank is gone, or does not answer") -> Iterator[None]:
     try:
         yield
-    except RuntimeError as error:  # all that torch.distributed raises; its text names addresses, clients see ours
+    except RuntimeError as error:  # torch.distributed raises nothing else; its text has addresses, so clients see ours
         raise EngineDeadError(failure) from error

@@ -10,23 +10,23 @@ STATISTICS = Path("/proc/stat")
 
 
 def usable(root: Path = CGROUPS, membership: Path = MEMBERSHIP) -> int:
-    """Number of processors whose time this process may use now: of its cpuset, and of its quota, rounded up."""
+    """Number of processors that this process may use now: its cpuset, limited by its quota, rounded up."""
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     limit = quota(root, membership)
     return affinity if limit is None else max(1, min(affinity, ceil(limit)))
 
 
 def quota(root: Path = CGROUPS, membership: Path = MEMBERSHIP) -> float | None:
-    """Processors' worth of time that control groups (version 2 or 1) allow this process; None: no limit.
+    """Quota of control groups (version 2 or 1) for this process, in processors; None: no limit.
 
-    The lowest limit of the process's group and those around it counts.
+    The lowest limit of the process's group and its ancestors counts.
     """
     limits = [limit for group in _groups(root, membership) if (limit := _limit(group)) is not None]
     return min(limits, default=None)
 
 
 def stolen(statistics: Path = STATISTICS) -> tuple[int, int]:
-    """Ticks that a hypervisor has given to others while this machine had work, and ticks in all, since the start."""
+    """Ticks that a hypervisor gave to other machines while this one had work, and all ticks, since boot."""
     try:
         fields = statistics.read_text().split("\n", 1)[0].split()
     except OSError:
@@ -36,7 +36,7 @@ def stolen(statistics: Path = STATISTICS) -> tuple[int, int]:
 
 
 def _groups(root: Path, membership: Path) -> list[Path]:
-    """Directories of the process's control groups that may hold a limit, from its own to the outermost in sight."""
+    """Directories of the process's control groups that may hold a limit, from its own to the outermost visible."""
     try:
         lines = membership.read_text().splitlines()
     except OSError:
@@ -50,14 +50,14 @@ def _groups(root: Path, membership: Path) -> list[Path]:
             top = next((top for top in (root / controllers, root / "cpu") if top.exists()), root / "cpu")
         else:
             continue
-        # A container sees its own group as the top, though the path may be the host's.
+        # A container sees its own group as the root, though the path may be the host's.
         own = top / path.lstrip("/")
         groups += [own, *own.parents[: len(own.relative_to(top).parts)]] if own.exists() else [top]
     return groups
 
 
 def _limit(group: Path) -> float | None:
-    """Processors' worth of time of one group; None: no limit."""
+    """Quota of one group, in processors; None: no limit."""
     try:
         if (group / "cpu.max").exists():
             most, period = (group / "cpu.max").read_text().split()

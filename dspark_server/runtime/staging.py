@@ -1,4 +1,4 @@
-"""What the host tells the device in a step: one pinned buffer, one copy, addresses that never change."""
+"""A step's inputs from host to device: one pinned buffer, one copy, addresses that never change."""
 
 from collections.abc import Mapping, Sequence
 from math import prod
@@ -15,10 +15,10 @@ Field = tuple[tuple[int, ...], torch.dtype]
 
 
 class Staging:
-    """Named arrays that lie in the same order in pinned host memory (`host`) and on the device (`there`).
+    """Named arrays in the same order in pinned host memory (`host`) and on the device (`there`).
 
-    Captured work reads `there`; a step fills `host` and uploads it whole, so no input can be a step old by itself:
-    whoever fills, fills every field (`fill`).
+    Captured work reads `there`. A step writes every field of `host` and uploads all of them, so that no input is left
+    from an earlier step.
     """
 
     def __init__(self, device: Device, fields: Mapping[str, Field]) -> None:
@@ -41,13 +41,13 @@ class Staging:
         return memory[first : first + prod(shape) * dtype.itemsize].view(dtype).view(shape)
 
     def upload(self, values: Mapping[str, Tensor | Sequence[int]], rows: int | None = None) -> None:
-        """Put values at the beginning of every field, zeros behind them, and queue the copy.
+        """Write values to the beginning of every field, zeros after them, and queue the copy.
 
         A value may be smaller than its field in any dimension. Of the last field only `rows` rows are sent (None: all);
-        what stands in the others is as old as it may be.
+        the others keep old values.
         """
         assert values.keys() == self._fields.keys(), f"staged {sorted(values)}, declared {sorted(self._fields)}"
-        if self._last is not None:  # each buffer waits for its own copy alone: others stand behind this step's work
+        if self._last is not None:  # waits for this buffer's copy only: others are queued behind this step's work
             self._device.uploaded(self._last)
         end, last = len(self._bytes), next(reversed(self._fields))
         if rows is not None:
