@@ -1,7 +1,7 @@
-"""The operations a decoder needs, matrix products included: for CPUs, for GPUs, and the plain PyTorch ones they match.
+"""The operations of a decoder, matrix products included: for CPUs, for GPUs, and plain PyTorch references of them.
 
 `load()` gives the native CPU kernels (built once into the user's cache), `load("triton")` those for a CUDA GPU,
-`load("reference")` their oracle. The contract of all is `Kernels`.
+`load("reference")` their reference. The contract of all is `Kernels`.
 """
 
 import os
@@ -39,9 +39,9 @@ __all__ = [
 
 
 def load(name: str = "auto") -> Kernels:
-    """The kernel set "native", "triton", "reference", or "auto": native where it can be built, else reference, loudly.
+    """The kernel set "native", "triton", "reference", or "auto": native if it can be built, else reference, warned.
 
-    The environment variable DSPARK_KERNELS decides what "auto" means. Raises KernelBuildError if "native" cannot be
+    The environment variable DSPARK_KERNELS sets the meaning of "auto". Raises KernelBuildError if "native" cannot be
     built or "triton" cannot run here, and ValueError for an unknown name.
     """
     if name == "auto":

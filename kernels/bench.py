@@ -20,7 +20,7 @@ Product = Callable[[Tensor, object], Tensor]
 
 
 def seconds_of(functions: Sequence[Callable[[], object]], repeats: int) -> list[float]:
-    """Least seconds of each function, called in turn: what it takes when nothing else runs on the cores."""
+    """Least seconds of each function, called in turn: its time when nothing else runs on the cores."""
     times: list[list[float]] = [[] for _ in functions]
     for repeat in range(repeats + 2):
         for function, measured in zip(functions, times, strict=True):

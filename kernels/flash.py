@@ -1,11 +1,12 @@
-"""flash-attn's attention in the place of another kernel set's. NVIDIA GPUs only.
+"""flash-attn's attention in place of another kernel set's. NVIDIA GPUs only.
 
-The package is imported when it is asked for. flash_attn_varlen_func reads keys and values through a block table, as our
-own kernels do; only the names differ.
+The package is imported on use. flash_attn_varlen_func reads keys and values through a block table, as our own kernels
+do; only the names differ.
 
-It promises less of NaN than the contract asks: it masks scores, but multiplies hidden values by 0. A NaN or infinity in
-a value row then reaches the queries whose tile of keys it lies in, though they do not see it: a draft token whose own
-row overflows can fail its request, where plain decoding would not have run it. Where that matters, use our own kernels.
+It guarantees less about NaN than the contract asks: it masks scores, but multiplies hidden values by 0. A NaN or
+infinity in a value row then reaches the queries whose tile of keys it lies in, though they do not see it: a draft token
+whose own row overflows can fail its request, where plain decoding would not have run it. Where that matters, use our
+own kernels.
 """
 
 import importlib.util
@@ -16,12 +17,12 @@ import torch
 from dspark_kernels.interface import Kernels
 from torch import Tensor
 
-PAGE = 256  # flash-attn 2 reads pages of a multiple of so many tokens
+PAGE = 256  # tokens: flash-attn 2 reads pages of a multiple of this
 LARGEST_HEAD = 256
 
 
 class FlashAttentionError(RuntimeError):
-    """flash-attn is not installed, or cannot serve what is asked."""
+    """flash-attn is not installed, or does not support the request."""
 
 
 def installed() -> bool:
@@ -30,12 +31,12 @@ def installed() -> bool:
 
 
 class FlashKernels:
-    """`Kernels` of which `paged_attention` is flash-attn's and everything else that of `kernels`."""
+    """`Kernels` with `paged_attention` by flash-attn and everything else by `kernels`."""
 
     reads_fp8 = False
 
     def __init__(self, kernels: Kernels, dtype: torch.dtype, block_size: int) -> None:
-        """Raises FlashAttentionError, saying what to do, where the package is missing or does not take the sizes."""
+        """Raises FlashAttentionError, with the remedy, if the package is missing or does not support the sizes."""
         if block_size % PAGE:
             raise FlashAttentionError(
                 f"flash-attn reads pages of multiples of {PAGE} tokens, not of {block_size}: set --block-size {PAGE}."
@@ -72,13 +73,13 @@ class FlashKernels:
     ) -> Tensor:
         """See `Kernels.paged_attention`. flash-attn's causal mask is aligned to the last key, as ours is.
 
-        The longest lengths are upper bounds from shapes: they size flash-attn's grid and nothing else, and the real
-        ones are not known on the host.
+        The longest lengths are upper bounds from shapes: they only size flash-attn's grid, and the true ones are not
+        known on the host.
         """
         rows, width = qkv.shape[0], block_tables.shape[1]
         head_dim = keys.shape[2]
         lengths = context_len + query_start.diff()
-        # Our window counts the keys a query sees, itself included; flash-attn's those to its left.
+        # Our window counts the keys a query sees, itself included; flash-attn's counts those to its left.
         left = -1 if window is None else window - 1
         out = self._attend(
             qkv[:, : num_q_heads * head_dim].unflatten(1, (num_q_heads, head_dim)),
@@ -98,5 +99,5 @@ class FlashKernels:
 
 
 def over(kernels: Kernels, dtype: torch.dtype, block_size: int) -> Kernels:
-    """`FlashKernels` as the kernel set it is: what it does not define itself it passes on."""
+    """`FlashKernels` typed as `Kernels`: it passes on everything that it does not define itself."""
     return cast(Kernels, FlashKernels(kernels, dtype, block_size))

@@ -1,17 +1,17 @@
 """The contract of a kernel set. Everything above `kernels/` depends on this and on nothing else in the package.
 
-Shapes: N tokens in the step, R runs, D hidden size, Hq/Hkv query and key/value heads, d head size, F feed-forward
-size, S = num_blocks * block_size KV slots, W block-table width, P rows of the rotary table, V vocabulary size,
-M rows of a matrix product, K/Nout its input and output features.
+Shapes: N tokens in the step, R runs, D hidden size, Hq/Hkv query and key/value heads, d head size, F feed-forward size,
+S = num_blocks * block_size KV slots, W block-table width, P rows of the rotary table, V vocabulary size, M rows of a
+matrix product, K/Nout its input and output features.
 
 Activations and caches are bfloat16 or float32 (on a GPU also float16), all of one dtype in one call, except that a
-cache may be float8_e4m3fn where the set `reads_fp8`: rows are clamped to its range when written, and widened when
-read. Every computation is done in float32 and rounded once, when it is stored. Rows may be strided, elements within a
-row are contiguous. Index tensors are int32.
+cache may be float8_e4m3fn where the set `reads_fp8`: rows are clamped to its range when written, and widened when read.
+Every computation is done in float32 and rounded once, when it is stored. Rows may be strided, elements within a row are
+contiguous. Index tensors are int32.
 Arguments are trusted: shapes are checked where the model is built, not on every call of a step.
 
-A padded step (runtime/graphs.py) has runs that are empty (query_start repeats, context_len 0) and tokens that belong
-to no run (rows from query_start[R] on): what attention gives those is undefined, and may not disturb any other row.
+A padded step (runtime/graphs.py) has runs that are empty (query_start repeats, context_len 0) and tokens that belong to
+no run (rows from query_start[R] on): attention's results for these are undefined, and may not disturb any other row.
 Kernels for a device read nothing on the host and allocate by shapes alone: a CUDA graph can hold them.
 """
 
@@ -23,7 +23,7 @@ from torch import Tensor
 
 
 class PackedLinear(Protocol):
-    """A weight in the layout its own kernel set wants; only that kernel set can read it."""
+    """A weight in a kernel set's own layout; only that kernel set can read it."""
 
     @property
     def in_features(self) -> int: ...
@@ -37,7 +37,7 @@ class Favour:
     """A token of each slot of R draft blocks whose logit gets a bias, as long as the block has taken those before it.
 
     tokens [R, gamma] int64; place [R, gamma] int64: its column; named [R, gamma] bool: whether that column is its own,
-    else it stands for the token from now on, at UNNAMED log odds before the bias; bias [R, gamma] float32; following
+    else the column holds the token from now on, at UNNAMED log odds before the bias; bias [R, gamma] float32; following
     [R] bool: the rows that have such tokens at all.
     """
 
@@ -50,8 +50,9 @@ class Favour:
 
 @dataclass(frozen=True)
 class Filters:
-    """What rows leave out of their law, in this order: min_p [n] float32 (0: off), top_k [n] int64 (0: off), top_p [n]
-    float32 (1: off), each looking at what the ones before it left. Ties at an edge stay.
+    """Filters of rows, in this order: min_p [n] float32 (0: off), top_k [n] int64 (0: off), top_p [n] float32 (1: off).
+
+    Each sees only the tokens that the ones before it left. Ties at an edge stay.
     """
 
     top_k: Tensor
@@ -109,9 +110,9 @@ UNNAMED = -4.0  # log odds of a token that no column stands for
 
 @dataclass(frozen=True)
 class DraftedTokens:
-    """tokens [R, gamma] int64; law [R, gamma, C] float32: of rows that are not greedy, None without uniforms; on [R,
-    gamma] bool: the slots whose token was favoured; odds [R, gamma] float32: its log odds before the bias, else 0;
-    usable [R] int64: the slots before the first whose logits were not finite.
+    """tokens [R, gamma] int64; law [R, gamma, C] float32: distributions of sampled rows, None without uniforms; on [R,
+    gamma] bool: the slots whose token was biased; odds [R, gamma] float32: its log odds before the bias, else 0; usable
+    [R] int64: the slots before the first whose logits were not finite.
     """
 
     tokens: Tensor
@@ -122,16 +123,16 @@ class DraftedTokens:
 
 
 class Kernels(Protocol):
-    """The operations a decoder needs. Instances hold nothing that calls change: one serves all threads."""
+    """The operations of a decoder. Calls change nothing in an instance: one serves all threads."""
 
     @property
     def name(self) -> str:
-        """What runs, for `/version`, metrics and benchmarks: "native-avx512", …, "reference"."""
+        """Name for `/version`, metrics and benchmarks: "native-avx512", …, "reference"."""
         ...
 
     @property
     def build(self) -> str:
-        """Changes with the kernels' code and how it was compiled: costs measured with another do not hold."""
+        """Identifies the kernels' code and how it was compiled: costs measured with another build do not hold."""
         ...
 
     @property
@@ -191,8 +192,8 @@ class Kernels(Protocol):
         draft block): each query sees all keys of its run. `window` further hides keys at or before position - window.
         With `softcap`, a scaled score becomes softcap * tanh(score / softcap).
 
-        A key or value that is NaN or infinite does nothing to queries that do not see it, bit for bit; one that sees a
-        value which is not finite is not finite itself (`flash` alone promises less).
+        A key or value that is NaN or infinite does not change queries that do not see it, bit for bit; a query that
+        sees a value which is not finite has a result that is not finite (`flash` alone guarantees less).
         """
         ...
 
@@ -205,7 +206,7 @@ class Kernels(Protocol):
         ...
 
     def pack_linear(self, weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
-        """Copy weight [Nout, K] bfloat16 and bias [Nout] into this kernel set's own layout, to be packed once."""
+        """Copy weight [Nout, K] bfloat16 and bias [Nout] once into this kernel set's own layout."""
         ...
 
     def linear(self, x: Tensor, packed: PackedLinear, out_dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -216,7 +217,7 @@ class Kernels(Protocol):
         ...
 
     def fuse_layer(self, parts: LayerParts) -> FusedLayer | None:
-        """The layer in one call, with the results of the single operations; None if this kernel set has no such."""
+        """The layer in one call, with the results of the single operations; None if the kernel set has none."""
         ...
 
     def draft_tokens(
@@ -252,24 +253,24 @@ class Kernels(Protocol):
         coins: Tensor | None,
         last: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Judge n requests' drafts by the ratio rule, the target's laws being plain softmaxes (DSpark §3.2.2).
+        """Accept or reject n requests' drafts by the ratio rule, for plain softmaxes of the target (DSpark §3.2.2).
 
-        logits [M, V] float32 contiguous: request i owns rows start[i] .. start[i] + lengths[i]; tokens [n, L] int64,
-        L the longest of lengths; inverse_temperature [n] float32, positive; q [Rd, gamma, C] float32 contiguous: the
-        laws the tokens were drawn from, row [n] which of them is whose (None: one-hot at the token); names [Rd, gamma,
-        C] int64 (may be expanded; C contiguous): the token of each column of q, None: the column; coins [n, L] and
-        last [n, L + 1] float64, uniform (coins None where nothing was drafted). Returns count [n] int64 of tokens that
-        stand, token [n] int64 that follows them (-1 of a failed request), failed [n] bool: the request's first row is
-        broken, it holds NaN or +inf, or nothing but -inf. A later row that is broken and would decide belongs to a
-        draft token that stands: `token` is that one, and it is not counted.
+        logits [M, V] float32 contiguous: request i owns rows start[i] .. start[i] + lengths[i]; tokens [n, L] int64, L
+        the longest of lengths; inverse_temperature [n] float32, positive; q [Rd, gamma, C] float32 contiguous: the
+        distributions from which the tokens were drawn, row [n] the index of each request's (None: one-hot at the
+        token); names [Rd, gamma, C] int64 (may be expanded; C contiguous): the token of each column of q, None: the
+        column; coins [n, L] and last [n, L + 1] float64, uniform (coins None where nothing was drafted). Returns count
+        [n] int64 of accepted tokens, token [n] int64 that follows them (-1 of a failed request), failed [n] bool: the
+        request's first row is broken, it holds NaN or +inf, or nothing but -inf. A later row that is broken and would
+        decide belongs to an accepted draft token: `token` is that one, and it is not counted.
         """
         ...
 
     def filter_logits(self, logits: Tensor, rows: Tensor, inverse_temperature: Tensor, filters: Filters) -> Tensor:
-        """Rows of logits, with -inf where a filter leaves a token out.
+        """Rows of logits, with -inf where a filter removes a token.
 
         logits [M, V] float32 contiguous; rows [n] int64 into M; inverse_temperature [n] float32, positive: filters look
-        at logits times it. Returns [n, V] float32, not scaled. Rows that hold NaN or +inf come back as they are.
+        at logits times it. Returns [n, V] float32, not scaled. Rows that hold NaN or +inf come back unchanged.
         """
         ...
 
@@ -283,13 +284,13 @@ class Kernels(Protocol):
         ce_weight: Tensor,
         tv_weight: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """What a drafter's logits cost, and their gradient (DSpark §3.3); training only.
+        """Loss of a drafter's logits, and its gradient (DSpark §3.3); training only.
 
-        draft [M, V] and target [U, V] contiguous logits, each float32 or bfloat16; row i of draft is measured against
-        row target_rows[i] of target; target_rows, labels [M] int64; weights [M] float32. mass [U] float32 is how much
-        of the target's law the V columns hold, 1 if they are the whole vocabulary. With p the softmax of draft and t
-        that of target times its mass, returns the cross-entropy of p on the label and the L1 distance of the two laws,
-        |p - t| + 1 - mass, both [M] float32, and overwrites `draft` with the gradient of
-        sum(ce_weight * cross_entropy + tv_weight * distance).
+        draft [M, V] and target [U, V] contiguous logits, each float32 or bfloat16; row i of draft is compared with row
+        target_rows[i] of target; target_rows, labels [M] int64; weights [M] float32. mass [U] float32 is the share of
+        the target's distribution in the V columns, 1 if they are the whole vocabulary. With p the softmax of draft and
+        t that of target times its mass, returns the cross-entropy of p on the label and the L1 distance of the two
+        distributions, |p - t| + 1 - mass, both [M] float32, and overwrites `draft` with the gradient of sum(ce_weight *
+        cross_entropy + tv_weight * distance).
         """
         ...

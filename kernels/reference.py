@@ -1,4 +1,4 @@
-"""Every kernel in plain PyTorch: the oracle the native kernels are tested against, and the fallback without a compiler.
+"""Every kernel in plain PyTorch: the reference in tests of the native kernels, and the fallback without a compiler.
 
 Written to be obviously right, not fast. Shapes and contracts: `interface.Kernels`.
 """
@@ -189,7 +189,7 @@ class ReferenceKernels:
             for slot in range(length + 1):
                 scores = logits[int(start[i]) + slot]
                 if not bool(scores.max().isfinite()):
-                    if slot:  # the draft token that this row is of: it stands, and ends the cycle
+                    if slot:  # the draft token of this row is accepted, and ends the cycle
                         outcome = (slot - 1, int(tokens[i, slot - 1]), False)
                     break
                 p = torch.softmax(scores * inverse_temperature[i], -1).double()
@@ -259,7 +259,7 @@ class ReferenceKernels:
 def write_rows(cache: Tensor, slots: Tensor, rows: Tensor) -> None:
     """cache[slots] = rows, in the cache's dtype. cache [S, Hkv, d], slots [N] int32, rows [N, Hkv, d].
 
-    An e4m3 cache stores what fits, clamped to +-448: a cast alone would make NaN of the rest.
+    An e4m3 cache stores values clamped to +-448: a cast alone would turn larger ones into NaN.
     """
     if cache.dtype == torch.float8_e4m3fn:
         largest = torch.finfo(cache.dtype).max
@@ -278,7 +278,7 @@ def read_rows(cache: Tensor, slots: Tensor) -> Tensor:
 def _weighted(weights: Tensor, values: Tensor, hidden: Tensor) -> Tensor:
     """Sums over k of weights [Hkv, G, q, k], 0 where hidden [q, k], times values [k, Hkv, d] -> [q, Hkv, G, d].
 
-    0 times NaN is NaN: values that are not finite are taken out, and make NaN of the sums of queries that see them.
+    0 times NaN is NaN: values that are not finite are taken out, and the sums of queries that see them are set to NaN.
     """
     finite = values.isfinite()
     sums = torch.einsum("hgqk,khd->qhgd", weights, values.where(finite, 0.0))

@@ -14,20 +14,19 @@ from typing import Any
 
 import httpx
 
-PAUSE_AFTER_ERROR = 0.1  # seconds a closed-loop user waits before trying again, so that a full server is not flooded
+PAUSE_AFTER_ERROR = 0.1  # seconds before a closed-loop user tries again, so that a full server is not flooded
 
 
 class LoadTestError(Exception):
-    """A load test that cannot go on; the message is for its user."""
+    """The load test cannot continue; the message is for its user."""
 
 
 @dataclass(frozen=True)
 class RequestOptions:
-    """What all requests of a run have in common.
+    """Options common to all requests of a run.
 
-    `timeout` is in seconds for a whole request. With `request_seed`, request i asks for sampling seed
-    `request_seed` + i. With `running_usage` every chunk is to say how many tokens there are so far. `extra_body` has
-    the last word on every field.
+    `timeout` is in seconds for a whole request. With `request_seed`, request i asks for sampling seed `request_seed` +
+    i. `running_usage` asks for the number of tokens so far in every chunk. `extra_body` overrides any field.
     """
 
     model: str
@@ -60,10 +59,10 @@ class RequestOptions:
 
 @dataclass
 class Outcome:
-    """What became of a request. Times in seconds; `ttft`, `e2e` and `gaps` count from the actual send.
+    """The outcome of a request. Times in seconds; `ttft`, `e2e` and `gaps` count from the actual send.
 
-    `queued` is how long this client, not the server, kept the request beyond the moment it was due. `e2e` ends with the
-    last chunk of output; `gaps` lie between chunks that have text. Token counts are the server's `usage` where
+    `queued` is the delay of the request in this client, not the server, after the moment it was due. `e2e` ends with
+    the last chunk of output; `gaps` lie between chunks that have text. Token counts are the server's `usage` where
     `counted` is true; without it each chunk with text counts as one token and the prompt as none. `error` is a class
     such as "http_503", or None for a request that completed.
     """
@@ -86,12 +85,12 @@ class Outcome:
 
     @property
     def user_rate(self) -> float | None:
-        """Output tokens a second that this user saw; None where all came at once."""
+        """Output tokens per second for this user; None if all came at once."""
         return 1 / self.tpot if self.tpot else None
 
 
 class _Failure(Exception):
-    """A request that failed in a way the protocol shows: class and detail."""
+    """A request that failed in a way that the protocol defines: class and detail."""
 
     def __init__(self, kind: str, detail: str = "") -> None:
         super().__init__(detail)
@@ -106,7 +105,7 @@ def connect(url: str, api_key: str | None = None) -> httpx.AsyncClient:
     return httpx.AsyncClient(base_url=url, headers=headers, timeout=None, limits=limits, trust_env=False)
 
 
-# Called for each chunk with text: when it came, and how many tokens it brought.
+# Called for each chunk with text: its time, and its number of tokens.
 Progress = Callable[[float, int], None]
 
 
@@ -119,9 +118,9 @@ async def send(
     due: float | None = None,
     progress: Progress = lambda _now, _tokens: None,
 ) -> Outcome:
-    """Send one request now and read its stream to the end; never raises for what a server or network does.
+    """Send one request now and read its stream to the end; never raises for errors of a server or network.
 
-    What `progress` is told are the server's counts if it sends them with every chunk, else one token a chunk.
+    `progress` gets the server's token counts if it sends them with every chunk, else one token per chunk.
     """
     outcome = Outcome(started=time.perf_counter())
     outcome.queued = max(0.0, outcome.started - due) if due is not None else 0.0
@@ -179,13 +178,13 @@ async def _read(response: httpx.Response, outcome: Outcome, progress: Progress) 
     outcome.output_tokens = (usage or {}).get("completion_tokens") or texts
     if first is None or last is None or not outcome.output_tokens:
         raise _Failure("empty", "the answer has no tokens")
-    # A first chunk without text would flatter the server; an answer without any text has nothing better.
+    # A first chunk without text would flatter the server; for an answer without any text nothing better is known.
     outcome.ttft = (first_text or first) - outcome.started
     outcome.e2e = last - outcome.started
 
 
 async def _events(response: httpx.Response) -> AsyncIterator[tuple[float, bytes]]:
-    """The `data:` of each server-sent event, with the time its bytes came."""
+    """The `data:` of each server-sent event, with the arrival time of its bytes."""
     rest = b""
     async for piece in response.aiter_raw():
         now = time.perf_counter()
@@ -211,8 +210,8 @@ async def closed_loop(
 ) -> list[Outcome]:
     """`users` that each send their next request when the last one ended.
 
-    Requests are `first`, `first` + 1, …: `requests` of them, or as many as are begun within `duration` seconds; those
-    begun are read to their end.
+    Requests are `first`, `first` + 1, …: `requests` of them, or as many as begin within `duration` seconds; those are
+    read to their end.
     """
     indices: Iterator[int] = count(first) if requests is None else iter(range(first, first + requests))
     end = time.perf_counter() + duration if duration is not None else float("inf")
@@ -232,14 +231,14 @@ async def closed_loop(
 
 @dataclass
 class SteadyLoad:
-    """What came of a steady load so far: its requests that ended, and (time, tokens) of every chunk that came."""
+    """Results of a steady load so far: its requests that ended, and (time, tokens) of every chunk."""
 
     outcomes: list[Outcome] = field(default_factory=list)
     chunks: list[tuple[float, int]] = field(default_factory=list)
     sent: int = 0
 
     def tokens_between(self, start: float, end: float) -> int:
-        """Output tokens that came after `start` and up to `end`, of whatever requests."""
+        """Output tokens that came after `start` and up to `end`, of any request."""
         return sum(tokens for time, tokens in self.chunks if start < time <= end)
 
 
@@ -256,8 +255,8 @@ async def steady_load(
     """`users` busy users out of step with each other, for as long as the context is open.
 
     Their first answers have lengths from 1 / `users` of `options.max_tokens` to all of it, and the context opens when
-    the last of these has ended: without that, requests of equal lengths go in waves, and how many waves a measurement
-    happens to cover is part of its result. On leaving, requests that have not ended are given up.
+    the last of these has ended: without that, requests of equal lengths go in waves, and the number of waves in a
+    measurement changes its result. On leaving, requests that have not ended are cancelled.
     """
     load = SteadyLoad()
     indices = count(first)
@@ -303,7 +302,7 @@ async def open_loop(
     max_in_flight: int | None = None,
     report: Report = lambda _: None,
 ) -> list[Outcome]:
-    """Send a request at each of `arrivals` (seconds from now, ascending), whatever became of the others.
+    """Send a request at each of `arrivals` (seconds from now, ascending), whatever the outcome of the others.
 
     With `max_in_flight`, requests beyond it wait here, and that shows in `Outcome.queued`.
     """

@@ -15,14 +15,14 @@ PER_POSITION = "vllm:spec_decode_num_accepted_tokens_per_pos"
 
 @dataclass(frozen=True)
 class Counters:
-    """Sums over all labels of the series a server has, since its start; `per_position` by draft position."""
+    """Sums over all labels of the series of a server, since its start; `per_position` by draft position."""
 
     totals: dict[str, float] = field(default_factory=dict)
     per_position: dict[int, float] = field(default_factory=dict)
 
     @classmethod
     def parse(cls, text: str) -> "Counters":
-        """Read a page in the Prometheus text format; a page in any other has no counters."""
+        """Read a page in the Prometheus text format; a page in any other format gives no counters."""
         totals: dict[str, float] = {}
         per_position: dict[int, float] = {}
         try:
@@ -39,7 +39,7 @@ class Counters:
         return cls(totals, per_position)
 
     def since(self, before: "Counters") -> "Counters":
-        """What was added after `before`. Series that one side lacks, or that went backwards (a restart), are absent."""
+        """The increase since `before`. Series that one side lacks, or that went backwards (a restart), are absent."""
         totals = {
             name: value - before.totals[name]
             for name, value in self.totals.items()
@@ -51,10 +51,10 @@ class Counters:
         return Counters(totals, per_position)
 
     def figures(self) -> dict[str, Any]:
-        """What a difference says about speculation; {} without the series. `spec_decode_…` are vLLM bench's names.
+        """Figures of speculation from a difference; {} without the series. `spec_decode_…` are vLLM bench's names.
 
-        `verification_budget` is tokens verified per request and step, the anchor included (the paper's figure 8):
-        1 + draft tokens / request-steps, where each request-step commits one token more than it accepted drafts.
+        `verification_budget` is tokens verified per request and step, the anchor included (the paper's figure 8): 1 +
+        draft tokens / request-steps, where each request-step commits one token more than it accepted drafts.
         """
         if not {GENERATED, DRAFTS, DRAFT_TOKENS, ACCEPTED} <= self.totals.keys():
             return {}

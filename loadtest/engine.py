@@ -153,14 +153,14 @@ def growth(requests: list[int], contexts: list[int], repeats: int, plot: Path | 
 
 
 def free_port() -> int:
-    """A port nobody listens on."""
+    """A free port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def wait_ready(port: int, process: subprocess.Popen[bytes]) -> None:
-    """Until the server accepts connections."""
+    """Wait until the server accepts connections."""
     while process.poll() is None:
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)) == 0:
@@ -176,7 +176,7 @@ def cpu_seconds(process: subprocess.Popen[bytes]) -> float:
 
 
 def streaming(streams: int, tokens: int, rounds: int) -> None:
-    """HTTP against offline in turn; the server's start and its idle CPU on the way."""
+    """HTTP against offline in turn; also the server's start and its idle CPU."""
     port = free_port()
     command = [sys.executable, "-c", "from dspark_server.cli import main; main()", "serve", "--port", str(port)]
     started = time.perf_counter()

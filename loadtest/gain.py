@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "docs" / "benchmarks.md"
 FIGURE = ROOT / "docs" / "figures" / "gain.svg"
 BESIDE_VLLM = "commit ea6a1ab"  # the paragraph before the table of the last round beside vLLM-CPU
-SWEEP = "commit a6264d4"  # and before that of the greedy sweep of selection policies
+SWEEP = "commit a6264d4"  # the paragraph before the table of the greedy sweep of selection policies
 USERS = (1, 8, 32)
 
 

@@ -39,12 +39,12 @@ from loadtest.workload import Prompts
 
 CORES = len(os.sched_getaffinity(0))
 LOOP = (sys.executable, "-S", "-c", "while True: pass")
-PERIOD = 100_000  # microseconds over which a quota counts
+PERIOD = 100_000  # microseconds: the period of a quota
 PLACES = ("quiet", "loops", "quota")
 
 
 def bar(place: str, users: int) -> float:
-    """The most times its quiet time that a server may take."""
+    """The greatest allowed ratio of a server's time to its quiet time."""
     return 2.2 if place == "quota" else 2.1 if users == 1 else 2.5
 
 
@@ -52,7 +52,7 @@ class Cgroup:
     """A control group of our own for one server, of version 2 or 1, whose quota can change while it runs."""
 
     def __init__(self, name: str) -> None:
-        """Raises OSError where control groups cannot be written."""
+        """Raises OSError if control groups cannot be written."""
         root = Path("/sys/fs/cgroup")
         self._unified = (root / "cgroup.controllers").exists()
         self.path = (root if self._unified else root / "cpu") / f"dspark-{os.getpid()}-{name}"
@@ -62,7 +62,7 @@ class Cgroup:
             raise OSError("the cpu controller is not enabled")
 
     def limit(self, cores: float | None) -> None:
-        """At most the time of so many cores; None: no limit."""
+        """Limit the group to the time of `cores` cores; None: no limit."""
         quota = None if cores is None else int(cores * PERIOD)
         if self._unified:
             (self.path / "cpu.max").write_text(f"{'max' if quota is None else quota} {PERIOD}")
@@ -74,13 +74,13 @@ class Cgroup:
         return ["sh", "-c", f'echo $$ > {shlex.quote(str(self.path / "cgroup.procs"))} && exec "$@"', "sh", *command]
 
     def remove(self) -> None:
-        """The group is gone; its processes must have ended."""
+        """Remove the group; its processes must have ended."""
         self.path.rmdir()
 
 
 @contextmanager
 def endless_loops(count: int) -> Iterator[None]:
-    """So many processes that never wait, while the context is open."""
+    """`count` processes that never wait, while the context is open."""
     loops = [subprocess.Popen(LOOP) for _ in range(count)]
     try:
         time.sleep(0.5)
@@ -153,7 +153,7 @@ async def measure(
 
 
 def report(found: dict[tuple[str, str, int], list[float]], first: str, console: Console) -> bool:
-    """Print the table; whether the first server keeps its bars."""
+    """Print the table; returns whether the first server keeps its bars."""
     table = Table("server", "users", "place", "seconds", "x quiet", "range", "bar")
     kept = True
     for (name, place, users), seconds in found.items():

@@ -14,7 +14,7 @@ from loadtest.servers import DSPARK_SERVER, POLICIES
 
 
 def build_parser(documentation: str) -> argparse.ArgumentParser:
-    """All options; the text before "examples:" describes, the rest comes after the options."""
+    """All options; the text before "examples:" is the description, the rest comes after the options."""
     description, _, epilog = documentation.partition("examples:")
     parser = argparse.ArgumentParser(
         prog="loadtest/run.py",
@@ -65,7 +65,7 @@ def build_parser(documentation: str) -> argparse.ArgumentParser:
 
 
 def check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
-    """Fill defaults that depend on other options; end with status 2 for options that do not go together."""
+    """Fill defaults that depend on other options; exit with status 2 for options that cannot be combined."""
     if bool(arguments.url) == bool(arguments.compare):
         parser.error("give either --url or --compare")
     if arguments.url and len({name for name, _ in arguments.url}) < len(arguments.url):

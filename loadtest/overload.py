@@ -26,24 +26,24 @@ from loadtest.run import DEFAULT_MODEL
 from loadtest.servers import DSPARK_SERVER, Server
 from loadtest.workload import Prompts, poisson_arrivals
 
-KEPT = 0.8  # of the peak: the bar
-HELD = 0.95  # of the peak: so much more or less is the same
+KEPT = 0.8  # share of the peak: the bar
+HELD = 0.95  # share of the peak: rates from here on count as equal to it
 SERVE = ["--max-num-seqs", "32", "--max-num-queued-reqs", "224", "--queue-timeout", "5"]
 
 
 def rate(outcomes: Sequence[Outcome], seconds: float) -> tuple[float, float]:
-    """Requests and output tokens a second of those that finished."""
+    """Finished requests and their output tokens per second."""
     done = [outcome for outcome in outcomes if outcome.error is None]
     return len(done) / seconds, sum(outcome.output_tokens for outcome in done) / seconds
 
 
 def fates(outcomes: Sequence[Outcome]) -> str:
-    """How many ended in which way."""
+    """Number of requests by outcome."""
     return ", ".join(f"{count} {kind}" for kind, count in Counter(each.error or "done" for each in outcomes).items())
 
 
 async def measure(url: str, seconds: float, streams: Sequence[int], loads: Sequence[float], console: Console) -> bool:
-    """Both tables; whether the bar was met."""
+    """Both tables; returns whether the bar was met."""
     options, prompts = RequestOptions(model=DEFAULT_MODEL, max_tokens=64), Prompts(None)
     found: dict[int, tuple[float, float]] = {}
     async with connect(url) as client:

@@ -10,7 +10,7 @@ from loadtest.report import Result, level_of
 
 
 def plot(medians: Sequence[Result], directory: Path) -> list[Path]:
-    """Write throughput-per-user.png (figure 7) and throughput-and-budget.png (figure 8); the paths written."""
+    """Write throughput-per-user.png (figure 7) and throughput-and-budget.png (figure 8); returns their paths."""
     directory.mkdir(parents=True, exist_ok=True)
     lines: dict[str, list[Result]] = {}
     for result in medians:

@@ -24,7 +24,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))  # for `python load
 
 from loadtest.report import Level, level_of
 
-NORMAL = 1.96  # half of a 95 % interval, in standard deviations
+NORMAL = 1.96  # half the width of a 95 % interval, in standard deviations
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def _interval(middle: float, deviation: float | None, rounds: float) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; the exit status."""
+    """Entry point; returns the exit status."""
     description, _, examples = (__doc__ or "").partition("examples:")
     parser = argparse.ArgumentParser(
         prog="loadtest/ratios.py",

@@ -39,7 +39,7 @@ class Level:
 
 @dataclass(frozen=True)
 class Slo:
-    """The latencies that make a request a good one, in seconds; None asks for nothing."""
+    """The latency bounds of a good request, in seconds; None: no bound."""
 
     ttft: float | None = None
     tpot: float | None = None
@@ -55,7 +55,7 @@ class Slo:
             raise LoadTestError(f"{text!r} is no SLO such as ttft=1,tpot=0.1,e2e=20 (seconds).") from None
 
     def met_by(self, outcome: Outcome) -> bool:
-        """Whether a request completed within every bound. A single token has no TPOT to miss."""
+        """Whether a request completed within every bound. A single token has no TPOT."""
         return (
             outcome.error is None
             and (self.ttft is None or outcome.ttft <= self.ttft)
@@ -76,7 +76,7 @@ def percentile(values: Sequence[float], q: float) -> float:
 
 
 def spread(name: str, seconds: Sequence[float]) -> Result:
-    """mean, median, std and percentiles in milliseconds, named as vLLM does; None of nothing."""
+    """mean, median, std and percentiles in milliseconds, named as in vLLM; None without values."""
     values = [1e3 * value for value in seconds]
     result: Result = {
         f"mean_{name}_ms": statistics.fmean(values) if values else None,
@@ -91,7 +91,7 @@ def summarize(
 ) -> Result:
     """The figures of one run that took `duration` seconds. Tokens and latencies are those of completed requests.
 
-    `output_tokens` is for a run that is a window of a longer load: what came in it, of whatever requests.
+    `output_tokens` is for a run that is a window of a longer load: the tokens that came in it, of any request.
     """
     done = [outcome for outcome in outcomes if outcome.error is None]
     failed = [outcome for outcome in outcomes if outcome.error is not None]
@@ -135,7 +135,7 @@ def detailed(outcomes: Sequence[Outcome]) -> Result:
 
 @dataclass
 class Report:
-    """All runs so far. `settings` says how they were made; it must hold no secrets."""
+    """All runs so far. `settings` describes how they were made; it must hold no secrets."""
 
     settings: dict[str, Any]
     runs: list[Result] = field(default_factory=list)
@@ -154,7 +154,7 @@ class Report:
         return self.runs[-1]
 
     def medians(self) -> list[Result]:
-        """One result a target and level, in the order first seen: medians over rounds, sums of counts and errors.
+        """One result per target and level, in the order first seen: medians over rounds, sums of counts and errors.
 
         `output_throughput_ratio` is to the first target, the median of ratios taken within a round.
         """
@@ -212,7 +212,7 @@ class Report:
 
 
 def level_of(result: Result) -> Level:
-    """The load a result belongs to."""
+    """The load of a result."""
     rate = result["request_rate"]
     return Level(result["max_concurrency"], None if rate == "inf" else rate)
 
@@ -261,7 +261,7 @@ def _cell(value: float | None, digits: int) -> str:
 
 
 def _replace(path: Path, text: str) -> None:
-    """Write a file in one go: an interrupted run leaves the old one whole."""
+    """Write a file atomically: an interrupted run leaves the old one whole."""
     partial = path.with_suffix(path.suffix + ".partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)

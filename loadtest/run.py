@@ -53,7 +53,7 @@ DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 
 @dataclass(frozen=True)
 class Target:
-    """What is measured: a name for the report, a base URL, the model to ask for, the process if it was started here."""
+    """A measured server: a name for the report, a base URL, the model to ask for, the process if started here."""
 
     name: str
     url: str
@@ -63,9 +63,9 @@ class Target:
 
 @dataclass(frozen=True)
 class Plan:
-    """How each run goes. `requests` None: four per user, at least 16; for Poisson arrivals `duration` seconds.
+    """Settings of each run. `requests` None: four per user, at least 16; for Poisson arrivals `duration` seconds.
 
-    With `steady` a closed loop is measured over a window of so many seconds instead.
+    With `steady` a closed loop is measured over a window of that many seconds instead.
     """
 
     levels: Sequence[Level]
@@ -80,7 +80,7 @@ class Plan:
     save_detailed: bool = False
 
     def requests_of(self, level: Level) -> int | None:
-        """How many requests a run sends; None if time decides."""
+        """Number of requests that a run sends; None if time decides."""
         if self.requests is not None or self.duration is not None or self.steady is not None:
             return self.requests
         return max(16, 4 * level.concurrency) if level.concurrency is not None else None
@@ -265,7 +265,7 @@ async def start_servers(arguments: argparse.Namespace, stack: ExitStack, console
 
 
 async def load_test(arguments: argparse.Namespace, console: Console) -> Report:
-    """Everything the command line asks for, without the final printing. What was measured is saved whatever happens."""
+    """Run all that the command line asks for, without the final printing. Results are saved even after an error."""
     template = chat_template(arguments.tokenizer) if arguments.tokenizer else None
     prompts = Prompts(None, seed=arguments.seed, words=arguments.prompt_words)
     if arguments.prompts:
@@ -315,7 +315,7 @@ async def load_test(arguments: argparse.Namespace, console: Console) -> Report:
 
 
 def _event_loop() -> Callable[[Coroutine[Any, Any, Report]], Report]:
-    """What runs a coroutine: uvloop where there is one, which takes less of a processor that the server shares."""
+    """The runner of a coroutine: uvloop if installed, which takes less of a processor that the server shares."""
     try:
         import uvloop
     except ImportError:
@@ -324,14 +324,14 @@ def _event_loop() -> Callable[[Coroutine[Any, Any, Report]], Report]:
 
 
 def _plain(value: object) -> object:
-    """As JSON can hold it."""
+    """The value as JSON can hold it."""
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return value if isinstance(value, str | int | float | dict | None) else str(value)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; the exit status."""
+    """Entry point; returns the exit status."""
     parser = build_parser(__doc__ or "")
     arguments = parser.parse_args(argv)
     check(parser, arguments)

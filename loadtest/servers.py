@@ -17,7 +17,7 @@ import httpx
 from loadtest.client import LoadTestError
 
 POLICIES = ("none", "fixed", "threshold", "causal", "lagged")
-# The command of this Python, wherever its scripts are.
+# The command in the scripts directory of this Python.
 DSPARK_SERVER = (sys.executable, "-c", "from dspark_server.cli import main; main()")
 LAST_LINES = 15
 
@@ -48,7 +48,7 @@ class Server:
                 raise LoadTestError(f"cannot start {command[0]}: {error}") from None
 
     async def ready(self, timeout: float) -> None:
-        """Return when /health says 200. Raises LoadTestError if the process ends first, or after `timeout` seconds."""
+        """Return when /health is 200. Raises LoadTestError if the process ends first, or after `timeout` seconds."""
         end = time.monotonic() + timeout
         async with httpx.AsyncClient(base_url=self.url, timeout=5.0, trust_env=False) as client:
             while time.monotonic() < end:
@@ -68,9 +68,9 @@ class Server:
             raise LoadTestError(f"server {self.name!r} ended {when}, {_reason(status)}.{self._last_words()}")
 
     def stop(self, timeout: float = 60.0) -> str | None:
-        """SIGTERM, and SIGKILL after `timeout` seconds. What was wrong with the end, if anything."""
+        """SIGTERM, and SIGKILL after `timeout` seconds. Returns what was wrong with the end, or None."""
         if self._process.poll() is not None:
-            return None  # `check` has told, or will
+            return None  # `check` reports it
         self._process.terminate()
         try:
             status = self._process.wait(timeout)

@@ -24,8 +24,8 @@ WORDS = (
 class Prompts:
     """Prompt i for every i: the files' prompts over and over, or made-up ones that never repeat.
 
-    `distinct` is how many different ones there are, None for no end. A server with a prefix cache answers a repeated
-    prompt faster than a new one.
+    `distinct` is the number of different ones, None for no end. A server with a prefix cache answers a repeated prompt
+    faster than a new one.
     """
 
     def __init__(self, texts: Sequence[str] | None, *, seed: int = 0, words: int = 64) -> None:

@@ -1,1 +1,1 @@
-"""What a drafter is worth, seen through the real engine: collect -> measures -> report and plots; and calibration."""
+"""Evaluation of a drafter through the real engine: collect -> measures -> report and plots; and calibration."""

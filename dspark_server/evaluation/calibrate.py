@@ -1,7 +1,7 @@
-"""`dspark-server calibrate`: fit sequential scaling (temperature and offset) on what the target does with whole blocks.
+"""`dspark-server calibrate`: fit sequential scaling (temperature and offset) to the acceptance of whole blocks.
 
-So are the tables that say how far copies from the context are believed. Prompts are the held-out ones of a training
-corpus: half of them fit, the other half judges.
+The tables of trust in copies from the context are fitted too. Prompts are the held-out ones of a training corpus: one
+half is for the fit, the other for its evaluation.
 """
 
 from dataclasses import dataclass, replace
@@ -24,12 +24,12 @@ from dspark_server.speculation.dspark import DSparkConfig
 from dspark_server.training.corpus import Corpus, Split
 
 BIASES = np.arange(-2, 16.01, 0.25)
-LEAST_SLOPE = 0.05  # a head that says nothing, or the contrary, is not believed further than this
+LEAST_SLOPE = 0.05  # least weight of the head's logit, for a head without information or with the contrary
 
 
 @dataclass(frozen=True)
 class CalibrateConfig:
-    """`held_out` must be what the training run held out; `samples` answers are drawn per prompt at temperature 1."""
+    """`held_out` must equal the training run's; `samples` answers are drawn per prompt at temperature 1."""
 
     drafter: str
     corpus: Path
@@ -43,14 +43,14 @@ class CalibrateConfig:
 
 @dataclass(frozen=True)
 class Scaling:
-    """What divides the logits of c_k and what is then added, by position [gamma]."""
+    """Divisors of the logits of c_k and offsets that are then added, by position [gamma]."""
 
     temperatures: tuple[float, ...]
     offsets: tuple[float, ...]
 
 
 def calibrate(run: CalibrateConfig) -> dict[str, Any]:
-    """Fit, store beside the checkpoint, and say how well predictions held before and after on the other prompts."""
+    """Fit, store beside the checkpoint, and report the error of predictions before and after on the other prompts."""
     directory = resolve_model(run.drafter)
     corpus = Corpus.load(run.corpus)
     held_out = Split.of(corpus, run.held_out, 0).held_out
@@ -98,14 +98,14 @@ def calibrate(run: CalibrateConfig) -> dict[str, Any]:
 
 
 def fit_copying(blocks: Blocks, tables: CopyTables, *, greedy: bool) -> CopyTables:
-    """Biases, trust and lonely survival by match length, as far as the blocks tell; elsewhere what `tables` say."""
+    """Biases, trust and survival of lone copies by match length, where the blocks show them; else from `tables`."""
     name = "greedy" if greedy else "sampled"
     bucket = np.digitize(blocks.match, BUCKETS) - 1  # -1: not biased
     bias, trust = list(getattr(tables, f"{name}_bias")), np.array(getattr(tables, f"{name}_trust"))
     for index in range(len(BUCKETS)):
-        use = (bucket == index) & ~np.isnan(blocks.repeated)  # only the drafter's own blocks have any
+        use = (bucket == index) & ~np.isnan(blocks.repeated)  # only the drafter's own blocks have values
         odds, repeated = blocks.odds[use][:, None], blocks.repeated[use][:, None]
-        # The bias under which what followed was likeliest; a little weight on the table's own.
+        # The bias under which the following tokens were likeliest; a little weight on the table's own.
         errors = -np.log(_sigmoid((odds + BIASES) * (2 * repeated - 1)) + 1e-12).sum(axis=0)
         bias[index] = float(BIASES[np.argmin(errors + 0.05 * (BIASES - bias[index]) ** 2)])
     reached = (bucket >= 0) & (blocks.accepted[:, None] >= np.arange(blocks.gamma)) & measures.judged(blocks)
@@ -120,7 +120,7 @@ def fit_copying(blocks: Blocks, tables: CopyTables, *, greedy: bool) -> CopyTabl
 
 
 def _alone(blocks: Blocks, prior: tuple[float, ...]) -> tuple[float, ...]:
-    """By bucket: how often a token that was copied alone stood, given those before it; the prior counts like five."""
+    """By bucket: acceptance of a token copied alone, given those before it; the prior counts like five tokens."""
     reached = (blocks.accepted[:, None] >= np.arange(blocks.gamma)) & measures.judged(blocks)
     bucket = np.digitize(blocks.match, BUCKETS) - 1
     stood = measures.prefix_survived(blocks)
@@ -132,7 +132,7 @@ def _alone(blocks: Blocks, prior: tuple[float, ...]) -> tuple[float, ...]:
 
 
 def logistic(features: Floats, labels: Floats, prior: Floats) -> Floats:
-    """Weights [f] of the logistic regression of labels [N] on features [N, f], drawn a little towards `prior` [f]."""
+    """Weights [f] of the logistic regression of labels [N] on features [N, f], shrunk a little towards `prior` [f]."""
 
     def misfit(weights: Floats) -> float:
         logits = features @ weights
@@ -145,7 +145,7 @@ def logistic(features: Floats, labels: Floats, prior: Floats) -> Floats:
         curvature = (features.T * (chance * (1 - chance))) @ features + np.eye(len(prior))
         change = np.linalg.solve(curvature, gradient)
         while misfit(weights - change) > misfit(weights) and np.abs(change).max() > 1e-6:
-            change = change / 2  # far from the best, Newton's step may go too far
+            change = change / 2  # far from the optimum, Newton's step may overshoot
         weights = weights - change
         if np.abs(change).max() < 1e-6:
             break
@@ -153,9 +153,9 @@ def logistic(features: Floats, labels: Floats, prior: Floats) -> Floats:
 
 
 def fit_scaling(blocks: Blocks, gamma: int) -> Scaling:
-    """Left to right: under which scaling of logit k the fates of the slots that were reached are likeliest.
+    """Left to right: the scaling of logit k under which the outcomes of the slots that were reached are likeliest.
 
-    Over the drafter's own blocks, `gamma` slots of each, where no copy was favoured.
+    Over the drafter's own blocks, `gamma` slots of each, in slots without a copy bias.
     """
     stood = measures.prefix_survived(blocks).astype(float)
     reached = (blocks.accepted[:, None] >= np.arange(blocks.gamma)) & measures.judged(blocks)
@@ -171,7 +171,7 @@ def fit_scaling(blocks: Blocks, gamma: int) -> Scaling:
 
 
 def predicted(blocks: Blocks, scaling: Scaling, tables: CopyTables, temperature: float) -> Floats:
-    """a_k [N, gamma] after scaling, as the engine computes it; of blocks copied alone, as it did (it knew more)."""
+    """a_k [N, gamma] after scaling, as in the engine; of blocks copied alone, the engine's own (it knew more)."""
     scale, shift = np.ones(blocks.gamma), np.zeros(blocks.gamma)
     gamma = len(scaling.temperatures)
     scale[:gamma], shift[:gamma] = scaling.temperatures, scaling.offsets
@@ -181,7 +181,7 @@ def predicted(blocks: Blocks, scaling: Scaling, tables: CopyTables, temperature:
 
 
 def _copied(blocks: Blocks, tables: CopyTables, temperature: float) -> Floats:
-    """Chance [N, gamma] of slots that a match biased."""
+    """Probability [N, gamma] that slots biased by a match are accepted."""
     trust = np.array(tables.sampled_trust if temperature else tables.greedy_trust)
     offset = trust[2:][np.maximum(np.digitize(blocks.match, BUCKETS) - 1, 0)]
     return _sigmoid(trust[0] * blocks.confidence + trust[1] * blocks.odds + offset)

@@ -1,4 +1,4 @@
-"""Run prompts through the engine with whole blocks verified, and keep what became of every block."""
+"""Run prompts through the engine with whole blocks verified, and keep the outcome of every block."""
 
 import json
 import time
@@ -24,7 +24,7 @@ Integers = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Prompt:
-    """A user turn and the domain it counts for."""
+    """A user turn and its domain."""
 
     text: str
     domain: str
@@ -53,7 +53,7 @@ def read_prompts(paths: Iterable[Path], limit: int | None = None) -> list[Prompt
 
 
 def chat_tokens(prompts: Sequence[Prompt], model: str, *, raw: bool = False) -> list[list[int]]:
-    """Token ids of each prompt as a user turn of the chat template; as it stands if `raw`, or where there is none."""
+    """Token ids of each prompt as a user turn of the chat template; of the bare text if `raw` or without a template."""
     tokenizer = load_tokenizer(resolve_model(model))
     if raw or tokenizer.chat_template is None:
         return [list(tokenizer(prompt.text).input_ids) for prompt in prompts]
@@ -66,13 +66,12 @@ def chat_tokens(prompts: Sequence[Prompt], model: str, *, raw: bool = False) -> 
 class Blocks:
     """N draft blocks that were verified whole.
 
-    group [N]: whose (an index the caller gave each prompt); confidence [N, gamma]: logits of c_k, NaN without a
-    confidence head; survival [N, gamma]: a_k as the engine used it; accepted [N]: draft tokens that stood; judged [N]:
-    slots whose fate means something (all that were drafted, but where the request ended inside the block); committed
-    [N]: tokens the cycle gave, the bonus token included. alone [N]: the block was copied from the context; match
-    [N, gamma]: length of the match that biased the slot's law or was copied, 0 without one; odds [N, gamma]: log odds
-    of the matched token before the bias; repeated [N, gamma]: 1 if the text went on with that token, 0 if not, NaN
-    where that was not seen.
+    group [N]: an index that the caller gave each prompt; confidence [N, gamma]: logits of c_k, NaN without a confidence
+    head; survival [N, gamma]: a_k as the engine used it; accepted [N]: accepted draft tokens; judged [N]: slots whose
+    outcome counts (all drafted ones, unless the request ended inside the block); committed [N]: tokens that the cycle
+    gave, the bonus token included. alone [N]: the block was copied from the context; match [N, gamma]: length of the
+    match that biased the slot or was copied, 0 without one; odds [N, gamma]: log odds of the matched token before the
+    bias; repeated [N, gamma]: 1 if the text went on with that token, 0 if not, NaN where that was not seen.
     """
 
     group: Integers
@@ -97,7 +96,7 @@ class Blocks:
 
 
 class Recorder:
-    """A StepLoop trace that keeps the blocks. Blocks cut short by max_tokens are left out: they tell less."""
+    """A StepLoop trace that keeps the blocks. Blocks cut short by max_tokens are left out, as they tell less."""
 
     def __init__(self, gamma: int) -> None:
         self._gamma = gamma
@@ -138,7 +137,7 @@ class Recorder:
         return np.full(self._gamma, fill)
 
     def blocks(self) -> Blocks:
-        """What was seen so far."""
+        """The blocks recorded so far."""
         kinds = (np.int64, np.float64, np.float64, np.int64, np.int64, np.int64, np.bool_, np.int64, np.float64,
                  np.float64)  # fmt: skip
         columns = list(zip(*self._rows, strict=True)) or [()] * len(kinds)
@@ -191,7 +190,7 @@ def collect(
     recorder = Recorder(core.loop.executor.gamma)
     whose = groups if groups is not None else [0] * len(prompts)
     requests = [
-        # The choice index tells requests apart in the noise, and here whose they are.
+        # The choice index tells requests apart in the noise, and here it names the prompt.
         core.new_request(prompt, own, nonce=index, choice=group)
         for index, (prompt, own, group) in enumerate(zip(prompts, params, whose, strict=True))
     ]

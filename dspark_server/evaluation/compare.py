@@ -1,4 +1,4 @@
-"""Drafters side by side, from what `dspark-server eval --json` said of each (figure 2 of the paper):
+"""Drafters side by side, from `dspark-server eval --json` of each (figure 2 of the paper):
 
 python -m dspark_server.evaluation.compare FIGURE.png DSpark=greedy.json DSpark=sampled.json DFlash=other.json ...
 """

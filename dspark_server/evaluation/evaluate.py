@@ -1,4 +1,4 @@
-"""`dspark-server eval`: a drafter's worth on prompts, as one object and as a table."""
+"""`dspark-server eval`: measures of a drafter on prompts, as one object and as a table."""
 
 import math
 from dataclasses import dataclass, replace
@@ -20,7 +20,7 @@ THRESHOLDS = np.round(np.arange(0, 1, 0.1), 2)
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """What to run. `concurrency` requests at once, up to `max_tokens` each, all at one sampling temperature."""
+    """An evaluation's settings. `concurrency` requests at once, up to `max_tokens` each, at one temperature."""
 
     prompts: list[Path]
     model: str
@@ -72,7 +72,7 @@ def evaluate(run: EvalConfig) -> dict[str, Any]:
 
 
 def summary(blocks: Blocks, domains: list[str]) -> dict[str, Any]:
-    """Every measure of the blocks, in all and by domain (group g belongs to domains[g])."""
+    """Every measure of the blocks, in total and by domain (group g belongs to domains[g])."""
     parts = {name: blocks.of(blocks.group == index) for index, name in enumerate(domains)}
     by_domain = {
         name: {
@@ -98,13 +98,13 @@ def summary(blocks: Blocks, domains: list[str]) -> dict[str, Any]:
 
 
 def uncalibrated(blocks: Blocks) -> Floats:
-    """a_k [N, gamma] as the head says it, NaN without one; of blocks that were copied alone as they were served."""
+    """a_k [N, gamma] by the head alone, NaN without one; of blocks copied alone, as used in serving."""
     said = (1 / (1 + np.exp(-blocks.confidence))).cumprod(axis=1)
     return np.asarray(np.where(blocks.alone[:, None], blocks.survival, said))
 
 
 def show(result: dict[str, Any], console: Console) -> None:
-    """The table that people read."""
+    """Print the result as a table."""
     gamma = len(result["per_position"])
     table = Table(
         title=f"temperature {result['temperature']:g}, {result['blocks']} blocks of {gamma}; 1-{gamma}: by slot"
@@ -135,7 +135,7 @@ def _two(value: float | None) -> str:
 
 
 def without_nan(value: Any) -> Any:
-    """JSON has no NaN: what could not be measured is null."""
+    """Replace NaN, which JSON does not have, by null."""
     if isinstance(value, dict):
         return {name: without_nan(each) for name, each in value.items()}
     if isinstance(value, list):

@@ -17,7 +17,7 @@ STEPS = ((1, 1), (1, 8), (2, 8), (4, 8), (8, 8), (16, 8), (32, 8), (256, 1))  # 
 
 
 def seconds(cost: Cost) -> float:
-    """The longer of moving its bytes and computing its FLOPs, both at the accelerator's peak."""
+    """Seconds of moving its bytes or of computing its FLOPs, whichever is longer, at the accelerator's peak."""
     return max(cost.bytes / H100.bandwidth, cost.flops / H100.peak)
 
 

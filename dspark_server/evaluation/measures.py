@@ -1,6 +1,6 @@
-"""What blocks say of a drafter: accepted length, acceptance by position, calibration. Pure functions of arrays.
+"""Measures of a drafter from its blocks: acceptance length, acceptance by position, calibration. Pure functions.
 
-Shapes: N blocks of gamma draft tokens; slot k counts from 0. A slot that was not judged counts nowhere.
+Shapes: N blocks of gamma draft tokens; slot k counts from 0. A slot whose outcome is unknown counts nowhere.
 """
 
 import numpy as np
@@ -17,30 +17,30 @@ def tau(blocks: Blocks) -> float:
 
 
 def acceptance_rate(blocks: Blocks) -> float:
-    """Draft tokens that stood, of all that were verified."""
+    """Share of verified draft tokens that were accepted."""
     return float(blocks.accepted.sum() / max(1, blocks.judged.sum()))
 
 
 def conditional_acceptance(blocks: Blocks) -> list[float]:
-    """By position: how often the token stood, given that those before it did (figure 2 of the paper)."""
+    """By position: acceptance of the token, given that those before it were accepted (figure 2 of the paper)."""
     reached = [(blocks.accepted >= k) & (blocks.judged > k) for k in range(blocks.gamma)]
     return [_mean(blocks.accepted[mask] > k) for k, mask in enumerate(reached)]
 
 
 def prefix_survived(blocks: Blocks) -> npt.NDArray[np.bool_]:
-    """[N, gamma]: whether the prefix up to each slot stood."""
+    """[N, gamma]: whether the prefix up to each slot was accepted."""
     return np.asarray(blocks.accepted[:, None] > np.arange(blocks.gamma))
 
 
 def judged(blocks: Blocks) -> npt.NDArray[np.bool_]:
-    """[N, gamma]: whether each slot was judged."""
+    """[N, gamma]: whether each slot's outcome counts."""
     return np.asarray(blocks.judged[:, None] > np.arange(blocks.gamma))
 
 
 def expected_calibration_error(predicted: Floats, observed: npt.NDArray[np.bool_]) -> float:
     """Mean over BINS equal bins of |mean predicted - share observed|, weighted by their sizes. Both [N].
 
-    Where predicted is NaN nothing was said, and nothing counts; NaN if that is so everywhere.
+    Entries with predicted NaN are left out; NaN if all are.
     """
     said = ~np.isnan(predicted)
     predicted, observed = predicted[said], observed[said]
@@ -58,7 +58,9 @@ def ece_by_position(survival: Floats, blocks: Blocks) -> list[float]:
 
 
 def auc(predicted: Floats, observed: npt.NDArray[np.bool_]) -> float:
-    """Chance that a survivor was given more than a casualty, ties counting half; NaN if one kind is absent."""
+    """Probability that a survivor got a higher prediction than a casualty, ties counting half; NaN if one kind is
+    absent.
+    """
     positive, negative = int(observed.sum()), int((~observed).sum())
     if not positive or not negative:
         return float("nan")
@@ -74,7 +76,7 @@ def auc_by_position(survival: Floats, blocks: Blocks) -> list[float]:
 
 
 def reliability(survival: Floats, blocks: Blocks, slot: int) -> list[tuple[float, float, int]]:
-    """(mean predicted, share that stood, blocks) of each bin of a_k at one slot that is not empty."""
+    """(mean predicted, share accepted, blocks) of each non-empty bin of a_k at one slot."""
     known = judged(blocks)[:, slot]
     predicted, stood = survival[known, slot], prefix_survived(blocks)[known, slot]
     index = np.minimum((predicted * BINS).astype(int), BINS - 1)
@@ -86,9 +88,9 @@ def reliability(survival: Floats, blocks: Blocks, slot: int) -> list[tuple[float
 
 
 def threshold_sweep(blocks: Blocks, thresholds: Floats) -> list[dict[str, float]]:
-    """What verifying only while a_k >= threshold would give (figure 5): acceptance rate, tau, verified draft tokens.
+    """Results of verifying only while a_k >= threshold (figure 5): acceptance rate, tau, verified draft tokens.
 
-    Exact at each threshold: whether a slot is kept depends on tokens before it only, and blocks were verified whole.
+    Exact at each threshold: whether a slot is kept depends only on tokens before it, and blocks were verified whole.
     """
     rows = []
     for threshold in thresholds:

@@ -42,7 +42,7 @@ def plot_evaluation(blocks: Blocks, domains: list[str], result: dict[str, Any], 
 
 
 def plot_reliability(kinds: dict[str, Floats], blocks: Blocks, path: Path) -> None:
-    """Predicted against observed survival of the prefix, one panel a position, one line for each of `kinds`."""
+    """Predicted against observed survival of the prefix, one panel per position, one line for each of `kinds`."""
     columns = min(blocks.gamma, 6)
     rows = -(-blocks.gamma // columns)
     figure = Figure((3 * columns, 3 * rows), layout="constrained")

@@ -1,7 +1,7 @@
-"""What a step costs on hardware we do not have: SPS curves derived from a roofline, for the simulator.
+"""Step costs on hardware we do not have: SPS curves derived from a roofline, for the simulator.
 
-A pass takes the longer of reading what it must and computing what it must, plus what is stated below; nothing is fitted
-to a measurement, and nothing reaches a peak in practice: compare curves of one machine, do not quote their seconds.
+A pass takes the longer of its reads and its computation, plus the terms stated below; nothing is fitted to a
+measurement, and no real pass reaches a peak: compare curves of one machine, do not quote their seconds.
 
 Shapes: B tokens of a pass, R drafting requests, gamma draft tokens each. Bytes, FLOPs, seconds.
 """
@@ -68,13 +68,13 @@ class Network:
 
     @property
     def stored_bytes(self) -> float:
-        """All weights."""
+        """Bytes of all weights."""
         each = self.layers * self.expert_parameters * self.bytes_per_expert_parameter
         return self.dense * self.bytes_per_dense + self.experts * each
 
     @property
     def token_flops(self) -> float:
-        """Of one token, attention excepted."""
+        """FLOPs of one token, attention excepted."""
         return 2 * (self.dense + self.layers * self.experts_per_token * self.expert_parameters)
 
     def seconds(self, tokens: int, on: Accelerator) -> float:
@@ -87,11 +87,11 @@ class Network:
 
 @dataclass(frozen=True)
 class Machine:
-    """One served model on one accelerator: what the simulator runs on, as it stands in `configs/profiles/`.
+    """One served model on one accelerator, as stored in `configs/profiles/`: the simulator's input.
 
     `overhead` is seconds of a step outside both models, `single_draft` the draft table of an MTP-1 drafter (one layer,
-    one token) for `costs.requests`, `kv_tokens` how many tokens of context fit into memory. `assumptions` says where
-    all of it comes from.
+    one token) for `costs.requests`, `kv_tokens` the number of tokens of context that fit into memory. `assumptions`
+    gives the source of all numbers.
     """
 
     name: str
@@ -109,7 +109,7 @@ class Machine:
 
     @classmethod
     def load(cls, path: Path) -> "Machine":
-        """Read what `save` wrote. Raises ConfigError if it is anything else."""
+        """Read a file written by `save`. Raises ConfigError if it is anything else."""
         try:
             values: Any = json.loads(path.read_text())
             costs: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in values["costs"].items()}
@@ -122,7 +122,7 @@ class Machine:
         return machine
 
     def save(self, path: Path) -> None:
-        """Write it as JSON, a list to a line."""
+        """Write it as JSON, one list per line."""
         lines = json.dumps(asdict(self), indent=1).splitlines()
         text, inside = "", False
         for line in lines:
@@ -213,7 +213,7 @@ _EXPERTS: dict[str, Any] = {
     "exchanged": 6 * 4096 * 3,  # to 6 experts in 8 bits, back in 16
 }
 # Like DeepSeek-V4-Flash: 284e9 parameters, 13e9 active; 43 layers of width 4096, 256 experts of 25e6 in each, 6 used.
-# What is not a routed expert (shared experts, attention, head: 6.5e9) is in 8 bits. Its compressed KV is taken as 4 kB
+# All but the routed experts (shared experts, attention, head: 6.5e9) are in 8 bits. Its compressed KV is taken as 4 kB
 # a token. Drafter: 3 layers of the same kind, the head, projections; blocks of 5. MTP-1: one layer.
 V4_FLASH_LIKE = Pair(
     "V4-Flash-like MoE",
@@ -238,7 +238,7 @@ def derive(name: str) -> Machine:
 
 
 def _sizes(most: int, ridge: int) -> list[int]:
-    """1, 2, 3, 4, 6, 8, ... `most`, and where memory and compute meet, so that the floor is flat up to there."""
+    """1, 2, 3, 4, 6, 8, ... `most`, and the ridge between memory and compute, so that the curve is flat up to there."""
     steps = {1 << power for power in range(most.bit_length())} | {3 << power for power in range(most.bit_length())}
     return sorted({size for size in steps | {ridge} if 0 < size < most} | {most})
 
@@ -248,5 +248,5 @@ def _rounded(seconds: float) -> float:
 
 
 def _given(what: Accelerator | Network) -> dict[str, Any]:
-    """The fields that say something."""
+    """The fields that are set (not zero)."""
     return {f.name: getattr(what, f.name) for f in fields(what) if getattr(what, f.name)}

@@ -1,6 +1,6 @@
-"""Serving simulated: closed loops of many users on a derived machine, through the production batcher and selection.
+"""Simulated serving: closed loops of many users on a derived machine, through the production batcher and selection.
 
-A point is one policy at one concurrency: so many users, each sending its next request when its last one ended. It is
+A point is one policy at one concurrency: that many users, each sending its next request when its last one ended. It is
 measured from the step in which all users run to the step in which the last request was sent.
 """
 
@@ -24,17 +24,17 @@ from dspark_server.speculation.selection import POLICIES, build_selection
 
 BLOCK_SIZE = 16
 LOAD_AWARE = ("causal", "lagged")
-# Beside the policies proper: one draft token of the same drafter, and of a one-layer drafter that costs less.
+# Beside the policies proper: one draft token of the same drafter, and of a cheaper one-layer drafter.
 SYSTEMS = ("none", "mtp-1", "static-2", "fixed", "threshold", "causal", "lagged")
 assert set(POLICIES) < set(SYSTEMS)
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What users send, in tokens: a prompt, of which the first `shared_tokens` are everyone's, and an answer.
+    """Requests of the users, in tokens: a prompt, of which the first `shared_tokens` are common to all, and an answer.
 
-    Shared tokens are found in the prefix cache, so that by default passes decode and nothing else, as where other
-    machines compute prompts. After each user's first request at least `requests` follow, and half as many as users.
+    Shared tokens are found in the prefix cache, so that by default passes only decode, as where other machines compute
+    prompts. After each user's first request at least `requests` follow, and half as many as users.
     """
 
     prompt_tokens: int = 129
@@ -58,7 +58,7 @@ class Workload:
 class Point:
     """One policy at one concurrency.
 
-    `running` requests on average; tokens a second, of all and of one user while it decodes; `budget` tokens verified
+    `running` requests on average; tokens per second, of all users and of one while it decodes; `budget` tokens verified
     and `committed` tokens of a decoding request in a step; `acceptance` of verified draft tokens; `drafting` share of
     decoding requests; `step` in milliseconds.
     """
@@ -80,7 +80,7 @@ class Point:
 
 
 class Mark(NamedTuple):
-    """How far a simulation has come."""
+    """Counts of a simulation at one moment."""
 
     seconds: float
     tokens: int
@@ -88,14 +88,15 @@ class Mark(NamedTuple):
 
 
 class Simulation:
-    """The production step loop of one policy on a simulated machine, and the users in front of it."""
+    """The production step loop of one policy on a simulated machine, and its users."""
 
     def __init__(
         self, machine: Machine, policy: str, concurrency: int, workload: Workload, believed: Profile | None = None
     ) -> None:
-        """`believed`: the profile that selection starts with, in place of what passes cost (None).
+        """`believed`: the profile that selection starts with, instead of the true cost of passes (None).
 
-        Raises ConfigError for an unknown policy, or requests that the machine's memory cannot hold."""
+        Raises ConfigError for an unknown policy, or requests that the machine's memory cannot hold.
+        """
         if policy not in SYSTEMS:
             raise ConfigError(f"Policy {policy!r} is not known; choose from {', '.join(SYSTEMS)}.")
         self.clock = VirtualClock()
@@ -111,7 +112,7 @@ class Simulation:
             overhead=machine.overhead,
             seed=workload.seed,
         )
-        # Blocks that nobody could use only take our own memory.
+        # Blocks beyond all requests' needs would only take our own memory.
         each = -(-(workload.prompt_tokens + workload.output_tokens + self.executor.gamma) // BLOCK_SIZE)
         self.batcher = Batcher(
             BlockPool(min(machine.kv_tokens // BLOCK_SIZE, 2 * concurrency * each), BLOCK_SIZE, prefix_caching=True),
@@ -122,7 +123,7 @@ class Simulation:
             clock=self.clock,
         )
         self.batcher.check_fits(workload.prompt_tokens, workload.output_tokens)
-        # Selection learns from what steps take, as in serving; what they really take is the executor's own.
+        # Selection learns from the times of steps, as in serving; their true cost is the executor's own.
         capacity = Capacity(believed or costs, *most) if policy in LOAD_AWARE else None
         name = policy if policy in POLICIES else "fixed"
         self.selection = build_selection(name, capacity, threshold=workload.threshold)
@@ -159,7 +160,7 @@ class Simulation:
         return self._point(*marks)
 
     def serve(self, seconds: float) -> float:
-        """Tokens a second in the next `seconds` of virtual time; all users are there, and stay for a next call."""
+        """Tokens per second in the next `seconds` of virtual time; all users are present, and stay for a next call."""
         began, before = self.clock.now, self.loop.stats.generation_tokens
         while self.clock.now < began + seconds:
             there = len(self.batcher.running) + len(self.batcher.waiting)
@@ -170,9 +171,9 @@ class Simulation:
         return (self.loop.stats.generation_tokens - before) / (self.clock.now - began)
 
     def _requests(self) -> Iterator[Request]:
-        """Without end. The first of each user has part of its output behind it, evenly spread.
+        """Endless requests. The first of each user has already produced part of its output, evenly spread.
 
-        So the loop starts in its long run.
+        So the loop starts in its steady state.
         """
         own, users = self._workload, self._concurrency
         left = np.random.default_rng((own.seed, 3)).permutation((np.arange(users) + 0.5) / users)
@@ -220,7 +221,7 @@ def sweep(
     workload: Workload,
     progress: Callable[[Point], object] = lambda point: None,
 ) -> list[Point]:
-    """All points, policy by policy; `progress` is shown each as it comes."""
+    """All points, policy by policy; `progress` is called with each as it is done."""
     points = []
     for policy in policies:
         for users in concurrency:

@@ -1,13 +1,13 @@
-"""Lossless acceptance: how much of each draft stands, and the token that ends the cycle (DSpark §3.2.2, §2.1).
+"""Lossless acceptance: the number of accepted draft tokens, and the token that ends the cycle (DSpark §3.2.2, §2.1).
 
-Shapes: R requests in the pass, Rd requests that drafted, γ slots of a draft, V vocabulary, N rows of logits. Request
-r brings ℓ_r draft tokens, 0 <= ℓ_r <= γ, and owns ℓ_r + 1 rows: the row of its anchor judges draft token 1, the row
-of draft token k judges token k + 1, and the last one gives the bonus token.
+Shapes: R requests in the pass, Rd requests that drafted, γ slots of a draft, V vocabulary, N rows of logits. Request r
+brings ℓ_r draft tokens, 0 <= ℓ_r <= γ, and owns ℓ_r + 1 rows: the row of its anchor verifies draft token 1, the row of
+draft token k verifies token k + 1, and the last one gives the bonus token.
 
-Both rules give the target's law exactly; they may not be mixed, nor share noise (DSPARK.md, "Losslessness"):
+Both rules give the target's distribution exactly; they may not be mixed, nor share noise (DSPARK.md, "Losslessness"):
 
-- ratio: keep x with probability min(1, p(x)/q(x)); after the first rejection draw from norm(max(p - q, 0)).
-- coupled (and greedy): the target draws its own token y from p with the noise the draft used; keep x iff x = y.
+- ratio: accept x with probability min(1, p(x)/q(x)); after the first rejection draw from norm(max(p - q, 0)).
+- coupled (and greedy): the target draws its own token y from p with the noise of the draft; accept x iff x = y.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,12 +24,12 @@ from dspark_server.speculation.sampling import Rule, SamplingBatch
 
 @dataclass(frozen=True)
 class DraftTokens:
-    """What was drafted, and the law it was really drawn from.
+    """Draft tokens, and the distribution q from which they were drawn.
 
     tokens [Rd, γ] i64; q [Rd, γ, C] probabilities after temperature, filters and any shortlist, read only for ratio
     requests; None says that every draft was greedy: q is one-hot at the token. row [R] i64: the request's index into
-    Rd, or -1 if it did not draft. columns [Rd, γ, C] i64: which token each column of q is (a token that stands twice
-    has its mass once); None: column v is token v.
+    Rd, or -1 if it did not draft. columns [Rd, γ, C] i64: the token of each column of q (a token with two columns has
+    its mass in one of them); None: column v is token v.
     """
 
     tokens: Tensor
@@ -49,10 +49,10 @@ class DraftTokens:
 
 @dataclass(frozen=True)
 class Accepted:
-    """count [R] i64: draft tokens that stand; token [R] i64: the token after them; failed [R] bool.
+    """count [R] i64: accepted draft tokens; token [R] i64: the token after them; failed [R] bool.
 
     A row is broken if it holds NaN or +inf, or permits no token at all. A request fails if its anchor's row is broken,
-    as it would have without a draft; its token is then -1. Where the row of a draft token that stands is broken, that
+    as it would have without a draft; its token is then -1. If the row of an accepted draft token is broken, that draft
     token is `token` and ends the cycle: the rows before it accepted it, and it is the anchor of the next cycle.
     """
 
@@ -73,7 +73,9 @@ class _Pass:
     sampling: SamplingBatch
 
     def prefixes(self) -> list[list[int]]:
-        """The draft tokens before rows 0 .. L of every request, request by request; behind its last row, all it has."""
+        """The draft tokens before rows 0 .. L of every request, request by request; after its last row, all its draft
+        tokens.
+        """
         slots, rows = range(self.tokens.shape[1] + 1), zip(self.tokens.tolist(), self.lengths.tolist(), strict=True)
         return [row[: min(slot, length)] for row, length in rows for slot in slots]
 
@@ -94,11 +96,12 @@ def accept(
     streams: Streams,
     kernels: Kernels | None = None,
 ) -> Accepted:
-    """Judge every draft of a pass and draw the token that ends each request's cycle.
+    """Accept or reject the drafts of a pass, and draw the token that ends each request's cycle.
 
     logits [N, V], float32 (float64 is computed in float64); row_start, R + 1 numbers: rows row_start[r] up to
-    row_start[r + 1] are request r's, ℓ_r + 1 of them; lengths [R]: ℓ_r; sampling: R rows. ℓ_r = 0 is plain sampling,
-    and `draft` may be None if all are 0. With `kernels`, the ratio rule is theirs but for rows with controls.
+    row_start[r + 1] belong to request r, ℓ_r + 1 of them; lengths [R]: ℓ_r; sampling: R rows. ℓ_r = 0 is plain
+    sampling, and `draft` may be None if all are 0. `kernels`, if given, compute the ratio rule, except for rows with
+    controls.
     """
     device = logits.device
     lengths = torch.as_tensor(lengths, dtype=torch.int64).to(device)
@@ -107,7 +110,7 @@ def accept(
     if draft is None:
         draft = DraftTokens(lengths.new_zeros((1, 0)), None, torch.full_like(lengths, -1))
     width = int(lengths.max())
-    # A request that did not draft reads row 0 and uses nothing of it.
+    # A request that did not draft reads row 0, and the result is not used.
     row = draft.row.clamp(min=0)
     whole = _Pass(logits, bounds[:-1], lengths, draft.tokens[:, :width][row], row, sampling)
     result = Accepted(torch.empty_like(lengths), torch.empty_like(lengths), torch.empty_like(lengths, dtype=torch.bool))
@@ -126,7 +129,7 @@ def accept(
 
 
 def _accept_greedy(mine: _Pass) -> Accepted:
-    """Keep draft tokens up to the first that is not the target's argmax. One look at each row, no walk."""
+    """Accept draft tokens up to the first that is not the target's argmax. Each row is read once, without a walk."""
     requests, width = mine.tokens.shape
     slots = torch.arange(width + 1, device=mine.start.device)
     within = slots <= mine.lengths.unsqueeze(1)
@@ -144,9 +147,9 @@ def _accept_greedy(mine: _Pass) -> Accepted:
 
 
 def _stood_greedily(best: Tensor, token: Tensor, drafted: Tensor, lengths: Tensor) -> Accepted:
-    """From each row's maximum and its token, both [n, L + 1], drafts [n, L] and how many of them are judged [n]."""
+    """Greedy acceptance from each row's maximum and its token [n, L + 1], draft tokens [n, L] and their number [n]."""
     slots = torch.arange(drafted.shape[1], device=lengths.device)
-    # A broken row agrees with nothing, so that the walk ends there and it is the row that decides.
+    # A broken row agrees with no token, so the walk ends there and that row decides.
     agrees = (token[:, :-1] == drafted) & best[:, :-1].isfinite() & (slots < lengths.unsqueeze(1))
     count = agrees.long().cumprod(1).sum(1)
     broken = ~best.gather(1, count.unsqueeze(1)).squeeze(1).isfinite()
@@ -154,8 +157,9 @@ def _stood_greedily(best: Tensor, token: Tensor, drafted: Tensor, lengths: Tenso
 
 
 def _outcome(count: Tensor, token: Tensor, broken: Tensor, drafted: Tensor) -> Accepted:
-    """Of walks that ended behind `count` [n] of the drafts [n, L] with `token` [n], or at a broken row, where there is
-    none to draw."""
+    """The result of walks that ended after `count` [n] of the draft tokens [n, L], with `token` [n] or at a broken row,
+    which gives no token.
+    """
     failed = broken & (count == 0)
     before = (count - 1).clamp(min=0)
     if drafted.shape[1]:
@@ -165,9 +169,9 @@ def _outcome(count: Tensor, token: Tensor, broken: Tensor, drafted: Tensor) -> A
 
 @dataclass(frozen=True)
 class Noise:
-    """What `accept_at_once` draws with: greedy [R] bool; inverse_temperature [R] f32, 1 for greedy rows; coins [R, L]
-    and last [R, L + 1] f64. What is None is not needed: greedy if no row is, the others if all are, filters if no row
-    may have any.
+    """Noise and parameters of `accept_at_once`: greedy [R] bool; inverse_temperature [R] f32, 1 for greedy rows; coins
+    [R, L] and last [R, L + 1] f64. A field is None where it is not needed: greedy if no row is greedy, the others if
+    all are, filters if no row may have any.
     """
 
     greedy: Tensor | None
@@ -195,10 +199,10 @@ class Noise:
 def accept_at_once(
     logits: Tensor, start: Tensor, lengths: Tensor, draft: DraftTokens, noise: Noise, kernels: Kernels
 ) -> Accepted:
-    """`accept` for batches that are `SamplingBatch.at_once`, reading nothing on the host.
+    """`accept` for batches that are `SamplingBatch.at_once`, without reading anything on the host.
 
-    logits [N, V] float32: request r owns rows start[r] .. start[r] + lengths[r], both [R] i64, start rising; what
-    stands in other rows does not matter.
+    logits [N, V] float32: request r owns rows start[r] .. start[r] + lengths[r], both [R] i64, start rising; the
+    contents of other rows do not matter.
     """
     drafted = draft.tokens[draft.row.clamp(min=0)]
     greedy = None
@@ -212,8 +216,8 @@ def accept_at_once(
         return greedy
     if noise.filters is not None:
         logits = _filtered_everywhere(logits, start, noise.inverse_temperature, noise.filters, kernels)
-    # The kernel judges all requests, and what it says of the greedy ones is not used: they bring no draft to it, and
-    # theirs may have rows and slots that q does not reach (`DraftBlock.alone`).
+    # The kernel runs over all requests, and its results for greedy ones are not used: they bring no draft to it, and
+    # theirs may have rows and slots beyond the end of q (`DraftBlock.alone`).
     row = draft.row.clamp(min=0) if draft.q is None else draft.row.clamp(0, len(draft.q) - 1)
     count, drawn, failed = kernels.accept_by_ratio(
         logits,
@@ -237,7 +241,7 @@ def accept_at_once(
 
 
 def _accept_coupled(mine: _Pass, streams: Streams) -> Accepted:
-    """The target draws with the draft's own noise; the draft stands as far as it drew the same."""
+    """The target draws with the draft's own noise; draft tokens are accepted up to the first that differs."""
 
     def judge(slot: int, active: Tensor, p: Tensor, here: SamplingBatch) -> tuple[Tensor, Tensor]:
         token = draw_coupled(p, streams.exponential(here, p.shape[1], p.dtype))
@@ -249,7 +253,7 @@ def _accept_coupled(mine: _Pass, streams: Streams) -> Accepted:
 
 
 def _accept_by_ratio(mine: _Pass, draft: DraftTokens, streams: Streams, kernels: Kernels | None) -> Accepted:
-    """Keep x with probability min(1, p(x)/q(x)), else draw from what p has left over; past the draft, from p."""
+    """Accept x with probability min(1, p(x)/q(x)), else draw from the residual; after the last draft token, from p."""
     width = mine.tokens.shape[1]
     offsets = torch.arange(width + 1, device=mine.start.device)
     coins = streams.uniform(Purpose.COIN, mine.sampling, offsets[:-1]) if width else None
@@ -289,7 +293,7 @@ def _accept_by_ratio(mine: _Pass, draft: DraftTokens, streams: Streams, kernels:
 
 
 def _filtered(mine: _Pass, scale: Tensor, kernels: Kernels) -> tuple[Tensor, Tensor]:
-    """Rows of these requests alone, -inf where a filter leaves a token out, and where each request's now start."""
+    """Rows of these requests alone, -inf where a filter removes a token, and each request's first row among them."""
     ends = (mine.lengths + 1).cumsum(0)
     start = ends - mine.lengths - 1
     request = torch.repeat_interleave(mine.lengths + 1)
@@ -308,9 +312,9 @@ def _filtered_everywhere(
 
 
 def residual(p: Tensor, q: Tensor | None, drafted: Tensor, columns: Tensor | None = None) -> Tensor:
-    """max(p - q, 0) [n, V], not normalised (`draw` needs no norm); q None: one-hot at `drafted` [n].
+    """max(p - q, 0) [n, V], not normalised (`draw` does not need it); q None: one-hot at `drafted` [n].
 
-    q [n, C] belongs to tokens `columns` [n, C], or to all where that is None. Where nothing is left, p itself: p and q
+    q [n, C] belongs to tokens `columns` [n, C], or to all if that is None. If no mass is left, the result is p: p and q
     are then equal up to rounding.
     """
     if q is None:
@@ -323,7 +327,7 @@ def residual(p: Tensor, q: Tensor | None, drafted: Tensor, columns: Tensor | Non
 
 
 def _walk(mine: _Pass, judge: Callable[[int, Tensor, Tensor, SamplingBatch], tuple[Tensor, Tensor]]) -> Accepted:
-    """Slot by slot, along the requests whose drafts have stood so far: no row past the first rejection costs anything.
+    """Slot by slot, over the requests whose drafts are accepted so far: rows after the first rejection cost nothing.
 
     `judge(slot, active [a], p [a, V], sampling)` gives (accepted [a], the token that ends the cycle if not [a]).
     """

@@ -1,10 +1,10 @@
-"""Algorithm 1 and what it walks on: draft tokens ranked by survival, and what a step costs with so many of them.
+"""Algorithm 1 and its inputs: draft tokens ranked by survival, and the cost of a step by number of draft tokens.
 
 Whether position k of a request is kept may depend on other requests and on confidences up to k (which depend on tokens
 before k), never on x_k or later (DSPARK.md, "Non-anticipating").
 
-Shapes: R requests, gamma draft tokens each, a_{r,k} the chance that request r's prefix up to k survives. A step is
-worth Theta = tau / seconds, tau the tokens it is expected to commit (DSpark §3.2.2).
+Shapes: R requests, gamma draft tokens each, a_{r,k} the probability that request r's prefix up to k survives. A step
+has Theta = tau / seconds, tau being the expected number of committed tokens (DSpark §3.2.2).
 """
 
 from collections.abc import Callable, Sequence
@@ -25,10 +25,10 @@ Integers = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Load:
-    """What the pass holds before any draft: `tokens` to run, of which `sampling` give a token each.
+    """The pass before any draft: `tokens` to run, of which `sampling` give a token each.
 
     `context` sums the tokens of context of all runs, `pairs` those of all query tokens; `per_draft` is the mean context
-    of those that could draft, `room` how many draft tokens may join.
+    of the requests that could draft, `room` the number of draft tokens that may be added.
     """
 
     sampling: int
@@ -43,7 +43,8 @@ class Load:
 class Ranked:
     """All (request, position) within their limits by falling survival, ties to the earlier position of a request.
 
-    values [n] survivals; request [n]: whose each is. Any first count of them is a prefix of every block.
+    values [n] survivals; request [n]: the request of each. The first entries, up to any count, are a prefix of every
+    block.
     """
 
     values: Floats
@@ -52,14 +53,14 @@ class Ranked:
 
     @classmethod
     def of(cls, survival: Tensor, limits: Sequence[int]) -> "Ranked":
-        """Rank survivals [R, gamma], of which each row never rises."""
+        """Rank survivals [R, gamma]; no row rises."""
         return cls.rank(survival.double().numpy(), limits)
 
     @classmethod
     def rank(cls, survival: Floats, limits: Sequence[int]) -> "Ranked":
         """The same from an array."""
         inside = np.arange(survival.shape[1]) < np.asarray(limits, dtype=np.int64).reshape(-1, 1)
-        # A NaN says nothing of any token: it is last, and so is all that follows it.
+        # A NaN says nothing about any token: it ranks last, and so do all positions after it.
         falling = np.minimum.accumulate(np.nan_to_num(survival, nan=0.0), axis=1)
         values, request = falling[inside], np.nonzero(inside)[0]
         order = np.argsort(-values, kind="stable")
@@ -72,7 +73,7 @@ class Ranked:
 
 
 def keep_likeliest(survival: Tensor, limits: Tensor, count: Tensor) -> Tensor:
-    """`Ranked.first` in torch, reading nothing on the host: the prefix lengths [R] int64 when `count` [1] are kept.
+    """`Ranked.first` in torch, without reading anything on the host: prefix lengths [R] int64 if `count` [1] are kept.
 
     survival [R, gamma] float32, limits [R] int64.
     """
@@ -85,23 +86,23 @@ def keep_likeliest(survival: Tensor, limits: Tensor, count: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class StepCost:
-    """Seconds that tau is bought with when so many draft tokens are verified.
+    """Seconds that a step takes for its tau, by number of draft tokens verified.
 
-    Prefill tokens in the pass make each draft token as dear as it then is, but what they cost themselves buys other
-    tokens than tau: were it counted, any draft would look cheap beside a long chunk.
+    Prefill tokens in the pass raise the cost of each draft token, and that is counted. Their own cost is not, as it
+    produces none of tau: if it were counted, any draft would look cheap beside a long chunk.
     """
 
-    table: Floats  # seconds of the target pass, by draft tokens
+    table: Floats  # seconds of the target pass, by number of draft tokens
     fixed: float
     each: float
-    prefill: float = 0.0  # that the step takes besides, for prompts
+    prefill: float = 0.0  # seconds that the step takes in addition, for prompts
 
     @classmethod
     def of(cls, capacity: Capacity, load: Load, requests: int, slots: int | None = None) -> "StepCost":
-        """Of a step in which the drafter drafts for so many `requests`.
+        """The cost of a step in which the drafter drafts for `requests` requests.
 
-        With `slots`, on the convex minorant of the measured curve as far as they reach: how many draft tokens the
-        blocks could have at most, which must be known before the draft. Without, on the measured curve itself.
+        `slots` is the largest number of draft tokens that the blocks could have, known before the draft: costs are then
+        on the convex minorant of the measured curve up to there. None: on the measured curve itself.
         """
         raw = capacity.raw
         tokens, sampling = (min(count, len(raw) - 1) for count in (load.tokens, load.sampling))
@@ -122,19 +123,21 @@ class StepCost:
         return np.asarray(np.maximum(seconds, 1e-9))
 
     def room(self, load: Load, floor: float | None) -> int:
-        """How many draft tokens may join; with `floor`, so that the step takes no longer than 1 / floor seconds."""
+        """Number of draft tokens that may be added; with `floor`, so that the step takes no longer than 1 / floor
+        seconds.
+        """
         return min(load.room, within_floor(self.upto(load.room) + self.prefill, floor)) if floor else load.room
 
 
 def within_floor(seconds: Floats, floor: float | None) -> int:
-    """How many draft tokens a step may verify that must not take longer than 1 / floor seconds."""
+    """Number of draft tokens that a step may verify without taking longer than 1 / floor seconds."""
     if not floor:
         return len(seconds) - 1
     return int(np.searchsorted(seconds[1:], 1 / floor, side="right"))
 
 
 class Admitted(NamedTuple):
-    """Prefix lengths [R], and tokens a second with them."""
+    """Prefix lengths [R], and tokens per second with them."""
 
     lengths: list[int]
     theta: float
@@ -147,11 +150,11 @@ def admit(
     room: int,
     seconds: Callable[[int], float],
 ) -> Admitted:
-    """Algorithm 1 over blocks of survivals [R][gamma]: the likeliest token left is next, until Theta fails to rise.
+    """Algorithm 1 over blocks of survivals [R][gamma]: add the likeliest token left, until Theta no longer rises.
 
-    The step gives `sampling` tokens without drafts, and `room` draft tokens may join.
-    Ties go to the earlier request, and so to the earlier position of a request. `seconds` as StepCost has it. Plain
-    numbers: the few tokens looked at are no work for arrays, whose code a pass has driven out of the caches.
+    The step gives `sampling` tokens without drafts, and `room` draft tokens may be added. Ties go to the earlier
+    request, and so to the earlier position of a request. `seconds` is as in StepCost. Plain numbers: few tokens are
+    looked at, and the pass has evicted the code of array operations from the caches.
     """
     lengths = [0] * len(limits)
     heads = [(-_at_most(1.0, block[0]), row) for row, block in enumerate(survival) if limits[row] > 0]
@@ -174,19 +177,19 @@ def admit(
 
 
 def _at_most(most: float, value: float) -> float:
-    """A NaN says nothing of any token: it is last, and so is all that follows it."""
+    """A NaN says nothing about any token: it ranks last, and so do all positions after it."""
     return min(most, value) if value == value else 0.0
 
 
 def best_count(survivals: Floats, seconds: Floats, load: Load, room: int | None = None) -> int:
-    """The count, at most `room` (None: the load's), whose Theta is greatest of all.
+    """The count, at most `room` (None: the load's), with the greatest Theta of all.
 
-    Looks at every survival: not for the block that is being judged.
+    Looks at every survival: not allowed for the block that is being verified.
     """
     most = min(load.room if room is None else room, len(survivals))
     return int(np.argmax(theta_by_count(survivals, seconds, load)[: most + 1]))
 
 
 def theta_by_count(survivals: Floats, seconds: Floats, load: Load) -> Floats:
-    """Tokens a second [n + 1] when the first 0 .. n ranked draft tokens are verified."""
+    """Tokens per second [n + 1] when the first 0 .. n ranked draft tokens are verified."""
     return np.asarray((load.sampling + np.concatenate([[0.0], survivals.cumsum()])) / seconds)

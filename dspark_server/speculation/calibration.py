@@ -1,9 +1,9 @@
-"""Sequential temperature scaling: from what the confidence head says to what really survives (DSpark §3.2.1).
+"""Sequential temperature scaling: from the confidence head's logits to calibrated survival (DSpark §3.2.1).
 
-One temperature per draft position divides the logit of c_k. The paper has nothing else; here an offset is added, for a
-temperature leaves a logit of 0 where it is, and there a head may be wrong as well (docs/experiments.md). Survival
-depends on the sampling temperature, so there are two sets, and requests in between get what lies between.
-Slots that follow a copy are judged by its length too (`CopyTables.trust`).
+One temperature per draft position divides the logit of c_k. The paper has nothing else; here an offset is added, since
+a temperature does not change a logit of 0, and a head may be wrong there as well (docs/experiments.md). Survival
+depends on the sampling temperature, so there are two sets, and temperatures in between are interpolated. Survival of
+slots that follow a copy also depends on its length (`CopyTables.trust`).
 """
 
 import json
@@ -24,7 +24,7 @@ CALIBRATION_FILE = "calibration.json"
 
 @dataclass(frozen=True)
 class Calibration:
-    """Temperatures by draft position [gamma]: `greedy` at sampling temperature 0, `sampled` at 1; so the offsets.
+    """Temperatures by draft position [gamma]: `greedy` at sampling temperature 0, `sampled` at 1; likewise the offsets.
 
     Offsets are in units of a scaled logit; without any they are 0.
     """
@@ -37,15 +37,15 @@ class Calibration:
 
     @classmethod
     def identity(cls, gamma: int) -> "Calibration":
-        """What the head says is what is meant."""
+        """Calibration that changes nothing: temperatures of 1."""
         return cls((1.0,) * gamma, (1.0,) * gamma)
 
     @classmethod
     def load(cls, directory: Path, gamma: int) -> "Calibration":
-        """Read what is stored beside a checkpoint; the identity where there is nothing.
+        """Read the calibration stored beside a checkpoint; the identity if there is none.
 
-        Raises CheckpointError if the file is not gamma positive temperatures, and as many offsets or none, for each of
-        the two.
+        Raises CheckpointError if the file does not hold, for each of the two, gamma positive temperatures and as many
+        offsets or none.
         """
         path = directory / CALIBRATION_FILE
         if not path.exists():
@@ -65,7 +65,7 @@ class Calibration:
         return cls(greedy, sampled, copying, *offsets)
 
     def save(self, directory: Path, about: dict[str, object]) -> None:
-        """Store beside a checkpoint; `about` says how it was fitted."""
+        """Store beside a checkpoint; `about` describes the fit."""
         fields: dict[str, object] = {"temperatures": {"0": self.greedy, "1": self.sampled}}
         if self.greedy_offset:
             fields["offsets"] = {"0": self.greedy_offset, "1": self.sampled_offset}
@@ -78,7 +78,7 @@ class Calibration:
         return survival_from(confidence, *self.scaling(temperature), trust)
 
     def scaling(self, temperature: Tensor) -> tuple[Tensor, Tensor]:
-        """What divides the logits of c_k and what is then added, [R, gamma] each, by sampling temperature [R]."""
+        """Divisors of the logits of c_k and offsets added afterwards, [R, gamma] each, by sampling temperature [R]."""
         share = temperature.clamp(0, 1).unsqueeze(1).float()
         logarithms, offsets = (
             torch.lerp(greedy.to(share.device), sampled.to(share.device), share) for greedy, sampled in self._tensors
@@ -86,7 +86,7 @@ class Calibration:
         return torch.exp(logarithms), offsets
 
     def trust(self, temperature: Tensor, bucket: Tensor) -> tuple[Tensor, Tensor]:
-        """How far favoured tokens are believed: weights [R, 2] and offsets [R, gamma]. bucket [R, gamma]: `buckets`."""
+        """Trust in biased tokens: weights [R, 2] and offsets [R, gamma]. bucket [R, gamma]: `buckets`."""
         trust = self.copying.trust(temperature)
         return trust[:, :2], trust[:, 2:].gather(1, bucket)
 
@@ -101,10 +101,10 @@ class Calibration:
 def survival_from(
     confidence: Tensor, scale: Tensor, shift: Tensor, favoured: tuple[Tensor, Tensor, Tensor, Tensor] | None
 ) -> Tensor:
-    """a_k [R, gamma] from confidence logits and what `Calibration` makes of the requests.
+    """a_k [R, gamma] from confidence logits and the requests' values from `Calibration`.
 
-    scale and shift [R, gamma]: `Calibration.scaling`. favoured: the slots that were, their log odds before the bias
-    (`CopyBias`), and what `Calibration.trust` says.
+    scale and shift [R, gamma]: `Calibration.scaling`. favoured: the biased slots, their log odds before the bias
+    (`CopyBias`), and the result of `Calibration.trust`.
     """
     chance = confidence / scale + shift
     if favoured is not None:

@@ -23,10 +23,10 @@ from dspark_server.speculation.slowdown import Slowdown
 
 Floats = npt.NDArray[np.float64]
 
-STALE = 0.02  # a cost that a correction has moved by this share makes the tables anew
+STALE = 0.02  # a cost that corrections have moved by this share makes the tables be built again
 DOUBT = 0.5  # standard deviation of the log of a cost that counts as unknown
 OVERHEAD_GAIN = 0.1  # of a step's overhead in their average
-LONGEST = 1e6  # seconds: no clock has measured more for a step
+LONGEST = 1e6  # seconds: a measured step longer than this is an error of the clock
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Profile:
 
     verify[i] is a target pass over tokens[i] tokens without context; draft[i] a draft of requests[i] blocks. A token of
     context costs each run that reads it `run_context` (its rows are read once) and each query token `query_context`
-    more. An empty draft table belongs to an engine without a drafter.
+    more. The draft table is empty for an engine without a drafter.
     """
 
     tokens: tuple[int, ...]
@@ -57,7 +57,7 @@ class Profile:
 
     @classmethod
     def load(cls, path: Path) -> "Profile":
-        """Read what `save` wrote. Raises ConfigError if it is anything else."""
+        """Read a file written by `save`. Raises ConfigError if it is anything else."""
         try:
             fields: Any = json.loads(path.read_text())
             values: dict[str, Any] = {
@@ -73,7 +73,7 @@ class Profile:
 
 
 class Capacity:
-    """The cost model that selection reads: the profile, corrected by what steps take (`correction`).
+    """The cost model that selection reads: the profile, corrected by the measured times of steps (`correction`).
 
     Tables are dense in B and R and never fall.
     """
@@ -92,7 +92,7 @@ class Capacity:
         self._build()
         self._start_raw, self._start_drafts = self._raw, self._drafts
 
-    # -- what selection reads ----------------------------------------------------------------------------------------
+    # -- read by selection -------------------------------------------------------------------------------------------
 
     @property
     def profile(self) -> Profile:
@@ -105,10 +105,10 @@ class Capacity:
         return self._raw
 
     def convex(self, tokens: int, drafts: int) -> Floats:
-        """The greatest convex minorant of `raw` from `tokens` on, as far as so many drafts reach or up to twice as far.
+        """The greatest convex minorant of `raw` from `tokens` to the end of `drafts` draft tokens or to twice as far.
 
-        There an early stop finds the best (DSPARK.md, step 6). No further than that: what a smaller or greater pass
-        would cost is no choice of this step, and the nearer the ends, the closer the minorant is to the curve.
+        There an early stop finds the best (DSPARK.md, step 6). It goes no further: the cost of smaller or greater
+        passes is irrelevant to this step, and the nearer the ends, the closer the minorant is to the curve.
         """
         start = min(tokens, len(self._raw) - 1)
         last = min(start + (1 << max(0, drafts - 1).bit_length()), len(self._raw) - 1)  # powers of two: few to keep
@@ -120,43 +120,43 @@ class Capacity:
 
     @property
     def verify_seconds(self) -> dict[int, float]:
-        """Seconds of a pass over B tokens, at the sizes that were measured; a new object when the table changes."""
+        """Seconds of a pass over B tokens, at the measured sizes; a new object when the table changes."""
         return self._verify_seconds
 
     def draft(self, requests: int) -> float:
-        """Seconds to draft blocks for so many requests; 0 for none."""
+        """Seconds to draft blocks for `requests` requests; 0 for none."""
         return float(self._drafts[min(requests, len(self._drafts) - 1)])
 
     def uncertain(self, tokens: int) -> bool:
-        """Whether a pass over so many tokens may well take another time than `raw` says: it was not measured lately."""
+        """Whether the time of a pass over `tokens` tokens may well differ from `raw`: it was not measured lately."""
         parts = self._verify_parts(min(tokens, len(self._raw) - 1), 0.0)
         return self._correction.variance(parts / parts.sum()) > DOUBT**2
 
     @property
     def overhead(self) -> float:
-        """Seconds of a step outside both models: planning, choosing who drafts, acceptance, commit."""
+        """Seconds of a step outside both models: planning, choice of drafting requests, acceptance, commit."""
         return self._overhead
 
     def attention(self, context: float, pairs: float) -> float:
         """Seconds of reading `context` tokens of context, all runs together, for `pairs` (query, context) pairs."""
         return self._attention * (self._profile.run_context * context + self._profile.query_context * pairs)
 
-    # -- what people read --------------------------------------------------------------------------------------------
+    # -- shown to people -------------------------------------------------------------------------------------------
 
     @property
     def slowdown(self) -> float:
-        """Seconds that draft and pass lately took, by those that the profile has for them as measured at start.
+        """Recent seconds of draft and pass, divided by the seconds that the profile measured at start gives for them.
 
-        Over some seconds of steps; 1 before the first.
+        Averaged over some seconds of steps; 1 before the first.
         """
         return self._slowdown.ratio
 
     @property
     def slow(self) -> bool:
-        """Steps have taken five times what the profile says for some seconds (`Slowdown`)."""
+        """Steps have taken five times the profile's seconds for some seconds (`Slowdown`)."""
         return self._slowdown.slow
 
-    # -- what serving teaches ----------------------------------------------------------------------------------------
+    # -- learned while serving ----------------------------------------------------------------------------------------
 
     def observe(
         self,
@@ -169,7 +169,7 @@ class Capacity:
         draft: float,
         overhead: float,
     ) -> None:
-        """A step took so many seconds. Those that no clock can have measured say nothing."""
+        """Learn from the seconds of a step. Values that no clock can have measured are ignored."""
         reading = self._profile.run_context * context + self._profile.query_context * pairs
         size, drafting = min(tokens, len(self._raw) - 1), min(requests, len(self._drafts) - 1)
         drafted = requests > 0 and len(self._profile.draft) > 0
@@ -208,16 +208,16 @@ class Capacity:
         if not math.isfinite(seconds):
             return
         self._overheads.append(max(0.0, seconds))
-        usual = median(self._overheads)  # one step that was held up says nothing
+        usual = median(self._overheads)  # the median ignores a single step that was held up
         self._overhead += (usual - self._overhead) * (OVERHEAD_GAIN if self._overhead else 1.0)
 
     def _build(self) -> None:
-        """Make the tables by the factors that are known now."""
+        """Build the tables from the current factors."""
         profile, self._built = self._profile, self._correction.factors
         verify, attention, draft = np.split(self._built, [len(profile.tokens), len(profile.tokens) + 1])
         self._attention = float(attention[0])
-        # Where corrected times fall, the knots are pooled, not what is between them: straight lines all the way.
-        # What was measured lately stays: the others give way.
+        # Where corrected times fall, the knots are pooled, not the points between them, so that lines stay straight.
+        # Recently measured costs stay: the others are adjusted.
         sure = np.split(self._correction.certainty, [len(verify), len(verify) + 1])
         self._verify = isotonic(verify * profile.verify, sure[0])
         self._draft = isotonic(draft * profile.draft, sure[2])

@@ -1,8 +1,9 @@
-"""What a request does to its logits before temperature: grammar, masks, biases and penalties.
+"""Changes that a request makes to its logits before temperature: grammar, masks, biases and penalties.
 
-The rules see the committed tokens and the draft tokens before a position, and nothing behind it. They are applied to
-the target's logits and to the draft's alike, so that a draft never proposes what the target may not take, and drafting
-stays lossless whatever they are: p and q of a position are then laws given the same prefix (DSPARK.md, "Filters").
+The rules see the committed tokens and the draft tokens before a position, and nothing after them. They are applied to
+the target's logits and to the draft's alike, so that a draft never proposes a token that the target may not take, and
+drafting stays lossless under any rules: p and q of a position are distributions given the same prefix (DSPARK.md,
+"Filters").
 
 Order and formulas are vLLM's (v1/sample/sampler.py): grammar, allowed tokens, bad words, minimum length, bias, then
 repetition, frequency and presence penalties.
@@ -23,9 +24,9 @@ class Control(Protocol):
     """Rules of one request."""
 
     def apply(self, logits: Tensor, drafted: Sequence[int], position: int, columns: Tensor | None) -> None:
-        """Change logits [C] of the token at absolute `position` in place, `drafted` being the draft tokens before it.
+        """Change logits [C] of the token at absolute `position` in place; `drafted` are the draft tokens before it.
 
-        columns [C] i64 says which token each column is; None: column v is token v.
+        columns [C] i64: the token of each column; None: column v is token v.
         """
 
 
@@ -47,20 +48,20 @@ class Forbidden:
 
 
 class Grammar(Protocol):
-    """A compiled form that an answer must have, and how far the committed tokens have come in it."""
+    """A compiled grammar that an answer must match, and its state after the committed tokens."""
 
     @property
     def failure(self) -> str | None:
-        """Why nothing may follow, if that is for the grammar's cost; a line for the client."""
+        """The reason why no token may follow, if it is the grammar's cost; a line for the client."""
 
     def mask(self, drafted: Sequence[int]) -> Tensor:
-        """The tokens [V] bool that may follow the committed ones and `drafted`; none if these cannot follow."""
+        """The tokens [V] bool that may follow the committed ones and `drafted`; all False if these cannot follow."""
 
     def commit(self, tokens: Sequence[int]) -> None:
-        """The answer went on with `tokens`."""
+        """Add `tokens` to the answer."""
 
     def over(self, drafted: Sequence[int] = ()) -> bool:
-        """The form is complete behind the committed tokens and `drafted`: nothing but an end can follow."""
+        """The form is complete after the committed tokens and `drafted`: only an end token can follow."""
 
 
 @dataclass(frozen=True)
@@ -73,15 +74,15 @@ class Penalties:
 
     @property
     def any(self) -> bool:
-        """Whether they change anything."""
+        """Whether they change any logit."""
         return self != Penalties()
 
 
 class Controls:
-    """All rules of one request. The step thread tells it what has been committed.
+    """All rules of one request. The step thread passes the committed tokens to `commit`.
 
-    bias: (token, number added to its logit); allowed: nothing else may appear; bad_words: token sequences that may not
-    appear in the answer. As in vLLM none begins in the prompt, which repetition penalties alone look at.
+    bias: (token, number added to its logit); allowed: no other token may appear; bad_words: token sequences that may
+    not appear in the answer. As in vLLM none begins in the prompt; only repetition penalties look at the prompt.
     """
 
     def __init__(
@@ -100,7 +101,7 @@ class Controls:
         self._early = early
         self.grammar = grammar
         self._bad_words = tuple(bad_words)
-        self._tail: list[int] = []  # of the answer: what a bad word could begin with
+        self._tail: list[int] = []  # last tokens of the answer: possible beginnings of a bad word
         self._bias = _dense(vocabulary, bias)
         self._allowed: Tensor | None = None
         if allowed is not None:
@@ -110,13 +111,13 @@ class Controls:
         if self._penalties.any:
             self._prompt_seen = torch.zeros(vocabulary, dtype=torch.bool)
             self._prompt_seen[list(set(prompt))] = True
-        self._counts: Tensor | None = None  # [V] f32, of the answer's tokens; None before the first
-        self._seen = self._prompt_seen  # of the prompt's and the answer's
+        self._counts: Tensor | None = None  # [V] f32, counts of the answer's tokens; None before the first
+        self._seen = self._prompt_seen  # tokens of the prompt and the answer
 
     def again(self, grammar: Grammar | None) -> "Controls":
         """The same rules for another answer to the same prompt, from its beginning.
 
-        All that does not change is shared. May be called while the step thread commits tokens of this one.
+        All constant data is shared. May be called while the step thread commits tokens of this one.
         """
         made = copy(self)
         made.grammar = grammar
@@ -124,7 +125,7 @@ class Controls:
         return made
 
     def commit(self, tokens: Sequence[int]) -> None:
-        """The answer went on with `tokens`."""
+        """Add `tokens` to the answer."""
         if self._seen is not None:
             if self._counts is None:
                 self._counts, self._seen = torch.zeros(len(self._seen)), self._seen.clone()
@@ -136,7 +137,7 @@ class Controls:
             self.grammar.commit(tokens)
 
     def apply(self, logits: Tensor, drafted: Sequence[int], position: int, columns: Tensor | None) -> None:
-        """See `Control.apply`. Where a grammar leaves only an end to say, no other mask has a say."""
+        """See `Control.apply`. If a grammar permits only an end token, no other mask applies."""
 
         def of(values: Tensor) -> Tensor:
             values = values.to(logits.device)
@@ -157,7 +158,7 @@ class Controls:
             self._penalize(logits, drafted, columns)
 
     def _ban(self, logits: Tensor, drafted: Sequence[int], columns: Tensor | None) -> None:
-        """Forbid the last token of every bad word whose other tokens stand just before."""
+        """Forbid the last token of every bad word whose other tokens come just before."""
         tail = [*self._tail, *drafted]
         banned = [word[-1] for word in self._bad_words if len(word) == 1 or tail[-(len(word) - 1) :] == list(word[:-1])]
         if banned:
@@ -183,7 +184,7 @@ class Controls:
 
 
 def _longest(bad_words: Sequence[tuple[int, ...]]) -> int:
-    """Tokens that must be remembered to know that a bad word is nearly complete; at least one."""
+    """Number of last tokens needed to know that a bad word is nearly complete; at least one."""
     return max(1, max(map(len, bad_words)) - 1)
 
 

@@ -1,13 +1,13 @@
-"""Drafting by copying: where the last tokens stood before, what followed there is likely to follow again.
+"""Drafting by copying: the tokens that followed an earlier occurrence of the last tokens are likely to follow again.
 
-Text repeats itself (quoted prompts, code, lists), greedy text most of all. A small drafter sees little of that, and an
-index of the sequence's own n-grams sees it for nothing. Two uses, both lossless, as any draft law is (DSPARK.md):
+Text repeats itself (quoted prompts, code, lists), greedy text most of all. A small drafter sees little of that; an
+index of the sequence's own n-grams finds it at almost no cost. Two uses, both lossless for any draft (DSPARK.md):
 
 - a long match of a greedy request drafts alone, up to WIDTH tokens, and the backbone does not run for it;
 - any other match adds a bias to one logit of the draft, as long as the block follows the match.
 
-Both depend on committed tokens and on earlier tokens of the block only. How far a match is to be believed depends on
-its length and on the temperature: the tables are fitted by `dspark-server calibrate`.
+Both depend on committed tokens and on earlier tokens of the block only. Trust in a match depends on its length and on
+the temperature: the tables are fitted by `dspark-server calibrate`.
 
 Shapes: R requests, gamma draft tokens each, C columns of draft logits, BUCKETS of match lengths.
 """
@@ -25,26 +25,26 @@ import torch
 from dspark_kernels import UNNAMED, Favour
 from torch import Tensor
 
-WIDTH = 12  # tokens a copy drafts alone
+WIDTH = 12  # draft tokens of a block that is copied alone, at most
 ALONE = 4  # matched tokens from which a greedy request needs no backbone
-ALONE_WEIGHT = 30.0  # draft tokens of a request's own record that a table's `alone` counts like (docs/experiments.md)
-BUCKETS = (2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32)  # least match lengths that the tables tell apart
-ORDERS = (4, 2)  # n-grams that are looked up, longest first
-SETTLED = 8  # a match this long is not given up for a longer one
+ALONE_WEIGHT = 30.0  # weight of a table's `alone` beside a request's own record, in draft tokens (docs/experiments.md)
+BUCKETS = (2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32)  # least match lengths of the tables' buckets
+ORDERS = (4, 2)  # lengths of the n-grams that are looked up, longest first
+SETTLED = 8  # a match this long is not replaced by a longer one
 
 
 @dataclass(frozen=True)
 class Match:
-    """The sequence's last `length` tokens stood before, and `tokens` followed them there (periodic, if that is now)."""
+    """The sequence's last `length` tokens occurred earlier, followed by `tokens` (periodic past the end)."""
 
     length: int
     tokens: list[int]
 
 
 class Grams:
-    """Where n-grams of one sequence ended last: `ends[order][n-gram]`, in the order of ORDERS.
+    """Last occurrences of n-grams in one sequence, by their end: `ends[order][n-gram]`, in the order of ORDERS.
 
-    Those that end at `entered` or before are in it, or begin before the part of the sequence that it covers.
+    N-grams that end at `entered` or before are in it, unless they begin before the part of the sequence that it covers.
     """
 
     def __init__(self, start: int = 0) -> None:
@@ -52,7 +52,7 @@ class Grams:
         self.entered = start
 
     def enter(self, tokens: Sequence[int], until: int) -> None:
-        """Add those that end behind `entered`, up to `until`."""
+        """Add n-grams that end after `entered`, up to `until`."""
         for order, ends in zip(ORDERS, self.ends, strict=True):
             first = max(0, self.entered - order + 1)
             last = max(first, until - order + 1)
@@ -62,7 +62,7 @@ class Grams:
 
 
 class ContextIndex:
-    """Where the n-grams of one growing sequence ended last. Time and memory grow by a few entries a token.
+    """Last occurrences of n-grams in one growing sequence. Time and memory grow by a few entries per token.
 
     Its first `boundary` tokens are indexed in `prompt`, which the answers to one prompt share.
     """
@@ -72,11 +72,11 @@ class ContextIndex:
         self._boundary = boundary
         self._own = Grams(boundary)
         self._seen = 0
-        self._next = 0  # what followed the current match stands here
+        self._next = 0  # index of the token that followed the current match
         self._length = 0
 
     def enter(self, tokens: Sequence[int], most: int) -> int:
-        """Index what ended before the end of `tokens`, at most `most` tokens of it; returns how many those were.
+        """Index n-grams that end before the end of `tokens`, at most `most` tokens of it; returns the number indexed.
 
         The newest tokens may so be indexed before the rest of the prompt is.
         """
@@ -89,9 +89,9 @@ class ContextIndex:
         return spent
 
     def match(self, tokens: Sequence[int], width: int) -> Match | None:
-        """The best earlier place of the end of `tokens`, which begin with those of every call before.
+        """The best earlier occurrence of the end of `tokens`, which begin with the tokens of every earlier call.
 
-        Only what `enter` has indexed is found.
+        Finds only n-grams that `enter` has indexed.
         """
         self._follow(tokens)
         if self._length < SETTLED:
@@ -105,7 +105,7 @@ class ContextIndex:
         return Match(self._length, following)
 
     def _follow(self, tokens: Sequence[int]) -> None:
-        """Go on with the current match as far as the new tokens bear it out."""
+        """Extend the current match as long as the new tokens agree with it."""
         for place in range(self._seen, len(tokens)):
             if self._length and tokens[self._next] == tokens[place]:
                 self._next += 1
@@ -116,7 +116,7 @@ class ContextIndex:
         self._seen = len(tokens)
 
     def _look_up(self, tokens: Sequence[int]) -> None:
-        """Look for the n-gram that ends now, the longest first, and where it stood last."""
+        """Look up the n-gram at the end, the longest first, and its last occurrence."""
         for order, own, shared in zip(ORDERS, self._own.ends, self.prompt.ends, strict=True):
             gram = tuple(tokens[-order:])
             end = own.get(gram) or shared.get(gram)
@@ -128,7 +128,9 @@ class ContextIndex:
 
 
 def _common_suffix(tokens: Sequence[int], end: int, known: int) -> int:
-    """How many tokens before `end` equal the last ones, `known` of them for certain; no more than matters."""
+    """Number of tokens before `end` that equal the last ones, `known` of them for certain; capped where more is
+    useless.
+    """
     length = known
     while length < min(end, BUCKETS[-1]) and tokens[end - length - 1] == tokens[-length - 1]:
         length += 1
@@ -137,11 +139,11 @@ def _common_suffix(tokens: Sequence[int], end: int, known: int) -> int:
 
 @dataclass(frozen=True)
 class CopyTables:
-    """How far copies are believed, by BUCKETS of match length, at temperature 0 (`greedy`) and 1 (`sampled`).
+    """Trust in copies, by BUCKETS of match length, at temperature 0 (`greedy`) and 1 (`sampled`).
 
-    bias: added to the logit of the token that followed. trust: the log odds that a draft token stands which was drawn
-    with such a bias are trust[0] * (the confidence head's logit) + trust[1] * (the copy's log odds before the bias) +
-    trust[2 + bucket]. alone: the chance that a token stands which was copied without a look at anything.
+    bias: added to the logit of the token that followed. trust: the log odds that a draft token drawn with such a bias
+    is accepted are trust[0] * (the confidence head's logit) + trust[1] * (the copy's log odds before the bias) +
+    trust[2 + bucket]. alone: the probability that a token copied without the drafter is accepted.
     """
 
     greedy_bias: tuple[float, ...] = (4.0, 6.0, 6.75, 8.5, 9.5, 9.5, 9.5, 9.5, 11.5, 12.5, 12.5)
@@ -152,7 +154,9 @@ class CopyTables:
 
     @classmethod
     def parse(cls, fields: Mapping[str, Any]) -> "CopyTables":
-        """Read what `fields` of a stored calibration say. Raises ValueError if they are not rows of finite numbers."""
+        """Read the tables from `fields` of a stored calibration. Raises ValueError if they are not rows of finite
+        numbers.
+        """
         tables = {name: tuple(float(value) for value in fields[name]) for name in cls.__dataclass_fields__}
         for name, values in tables.items():
             wanted = len(BUCKETS) + 2 * name.endswith("trust")
@@ -177,7 +181,7 @@ class CopyTables:
         return {name: torch.tensor(getattr(self, name)) for name in self.__dataclass_fields__}
 
     def chance_alone(self, length: int, gamma: int) -> list[float]:
-        """[gamma]: that a token stands if those before it do, in a copy of what followed a match of `length`."""
+        """[gamma] probability that a token is accepted if those before it are, in a copy after a match of `length`."""
         return [self.alone[bisect_right(BUCKETS, length + slot) - 1] for slot in range(gamma)]
 
 
@@ -191,9 +195,9 @@ def buckets(length: Tensor, gamma: int) -> Tensor:
 
 
 class CopyBias:
-    """Favours, slot by slot, the tokens that followed each request's match, as long as its block follows them too.
+    """Biases the tokens that followed each request's match, slot by slot, as long as its block follows them too.
 
-    tokens [R, gamma] int64 followed a match of length [R]; on [R, gamma] bool: the slots where they were favoured; odds
+    tokens [R, gamma] int64 followed a match of length [R]; on [R, gamma] bool: the slots where they were biased; odds
     [R, gamma] float32: the log odds of the slot's token before its bias, 0 where it had none.
     """
 
@@ -208,7 +212,7 @@ class CopyBias:
         self.odds = torch.zeros(len(matches), gamma)
 
     def select(self, rows: Tensor) -> "CopyBias":
-        """Of requests `rows` [n] alone."""
+        """The same for requests `rows` [n] alone."""
         part = copy(self)
         for name in ("tokens", "length", "_following", "bucket", "_bias", "on", "odds"):
             setattr(part, name, getattr(self, name)[rows])
@@ -222,9 +226,9 @@ class CopyBias:
         return moved
 
     def favour(self, slot: int, logits: Tensor, columns: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Draft logits [R, C] with the bias in them, and the tokens [R, C] of their columns (None: column v is v).
+        """Draft logits [R, C] with the bias added, and the tokens [R, C] of their columns (None: column v is v).
 
-        Where no column stands for the copied token, the least likely column of that row does from now on.
+        If no column holds the copied token, the least likely column of that row holds it from now on.
         """
         rows = self._following.nonzero().squeeze(1)
         if not len(rows):
@@ -244,7 +248,7 @@ class CopyBias:
                 columns[rows[missing], place[missing]] = copied[missing]
                 here[missing, place[missing]] = total[missing] + UNNAMED
         score = here.gather(1, place.unsqueeze(1)).squeeze(1)
-        # log p / (1 - p); a copy that already has all the mass needs no bias, and no infinity either.
+        # log p / (1 - p); a copy that already has all the mass needs no bias, and must not give infinity.
         self.odds[rows, slot] = (
             (score - total - torch.log1p(-torch.exp(score - total).clamp(max=1 - 1e-6)))
             .nan_to_num(nan=UNNAMED, neginf=-20.0)
@@ -261,7 +265,7 @@ class CopyBias:
         return Favour(self.tokens, self.tokens, named, self._bias, self._following)
 
     def whole_block(self, base: Tensor, names: Tensor | None) -> tuple[Favour, Tensor | None]:
-        """The same for all slots at once, for `Kernels.draft_tokens`, and what the columns then stand for.
+        """The same for all slots at once, for `Kernels.draft_tokens`, and the tokens of the columns afterwards.
 
         base [R, gamma, C] logits before the correction, names [C] tokens of their columns (None: column v is v).
         Returns [R, gamma, C] tokens of the columns, or None.
@@ -278,5 +282,5 @@ class CopyBias:
         return Favour(self.tokens, place, named | ~self._following.unsqueeze(1), self._bias, self._following), columns
 
     def follow(self, slot: int, drawn: Tensor) -> None:
-        """The slot's tokens [R] were drawn: only blocks that took the copied one go on following."""
+        """The slot's tokens [R] were drawn: blocks that did not take the copied token stop following the match."""
         self._following = self._following & (drawn == self.tokens[:, slot])

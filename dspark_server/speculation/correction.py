@@ -1,10 +1,10 @@
-"""Corrections of measured costs by what steps take: by which factor each is off, those never tried included.
+"""Corrections of measured costs by the times of steps: a factor for each cost, including costs never tried.
 
 A Gaussian process over the logs of the factors, updated by a Kalman filter. A factor is the sum of three unknowns: the
 speed of the machine, common to all costs; the cost of one table (passes, attention, drafts) against the others; and the
-shape of the table, a walk over the logs of the sizes. So one step corrects what it measures most, and everything else
-by what it has in common with that. What was learnt fades: a cost that has long not been measured, as that of a draft
-where drafts do not pay, follows its next measurement nearly at once.
+shape of the table, a walk over the logs of the sizes. So one step corrects most the costs that it measures, and every
+other by its correlation with them. Corrections fade: a cost that has not been measured for long, such as a draft's
+while drafts do not pay, follows its next measurement nearly at once.
 
 Shapes: K costs of all tables, one after the other.
 """
@@ -17,21 +17,21 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
 
-# Standard deviations of logs, of a profile that nothing is known of: a factor of 8 is two of the first.
+# Prior standard deviations of the log factors: SPEED makes a factor of 8 two standard deviations.
 SPEED = 1.0
 TABLE = 0.7
 SHAPE = 0.7
 REACH = 2.0  # doublings of size over which the shape's correlation falls to 1 / e
-STEP = 0.3  # of what a step takes, around what it should
-MEMORY = 60.0  # seconds of steps after which 1 / e of what was learnt counts
-LIMIT = math.log(10)  # nothing that one step says counts for more
+STEP = 0.3  # of the noise of a step's log ratio
+MEMORY = 60.0  # seconds of steps after which a correction has faded to 1 / e
+LIMIT = math.log(10)  # bound on the log ratio of one step
 
 
 class Correction:
-    """`factors` [K] times the measured costs are what steps lately took."""
+    """`factors` [K]: recent times of steps relative to the measured costs."""
 
     def __init__(self, tables: Sequence[Sequence[int]]) -> None:
-        """The measured sizes of each table."""
+        """`tables`: the measured sizes of each table."""
         place = np.log2([size for sizes in tables for size in sizes])
         table = np.repeat(np.arange(len(tables)), [len(sizes) for sizes in tables])
         near = np.exp(-np.abs(place[:, None] - place[None, :]) / REACH)
@@ -47,17 +47,17 @@ class Correction:
 
     @property
     def certainty(self) -> Floats:
-        """[K] one by the variance of each factor's log: much where steps have lately been measured."""
+        """[K] one over the variance of each factor's log: large where steps have been measured lately."""
         return np.asarray(1 / self._covariance.diagonal())
 
     def variance(self, parts: Floats) -> float:
-        """Of the log of the factor of a cost that is made of these parts [K]."""
+        """Variance of the log of the factor of a cost with these parts [K]."""
         return float(parts @ self._covariance @ parts)
 
     def update(self, parts: Floats, log_ratio: float, seconds: float) -> None:
-        """After `seconds` more of serving a step took exp(`log_ratio`) times what was expected.
+        """Learn, after `seconds` more of serving, from a step of exp(`log_ratio`) times the expected time.
 
-        parts [K]: each cost's part of what was expected; their sum is 1.
+        parts [K]: each cost's share of the expected time; their sum is 1.
         """
         fading = -math.expm1(-seconds / MEMORY)
         self._covariance += fading * (self._prior - self._covariance)
@@ -68,9 +68,9 @@ class Correction:
 
 
 class Sieve:
-    """Which steps are listened to: the median of each three, so that one that was disturbed says nothing.
+    """Chooses the steps to learn from: the median of every three, so that a single disturbed step is ignored.
 
-    Disturbances only add time. So a step that took less than half of what was expected counts at once.
+    Disturbances only add time, so a step that took less than half of the expected time counts at once.
     """
 
     FAST = -math.log(2)
@@ -79,7 +79,7 @@ class Sieve:
         self._seen: list[tuple[float, Floats]] = []
 
     def add(self, log_ratio: float, parts: Floats) -> tuple[float, Floats] | None:
-        """A step; gives the one to learn from now, if there is one. Arguments as of `Correction.update`."""
+        """Add a step; returns the one to learn from now, or None. Arguments as in `Correction.update`."""
         if log_ratio < self.FAST:
             return log_ratio, parts
         self._seen.append((log_ratio, parts))

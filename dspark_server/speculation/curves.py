@@ -9,12 +9,12 @@ Floats = npt.NDArray[np.float64]
 
 
 def isotonic(values: Sequence[float] | Floats, weights: Floats | None = None) -> Floats:
-    """The rising curve that is nearest to `values` in squares, by pooling adjacent violators.
+    """The rising curve nearest to `values` in least squares, by pooling adjacent violators.
 
-    More work never costs less. Unlike under a running maximum one value that is too high lifts none but those that it
-    is pooled with, and it comes down among them; `weights` (None: all 1) say how far each counts there.
+    More work never costs less. Unlike under a running maximum, one value that is too high raises only the values that
+    it is pooled with, and is itself lowered; `weights` (None: all 1) are the weights of the squares.
     """
-    pools: list[tuple[float, float, int]] = []  # mean, weight, how many
+    pools: list[tuple[float, float, int]] = []  # mean, weight, number of values
     for value, own in zip(values, np.ones(len(values)) if weights is None else weights, strict=True):
         mean, weight, count = float(value), float(own), 1
         while pools and pools[-1][0] >= mean:
@@ -35,7 +35,7 @@ def dense(sizes: Sequence[int], seconds: Floats, at: npt.NDArray[np.int64]) -> F
 
 
 def shares(sizes: Sequence[int], seconds: Floats, size: int) -> Floats:
-    """[len(sizes)] the part of `dense` at `size` that each measured size contributes; their sum is 1."""
+    """[len(sizes)] the share of each measured size in `dense` at `size`; their sum is 1."""
     parts = np.zeros(len(sizes))
     right = int(np.searchsorted(sizes, size))
     if right == 0 or right == len(sizes):
@@ -48,7 +48,7 @@ def shares(sizes: Sequence[int], seconds: Floats, size: int) -> Floats:
 
 
 def convex_minorant(sizes: Sequence[int], seconds: Sequence[float]) -> Floats:
-    """The greatest convex function on sizes[0], sizes[0] + 1 .. sizes[-1] that nowhere exceeds `seconds` at `sizes`."""
+    """The greatest convex function on sizes[0], sizes[0] + 1 .. sizes[-1] that never exceeds `seconds` at `sizes`."""
     hull: list[int] = []
     for index, (size, value) in enumerate(zip(sizes, seconds, strict=True)):
         while len(hull) > 1:

@@ -1,4 +1,4 @@
-"""What a drafter is to the engine. `none` is one too.
+"""The drafter interface of the engine. `none` is a drafter too.
 
 Shapes: R drafting requests, gamma draft tokens each, V vocabulary, D hidden size, N tokens of a target pass.
 """
@@ -21,10 +21,10 @@ from dspark_server.speculation.sampling import SamplingBatch
 
 @dataclass(frozen=True)
 class DraftRequest:
-    """Where a block starts: the anchor, its 0-based position, and blocks that reach gamma tokens past it.
+    """The start of a block: the anchor, its 0-based position, and a block table that reaches gamma tokens past it.
 
-    `match` says where the text stood before, if it did; `alone`: the block is copied from there, the drafter not asked;
-    `copied` is what came of the request's earlier copies.
+    `match`: an earlier occurrence of the last tokens, if there is one; `alone`: the block is copied from there, without
+    the drafter; `copied` is the record of the request's earlier copies.
     """
 
     anchor: int
@@ -37,16 +37,16 @@ class DraftRequest:
 
 @dataclass(frozen=True)
 class DraftBlock:
-    """gamma drafted tokens of each of R requests.
+    """gamma draft tokens of each of R requests.
 
-    tokens [R, gamma] int64; q [R, gamma, C] the law each token was really drawn from (read for ratio rows only), None
-    where no row follows the ratio rule; columns [R, gamma, C] int64 which token each column of q is, None where column
-    v is token v and C = V; confidence [R, gamma] float32 logits of c_k, None without a confidence head; survival
-    [R, gamma] float32 the calibrated chance a_k that the prefix up to k survives, None without a head; usable [R]
-    int64, how many leading slots came from finite numbers; copies: what was favoured. hidden [R, gamma, D], base_logits
-    and logits [R, gamma, V] are kept only for conformance.
+    tokens [R, gamma] int64; q [R, gamma, C] the distribution from which each token was drawn (read for ratio rows
+    only), None where no row follows the ratio rule; columns [R, gamma, C] int64 the token of each column of q, None
+    where column v is token v and C = V; confidence [R, gamma] float32 logits of c_k, None without a confidence head;
+    survival [R, gamma] float32 the calibrated probability a_k that the prefix up to k survives, None without a head;
+    usable [R] int64, the number of leading slots from finite numbers; copies: the biased tokens. hidden [R, gamma, D],
+    base_logits and logits [R, gamma, V] are kept only for conformance.
 
-    Rows that were copied alone stand last (`with_copies`): alone [A] int64 has the lengths of their matches, and q,
+    Rows that were copied alone come last (`with_copies`): alone [A] int64 has the lengths of their matches, and q,
     columns and confidence end before them.
     """
 
@@ -64,7 +64,7 @@ class DraftBlock:
 
     @property
     def told(self) -> bool:
-        """How likely its prefixes are to survive, the drafter says of every block."""
+        """The drafter has confidence: every block has calibrated survival."""
         return self.survival is not None and not bool(self.survival[:, 0].isnan().any())
 
 
@@ -77,7 +77,7 @@ def with_copies(
 ) -> DraftBlock:
     """The drafter's block, widened to `gamma` slots, and below it one row for each match that is drafted alone.
 
-    How likely copies are to survive the tables say, and each request's own record beside them.
+    Survival of copies comes from the tables and from each request's own record.
     """
     if block is not None:
         missing = gamma - block.tokens.shape[1]
@@ -105,12 +105,12 @@ def with_copies(
 
 
 class Drafter(Protocol):
-    """Proposes blocks, and keeps its context from what the target computes anyway."""
+    """Proposes blocks, and keeps its context from the outputs of target passes."""
 
     gamma: int  # draft tokens per block; 0 for none
-    taps: tuple[int, ...]  # target layers whose outputs `observe` wants
-    identity: str  # part of the prefix hash: rows of one drafter are garbage to another
-    copying: CopyTables | None  # how far it may copy from the context; None: not at all
+    taps: tuple[int, ...]  # target layers whose outputs `observe` takes
+    identity: str  # part of the prefix hash: the rows of one drafter are useless to another
+    copying: CopyTables | None  # tables for copies from the context; None: no copies
 
     @property
     def kv_group(self) -> LayerGroup | None:
@@ -126,7 +126,7 @@ class Drafter(Protocol):
 
 
 class NoDrafter:
-    """No model drafts. With `copying`, greedy requests still copy what followed the same tokens in their own text."""
+    """No drafter model. With `copying`, greedy requests still copy what followed the same tokens in their own text."""
 
     gamma = 0
     taps: tuple[int, ...] = ()

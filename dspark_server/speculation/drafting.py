@@ -1,6 +1,6 @@
-"""Who drafts in a step: decided before any noise is drawn, from load and from what earlier drafts came to.
+"""Choice of the requests that draft in a step: made before any noise is drawn, from load and results of earlier drafts.
 
-A draft costs the drafter's pass and the verification of what is kept of it, and brings what survives. Sees no token.
+A draft costs the drafter's pass and the verification of its kept tokens, and gains the accepted ones. Sees no token.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,8 +11,8 @@ from typing import NamedTuple
 from dspark_server.speculation.admission import Load, StepCost, admit
 from dspark_server.speculation.capacity import Capacity
 
-PROBING = 0.02  # of the steps' seconds, what may be spent on drafts that only find out whether a request's drafts pay
-OPTIMISM = 0.95  # survival that a probe may hope for: where even that does not pay, load is the reason, not the request
+PROBING = 0.02  # probe budget, a share of the steps' seconds: drafts that only find out whether a request's drafts pay
+OPTIMISM = 0.95  # survival assumed for a probe: if even that does not pay, the reason is the load, not the request
 
 
 class Candidate(NamedTuple):
@@ -29,17 +29,17 @@ class Candidate(NamedTuple):
 
 @dataclass(frozen=True)
 class Choice:
-    """Indices of the candidates that draft, and of those among them that only probe."""
+    """Indices of the candidates that draft, and of those among them that are probes."""
 
     drafting: list[int]
     probing: frozenset[int] = frozenset()
 
 
 class Purse:
-    """Seconds there are for probes: a share of the steps in which some are due, saved until it pays for one.
+    """Probe budget in seconds: a share of the steps in which probes are due, saved until it pays for one.
 
-    Without a bound, requests that come and go faster than they can be known make a busy machine pay for getting to know
-    them: with 16 greedy requests of 96 tokens a third of the steps drafted, and every draft was a probe
+    Without a bound, requests that come and go before their acceptance is known make a busy machine spend its time on
+    probes: with 16 greedy requests of 96 tokens a third of the steps drafted, and every draft was a probe
     (docs/experiments.md).
     """
 
@@ -48,15 +48,15 @@ class Purse:
         self._saved = 0.0
 
     def afford(self, due: int, seconds: float, cost: Callable[[int], float]) -> int:
-        """How many of the `due` requests may probe in a step of `seconds`; `cost(n)`: seconds that n of them draft for.
+        """Number of the `due` requests that may probe in a step of `seconds`; `cost(n)`: seconds that n of them take.
 
-        No more is saved than all of them would need.
+        The budget saved is never more than all of them would need.
         """
         self._saved = min(self._saved + self._share * seconds, cost(due))
         return max((size for size in _sizes(due) if cost(size) <= self._saved), default=0)
 
     def spend(self, seconds: float) -> None:
-        """So much has a step's probing cost."""
+        """Subtract the cost of a step's probes."""
         self._saved -= seconds
 
 
@@ -67,11 +67,12 @@ def choose_drafting(
     floor: float | None = None,
     purse: Purse | None = None,
 ) -> Choice:
-    """Before any noise is drawn: the requests whose drafts are expected to pay for themselves, best histories first.
+    """The requests whose drafts are expected to pay, best histories first. Decided before any noise is drawn.
 
     Theta is predicted for growing subsets, with survivals rate^k, the draft's own cost, and the count that selection
-    would keep. Requests left out for long enough draft too, if a good draft could pay at this load at all and the
-    `purse` (None: a full one) allows. Copies cost next to nothing to draft: they do wherever a first token could pay.
+    would keep. Requests left out for long enough draft too, if a good draft could pay at this load at all and the probe
+    budget `purse` (None: no bound) allows. Copies cost next to nothing to draft: they draft wherever a first token
+    could pay.
     """
     if load.room <= 0 or not candidates:
         return Choice([])
@@ -79,7 +80,7 @@ def choose_drafting(
     best, drafting = load.sampling / seconds(0), 0
 
     def hopeless(rate: float) -> bool:
-        """Not even a first token that costs no draft would pay; later ones cost no less, as the curve is convex."""
+        """Not even a first token whose draft is free would pay; later ones cost no less, as the curve is convex."""
         return (load.sampling + rate) / seconds(1) <= best
 
     there = [index for index, candidate in enumerate(candidates) if candidate.limit > 0]
@@ -107,7 +108,7 @@ def choose_drafting(
     if due:
         sizes = [drafting + size for size in _sizes(len(due))]
         thetas = predicted_thetas([candidates[i] for i in chosen + due], drafting, sizes, load, capacity, floor, best)
-        # As many probes as could pay together: were it all or none, a crowd of newcomers would never find out.
+        # As many probes as could pay together: were it all or none, a crowd of new requests would never be probed.
         probing = max((size for size, theta in zip(sizes, thetas, strict=True) if theta > best), default=drafting)
         due = due[: probing - drafting]
         if purse:
@@ -126,14 +127,14 @@ def predicted_thetas(
 ) -> list[float]:
     """Theta [S] if the first sizes[s] candidates draft and `Causal` then selects; survivals are rate^k.
 
-    Of the candidates after the first `known` nothing is known, and OPTIMISM is taken for their rate. 0 where a bound
-    says that Theta is not `above`: on a busy machine that is most of them, and the walk is what takes time.
+    The candidates after the first `known` have no history, and OPTIMISM is taken for their rate. 0 where a bound shows
+    that Theta is not `above`: on a busy machine that holds for most of them, and the walk takes most of the time.
     """
     rates = [candidate.rate if index < known else OPTIMISM for index, candidate in enumerate(candidates)]
     limits = [candidate.limit for candidate in candidates]
     slots = list(accumulate(limits))
-    # No draft token costs less than the first, on a convex curve, and it least on the longest: what one must bring, and
-    # what each block could at best have left over after that, for what its draft costs.
+    # On a convex curve no draft token costs less than the first, and the first costs least on the longest curve. From
+    # it follow the least gain that pays, and the most that each block could gain above the cost of its tokens.
     bare = StepCost.of(capacity, load, 0, slots[-1])
     price = above * (bare(1) - bare(0))
     left = list(accumulate(_left_over(rate, limit, price) for rate, limit in zip(rates, limits, strict=True)))
@@ -147,7 +148,7 @@ def predicted_thetas(
 
 
 def _left_over(rate: float, limit: int, price: float) -> float:
-    """What a block of survivals rate^k brings at most, in tokens, if each of those kept costs `price` tokens."""
+    """The most that a block of survivals rate^k can gain, in tokens, if each token kept costs `price` tokens."""
     total, survival = 0.0, rate
     for _ in range(limit):
         if survival <= price:
@@ -158,5 +159,5 @@ def _left_over(rate: float, limit: int, price: float) -> float:
 
 
 def _sizes(count: int) -> list[int]:
-    """1, 2, 4, ... and `count` itself: enough to see where drafting stops paying."""
+    """1, 2, 4, ... and `count` itself: enough to find the number of drafts that still pays."""
     return sorted({*(1 << power for power in range(count.bit_length())), count} - {0})

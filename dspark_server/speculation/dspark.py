@@ -1,7 +1,7 @@
-"""The DSpark drafter: a parallel backbone over the target's features (DSpark §3.1); `sequential` has its other half.
+"""The DSpark drafter: a parallel backbone over the target's features (DSpark §3.1); `sequential` holds its other half.
 
-DFlash is the same with Markov rank 0 and no confidence head. Checkpoints are DeepSpec's format A (DSPARK.md).
-Shapes: R drafting requests, gamma = block_size, D hidden size, V vocabulary, N tokens of a target pass, m taps.
+DFlash is the same with Markov rank 0 and no confidence head. Checkpoints are DeepSpec's format A (DSPARK.md). Shapes: R
+drafting requests, gamma = block_size, D hidden size, V vocabulary, N tokens of a target pass, m taps.
 """
 
 import hashlib
@@ -35,7 +35,7 @@ ARCHITECTURE = "Qwen3DSparkModel"
 
 @dataclass(frozen=True)
 class DSparkConfig:
-    """A format-A config: the backbone's decoder fields, and what makes it a drafter."""
+    """A format-A config: the backbone's decoder fields, and the drafter's own."""
 
     decoder: ModelConfig
     block_size: int
@@ -46,7 +46,7 @@ class DSparkConfig:
     confidence: bool
     confidence_with_markov: bool
     share_target_embeddings: bool  # ours: the checkpoint leaves embedding and head out
-    # Ours, as in speculators' format: how many tokens may be drafted, named by d2t, one row of W2 each; None: all.
+    # Ours, as in speculators' format: number of draftable tokens, named by d2t, one row of W2 each; None: all.
     draft_vocab_size: int | None
 
     @classmethod
@@ -165,8 +165,8 @@ class DSparkDrafter:
     ) -> "DSparkDrafter":
         """Load a format-A checkpoint for `target`; embeddings equal to the target's are shared with it.
 
-        `shortlist` is K, how many tokens of each position's base logits the sequential head looks at; None: all.
-        `copying`: drafts may favour what followed the same tokens earlier in the sequence.
+        `shortlist` is K, the number of tokens of each position's base logits that the sequential head looks at; None:
+        all. `copying`: drafts may be biased to tokens that followed the same tokens earlier in the sequence.
 
         Raises CheckpointError if a tensor is missing, unexpected or misshapen, or the pair does not fit.
         """
@@ -238,7 +238,7 @@ class DSparkDrafter:
         return self.sampler.sample(hidden, base, anchors, sampling, streams, self.copies(requests, sampling))
 
     def copies(self, requests: list[DraftRequest], sampling: SamplingBatch) -> CopyBias | None:
-        """What the requests' own texts favour; None: nothing."""
+        """Copies from the requests' own texts that bias the draft; None: none."""
         if self.copying is None or all(request.match is None for request in requests):
             return None
         return CopyBias([r.match for r in requests], self.gamma, sampling.temperature, self.copying)
@@ -331,8 +331,8 @@ def _embeddings(
 ) -> tuple[Tensor, Linear]:
     """The drafter's embedding and head: the target's own where the checkpoint has none or its copies are equal.
 
-    Where ranks share the target, only rank 0 drafts, and its head is whole: to gather gamma rows of logits for each
-    request from the others would take as long as to compute them (docs/parallel.md).
+    Where ranks share the target, only rank 0 drafts, and its head is whole: gathering gamma rows of logits for each
+    request from the others would take as long as computing them (docs/parallel.md).
     """
     shape = (target.config.vocab_size, target.config.hidden_size)
     name = "model.embed_tokens.weight" if target.config.tie_word_embeddings else "lm_head.weight"

@@ -1,6 +1,6 @@
-"""Steps that are larger or smaller than pays by the cost table: a wrong cost keeps away the steps that would show it.
+"""Exploring steps, larger or smaller than pays by the cost table: steps chosen by a wrong cost may never measure it.
 
-How many draft tokens such a step verifies is known before its blocks exist, so it is as lossless as `lagged`.
+The number of draft tokens that such a step verifies is known before its blocks exist, so it is as lossless as `lagged`.
 """
 
 from collections.abc import Sequence
@@ -9,16 +9,16 @@ from dspark_server.speculation.admission import Load, StepCost
 from dspark_server.speculation.capacity import Capacity
 from dspark_server.speculation.drafting import Candidate, Choice, Purse
 
-EXPLORING = 0.005  # of the steps' seconds, what may be spent on larger steps than pay
-PLAIN = 0.02  # and on steps without drafts, where it is no longer known what they take
+EXPLORING = 0.005  # probe budget for steps larger than pays, as a share of the steps' seconds
+PLAIN = 0.02  # the same for steps without drafts, where their present cost is uncertain
 
 
 class Exploration:
     """Decides when a step explores.
 
-    A larger step has up to twice the drafting requests and twice the tokens of the usual one, at least 2 of drafts;
-    where drafts are usual, a plain one has none: all that drafts gain is seen against it. `count` is the number of
-    draft tokens that the present step verifies for that, None if it is not a larger one.
+    A larger step has up to twice the drafting requests and twice the tokens of the usual one, and may verify at least 2
+    draft tokens. Where drafts are usual, a plain step has none: the gain of drafts is measured against it. `count` is
+    the number of draft tokens that the present step verifies to explore, None if it is not a larger one.
     """
 
     def __init__(self, capacity: Capacity, floor: float | None) -> None:
@@ -27,10 +27,10 @@ class Exploration:
         self._floor = floor
         self._purse = Purse(EXPLORING)
         self._plain = Purse(PLAIN)
-        self._usual = 0  # draft tokens that the last step verified that did not explore
+        self._usual = 0  # draft tokens verified by the last step that did not explore
 
     def extend(self, choice: Choice, candidates: Sequence[Candidate], load: Load) -> Choice:
-        """Who drafts in this step: `choice`, or others where the step explores. Before any noise is drawn."""
+        """The requests that draft in this step: `choice`, or others if it explores. Runs before any noise is drawn."""
         self.count = None
         if not choice.drafting:
             self._usual = 0
@@ -55,7 +55,7 @@ class Exploration:
         return Choice(sorted(drafting), choice.probing | frozenset(more))
 
     def _wants_plain(self, load: Load) -> bool:
-        """Whether this step does without drafts; its whole time is counted, though it commits tokens too."""
+        """Whether this step does without drafts; its whole time counts as the price, though it commits tokens too."""
         raw, most = self._capacity.raw, len(self._capacity.raw) - 1
         price = float(raw[min(load.tokens, most)])
         step = float(raw[min(load.tokens + self._usual, most)])
@@ -65,15 +65,15 @@ class Exploration:
         return wanted
 
     def verified(self, lengths: Sequence[int]) -> None:
-        """So much of each block this step verifies."""
+        """Record the prefix lengths that this step verifies."""
         if self.count is None:
             self._usual = sum(lengths)
 
     def _prices(self, usual: int, tokens: int, backbone: int, drafting: int) -> tuple[float, float]:
-        """Seconds of the usual step, and of how much longer one takes of so many tokens and drafting requests.
+        """Seconds of the usual step, and extra seconds of one with `tokens` tokens and `drafting` drafting requests.
 
-        That is at most one more pass for each one's worth of tokens, whatever the table says, and a draft is shorter
-        than a pass: an error of the table must not make its own discovery too dear.
+        The extra time is at most one usual pass per usual pass's worth of tokens, whatever the table says, and a draft
+        is shorter than a pass: an error of the table must not make its own discovery too expensive.
         """
         raw, most = self._capacity.raw, len(self._capacity.raw) - 1
         there, draft = float(raw[min(usual, most)]), self._capacity.draft(backbone)

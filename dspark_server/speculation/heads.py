@@ -17,13 +17,13 @@ from dspark_server.runtime.linear import Linear
 
 
 class SequentialHead(ABC):
-    """Gives the logit correction B_k = W2 z_k from the token before position k. State is what a head carries along."""
+    """Gives the logit correction B_k = W2 z_k from the token before position k. State is passed from slot to slot."""
 
     def __init__(self, w1: Tensor, w2: Tensor, kernels: Kernels) -> None:
         self._w1 = w1
         self._w2 = w2
         self._product = Linear(w2, None, kernels)
-        # W1 and W2 for `Kernels.draft_tokens`, if that can run this head.
+        # W1 and W2 for `Kernels.draft_tokens`, if it can run this head.
         self.packed: tuple[Tensor, PackedLinear] | None = None
 
     @property
@@ -33,12 +33,12 @@ class SequentialHead(ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where its weights are."""
+        """The device of its weights."""
         return self._w1.device
 
     @property
     def vocab_size(self) -> int:
-        """V, how many tokens may come before."""
+        """V, the number of tokens that may come before."""
         return self._w1.shape[0]
 
     def embedding(self, previous: Tensor) -> Tensor:
@@ -107,7 +107,7 @@ class RNNHead(SequentialHead):
 
 
 class ConfidenceHead:
-    """Logit of c_k, the chance that x_k survives given its predecessors did; it never sees x_k (DSpark §3.2.1)."""
+    """Logit of c_k, the probability that x_k survives if its predecessors did; it never sees x_k (DSpark §3.2.1)."""
 
     def __init__(self, weight: Tensor, bias: Tensor, *, with_markov: bool) -> None:
         self._weight = weight.float()
@@ -133,7 +133,7 @@ def build_head(
     draft_vocab_size: int,
     kernels: Kernels,
 ) -> SequentialHead | None:
-    """The head that a checkpoint's `markov_head_type` and `markov_rank` name; rank 0 is none (DFlash).
+    """The head named by a checkpoint's `markov_head_type` and `markov_rank`; rank 0 is none (DFlash).
 
     W1 is [vocab_size, rank], W2 [draft_vocab_size, rank].
 

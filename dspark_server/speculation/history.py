@@ -1,10 +1,10 @@
-"""What a request's own drafts have come to: how likely its next ones are to survive, and when to try again."""
+"""A request's record of its own drafts: the expected survival of its next ones, and the time of its next probe."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-MEMORY = 0.9  # of what was seen before, this much counts after one more draft
-PRIOR_WEIGHT = 6.0  # the prior counts like so many draft tokens
+MEMORY = 0.9  # weight of the record so far after one more draft
+PRIOR_WEIGHT = 6.0  # weight of the prior, in draft tokens
 LONGEST_WAIT = 64  # steps between two probes of a request that does not draft
 
 
@@ -12,8 +12,8 @@ LONGEST_WAIT = 64  # steps between two probes of a request that does not draft
 class SurvivalHistory:
     """One request's record. All of it is known before the next draft's noise is drawn, so selection may read it.
 
-    What confidence says of a draft is kept rather than what became of it, where there is a confidence: the chances of
-    its tokens tell as much as several throws of their coins, and a draft that selection dropped has them too.
+    With a confidence head the record keeps the estimated survival instead of the outcome: the probabilities of its
+    tokens tell as much as several outcomes would, and a draft that selection dropped has them too.
     """
 
     stood: float = 0.0
@@ -28,15 +28,15 @@ class SurvivalHistory:
 
     @property
     def probe_due(self) -> bool:
-        """It has been left out long enough."""
+        """The request has been left out long enough to probe."""
         return self.idle >= self.wait
 
     def expected(self, survival: Sequence[float]) -> None:
-        """A draft was made whose prefixes [gamma] survive with these chances."""
+        """Record a draft whose prefixes [gamma] survive with these probabilities."""
         self._add(sum(survival), 1 + sum(survival[:-1]))
 
     def judged(self, verified: int, accepted: int) -> None:
-        """Of a draft `verified` tokens were looked at, of which `accepted` stood."""
+        """Record a draft of which `verified` tokens were verified and `accepted` accepted."""
         if verified:
             self._add(accepted, min(verified, accepted + 1))
 
@@ -45,7 +45,7 @@ class SurvivalHistory:
         self.tried = self.memory * self.tried + tried
 
     def drafted(self, *, probing: bool) -> None:
-        """It drafts in this step because it pays, or to see whether it would: then the next wait is twice as long."""
+        """It drafts in this step, because that pays or as a probe; after a probe the next wait is twice as long."""
         self.idle = 0
         self.wait = min(2 * self.wait, LONGEST_WAIT) if probing else 1
 

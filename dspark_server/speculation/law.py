@@ -1,10 +1,10 @@
-"""From logits to the law a request asked for, and from that law to a token.
+"""From logits to the distribution that a request asked for, and from that distribution to a token.
 
 Shapes: N rows of logits (one row predicts one token), V vocabulary.
 
-Filters follow vLLM (v1/sample): controls (`controls`), temperature, min-p, top-k, top-p, each on what the ones before
-it left. Where vLLM breaks a tie at the edge of top-p by sort order, we keep both tokens, as it and we do for top-k:
-the law of a row then depends on nothing but the row.
+Filters follow vLLM (v1/sample): controls (`controls`), temperature, min-p, top-k, top-p, each on the tokens that the
+ones before it left. Where vLLM breaks a tie at the edge of top-p by sort order, we keep both tokens, as it and we do
+for top-k: the distribution of a row then depends on nothing but the row.
 """
 
 from functools import lru_cache
@@ -19,11 +19,11 @@ NUCLEUS_WIDTHS = (256, 4096)  # top-p first looks among this many best tokens; o
 
 
 def distribution(logits: Tensor, sampling: SamplingBatch, columns: Tensor | None = None) -> Tensor:
-    """The law each row of `logits` [N, V] is sampled from, after its request's own filters (DSpark §3.2.2).
+    """The distribution from which each row of `logits` [N, V] is sampled, after its request's filters (DSpark §3.2.2).
 
     `sampling` has N rows. Returns probabilities [N, V], float32 (float64 for float64 logits). Greedy rows are one-hot
     at the lowest index of the maximum. A row with NaN, +inf, or nothing but -inf is NaN throughout. `columns` [N, V]
-    i64: which token each column is; None: column v is token v.
+    i64: the token of each column; None: column v is token v.
     """
     logits = permitted(logits, sampling, columns)
     if sampling.all_greedy:
@@ -34,7 +34,7 @@ def distribution(logits: Tensor, sampling: SamplingBatch, columns: Tensor | None
     if traits.min_p or traits.top_k:
         floor = torch.full((len(scaled), 1), -torch.inf, dtype=scaled.dtype, device=scaled.device)
         if traits.min_p:
-            # p >= min_p * max(p), said in logits: no softmax is needed for it.
+            # p >= min_p * max(p), written in logits: it needs no softmax.
             floor = scaled.amax(-1, keepdim=True) + sampling.min_p.to(scaled.dtype).log().unsqueeze(1)
         if traits.top_k:
             floor = torch.maximum(floor, _top_k_floor(scaled, sampling.top_k))
@@ -104,12 +104,12 @@ def _nucleus_floor(probs: Tensor, top_p: Tensor) -> Tensor:
     return floor
 
 
-# ---- from the law to a token ------------------------------------------------------------------------------------
+# ---- from the distribution to a token -------------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=64)
 def _block(vocabulary: int) -> int:
-    """The width rows are scanned in: the largest divisor of V up to 512, or V where none is worth it."""
+    """Width of the blocks that rows are scanned in: the largest divisor of V up to 512, or V if that is under 32."""
     width = max(d for d in range(1, 513) if vocabulary % d == 0)
     return width if width >= 32 else vocabulary
 
@@ -130,8 +130,8 @@ def top(values: Tensor) -> tuple[Tensor, Tensor]:
 def draw(probs: Tensor, uniform: Tensor) -> Tensor:
     """Inverse CDF: the token [N] whose cell of `probs` [N, V] contains `uniform` [N] f64 in [0, 1).
 
-    Rows need not be normalised, only have some mass. A token of probability 0 is never returned. Cells lie in index
-    order; sums across blocks are float64, so that 1e5 small terms do not eat each other's cells.
+    Rows need not be normalised, but must have some mass. A token of probability 0 is never returned. Cells lie in index
+    order; sums across blocks are float64, so that the rounding of 1e5 small terms does not shift each other's cells.
     """
     rows, vocabulary = probs.shape
     width = _block(vocabulary)
@@ -142,12 +142,12 @@ def draw(probs: Tensor, uniform: Tensor) -> Tensor:
 
 
 def _cell(weights: Tensor, at: Tensor, *, scale: bool) -> tuple[Tensor, Tensor]:
-    """(index [N] of the cell of `weights` [N, n] that contains `at` [N], what is left of `at` inside it)."""
+    """(index [N] of the cell of `weights` [N, n] that contains `at` [N], the remainder of `at` inside it)."""
     edges = weights.cumsum(-1, dtype=torch.float64)
     total = edges[:, -1]
-    # Just below the total at most: rounding can then never step past the last cell that has mass.
+    # Just below the total at most, so that rounding never steps past the last cell with mass.
     point = torch.minimum(at * total if scale else at, torch.nextafter(total, torch.zeros_like(total))).unsqueeze(1)
-    # The first edge strictly above the point: an empty cell shares its edge with the one before and is passed over.
+    # The first edge strictly above the point: an empty cell shares its edge with the one before and is skipped.
     index = torch.searchsorted(edges, point, right=True).clamp_(max=weights.shape[1] - 1)
     before = edges.gather(1, (index - 1).clamp_(min=0)).masked_fill_(index == 0, 0.0)
     return index.squeeze(1), (point - before).squeeze(1)
@@ -169,12 +169,12 @@ def sample(
     columns: Tensor | None = None,
     vocabulary: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Draw one token per row of `logits` [N, C], each by its own rule: what a draft slot does.
+    """Draw one token per row of `logits` [N, C], each by its own rule, as a draft slot does.
 
     `uniform` [N] f64 serves the ratio rows (take a whole block's at once from `Streams.uniform`), `streams` the coupled
-    ones. `columns` [N, C] i64 says which of the target's `vocabulary` tokens each column is; None: column v is token v.
-    Returns tokens [N] and the law they were drawn from, [N, C], where acceptance will need it: zero in the rows of
-    other rules, None without ratio rows.
+    ones. `columns` [N, C] i64: the token, of the target's `vocabulary`, of each column; None: column v is token v.
+    Returns tokens [N] and the distributions they were drawn from, [N, C], for acceptance: zero in the rows of other
+    rules, None without ratio rows.
     """
     tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
     law: Tensor | None = None
@@ -187,7 +187,7 @@ def sample(
         else:
             probs = distribution(rows, part, names)
             if rule is Rule.COUPLED:
-                # The target will race with these very numbers, whatever the draft could choose from.
+                # The target draws with these very numbers, whatever tokens the draft could choose from.
                 noise = streams.exponential(part, vocabulary or probs.shape[1], probs.dtype)
                 drawn = draw_coupled(probs, noise if names is None else noise.gather(1, names))
             else:

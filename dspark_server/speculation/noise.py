@@ -1,4 +1,4 @@
-"""Where noise comes from: counter-based streams, a pure function of who asks for what, where.
+"""Random noise: counter-based streams, a pure function of purpose, request and position.
 
 Shapes: R requests, N rows of logits, V vocabulary, K offsets.
 """
@@ -16,7 +16,7 @@ from dspark_server.speculation.sampling import SamplingBatch
 
 
 class Purpose(IntEnum):
-    """What a piece of noise is for. Streams of different purposes are independent (a word of the Philox counter)."""
+    """The purpose of a piece of noise. Streams of different purposes are independent (a word of the Philox counter)."""
 
     DRAFT = 1
     COIN = 2
@@ -25,7 +25,7 @@ class Purpose(IntEnum):
 
 
 class Streams(Protocol):
-    """Where noise comes from. Production: `CounterStreams`; tests substitute tables."""
+    """A source of noise. Production: `CounterStreams`; tests substitute tables."""
 
     def uniform(self, purpose: Purpose, sampling: SamplingBatch, offsets: Tensor) -> Tensor:
         """[R, K] f64 in [0, 1), independent over purpose, key, choice, draft number and position[r] + offsets[k]."""
@@ -50,7 +50,7 @@ def philox4x32(counter: Sequence[NDArray[np.uint64]], key: Sequence[NDArray[np.u
 
 
 class CounterStreams:
-    """Noise as a pure function of who asks for what, where: nothing advances, so batching cannot reorder it.
+    """Noise as a pure function of purpose, request and position: no state advances, so batching cannot reorder it.
 
     Rows of exponentials are kept up to `cache_bytes`, as the target asks for the row its draft has just used, and a
     rejected position is drafted again. That changes time, never values.
@@ -71,9 +71,9 @@ class CounterStreams:
     def exponential(self, sampling: SamplingBatch, vocabulary: int, dtype: torch.dtype) -> Tensor:
         """See `Streams.exponential`. Token v takes word v % 4 of block v // 4.
 
-        E = -log1p(-w) with w = (bits + 1/2) / 2^32. The race is decided by the *small* E, so it is w near 0 that must
-        keep its precision: log1p does so in float32 too, whereas g = -log(-log(u)) has u near 1 there, and float32
-        rounds that to 1 and g to infinity. w stays below 1, so E is finite and positive.
+        E = -log1p(-w) with w = (bits + 1/2) / 2^32. The smallest E wins, so w needs its precision near 0: log1p keeps
+        it in float32 too, whereas g = -log(-log(u)) has u near 1 there, and float32 rounds that to 1 and g to infinity.
+        w stays below 1, so E is finite and positive.
         """
         where = zip(sampling.key.tolist(), sampling.choice.tolist(), sampling.position.tolist(), strict=True)
         rows = [self._row(key, choice, position, vocabulary, dtype) for key, choice, position in where]
@@ -84,7 +84,7 @@ class CounterStreams:
         row = self._rows.pop(name, None)
         if row is None:
             row = _exponential_row(key, choice, position, vocabulary, dtype)
-        self._rows[name] = row  # last used, last out
+        self._rows[name] = row  # last used, last evicted
         while len(self._rows) * row.nbytes > self._cache_bytes:
             del self._rows[next(iter(self._rows))]
         return row

@@ -1,9 +1,9 @@
-"""How each request of a step samples: its parameters as a struct of arrays, and the rule they imply.
+"""Sampling of each request of a step: its parameters as a struct of arrays, and the rule they imply.
 
 Shapes: R requests, N rows of logits (one row predicts one token).
 Three rules (DSPARK.md, "Losslessness"), chosen per request:
 
-- greedy: temperature below `GREEDY_BELOW`; the law is one-hot.
+- greedy: temperature below `GREEDY_BELOW`; the distribution is one-hot.
 - ratio: sampled, unseeded; tokens are drawn by inverse CDF, drafts are tested with min(1, p/q).
 - coupled: sampled, seeded; a token is argmax(log p + Gumbel noise), the noise shared by draft and target.
 """
@@ -23,7 +23,7 @@ GREEDY_BELOW = 1e-5  # vLLM's _SAMPLING_EPS: below it, dividing by the temperatu
 
 
 class Rule(Enum):
-    """How a request's tokens are drawn and its drafts accepted."""
+    """The rule by which a request's tokens are drawn and its drafts accepted."""
 
     GREEDY = "greedy"
     RATIO = "ratio"
@@ -32,7 +32,7 @@ class Rule(Enum):
 
 @dataclass(frozen=True)
 class Traits:
-    """What some row of a batch may ask for: decided once, in Python, so that steps take fast paths without syncs.
+    """Properties that rows of a batch may have: decided once, in Python, so that steps take fast paths without syncs.
 
     A subset of a batch inherits the traits, so True means "perhaps", False means "certainly not".
     """
@@ -46,13 +46,13 @@ class Traits:
 
 @dataclass(frozen=True, eq=False)
 class SamplingBatch:
-    """How to sample, a struct of arrays, one row per request (or per row of logits, after `select`).
+    """Sampling parameters, a struct of arrays, one row per request (or per row of logits, after `select`).
 
-    temperature [R] f32 (0 = greedy), top_k [R] i64 (0 = off), top_p [R] f32 (1 = off), min_p [R] f32 (0 = off),
-    coupled [R] bool, key [R] i64 (the user's seed if coupled, else a private random nonce of this choice),
-    choice [R] i64 (index among n), position [R] i64 (absolute position of the first token this step may produce: the
-    anchor's + 1), draft_number [R] i64 (counts every draft of the request, discarded ones too). controls: the rules
-    of each row, or empty if no row has any; drafted: the draft tokens before each row, kept only where there are rules.
+    temperature [R] f32 (0 = greedy), top_k [R] i64 (0 = off), top_p [R] f32 (1 = off), min_p [R] f32 (0 = off), coupled
+    [R] bool, key [R] i64 (the user's seed if coupled, else a private random nonce of this choice), choice [R] i64
+    (index among n), position [R] i64 (absolute position of the first token this step may produce: the anchor's + 1),
+    draft_number [R] i64 (counts every draft of the request, discarded ones too). controls: the rules of each row, or
+    empty if no row has any; drafted: the draft tokens before each row, kept only where there are rules.
     """
 
     temperature: Tensor
@@ -84,7 +84,7 @@ class SamplingBatch:
         controls: Sequence[Control | None] | None = None,
         device: torch.device | str = "cpu",
     ) -> "SamplingBatch":
-        """Build from one Python number per request; what is left out is off (temperature 1, choice 0, draft 0)."""
+        """Build from one Python number per request; parameters left out are off (temperature 1, choice 0, draft 0)."""
         size = len(position)
         temperature = temperature or [1.0] * size
         coupled = coupled or [False] * size
@@ -126,7 +126,7 @@ class SamplingBatch:
         return self.traits.rules == {Rule.GREEDY}
 
     def filters(self, rows: Tensor) -> Filters:
-        """Of rows [n]."""
+        """Filters of rows [n]."""
         return Filters(self.top_k[rows], self.top_p[rows], self.min_p[rows])
 
     @property
@@ -136,7 +136,7 @@ class SamplingBatch:
 
     @property
     def at_once(self) -> bool:
-        """Every row is greedy, or drawn by inverse CDF under its filters alone: blocks are drawn and judged whole."""
+        """Every row is greedy, or drawn by inverse CDF under its filters alone: blocks are drawn and accepted whole."""
         return Rule.COUPLED not in self.traits.rules and not self.controls
 
     def to(self, device: torch.device) -> "SamplingBatch":
@@ -162,7 +162,7 @@ class SamplingBatch:
     def select(
         self, indices: Tensor, offset: int | Tensor = 0, drafted: Callable[[], Iterable[Sequence[int]]] | None = None
     ) -> "SamplingBatch":
-        """Rows `indices` [N] i64, `offset` (scalar or [N]) positions further on, `drafted()` before each of them."""
+        """Rows `indices` [N] i64, `offset` (scalar or [N]) positions further on, after the draft tokens `drafted()`."""
         controls: tuple[Control | None, ...] = ()
         before: tuple[tuple[int, ...], ...] = ()
         if self.controls:
@@ -185,7 +185,7 @@ class SamplingBatch:
         )
 
     def ahead(self, offset: int, drafted: Sequence[Tensor] = ()) -> "SamplingBatch":
-        """The same requests, `offset` positions further on: what slot `offset` of a draft is sampled with.
+        """The same requests, `offset` positions further on: the sampling of slot `offset` of a draft.
 
         `drafted` holds the tokens [R] of each slot before it, for the rules that look at them.
         """
@@ -237,5 +237,5 @@ def _rule(temperature: float, coupled: bool) -> Rule:
 
 
 def _signed(key: int) -> int:
-    """The low 64 bits of `key` as int64 carries them."""
+    """The low 64 bits of `key` as a signed int64."""
     return ((key + (1 << 63)) & ((1 << 64) - 1)) - (1 << 63)

@@ -1,8 +1,8 @@
-"""Verification policies: who drafts, and how many draft tokens of each request the target verifies.
+"""Verification policies: the requests that draft, and the number of draft tokens of each that the target verifies.
 
-A policy is a function of survivals, costs and load, of this step and of earlier ones (`lagged`'s counts, the purses for
-probes and for exploring), and sees no token (DSpark §3.2.2, §5.2). Who drafts is in `drafting`, steps that explore in
-`exploration`, Algorithm 1 in `admission`; shapes as in the latter.
+A policy is a function of survivals, costs and load, of this step and of earlier ones (`lagged`'s counts, the budgets
+for probes and for exploring), and sees no token (DSpark §3.2.2, §5.2). The choice of drafting requests is in
+`drafting`, steps that explore in `exploration`, Algorithm 1 in `admission`; shapes as in the latter.
 """
 
 from collections import deque
@@ -21,7 +21,9 @@ POLICIES = ("causal", "lagged", "fixed", "threshold", "none")
 
 
 class Drafts(NamedTuple):
-    """Of a step, before its blocks are drafted: how many the drafter makes, the others being copies; tokens in all."""
+    """Known of a step before its blocks are drafted: blocks by the drafter (the others are copies); draft tokens in
+    all.
+    """
 
     backbone: int
     slots: int
@@ -33,10 +35,10 @@ class Selection(Protocol):
     name: str
 
     def drafting(self, candidates: Sequence[Candidate], load: Load) -> Choice:
-        """Before the draft: who drafts at all."""
+        """Before the draft: choose the requests that draft."""
 
     def count(self, slots: int, load: Load, backbone: int = 0) -> int | None:
-        """Before a draft of `slots` tokens, `backbone` of its blocks the drafter's: how many `lengths` will keep.
+        """Before a draft of `slots` tokens, `backbone` of its blocks the drafter's: number that `lengths` will keep.
 
         None: it depends on the draft. Otherwise the likeliest are kept.
         """
@@ -45,8 +47,9 @@ class Selection(Protocol):
     def lengths(self, survival: Tensor, limits: Sequence[int], load: Load, drafts: Drafts | None = None) -> list[int]:
         """After the draft: the prefix length of each drafting request, at most its limit and `load.room` in all.
 
-        `survival` [R, gamma] float32 is the calibrated chance that the prefix up to each position survives. `drafts`
-        was known before the blocks, which may have lowered limits; None: all are the drafter's, limits as they were.
+        `survival` [R, gamma] float32 is the calibrated probability that the prefix up to each position survives.
+        `drafts` was known before the blocks, which may have lowered limits; None: all are the drafter's, limits
+        unchanged.
         """
 
 
@@ -85,7 +88,7 @@ class Threshold(Selection):
 
 
 class Off(Selection):
-    """Nobody drafts; the drafter's context is still kept, so that it can be switched on at any step."""
+    """No request drafts; the drafter's context is still kept, so that it can be switched on at any step."""
 
     name = "none"
 
@@ -97,7 +100,7 @@ class Off(Selection):
 
 
 class LoadAware(Selection):
-    """Whoever is expected to pay drafts. `floor`: steps leave every user so many steps, and so tokens, a second."""
+    """Requests draft if that is expected to pay. `floor`: steps per second, and so tokens, that every user must get."""
 
     def __init__(self, capacity: Capacity, floor: float | None = None) -> None:
         self._capacity = capacity
@@ -113,8 +116,8 @@ class LoadAware(Selection):
 class Causal(LoadAware):
     """Algorithm 1: admit by falling survival, stop at the first token that does not raise Theta.
 
-    The cost curve is the convex minorant of the measured one from the step's tokens to about where all its drafts would
-    end: on it this greedy walk ends at the global best.
+    The cost curve is the convex minorant of the measured one from the step's tokens to about the end of all its drafts:
+    on it this greedy walk ends at the global best.
     """
 
     name = "causal"
@@ -130,10 +133,10 @@ class Causal(LoadAware):
 
 
 class Lagged(LoadAware):
-    """§5.2: how many tokens are verified is decided by the survivals of two steps ago, which ones by today's.
+    """§5.2: survivals of two steps ago decide how many tokens are verified, and today's decide which.
 
     The number K is then fixed before this step's blocks exist, so that a search over all of them, on the measured curve
-    as it is, stays lossless; the next pass's shape is known before its draft is.
+    itself, stays lossless; the next pass's shape is known before its draft is.
     """
 
     name = "lagged"

@@ -1,5 +1,6 @@
-"""The sequential half of a draft: left to right, each slot's logits are corrected for the token before it, its chance
-is scored and a token sampled (DSpark §3.2). In one native call where that can be.
+"""The sequential half of a draft: from left to right, slot by slot (DSpark §3.2), in one native call where possible.
+
+The logits of each slot are corrected for the token before it, its confidence is computed and its token is sampled.
 
 Shapes: R drafting requests, gamma slots, D hidden size, C draft tokens (all of V, or a part), r Markov rank.
 """
@@ -39,7 +40,7 @@ class BlockSampler:
         shortlist: int | None = None,
     ) -> None:
         self.head = head
-        self.keep_logits = False  # conformance wants every intermediate
+        self.keep_logits = False  # conformance tests need every intermediate
         self._gamma = gamma
         self._vocabulary = vocabulary
         self._confidence = confidence
@@ -115,8 +116,8 @@ class BlockSampler:
             at = sampling.ahead(k, tokens)
             if at.controls:
                 here = permitted(here, at, columns)
-                # The rules may leave nothing that can be drafted. Known before this slot is sampled, so ending the
-                # block here depends on no token's own value (a law: DSPARK.md, "No value-dependent drop").
+                # The rules may leave no token that can be drafted. Known before this slot is sampled, so ending the
+                # block here depends on no token's own value (a rule: DSPARK.md, "No value-dependent drop").
                 dead = here.amax(dim=-1) == -torch.inf
                 usable = torch.where(dead, usable.clamp(max=k), usable)
                 here[dead] = 0.0
@@ -189,11 +190,11 @@ class BlockSampler:
         )
 
     def takes_whole_blocks(self, sampling: SamplingBatch) -> bool:
-        """Whether one call of the kernels does it without a look: a vanilla head, no seeds, nobody's controls."""
+        """Whether one kernel call draws whole blocks without device reads: a vanilla head, no seeds, no controls."""
         return self.in_one_call and sampling.at_once and not self.keep_logits
 
     def whole_block_noise(self, sampling: SamplingBatch, streams: Streams) -> tuple[Tensor, Tensor | None]:
-        """What `whole_block` draws with: inverse temperatures [R] float32, 0 if greedy; uniforms [R, gamma] float64."""
+        """Noise for `whole_block`: inverse temperatures [R] float32, 0 if greedy; uniforms [R, gamma] float64."""
         inverse = (1 / sampling.temperature).masked_fill(sampling.greedy, 0.0)
         slots = torch.arange(self._gamma)
         return inverse, None if sampling.all_greedy else streams.uniform(Purpose.DRAFT, sampling, slots)
@@ -208,7 +209,7 @@ class BlockSampler:
         favour: Favour | None,
         filters: Filters | None = None,
     ) -> tuple[DraftedTokens, Tensor | None]:
-        """The blocks, and the confidence logits [R, gamma] where there is such a head; reads nothing on the host."""
+        """The blocks, and the confidence logits [R, gamma] if there is such a head; reads nothing on the host."""
         packed = None if self.head is None else self.head.packed
         drawn = self._kernels.draft_tokens(
             base, anchors, self.draft_tokens, packed, inverse_temperature, uniforms, favour, filters
@@ -226,9 +227,9 @@ class BlockSampler:
 
 
 def _joined(blocks: list[DraftBlock], rows: list[Tensor], copies: CopyBias | None) -> DraftBlock:
-    """One block of all requests, those of blocks[i] being `rows[i]`. What only some blocks have is 0 for the others.
+    """One block of all requests, those of blocks[i] being `rows[i]`. Fields of only some blocks are 0 for the others.
 
-    `copies`, of all requests, learns what was favoured.
+    `copies`, of all requests, receives the biased slots.
     """
 
     def join(name: str) -> Tensor | None:

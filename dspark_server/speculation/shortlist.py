@@ -1,8 +1,8 @@
-"""Draft tokens from a few candidates a position, so that the sequential head does not walk the vocabulary.
+"""Draft tokens from a few candidates per position, so that the sequential head does not scan the vocabulary.
 
-The candidates: the K best of the position's base logits, known for the whole block at once, and the M tokens that
-W1 W2 favours most after the token before. The Markov correction is computed for them only and q is normalised over
-them. Any q is lossless (the residual is taken over the whole of p), so a short list can only cost acceptance.
+The candidates: the K best of the position's base logits, known for the whole block at once, and the M tokens with the
+greatest W1 W2 after the token before. The Markov correction is computed for them only and q is normalised over them.
+Any q is lossless (the residual is taken over the whole of p), so a short list can only cost acceptance.
 Shapes: R requests, Vd draft vocabulary, r Markov rank, C = K + M columns; columns are indices into Vd.
 """
 
@@ -25,7 +25,7 @@ class Shortlist:
         return base.topk(self._size, dim=-1, sorted=False).indices
 
     def logits(self, base: Tensor, best: Tensor, previous: Tensor, latent: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Columns [R, C] and corrected logits [R, C] of one position; a column that stands twice is -inf once.
+        """Columns [R, C] and corrected logits [R, C] of one position; the second of two equal columns is -inf.
 
         base [R, Vd] float32, best [R, K], previous [R] tokens, latent [R, r] (None without a head).
         """

@@ -1,4 +1,4 @@
-"""Steps against the profile of the start: how many times slower they are, and a warning when it is five times."""
+"""Times of steps against the profile of the start: their ratio, and a warning when it reaches five."""
 
 import logging
 import math
@@ -8,15 +8,15 @@ logger = logging.getLogger(__name__)
 SLOW = 5.0  # times the profile's seconds
 OVER = 2.5  # below this, steps are no longer slow
 PATIENCE = 5.0  # seconds of steps over which the ratio is averaged, and for which it must stay
-LONGEST = 1.0  # seconds that a step counts for at most: one that was held up for a minute is not yet a slow machine
-EXTREME = math.log(100)  # nor does its ratio count for more
+LONGEST = 1.0  # seconds that a step counts for at most: one step held up for a minute does not yet mean a slow machine
+EXTREME = math.log(100)  # bound on the log ratio of one step
 
 
 class Slowdown:
-    """`ratio`: seconds that steps lately took for each second that the profile has for them, 1 before the first.
+    """`ratio`: recent seconds of steps for each second that the profile gives for them, 1 before the first.
 
-    `slow`: they have taken SLOW times as long for PATIENCE seconds, and have not come below OVER times for as long.
-    Logged once at either end. Without steps nothing changes.
+    `slow`: steps have taken SLOW times as long for PATIENCE seconds, and have not been below OVER times for as long
+    since. Logged once at either end. Without steps nothing changes.
     """
 
     def __init__(self) -> None:
@@ -29,7 +29,7 @@ class Slowdown:
         return math.exp(self._log)
 
     def observe(self, ratio: float, seconds: float) -> None:
-        """A step took `seconds`, which is `ratio` times what the profile has for it."""
+        """Add a step that took `seconds`, `ratio` times the profile's."""
         seconds = min(seconds, LONGEST)
         log = min(max(math.log(ratio), -EXTREME), EXTREME)
         self._log -= math.expm1(-seconds / PATIENCE) * (log - self._log)

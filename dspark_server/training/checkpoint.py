@@ -1,4 +1,4 @@
-"""From a trained module to a format-A directory and back; where a fresh drafter's weights come from."""
+"""A trained module to a format-A directory and back; initial weights of a fresh drafter."""
 
 import json
 from dataclasses import asdict
@@ -18,7 +18,7 @@ from dspark_server.training.model import DraftModel
 
 _W2 = "markov_head.markov_w2.weight"
 
-# Rope settings travel with the drafter: it rotates at the target's own positions.
+# Rope settings are the target's: the drafter rotates at the target's own positions.
 _FROM_TARGET = (
     "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
     "hidden_act", "max_position_embeddings", "rms_norm_eps", "rope_theta", "rope_parameters", "rope_scaling",
@@ -29,8 +29,8 @@ _FROM_TARGET = (
 def draft_fields(run: TrainConfig, target_directory: Path) -> dict[str, Any]:
     """config.json of the drafter that `run` describes: Qwen3-style layers of the target's width (DSPARK.md, format A).
 
-    Embedding and head are left out of its weights and shared with the target's (`share_target_embeddings`). Where the
-    loss saw a part of the vocabulary only, nothing else is ever drafted (`draft_vocab_size`).
+    Embedding and head are left out of its weights and shared with the target's (`share_target_embeddings`). If the loss
+    saw only a part of the vocabulary, no other token is ever drafted (`draft_vocab_size`).
     """
     theirs = read_json(target_directory / "config.json")
     shape = load_config(target_directory)
@@ -71,7 +71,7 @@ def export(
 ) -> None:
     """Write config.json, model.safetensors (bfloat16) and the run's settings.
 
-    `draft_tokens` [Vd] int64, ascending, are those that may be drafted (None: all), kept as offsets in `d2t`.
+    `draft_tokens` [Vd] int64, ascending, are the tokens that may be drafted (None: all), kept as offsets in `d2t`.
     """
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(draft_fields(run, target_directory), indent=2) + "\n")
@@ -85,8 +85,8 @@ def export(
 def load_weights(model: DraftModel, draft_tokens: Tensor | None, target_directory: Path, directory: Path) -> None:
     """Fill the module from a format-A directory; embedding and head are the target's, its copies must be equal.
 
-    It may draft other tokens, or blocks of another size, than the checkpoint: rows of W2 go to the tokens they are for,
-    and those of tokens the checkpoint did not draft start at zero. `draft_tokens` [Vd] are the module's, None: all.
+    It may draft other tokens, or blocks of another size, than the checkpoint: rows of W2 go to the tokens they belong
+    to, and those of tokens the checkpoint did not draft start at zero. `draft_tokens` [Vd] are the module's, None: all.
     Raises CheckpointError if a tensor is missing, unexpected or misshapen, or a copy differs.
     """
     config = DSparkConfig.load(directory, load_config(target_directory))
@@ -108,7 +108,7 @@ def load_weights(model: DraftModel, draft_tokens: Tensor | None, target_director
 
 
 def _check_copies(reader: WeightReader, target_directory: Path, directory: Path) -> None:
-    """Raise CheckpointError where the drafter has an embedding or a head of its own: it would be trained without it."""
+    """Raise CheckpointError if the drafter has its own embedding or head: training would ignore it."""
     target = open_checkpoint(target_directory)
     embedding = "model.embed_tokens.weight"
     head = "lm_head.weight" if "lm_head.weight" in target.tensors else embedding
@@ -138,7 +138,7 @@ def initialise_from_target(model: DraftModel, target_directory: Path) -> None:
             if name.startswith(prefix) and source in checkpoint.tensors:
                 copy(name, source)
     copy("norm.weight", "model.norm.weight")
-    # Keys and values of the context were made of rows scaled by the layer's input norm; here hidden_norm is that.
+    # The target made context keys and values of rows scaled by the layer's input norm; here hidden_norm does that.
     copy("hidden_norm.weight", f"model.layers.{first}.input_layernorm.weight")
     hidden = config.hidden_size
     fc: Tensor = own["fc.weight"]

@@ -1,4 +1,4 @@
-"""What `dspark-server train` is told: one YAML file, one dataclass."""
+"""Settings of `dspark-server train`: one YAML file, one dataclass."""
 
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -11,16 +11,16 @@ from dspark_server.settings import suggest
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """A training run. Paths are relative to the working directory; sizes are in tokens unless they say otherwise.
+    """A training run. Paths are relative to the working directory; sizes are in tokens unless stated otherwise.
 
     `vocabulary` restricts the loss to the most frequent tokens of the corpus (None: all). `init` is "target" (the last
     target layers, its final norm, features passed through from the last tap) or "fresh". `weights` is a checkpoint to
-    go on from. The optimizer warms up over `warmup` of the steps and then follows `schedule`: a "cosine" to zero, or
-    "constant", which can be ended at any step. `markov_rate` multiplies the learning rate of the Markov head.
-    `averaging` is the decay of a running mean of the weights, which is then what is evaluated and exported (0: off).
+    start from. The learning rate warms up over the share `warmup` of the steps and then follows `schedule`: a "cosine"
+    to zero, or "constant", which can be ended at any step. `markov_rate` multiplies the learning rate of the Markov
+    head. `averaging` is the decay of a running mean of the weights, which is then evaluated and exported (0: off).
     `reuse` spreads the cost of new sequences' features: each brings reuse - 1 visits to earlier ones (Split.drawn).
-    `precision` is what matrix products multiply in; weights, sums, softmaxes and losses are float32 always. "auto" is
-    bfloat16 where the processor is faster at it (AMX, or AMD's AVX512_BF16), else float32.
+    `precision` is that of matrix products; weights, sums, softmaxes and losses are always float32. "auto" is bfloat16
+    where the processor is faster at it (AMX, or AMD's AVX512_BF16), else float32.
     """
 
     corpus: str
@@ -81,9 +81,9 @@ class TrainConfig:
 
     @property
     def identity(self) -> str:
-        """Names what the run computes: settings that only say where, how often or how fast are left out.
+        """Identifies the result of the run: settings that only say where, how often or how fast are left out.
 
-        So are those at their default: a run goes on with a version of this program that has more of them.
+        So are those at their default, so that a run continues under a version of this program that has more of them.
         """
         silent = {"output", "cache_gib", "eval_every", "save_every"}
         values = [(field.name, getattr(self, field.name), field.default) for field in fields(self)]
@@ -91,7 +91,7 @@ class TrainConfig:
 
     @classmethod
     def load(cls, path: Path) -> "TrainConfig":
-        """Read a YAML file. Raises ConfigError if it is no mapping of known keys."""
+        """Read a YAML file. Raises ConfigError if it is not a mapping of known keys."""
         values: Any = load_yaml(path)
         known = {field.name for field in fields(cls)}
         if not isinstance(values, dict) or not {"corpus", "output"} <= set(values):

@@ -1,4 +1,4 @@
-"""Sequences that the target itself sampled, and which blocks of them a step trains on."""
+"""Sequences sampled by the target itself, and the blocks of them that a step trains on."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ Integers = npt.NDArray[np.int64]
 class Corpus:
     """S sequences one after another: tokens [T]; sequence s is tokens[start[s] : start[s + 1]].
 
-    prompt_length [S] counts the tokens that the target did not write.
+    `prompt_length` [S] counts the tokens of each prompt, which the target did not write.
     """
 
     tokens: Integers
@@ -37,7 +37,7 @@ class Corpus:
 
     @property
     def size(self) -> int:
-        """How many sequences."""
+        """Number of sequences."""
         return len(self.prompt_length)
 
     def sequence(self, index: int) -> Integers:
@@ -45,7 +45,7 @@ class Corpus:
         return self.tokens[self.start[index] : self.start[index + 1]]
 
     def anchors(self, index: int) -> Integers:
-        """Where blocks may start: tokens of the answer that have a successor."""
+        """Possible anchors: tokens of the answer that have a successor."""
         return np.arange(self.prompt_length[index], self.start[index + 1] - self.start[index] - 1)
 
     def frequent(self, count: int, vocab_size: int) -> Integers:
@@ -56,7 +56,7 @@ class Corpus:
 
 @dataclass(frozen=True)
 class Split:
-    """Held-out sequences, and a reproducible order of the others: what a step sees depends on (seed, step) alone."""
+    """Held-out sequences, and a reproducible order of the others: a step's data depend on (seed, step) alone."""
 
     corpus: Corpus
     held_out: list[int]
@@ -66,7 +66,7 @@ class Split:
 
     @classmethod
     def of(cls, corpus: Corpus, held_out: int, seed: int, reuse: int = 1) -> "Split":
-        """The held-out sequences are the same for every seed, so that runs can be compared; the order is not."""
+        """The held-out sequences are the same for every seed, so that runs can be compared; the order differs."""
         usable = np.array([i for i in range(corpus.size) if len(corpus.anchors(i))])
         if held_out >= len(usable):
             raise ConfigError(f"{held_out} sequences held out of {len(usable)} leaves none to train on.")

@@ -1,8 +1,8 @@
-"""`dspark-server data`: answers that the target samples itself, to train its drafter on.
+"""`dspark-server data`: answers sampled by the target itself, to train its drafter on.
 
 Every job is one sequence: a user turn, given or completed by the target from the chat template's user prefix, and the
-target's answer. Finished jobs are appended to a log beside the output, so that a run that was stopped goes on; the
-output is written once all are there, in the order of the jobs.
+target's answer. Finished jobs are appended to a log beside the output, so that an interrupted run can continue; the
+output is written once all are finished, in the order of the jobs.
 """
 
 import json
@@ -32,11 +32,11 @@ _MARK = "USER-TURN-GOES-HERE"
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What to sample. Files are JSON lines of {"prompt", "domain"} and {"starter", "domain"}.
+    """Settings of the sampling. Files are JSON lines of {"prompt", "domain"} and {"starter", "domain"}.
 
     `samples` answers per prompt, `starters_count` turns per starter, `self_count` turns from the bare template (domain
     "self"). Each answer's temperature is drawn from `temperatures` with `temperature_weights` (None: evenly); user
-    turns are sampled at 1. Turns that say what a prompt in `exclude` says are dropped.
+    turns are sampled at 1. Turns equal to a prompt in `exclude` are dropped.
     """
 
     output: Path
@@ -70,7 +70,7 @@ class DataConfig:
 
     @property
     def log(self) -> Path:
-        """Where finished jobs are kept until all are."""
+        """The log that keeps finished jobs until all are finished."""
         return self.output.with_suffix(".partial.jsonl")
 
 
@@ -154,11 +154,11 @@ class Turns:
         return list(self.tokenizer(self._before + text + self._after, add_special_tokens=False).input_ids)
 
     def closed(self, opened: list[int], turn: list[int]) -> list[int]:
-        """The same for a turn that the target completed: its own tokens are kept."""
+        """The same for a turn completed by the target: its own tokens are kept."""
         return [*opened, *turn, *self.tokenizer(self._after, add_special_tokens=False).input_ids]
 
     def refused(self, text: str) -> str | None:
-        """Why a user turn must not be used, if so."""
+        """The reason why a user turn must not be used, or None."""
         plain = _plain(text)
         if not plain:
             return "empty turn"
@@ -172,7 +172,9 @@ class Turns:
 
 
 class Sampler:
-    """Runs jobs through the engine, `concurrency` at once. Requests are seeded: a job's tokens are its own."""
+    """Runs jobs through the engine, `concurrency` at once. Requests have seeds, so a job's tokens do not depend on
+    others.
+    """
 
     def __init__(self, run: DataConfig, jobs: list[Job], turns: Turns) -> None:
         self._run, self._jobs, self._turns = run, jobs, turns
@@ -189,7 +191,7 @@ class Sampler:
         self.tokens = 0
 
     def records(self, done: Any) -> Iterator[dict[str, Any]]:
-        """One record per job that is not in `done`, as they end."""
+        """One record per job that is not in `done`, in the order in which they end."""
         waiting = iter([index for index in range(len(self._jobs)) if index not in done])
         exhausted = False
         while True:
@@ -277,7 +279,7 @@ def _plain(text: str) -> str:
 
 
 def _resume(log: Path, identity: str) -> dict[int, dict[str, Any]]:
-    """What an earlier run of the same settings finished; a line torn by a kill is cut off. Starts the log if new."""
+    """Jobs finished by an earlier run of the same settings; a line torn by a kill is cut off. Starts the log if new."""
     records: dict[int, dict[str, Any]] = {}
     whole = 0
     if log.exists():

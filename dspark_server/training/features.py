@@ -1,6 +1,6 @@
-"""What the frozen target says about a sequence: its tapped layers, its last hidden state, the mass of its logits.
+"""Features of a sequence from the frozen target: its tapped layers, its last hidden state, the mass of its logits.
 
-Computed by our own decoder the first time a sequence is asked for, and kept in a bounded file afterwards.
+Computed by our own decoder at the first request for a sequence, and kept in a bounded file afterwards.
 """
 
 from pathlib import Path
@@ -48,7 +48,7 @@ class TargetFeatures:
             start, end = self._corpus.start[index], self._corpus.start[index + 1]
             if not self._done[index]:
                 self._rows[start:end] = self._compute(self._corpus.sequence(index).tolist()).view(torch.uint16).numpy()
-                self._done[index] = 1  # after its rows: a kill in between leaves it undone
+                self._done[index] = 1  # after its rows: a kill in between leaves it unmarked
             rows = torch.from_numpy(np.array(self._rows[start : start + length])).view(torch.bfloat16)
         else:
             rows = self._compute(self._corpus.sequence(index)[:length].tolist())

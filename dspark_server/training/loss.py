@@ -1,6 +1,6 @@
-"""The drafter's loss over the vocabulary (DSpark §3.3), forward and backward in one go, in slices of rows.
+"""The drafter's loss over the vocabulary (DSpark §3.3), forward and backward in one pass, in slices of rows.
 
-Logits of all rows at once would be gigabytes; a slice's are overwritten by their own gradient and multiplied away.
+Logits of all rows at once would be gigabytes; a slice's are overwritten by their own gradient, which is used at once.
 """
 
 from typing import Any
@@ -17,8 +17,8 @@ SLICE = 512
 class FrozenHead:
     """The rows of the target's output matrix that the loss sees, weight [V, D] float32.
 
-    With `bfloat16` the loss's products are multiplied in it. Logits are never rounded to it: a logit of 20 is off by up
-    to 0.06 then, a tenth of what a half-trained draft is wrong by. Gradients are.
+    With `bfloat16` the loss's products are computed in it. Logits are never rounded to it: a logit of 20 would be off
+    by up to 0.06, a tenth of the error of a half-trained draft. Gradients are rounded.
     """
 
     def __init__(self, weight: Tensor, kernels: Kernels, *, bfloat16: bool = False) -> None:
@@ -35,7 +35,7 @@ class FrozenHead:
         return self._linear(hidden.bfloat16(), self._packed, torch.float32)
 
     def gradients(self, logits: Tensor, latent: Tensor, w2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of the loss by `logits` [M, V] -> by hidden [M, D], latent [M, r] and w2 [V, r]."""
+        """Gradients of the loss, from those by `logits` [M, V], by hidden [M, D], latent [M, r] and w2 [V, r]."""
         if self._rounded is None:
             return logits @ self.weight, logits @ w2, logits.T @ latent
         logits = logits.bfloat16()
@@ -45,11 +45,11 @@ class FrozenHead:
 class VocabularyLoss(torch.autograd.Function):
     """sum(ce_weight * CE + tv_weight * L1) over rows, differentiable in hidden, latent and w2.
 
-    hidden [M, D] and latent [M, r] float32 give the draft's logits hidden head^T + latent w2^T, with head [V, D]
-    frozen and w2 [V, r]; target [U, D] float32 gives the target's, target head^T, row target_rows[i] being row i's
-    (blocks overlap: U < M); target_rows, labels [M] int64 and weights [M]. Where `head` is a part of the vocabulary's,
-    logsum [U] is log sum exp of the target's logits over all of it (None: head is the whole).
-    latent and w2 may be empty (r = 0). Returns the sum, and CE and L1 by row [M], the latter two without gradient.
+    hidden [M, D] and latent [M, r] float32 give the draft's logits hidden head^T + latent w2^T, with head [V, D] frozen
+    and w2 [V, r]; target [U, D] float32 gives the target's, target head^T; row target_rows[i] of it belongs to row i
+    (blocks overlap: U < M); target_rows, labels [M] int64 and weights [M]. If `head` is a part of the vocabulary's,
+    logsum [U] is log sum exp of the target's logits over all of it (None: head is the whole). latent and w2 may be
+    empty (r = 0). Returns the sum, and CE and L1 by row [M], the latter two without gradient.
     """
 
     @staticmethod

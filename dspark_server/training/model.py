@@ -17,7 +17,7 @@ from dspark_server.speculation.dspark import DSparkConfig
 
 @dataclass(frozen=True)
 class Blocks:
-    """What a step trains on.
+    """Training blocks of one step.
 
     taps [N, m * D] float32 and positions [N] of the context of all sequences, one after another; inputs [B, gamma, D]
     embeddings of (anchor, mask, ...); anchors [B] positions; previous [B, gamma] tokens x_{k-1}; spans: for each
@@ -103,10 +103,10 @@ class DraftLayer(nn.Module):
 
 
 class DraftModel(nn.Module):
-    """Everything of a drafter that is trained; embedding and head are the target's.
+    """All trained parts of a drafter; embedding and head are the target's.
 
-    With `bfloat16` the backbone's products, of its attention too, are multiplied and rounded in bfloat16, and summed in
-    float32; the weights, the residual stream, norms, softmaxes and the two heads are float32 all the same.
+    With `bfloat16` the backbone's products, including its attention's, are multiplied and rounded in bfloat16, and
+    summed in float32; the weights, the residual stream, norms, softmaxes and the two heads stay float32.
     """
 
     def __init__(self, config: DSparkConfig, max_length: int, *, bfloat16: bool = False) -> None:

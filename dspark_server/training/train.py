@@ -1,7 +1,7 @@
 """The training loop (DSpark §3.3): frozen target, random anchors, one optimizer step per batch of blocks.
 
-What a step does depends on (seed, step) alone, and the whole state is saved every `save_every` steps, so that a run
-killed at any moment goes on to the same result.
+A step depends on (seed, step) alone, and the whole state is saved every `save_every` steps, so that a run killed at any
+moment continues to the same result.
 """
 
 import csv
@@ -35,7 +35,7 @@ from dspark_server.training.features import TargetFeatures
 from dspark_server.training.loss import FrozenHead, VocabularyLoss
 from dspark_server.training.model import Blocks, DraftModel
 
-EVALUATED = 60  # held-out sequences a run looks at on the way; calibration uses the rest too
+EVALUATED = 60  # held-out sequences evaluated during a run; calibration uses the rest too
 LOG_FIELDS = (
     "step",
     "positions",
@@ -50,11 +50,11 @@ LOG_FIELDS = (
 
 @dataclass(frozen=True)
 class Batch:
-    """Blocks, and what their slots are measured against.
+    """Blocks, and the labels and target rows of their slots.
 
     rows [M] picks the slots [B * gamma] that lie within their sequence; labels, weight [M]; target [U, D] holds the
-    target's hidden rows, once each, target_rows [M] says which is whose; logsum [U]: log sum exp of their logits over
-    the whole vocabulary, where the loss sees a part of it.
+    target's hidden rows, once each, target_rows [M] the index of each slot's; logsum [U]: log sum exp of their logits
+    over the whole vocabulary, if the loss sees a part of it.
     """
 
     blocks: Blocks
@@ -70,7 +70,7 @@ class Batch:
 class Losses:
     """A step's loss; cross-entropy and survival c*_k = 1 - L1/2 of every row [M] (slots outside: see Batch.rows).
 
-    tau is what blocks within their sequence would give at T = 1, the bonus token included.
+    tau is the acceptance length of blocks within their sequence at T = 1, the bonus token included.
     """
 
     total: Tensor
@@ -98,7 +98,7 @@ class Trainer:
         self._head = self._embedding
         if not target.config.tie_word_embeddings:
             self._head = open_checkpoint(self.target_directory).read("lm_head.weight").float()
-        # Rows of the head that the loss sees, and where each token is among them (-1: not).
+        # Rows of the head that the loss sees, and the index of each token among them (-1: not among them).
         drafted = self._head
         self._place: Tensor | None = None
         self.draft_tokens: Tensor | None = None
@@ -126,7 +126,7 @@ class Trainer:
         self.positions = 0
 
     def _features_key(self) -> str:
-        """Features depend on the target, the taps and the corpus."""
+        """Cache key of the features: they depend on the target, the taps and the corpus."""
         corpus = sha256(Path(self.run.corpus).read_bytes()).hexdigest()
         return sha256(f"{self.target_directory}|{self.config.taps}|{corpus}".encode()).hexdigest()[:16]
 
@@ -184,8 +184,8 @@ class Trainer:
     def losses(self, batch: Batch) -> Losses:
         """L = ce CE + tv L1 + confidence BCE, each a weighted mean over slots (DSPARK.md, "Training").
 
-        Where the loss sees a part of the vocabulary, the draft's law is over that part and the target's over all of it:
-        survival is then what the engine will see.
+        If the loss sees a part of the vocabulary, the draft's distribution is over that part and the target's over all
+        of it: survival is then the same as in the engine.
         """
         hidden, latent, confidence = self.model(batch.blocks)
         weight = batch.weight / batch.weight.sum()
@@ -229,7 +229,7 @@ class Trainer:
         self.step += 1
         self.positions += len(batch.rows)
         if self._mean:
-            # A short memory at first, so that the start is soon forgotten.
+            # A short memory at first, so that the initial weights are soon forgotten.
             kept = min(run.averaging, self.step / (self.step + 10))
             current = [parameter.detach() for parameter in self.model.parameters()]
             torch._foreach_lerp_(self._mean, current, 1 - kept)
@@ -237,7 +237,7 @@ class Trainer:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Inside, the model holds the running mean of its weights, if the run keeps one."""
+        """A context in which the model holds the running mean of its weights, if the run keeps one."""
         current = [parameter.detach().clone() for parameter in self.model.parameters()] if self._mean else []
         self._fill(self._mean)
         try:
@@ -252,9 +252,9 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, anchors: int = 16) -> tuple[list[float], list[float]]:
-        """Held-out mean of 1 - TV and of arg max agreement, by position, over blocks that lie within their sequence.
+        """Held-out mean of 1 - TV and of argmax agreement, by position, over blocks that lie within their sequence.
 
-        Along the target's own text, the target over the whole vocabulary. Each list is tau, then the positions.
+        Along the target's own text, with the target over the whole vocabulary. Each list is tau, then the positions.
         """
         survivals, matches = [], []
         for index in self.split.held_out[:EVALUATED]:
@@ -281,7 +281,7 @@ class Trainer:
         return slots[(slots >= 0).all(1)]
 
     def save(self, path: Path) -> None:
-        """The whole state, so that the file is either the old or the new one whatever happens."""
+        """Save the whole state atomically: the file is either the old or the new one."""
         path.parent.mkdir(parents=True, exist_ok=True)
         state = {
             "step": self.step,
@@ -295,7 +295,7 @@ class Trainer:
         os.replace(partial, path)
 
     def restore(self, path: Path) -> None:
-        """Go on from a saved state."""
+        """Continue from a saved state."""
         state: dict[str, Any] = torch.load(path, weights_only=True)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -319,9 +319,9 @@ def tau_and_positions(survival: Tensor) -> list[float]:
 
 
 def train(run: TrainConfig) -> Path:
-    """Run, or go on with, a training to its end; returns the checkpoint's directory.
+    """Run a training to its end, or continue one; returns the checkpoint's directory.
 
-    The state lives in the user's cache, the log and the checkpoint in `run.output`.
+    The state is in the user's cache, the log and the checkpoint in `run.output`.
     """
     keep_freed_memory()
     with products_in(run.precision):
@@ -335,9 +335,9 @@ def multiplies_in_bfloat16(precision: str) -> bool:
 
 @contextmanager
 def products_in(precision: str) -> Iterator[None]:
-    """Inside, with AMX, products of float32 tensors too are multiplied in bfloat16, if the run multiplies in it.
+    """A context in which, with AMX, products of float32 tensors too are multiplied in bfloat16, if the run does so.
 
-    oneDNN rounds the factors itself then. Without tiles that costs what it gains (docs/experiments.md).
+    oneDNN then rounds the factors itself. Without AMX tiles that costs as much as it gains (docs/experiments.md).
     """
     before = torch.get_float32_matmul_precision()
     if multiplies_in_bfloat16(precision) and has_amx():
@@ -406,7 +406,7 @@ def _train(run: TrainConfig) -> Path:
 
 
 def _rows_before(log: Path, step: int) -> Iterator[dict[str, str]]:
-    """The rows of an earlier part of the run that the restored state has seen."""
+    """Log rows of an earlier part of the run, up to the step of the restored state."""
     if not log.exists():
         return
     with log.open(newline="") as file:

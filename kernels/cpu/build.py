@@ -67,7 +67,7 @@ def zig_compiler() -> list[str]:
 
 
 def cache_directory() -> Path:
-    """Where built kernels live: below DSPARK_CACHE_DIR, or ~/.cache/dspark-server."""
+    """Directory of built kernels: below DSPARK_CACHE_DIR, or ~/.cache/dspark-server."""
     root = os.environ.get("DSPARK_CACHE_DIR") or Path.home() / ".cache" / "dspark-server"
     return Path(root).expanduser() / "kernels"
 
@@ -90,7 +90,7 @@ def _build_with(compiler: Sequence[str], flags: Sequence[str]) -> Path:
 
 
 def _fingerprint(compiler: Sequence[str], flags: Sequence[str]) -> str:
-    """Changes with anything that could change the library: sources, compiler, flags, processor."""
+    """Hash of everything that could change the library: sources, compiler, flags, processor."""
     digest = hashlib.sha256(repr((list(compiler), _version(compiler), list(flags), _processor())).encode())
     for path in SOURCES:
         digest.update(path.name.encode() + path.read_bytes())
@@ -104,7 +104,7 @@ def _version(compiler: Sequence[str]) -> str:
 
 
 def _processor() -> str:
-    """What `-march=native` depends on."""
+    """The properties of the processor that `-march=native` depends on."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

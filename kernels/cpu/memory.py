@@ -1,4 +1,4 @@
-"""Memory for what every step reads: weights and caches, in huge pages where the system has them.
+"""Memory for the data that every step reads: weights and caches, in huge pages where the system has them.
 
 A pass streams all weights. With pages of 4 KiB the processor stops prefetching at every page's end, and in a virtual
 machine looks each of them up in two tables: a fifth of the time (docs/experiments.md).
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 HUGE = 2 << 20
-CHUNK = 32 << 20  # bytes that an arena asks the system for
+CHUNK = 32 << 20  # bytes of one mapping of an arena
 LINE = 64
 
 
@@ -29,7 +29,7 @@ def huge_zeros(size: int) -> Tensor:
 
 
 class Arena:
-    """Hands out pieces of large mappings, so that small weights share huge pages. What is let go is not used again."""
+    """Hands out pieces of large mappings, so that small weights share huge pages. Freed pieces are not used again."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

@@ -51,7 +51,7 @@ class NativeLinear:
 
 
 class _Layer(ctypes.Structure):
-    """Layer of layer.c."""
+    """`Layer` of layer.c."""
 
     _fields_ = [
         *((name, c_void_p) for name in ("input_norm", "post_attention_norm", "q_norm", "k_norm")),
@@ -199,7 +199,7 @@ class NativeKernels:
         window: int | None = None,
         softcap: float | None = None,
     ) -> Tensor:
-        if softcap is not None:  # no model that is served caps its scores: right is enough
+        if softcap is not None:  # no served model caps its scores, so this need not be fast
             return ReferenceKernels().paged_attention(
                 qkv, num_q_heads, keys, values, query_start, context_len, block_tables, block_size, scale, causal,
                 window, softcap,

@@ -1,8 +1,8 @@
-"""Lossless acceptance by the ratio rule (DSpark §3.2.2), the target's laws being plain softmaxes: four launches.
+"""Lossless acceptance by the ratio rule (DSpark §3.2.2), for plain softmaxes of the target: four launches.
 
-The first two read every row of logits once, as fast as memory allows, and walk each request's slots: a draft token
-stands with probability min(1, p / q). Only the row that decides is looked at again: the third launch takes what p has
-left over once q is taken away, max(p - q, 0), or p itself behind the last draft token, and the fourth draws from that.
+The first two read every row of logits once, as fast as memory allows, and walk each request's slots: a draft token is
+accepted with probability min(1, p / q). Only the row that decides is read again: the third launch takes the residual
+max(p - q, 0), or p itself after the last draft token, and the fourth draws from that.
 """
 
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from dspark_kernels.triton.launch import Launch, power_of_two
 from torch import Tensor
 
 BLOCK = 2048  # columns of the vocabulary in a step
-NAMES = 1024  # columns of a drafter's law in a step
+NAMES = 1024  # columns of a draft distribution in a step
 
 
 @triton.jit(do_not_specialize=["width"])
@@ -49,7 +49,7 @@ def row_parts(
 
 @triton.jit
 def _chance(q, names, token, COLUMNS: tl.constexpr, NAMES: tl.constexpr):
-    """What a drafter's law q [COLUMNS] gives `token`; several columns may bear its name."""
+    """The probability of `token` in a draft distribution q [COLUMNS]; several columns may name it."""
     if names is None:
         chance = tl.load(q + token)
     else:
@@ -107,7 +107,7 @@ def decide(
             kept = coin * chance.to(tl.float64) * total.to(tl.float64) < weight.to(tl.float64)
             standing = tl.where(kept, 1, 0)
             slot += standing
-    ended = tl.where(slot > 0, 1 - fine, 0)  # by a draft token that stands, and whose own row is broken
+    ended = tl.where(slot > 0, 1 - fine, 0)  # by an accepted draft token whose own row is broken
     last = tl.full([], -1, tl.int64)
     if ended == 1:
         last = tl.load(tokens + request * width + slot - 1)
@@ -125,9 +125,9 @@ def remainder(
     VOCABULARY: tl.constexpr, SLOTS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr,
     BLOCK: tl.constexpr, NAMES: tl.constexpr,
 ):  # fmt: skip
-    """Grid (n, PARTS): left [n, VOCABULARY] float32, p - q of a request's rejected slot or the p behind its last one.
+    """Grid (n, PARTS): left [n, VOCABULARY] float32, p - q of a request's rejected slot or the p after its last one.
 
-    left_mass and whole_mass [n, PARTS] float64 are what lies above zero in each part of it, and of p.
+    left_mass and whole_mass [n, PARTS] float64 are the positive mass of each part of it, and of p.
     """
     request = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
@@ -146,7 +146,7 @@ def remainder(
     drafted = tl.full([], -1, tl.int64)
     if rejected:
         drafted = tl.load(tokens + request * width + slot)
-    takeable = tl.where(rejected, end, 0)  # columns that q takes from
+    takeable = tl.where(rejected, end, 0)  # columns that q is subtracted from
 
     whole_sum = tl.zeros([], tl.float64)
     left_sum = tl.zeros([], tl.float64)
@@ -164,13 +164,13 @@ def remainder(
     if q is not None and names is not None:
         if rejected:
             name = names + tl.load(row + request) * names_row_stride + slot * names_slot_stride
-            tl.debug_barrier()  # other threads take from what these have stored
+            tl.debug_barrier()  # other threads subtract from the values stored here
             for first in range(0, COLUMNS, NAMES):
                 column = first + tl.arange(0, NAMES)
                 inside = column < COLUMNS
                 where = tl.load(name + column, mask=inside, other=-1)
                 taken = tl.load(q + law * COLUMNS + column, mask=inside, other=0.0)
-                # A name may stand twice.
+                # Two columns may have the same name.
                 tl.atomic_add(mine + where, -taken, mask=inside & (where >= begin) & (where < end), sem="relaxed")
             tl.debug_barrier()
             left_sum = tl.zeros([], tl.float64)
@@ -187,7 +187,7 @@ def pick(
     logits, start, inverse_temperature, last, count, levels, totals, left, left_mass, whole_mass, token, width,
     VOCABULARY: tl.constexpr, PARTS: tl.constexpr, PARTS_BLOCK: tl.constexpr, PART: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Grid (n): the token drawn from `left`, or from p where nothing is left over (p equals q, up to rounding)."""
+    """Grid (n): the token drawn from `left`, or from p where nothing is left (p equals q, up to rounding)."""
     request = tl.program_id(0).to(tl.int64)
     level = tl.load(levels + request)
     if level != level:

@@ -1,16 +1,16 @@
 """Paged attention over runs of any length, causal or not: decode steps, verification, draft blocks and prefill chunks.
 
 A program takes a tile of one run's queries for all the query heads that share a key/value head (rows are query-major:
-row i is query i // group), so keys and values are read once for the group. Which run a tile belongs to is found on the
-device: run r's tiles start at query_start[r] // TILE + r, an upper bound that needs nothing from the device's memory on
-the host. Where there are fewer programs than the GPU holds, the visible keys are split between several of them
+row i is query i // group), so keys and values are read once for the group. The run of a tile is found on the device:
+run r's tiles start at query_start[r] // TILE + r, an upper bound that needs nothing from the device's memory on the
+host. If there are fewer programs than the GPU holds, the visible keys are split between several of them
 (flash-decoding), which leave unnormalised sums that a second kernel combines.
 
 Scores, softmax and sums are float32; both products are of the queries' dtype, to which the softmax's numerators are
-rounded for the second, as tensor cores want them, and the rows of an e4m3 cache are widened.
+rounded for the second, as tensor cores need, and the rows of an e4m3 cache are widened.
 
-What a query does not see gets a numerator of 0, and 0 times NaN is NaN: in the tiles of which some query sees a part
-only, values that are not finite are taken out, and the queries that do see them get a NaN for a numerator.
+A key that a query does not see gets a numerator of 0, and 0 times NaN is NaN: in tiles of which some query sees only a
+part, values that are not finite are taken out, and the queries that do see them get a NaN for a numerator.
 """
 
 from collections.abc import Iterator
@@ -24,12 +24,12 @@ from dspark_kernels.triton.launch import Gpu, Launch, power_of_two
 from torch import Tensor
 
 MOST_SPLITS = 32
-LEAST_KEYS = 256  # of a split: fewer do not pay for the second kernel
+LEAST_KEYS = 256  # least keys of a split: fewer do not pay for the second kernel
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """Rows (queries * group) and keys of a tile, and how many warps and load stages work on it."""
+    """Rows (queries * group) and keys of a tile, and the numbers of warps and load stages for it."""
 
     rows: int
     keys: int
@@ -38,7 +38,7 @@ class Tiles:
 
 
 def tiles(queries: int, group: int, head_dim: int, dtype: torch.dtype, capability: int) -> Tiles:
-    """For runs of about `queries` tokens whose `group` query heads share a key/value head.
+    """Tiles for runs of about `queries` tokens whose `group` query heads share a key/value head.
 
     16 rows are the least that tensor cores multiply; a verification of 8 tokens with a group of 4 fills 32. Bounded by
     registers (docs/kernels.md): sm_80 holds both operands of a product there, later ones leave them in shared memory.
@@ -52,7 +52,7 @@ def tiles(queries: int, group: int, head_dim: int, dtype: torch.dtype, capabilit
 
 
 def splits(programs: int, keys: int, processors: int) -> int:
-    """Into how many parts to cut `keys` keys, where `programs` programs would run on `processors` processors."""
+    """Number of parts to split `keys` keys into, if `programs` programs would run on `processors` processors."""
     wanted = min(2 * processors // max(programs, 1), keys // LEAST_KEYS, MOST_SPLITS)
     return power_of_two(wanted + 1) // 2 if wanted > 1 else 1  # the power of two below
 
@@ -82,7 +82,7 @@ def attend(
     """Grid (tiles, KV_HEADS, SPLITS). With one split `out` is [N, Hq, d]; else [SPLITS, N, Hq, d] float32, unnormalised
     with each row's greatest score and sum of numerators in `peaks` and `masses` [SPLITS, N, Hq].
 
-    WIDEN multiplies what is bfloat16 as float32, the same numbers: Triton's interpreter takes bfloat16 for integers.
+    WIDEN multiplies bfloat16 values as float32, the same numbers: Triton's interpreter takes bfloat16 for integers.
     BITS is that of `widened`.
     """
     TYPE: tl.constexpr = queries.dtype.element_ty
@@ -154,7 +154,7 @@ def attend(
             visible = visible & (column[None, :] > position[:, None] - WINDOW)
         score = tl.where(visible, score * 1.4426950408889634, float("-inf"))  # exp2 from here on
         risen = tl.maximum(peak, tl.max(score, 1))
-        level = tl.where(risen == float("-inf"), 0.0, risen)  # a row that has seen nothing yet
+        level = tl.where(risen == float("-inf"), 0.0, risen)  # a row that has seen no key yet
         numerator = tl.exp2(score - level[:, None])
         shrink = tl.exp2(peak - level)
         mass = mass * shrink + tl.sum(numerator, 1)

@@ -25,14 +25,16 @@ from dspark_kernels.triton.shapes import OTHERS, QWEN3_8B, SMOLLM2, Case, cases
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-REGISTERS, WARPS, BLOCKS = 65536, 64, 32  # of a multiprocessor, equal on all three
+REGISTERS, WARPS, BLOCKS = 65536, 64, 32  # of a multiprocessor, equal on all three GPUs
 SHARED = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}  # bytes of a multiprocessor; a block has at most 1 KiB less
 MODELS = (QWEN3_8B, SMOLLM2, *OTHERS)
 
 
 @dataclass(frozen=True)
 class Usage:
-    """What a block of a compiled kernel takes: warps, registers a thread, bytes of stack (spills) and shared memory."""
+    """Resources of a block of a compiled kernel: warps, registers per thread, bytes of stack (spills) and shared
+    memory.
+    """
 
     capability: int
     warps: int
@@ -42,7 +44,7 @@ class Usage:
 
     @property
     def blocks(self) -> int:
-        """How many blocks a multiprocessor holds at once; 0: it does not fit."""
+        """Number of blocks that a multiprocessor holds at once; 0: the kernel does not fit."""
         if self.shared + 1024 > SHARED[self.capability]:
             return 0
         of_warp = -(-self.registers * 32 // 256) * 256  # registers are handed out to warps, 256 at a time
@@ -55,14 +57,14 @@ class Usage:
 
     @property
     def occupancy(self) -> float:
-        """Warps at once, as a share of the most there can be."""
+        """Warps at once, as a share of the most possible."""
         return self.blocks * self.warps / WARPS
 
 
 def usage(launch: Launch, capability: int) -> Usage | None:
-    """Compile for sm_`capability` and read what the binary takes; None: it has no e4m3, which the kernel is about.
+    """Compile for sm_`capability` and read the binary's resources; None: the kernel uses e4m3, which it lacks.
 
-    Raises CompilationError if Triton cannot.
+    Raises CompilationError if Triton cannot compile it.
     """
     if capability < fp8.CAPABILITY and "*fp8e4nv" in launch.signature().values():
         return None
@@ -86,7 +88,7 @@ def usage(launch: Launch, capability: int) -> Usage | None:
 
 
 def table(found: list[tuple[str, Case, list[Usage | None]]]) -> Iterator[str]:
-    """Markdown, a line for each launch; its columns hold a figure for each target."""
+    """Markdown, a line for each launch, a column of figures for each target."""
     yield "| model | kernel | configuration | warps | registers | spilled, B | shared, KiB | occupancy, % |"
     yield "| --- | --- | --- | --- | --- | --- | --- | --- |"
     for model, case, usages in found:

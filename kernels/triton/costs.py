@@ -1,9 +1,9 @@
-"""What each kernel must move and compute in a step: bytes of device memory and FLOPs, for a roofline.
+"""Data movement and computation of each kernel in a step: bytes of device memory and FLOPs, for a roofline.
 
-Every operand counts once (what a run's query tiles read twice they read from the cache), every result once, and what
-passes between the launches of one kernel both ways. Filters read a row PASSES times: from the L2 cache, and counted
-once, as long as all the rows at work fit there. FLOPs are those of products that tensor cores do; the rest of the
-arithmetic is far below what the bytes take and is left out.
+Every operand counts once (a run's query tiles read it again from the cache), every result once, and data passed between
+the launches of one kernel both ways. Filters read a row PASSES times: from the L2 cache, and counted once, as long as
+all active rows fit there. FLOPs are those of products on tensor cores; other arithmetic takes far less time than the
+bytes and is left out.
 """
 
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ PASSES = 9  # over a row with top-k and top-p, as counted in the interpreter (te
 
 @dataclass(frozen=True)
 class Cost:
-    """Of all of a step's calls of one kernel together: calls, launches, bytes, FLOPs."""
+    """Totals of all of a step's calls of one kernel: calls, launches, bytes, FLOPs."""
 
     kernel: str
     calls: int
@@ -60,20 +60,20 @@ def step_costs(
         return
     drafts, columns = model.gamma, model.columns
     yield _attention("attention, draft", model, model.draft_layers, requests, drafts, context, gpu, cache)
-    # A slot: base and correction are read for the softmax and again for the law, which is written; W2 is the product's.
+    # A slot: base and correction are read for the softmax and again for q, which is written; W2 is the product's.
     parts = -(-columns // draw.PART)
     slot = requests * (5 * 4 * columns + 2 * parts * 28) + columns * model.rank * size + 4 * requests * columns
     if filtered:
         slot += requests * 8 * columns * _reads(8 * columns, requests, gpu)
     launches = (5 + filtered) * drafts
     yield Cost("draft_tokens", 1, launches, drafts * slot, drafts * 2.0 * requests * columns * model.rank)
-    # Each row's softmax, then the row that decides: logits and q are read, what is left written and a part of it read.
+    # Each row's softmax, then the row that decides: logits and q are read, the residual written and a part of it read.
     decided = requests * 4 * (2 * model.vocabulary + columns + draw.PART)
     yield Cost("accept_by_ratio", 1, 4, 4 * tokens * model.vocabulary + decided)
 
 
 def _reads(row: int, rows: int, gpu: Gpu) -> int:
-    """How often filters read rows of `row` bytes from memory: a processor works on one at a time."""
+    """Number of times that filters read rows of `row` bytes from memory: a processor works on one at a time."""
     return 1 if min(rows, gpu.processors) * row <= L2 else PASSES
 
 

@@ -1,7 +1,7 @@
-"""Softmaxes and draws over rows that are cut into parts: what the sequential head and acceptance share.
+"""Softmaxes and draws over rows that are split into parts, shared by the sequential head and acceptance.
 
-A row of a vocabulary is too long for one processor to read quickly, so PART columns of it are a program's, which leaves
-what the row as a whole is made up from: the part's maximum and sum of exponentials, or its mass.
+A row of a vocabulary is too long for one processor to read quickly, so a program takes PART columns of it and leaves
+the part's maximum and sum of exponentials, or its mass, which together give those of the row.
 """
 
 import triton
@@ -13,7 +13,7 @@ NONE = tl.constexpr(0x7FFFFFFF)
 
 @triton.jit
 def soften(peak, mass, value):
-    """A running softmax: the maximum and the sum of exp(v - maximum) once `value` [BLOCK] is taken in as well."""
+    """A running softmax: the maximum and the sum of exp(v - maximum) with `value` [BLOCK] included."""
     risen = tl.maximum(peak, tl.max(value, 0))
     level = tl.where(risen == float("-inf"), 0.0, risen)
     return risen, mass * tl.exp(peak - level) + tl.sum(tl.exp(value - level), 0)
@@ -29,7 +29,7 @@ def merge(peaks, masses):
 
 @triton.jit
 def draw_part(part, mass, uniform):
-    """Inverse CDF over the masses of a row's parts: the part, the mass before it, and the point that fell into it.
+    """Inverse CDF over the masses of a row's parts: the part, the mass before it, and the point inside it.
 
     part and mass [BLOCK]: 0, 1, ... and float64. A part without mass is never drawn.
     """
@@ -43,7 +43,8 @@ def draw_part(part, mass, uniform):
 def draw_column(weights, first, end, before, point, BLOCK: tl.constexpr):
     """Inverse CDF over weights [end] float32 from column `first` on, which has the mass `before` in front of it.
 
-    A column without weight is never drawn: where rounding leaves the point behind the last edge, the last with any is.
+    A column without weight is never drawn: if rounding leaves the point after the last edge, the last column with any
+    is.
     """
     choice = NONE
     last = first

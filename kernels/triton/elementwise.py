@@ -1,4 +1,4 @@
-"""What stands between the matrix products: RMSNorm, with and without the residual's addition, SiLU * mul, argmax.
+"""The operations between matrix products: RMSNorm, with and without the residual's addition, SiLU * mul, argmax.
 
 Each reads and writes device memory once and computes next to nothing: a row (or a piece of one) is a program.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 
 SILU_COLUMNS = 1024
 ARGMAX_COLUMNS = 8192
-NO_RANK = tl.constexpr(-0x7FFFFFFFFFFFFFFF)  # below that of any number
+NO_RANK = tl.constexpr(-0x7FFFFFFFFFFFFFFF)  # below the rank of any number
 
 
 @triton.jit
@@ -56,7 +56,7 @@ def rank(value, column):
 
 @triton.jit
 def ranked_column(rank):
-    """The column that `rank` was made of."""
+    """The column that `rank` was made from."""
     return 0x7FFFFFFF - (rank & 0x7FFFFFFF)
 
 

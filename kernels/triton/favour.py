@@ -1,4 +1,4 @@
-"""The token that the context suggests for a slot: its log odds, and what its logit becomes."""
+"""The token that the context suggests for a slot: its log odds, and its biased logit."""
 
 import triton
 import triton.language as tl
@@ -10,7 +10,7 @@ _FEW = tl.constexpr(-20.0)  # log odds that count as none
 
 @triton.jit
 def favoured_logit(own, total, active, named, bias, on, odds, STORE: tl.constexpr):
-    """The logit of the favoured token's column: `own`, unless its row is `active`; `total` is the row's log-sum-exp.
+    """The logit of the biased token's column: `own`, unless its row is `active`; `total` is the row's log-sum-exp.
 
     With STORE, writes the slot's `on` and `odds` (interface.DraftedTokens).
     """

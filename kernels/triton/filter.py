@@ -1,9 +1,9 @@
-"""Top-k, top-p and min-p as a floor under a row's logits: what is below it is left out, ties at it stay.
+"""Top-k, top-p and min-p as a floor under a row's logits: logits below it are removed, ties at it stay.
 
-Top-k and top-p ask for the same: the greatest value of the row at which enough of it is reached, k tokens or the share
-top_p of the mass. It is found by bisection between values. Every step ends on values that stand in the row: gaps are
-skipped, ties end it, and the floor is exact. A program takes a row; once what may still be the floor fits into a block,
-it leaves that in scratch memory and goes on in registers, so the row itself is read some 10 times.
+Top-k and top-p need the same: the greatest value of the row such that the values from it on reach k tokens or the share
+top_p of the mass. It is found by bisection between values. Every step ends on values of the row: gaps are skipped, ties
+end it, and the floor is exact. A program takes a row; once the remaining candidates fit into a block, it stores them in
+scratch memory and continues in registers, so the row itself is read some 10 times.
 """
 
 import triton
@@ -18,7 +18,7 @@ WARPS = 16
 
 @triton.jit
 def _scaled(base, correction, spot, score, scale, column, COLUMNS: tl.constexpr):
-    """Logits times `scale` at `column` [BLOCK], -inf behind the last; that of the column `spot` is `score`."""
+    """Logits times `scale` at `column` [BLOCK], -inf after the last; that of the column `spot` is `score`."""
     logit = tl.load(base + column, mask=column < COLUMNS, other=float("-inf"))
     if correction is not None:
         logit += tl.load(correction + column, mask=column < COLUMNS, other=0.0)
@@ -27,7 +27,7 @@ def _scaled(base, correction, spot, score, scale, column, COLUMNS: tl.constexpr)
 
 @triton.jit
 def _beyond(value, middle, low, high, peak, MASS: tl.constexpr):
-    """Of values [BLOCK]: how much and how many are above `middle`, the least of those, the greatest of the others.
+    """Over values [BLOCK]: weight and number of those above `middle`, the least of them, the greatest of the others.
 
     A value weighs 1, or exp(value - peak) with MASS; the last two are no further apart than `low` and `high`.
     """
@@ -42,7 +42,7 @@ def _beyond(value, middle, low, high, peak, MASS: tl.constexpr):
 
 @triton.jit
 def _middle(low, high):
-    """Between them, below `high`."""
+    """The middle of the two, below `high`."""
     middle = 0.5 * low + 0.5 * high
     return tl.where((middle >= low) & (middle < high), middle, low)
 
@@ -54,7 +54,7 @@ def _greatest(
 ):  # fmt: skip
     """The greatest v of the row's values, `low` to `peak`, such that those from v on weigh `wanted` (float64).
 
-    The `count` values from `low` on are taken to weigh enough. few [BLOCK] is scratch; the weights are `_beyond`'s.
+    The `count` values from `low` on are assumed to weigh enough. few [BLOCK] is scratch; the weights are `_beyond`'s.
     """
     high = peak
     while (low < high) & (count > BLOCK):
@@ -98,9 +98,9 @@ def floor_of(
 ):  # fmt: skip
     """The least of a row's scaled logits that its filters leave; -inf for a row with NaN or +inf, or only -inf.
 
-    base [COLUMNS] float32, plus correction [COLUMNS] if there is one, but for the column `spot` (-1: none), which has
-    the logit `score`; few [BLOCK] float32 is scratch. Each filter sees what the ones before it left: min_p (0: off),
-    top_k (0: off), top_p (1: off).
+    base [COLUMNS] float32, plus correction [COLUMNS] if there is one, except for the column `spot` (-1: none), which
+    has the logit `score`; few [BLOCK] float32 is scratch. Each filter sees only the values that the ones before it
+    left: min_p (0: off), top_k (0: off), top_p (1: off).
     """
     floor = float("-inf")
     wanted = (min_p > 0.0) | ((top_k > 0) & (top_k < COLUMNS)) | (top_p < 1.0)
@@ -146,7 +146,7 @@ def floor_of(
 def filter_logits(
     logits, rows, inverse_temperature, few, top_k, top_p, min_p, out, VOCABULARY: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Grid (n): out [n, VOCABULARY], rows of logits with -inf where a filter leaves a token out; few [n, BLOCK]."""
+    """Grid (n): out [n, VOCABULARY], rows of logits with -inf where a filter removes a token; few [n, BLOCK]."""
     row = tl.program_id(0).to(tl.int64)
     base = logits + tl.load(rows + row) * VOCABULARY
     scale = tl.load(inverse_temperature + row)

@@ -1,7 +1,7 @@
-"""Rows of an e4m3 cache (float8_e4m3fn, scale 1): clamped when they are written, widened where they are read.
+"""Rows of an e4m3 cache (float8_e4m3fn, scale 1): clamped when written, widened when read.
 
 A GPU converts by an instruction, from compute capability 8.9 on; Triton can compile neither for an older one. Its
-interpreter converts wrongly (it rounds without carrying, and reads NaN as 480), so BITS does there the same by hand.
+interpreter converts wrongly (it rounds without carrying, and reads NaN as 480), so BITS converts by hand there.
 """
 
 import torch
@@ -9,14 +9,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-CAPABILITY = 89  # the least, times ten
+CAPABILITY = 89  # the least compute capability, times ten
 _LARGEST = tl.constexpr(448.0)
 _NAN = tl.constexpr(0x7F)
 
 
 @triton.jit
 def widened(stored, dtype: tl.constexpr, BITS: tl.constexpr):
-    """What was loaded from a cache, as `dtype`, which holds every number that e4m3 has."""
+    """Values loaded from a cache, as `dtype`, which holds every number that e4m3 has."""
     if BITS:
         code = (stored & 0x7F).to(tl.int32)
         size = (code << 20).to(tl.float32, bitcast=True) * (2.0**120)  # the exponents' biases are 7 and 127
@@ -27,14 +27,14 @@ def widened(stored, dtype: tl.constexpr, BITS: tl.constexpr):
 
 @triton.jit
 def stored(value, dtype: tl.constexpr, BITS: tl.constexpr):
-    """float32 `value` as a cache of `dtype` holds it: in e4m3 the nearest, of equally near ones the even, or +-448."""
+    """float32 `value` as a cache of `dtype` stores it: in e4m3 rounded to the nearest, ties to even, within +-448."""
     if BITS or dtype == tl.float8e4nv:
         value = tl.where(value > _LARGEST, _LARGEST, tl.where(value < -_LARGEST, -_LARGEST, value))  # NaN stays
     if BITS:
         bits = value.to(tl.int32, bitcast=True)
         size = bits & 0x7FFFFFFF
         normal = ((size + 0x7FFFF + ((size >> 20) & 1)) >> 20) - (120 << 3)
-        # Multiples of 2**-9 below 2**-6: those are the last bits of 2**14 and what is added to it.
+        # Multiples of 2**-9 below 2**-6: the last bits of the value plus 2**14.
         small = (size.to(tl.float32, bitcast=True) + 16384.0).to(tl.int32, bitcast=True) & 0xF
         code = tl.where(size < 0x3C800000, small, normal)
         code = tl.where(value != value, _NAN, code)
@@ -43,10 +43,10 @@ def stored(value, dtype: tl.constexpr, BITS: tl.constexpr):
 
 
 def by_hand(cache: Tensor) -> bool:
-    """Whether a cache is e4m3 where Triton cannot convert it: in the interpreter."""
+    """Whether a cache is e4m3 and Triton cannot convert it: in the interpreter."""
     return bool(triton.knobs.runtime.interpret) and cache.dtype == torch.float8_e4m3fn
 
 
 def for_launch(cache: Tensor) -> Tensor:
-    """The cache as its kernels take it: bytes where they convert `by_hand`."""
+    """The cache as kernels take it: bytes where they convert `by_hand`."""
     return cache.view(torch.uint8) if by_hand(cache) else cache

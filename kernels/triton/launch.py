@@ -1,4 +1,4 @@
-"""A kernel with its grid, arguments and compile-time choices: what runs, and what `compile.py` compiles, is one."""
+"""A kernel launch: the kernel with its grid, arguments and compile-time choices, to be run or compiled ahead."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -23,7 +23,7 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class Gpu:
-    """What tiles depend on: streaming multiprocessors, and the compute capability times ten."""
+    """The GPU's properties for tiling: streaming multiprocessors, and the compute capability times ten."""
 
     processors: int
     capability: int
@@ -46,7 +46,7 @@ class Launch:
 
     @property
     def options(self) -> dict[str, Any]:
-        """How it is compiled; a product may be fused with the sum behind it.
+        """Compiler options; a product may be fused with the sum after it.
 
         Without a bound on a thread's `registers`, ptxas spills a few bytes of small kernels for the sake of occupancy.
         """
@@ -56,7 +56,7 @@ class Launch:
         return options
 
     def run(self) -> None:
-        """Start it on the current stream; an empty grid is nothing to do."""
+        """Start it on the current stream; an empty grid starts nothing."""
         if all(self.grid):
             self.kernel[self.grid](**self.arguments, **self.constants, **self.options)
 
@@ -65,12 +65,14 @@ class Launch:
         return {name: self._type(name) for name in self.kernel.arg_names}
 
     def constexprs(self) -> dict[str, Any]:
-        """The parameters whose values are compiled in: the constants, and tensors that are not there."""
+        """The parameters whose values are compiled in: the constants, and absent tensors."""
         absent = {name: None for name, value in self.arguments.items() if value is None}
         return {**absent, **self.constants}
 
     def divisible(self) -> list[int]:
-        """Which parameters a just-in-time compilation would find to be multiples of 16: torch allocates no less."""
+        """Parameters that a just-in-time compilation would find to be multiples of 16, as torch aligns tensors at least
+        so.
+        """
         unspecialized = {parameter.name for parameter in self.kernel.params if parameter.do_not_specialize}
         return [
             index
@@ -89,5 +91,5 @@ class Launch:
 
 
 def power_of_two(number: int) -> int:
-    """The least power of two that is not below `number` (at least 1)."""
+    """The least power of two that is at least `number` (and at least 1)."""
     return 1 << max(number - 1, 0).bit_length()

@@ -1,7 +1,7 @@
 """Rotary position embedding of q and k, their norms, and the write of k and v to the cache, in one launch.
 
-A program takes one token and a few heads: those of q are rotated where they stand, those of k and v go to the token's
-slot. Element i of a head is paired with i + d/2, so a head is two halves in registers and its norm needs no exchange.
+A program takes one token and a few heads: those of q are rotated in place, those of k and v go to the token's slot.
+Element i of a head is paired with i + d/2, so a head is two halves in registers and its norm needs no exchange.
 """
 
 import triton
@@ -10,7 +10,7 @@ from dspark_kernels.triton.fp8 import by_hand, for_launch, stored
 from dspark_kernels.triton.launch import Launch, power_of_two
 from torch import Tensor
 
-HEADS = 4  # of a program, at most: a warp each
+HEADS = 4  # of a program, at most: one warp each
 
 
 @triton.jit
@@ -30,7 +30,7 @@ def _store_halves(row, head, half, inside, low, high, HEAD_DIM: tl.constexpr, BI
 
 @triton.jit
 def _rotate(low, high, table, norm, half, eps, HEAD_DIM: tl.constexpr):
-    """Both halves, normalised if there is a norm weight, turned by the token's angles at `table`."""
+    """Both halves, normalised if there is a norm weight, rotated by the token's angles at `table`."""
     there = half < HEAD_DIM // 2
     if norm is not None:
         scale = tl.rsqrt((tl.sum(low * low, 1) + tl.sum(high * high, 1)) / HEAD_DIM + eps)

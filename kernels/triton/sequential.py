@@ -1,8 +1,8 @@
 """The drafter's sequential head (DSpark §3.2): whole blocks left to right, in one launch over a shortlist.
 
-Slot k's logits are base + W1[x_{k-1}] W2; a token that the context suggests may be favoured; the next token is drawn,
-and is the one before the next slot. A program takes one request's block: nothing leaves it between slots. Where W2 has
-more than FUSED bytes, one processor would read it too slowly: then slots are `vocabulary.py`'s.
+Slot k's logits are base + W1[x_{k-1}] W2; a token that the context suggests may be biased; the next token is drawn, and
+precedes the next slot. A program takes one request's block: nothing leaves it between slots. If W2 has more than FUSED
+bytes, one processor would read it too slowly: slots are then `vocabulary.py`'s.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,7 +19,7 @@ from dspark_kernels.triton.filter import floor_of
 from dspark_kernels.triton.launch import Launch, power_of_two
 from torch import Tensor
 
-FUSED = 2 << 20  # bytes of W2: at some 100 GB/s that one processor loads, 20 us a slot
+FUSED = 2 << 20  # bytes of W2: one processor loads some 100 GB/s, so 20 us per slot
 BLOCK = 1024  # columns in a step
 
 
@@ -111,7 +111,7 @@ def draft(
                 chance = tl.where(kept, tl.exp(logit * scale - peak) / mass, 0.0)
                 tl.store(law + at * COLUMNS + column, chance, mask=inside)
                 sum64 += tl.sum(chance.to(tl.float64), 0)
-            tl.debug_barrier()  # other threads read this law
+            tl.debug_barrier()  # other threads read this distribution
             if sampled:
                 point = tl.load(uniforms + at) * sum64
                 choice = draw_column(law + at * COLUMNS, 0, COLUMNS, 0.0 * sum64, point, BLOCK)
@@ -142,7 +142,7 @@ def launches(
     filters: Filters | None,
     drawn: DraftedTokens,
 ) -> Iterator[Launch]:
-    """The launches of `Kernels.draft_tokens` into `drawn`, whose `usable` is all slots yet.
+    """The launches of `Kernels.draft_tokens` into `drawn`, whose `usable` is still all slots.
 
     head: W1 [V, r] and W2 [C, r]; `multiply` takes rows of W1 [R, r] to W2's products [R, C] float32.
     """
@@ -152,7 +152,7 @@ def launches(
         named=favour and favour.named.view(torch.uint8), bias=favour and favour.bias,
         following=favour and favour.following.to(torch.int8),
     )  # fmt: skip
-    if uniforms is None:  # greedy rows have nothing to filter
+    if uniforms is None:  # greedy rows need no filter
         filters = None
     bounds = dict(top_k=filters and filters.top_k, top_p=filters and filters.top_p, min_p=filters and filters.min_p)
     given = dict(

@@ -18,16 +18,16 @@ class TritonKernels:
     """The kernel set on the current CUDA device. No method reads the device's memory on the host.
 
     Raises KernelBuildError without a CUDA GPU, unless Triton interprets. Beyond the contract, float16 is a dtype like
-    bfloat16, a run may have no queries, and `rotary_kv_write` writes nothing to a negative slot: what a CUDA graph pads
-    its batch with. Short of it, `linear` is cuBLAS: a row's result may depend on how many rows there are, and
-    attention's on how the keys were split.
+    bfloat16, a run may have no queries, and `rotary_kv_write` writes nothing to a negative slot: CUDA graphs pad
+    batches with these. Short of it, `linear` is cuBLAS: a row's result may depend on the number of rows, and
+    attention's on the number of key splits.
     """
 
     name = "triton"
     reads_fp8 = True
 
     def __init__(self) -> None:
-        self._gpu = H100  # what the interpreter plays
+        self._gpu = H100  # the GPU that the interpreter simulates
         if torch.cuda.is_available():
             found = torch.cuda.get_device_properties()
             self._gpu = Gpu(found.multi_processor_count, 10 * found.major + found.minor)
@@ -125,7 +125,7 @@ class TritonKernels:
         favour: Favour | None,
         filters: Filters | None = None,
     ) -> DraftedTokens:
-        """Without a look at the device: there is a law where there are `uniforms`, though all rows may be greedy."""
+        """Reads nothing from the device: `law` is present if there are `uniforms`, though all rows may be greedy."""
         rows, slots, _ = base.shape
         device, weights = base.device, None
         if head is not None:

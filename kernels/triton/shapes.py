@@ -1,4 +1,4 @@
-"""The launches of a served model's step, over tensors that are not there: what `compile.py` compiles."""
+"""The launches of a served model's step, over meta tensors, for `compile.py`."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ BLOCK_SIZE = 16
 
 @dataclass(frozen=True)
 class Model:
-    """A target and its drafter: layers of both, D hidden, F features, C columns the drafter may draw, r Markov rank."""
+    """A target and its drafter: layers of both, D hidden, F features, C draftable columns, r Markov rank."""
 
     name: str
     layers: int
@@ -61,7 +61,7 @@ OTHERS = (
 
 @dataclass(frozen=True)
 class Case:
-    """A launch with the kernel family it belongs to and what it stands for."""
+    """A launch with its kernel family and its meaning."""
 
     family: str
     configuration: str
@@ -125,7 +125,7 @@ def attention_cases(model: Model, gpu: Gpu, cache: torch.dtype) -> Iterator[Case
                     f"{label}, tile {tile}, splits {chosen['SPLITS']}",
                     launch,
                 )
-            elif same:  # it does not see the cache
+            elif same:  # it does not depend on the cache
                 yield Case("combine", f"{label}, {chosen['SPLITS']} splits", launch)
 
 
@@ -169,7 +169,7 @@ def _drafting(model: Model, filters: Filters | None) -> Iterator[Case]:
             _empty(torch.float32, rows), _empty(torch.float64, rows, slots), favour, filters, drawn,
         ):  # fmt: skip
             alike = filters is not None and launch.kernel in (vocabulary.slot_parts, vocabulary.slot_pick)
-            if launch.kernel not in seen and not alike:  # the slots of a block are alike
+            if launch.kernel not in seen and not alike:  # all slots of a block are alike
                 yield Case(family, f"{launch.kernel.__name__}, {columns} columns", launch)
             seen.add(launch.kernel)
 

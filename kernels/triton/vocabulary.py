@@ -1,8 +1,9 @@
-"""A slot of the sequential head over a whole vocabulary: three launches behind the matrix product that corrects it.
+"""A slot of the sequential head over a whole vocabulary: three launches after the matrix product of its correction.
 
-Each row is cut into parts, a program for each: the first launch leaves their softmaxes, the second writes the law and
-its mass part by part, the third draws. The favoured column is left out of the first and joins in the others, as its
-logit is not known before the row's log-sum-exp is. With filters there is one launch more, for the row's floor.
+Each row is split into parts, a program for each: the first launch leaves their softmaxes, the second writes the
+distribution and its mass part by part, the third draws. The biased column is left out of the first and included in the
+others, as its logit is not known before the row's log-sum-exp. With filters there is one launch more, for the row's
+floor.
 """
 
 from collections.abc import Iterator, Mapping
@@ -81,8 +82,9 @@ def _whole(
     base, correction, place, named, bias, following, on, odds, peaks, masses, row, at,
     COLUMNS: tl.constexpr, PARTS: tl.constexpr, PARTS_BLOCK: tl.constexpr, STORE: tl.constexpr,
 ):  # fmt: skip
-    """What the parts make of the row: the greatest logit but the favoured one's, whether all are fine, and the favoured
-    column and its logit (-1 and -inf without any)."""
+    """The row from its parts: the greatest logit but the biased one's, whether all are finite, and the biased column
+    and its logit (-1 and -inf without any).
+    """
     part = tl.arange(0, PARTS_BLOCK)
     part_peaks = tl.load(peaks + row * PARTS + part, mask=part < PARTS, other=float("-inf"))
     peak, mass = merge(part_peaks, tl.load(masses + row * PARTS + part, mask=part < PARTS, other=0.0))
@@ -106,7 +108,7 @@ def _whole(
 
 @triton.jit
 def _total(peaks, scaled_masses, row, scale, score, top, PARTS: tl.constexpr, PARTS_BLOCK: tl.constexpr):
-    """The sum of exp(logit * scale - top) over the row, the favoured column with its `score` included."""
+    """The sum of exp(logit * scale - top) over the row, the biased column with its `score` included."""
     every = tl.arange(0, PARTS_BLOCK)
     part_peaks = tl.load(peaks + row * PARTS + every, mask=every < PARTS, other=float("-inf"))
     part_masses = tl.load(scaled_masses + row * PARTS + every, mask=every < PARTS, other=0.0)
@@ -121,7 +123,7 @@ def slot_floor(
     SLOTS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr, PARTS_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Grid (R): the least of a sampled row's logits / T that its filters leave, and the sum of exp(logit / T - peak)
-    over what they leave: floors, totals [R] float32. few [R, BLOCK] is scratch.
+    over the logits left: floors, totals [R] float32. few [R, BLOCK] is scratch.
     """
     row = tl.program_id(0).to(tl.int64)
     at = row * SLOTS + slot
@@ -158,7 +160,7 @@ def slot_law(
     SLOTS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr, PARTS_BLOCK: tl.constexpr, PART: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Grid (R, PARTS): the slot's law, zero for a greedy row, and law_masses [R, PARTS] float64."""
+    """Grid (R, PARTS): the slot's distribution, zero for a greedy row, and law_masses [R, PARTS] float64."""
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     at = row * SLOTS + slot
@@ -197,7 +199,7 @@ def slot_pick(
     SLOTS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr, PARTS_BLOCK: tl.constexpr, PART: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Grid (R): the slot's token; `usable` and `following` go on to the next slot."""
+    """Grid (R): the slot's token; updates `usable` and `following` for the next slot."""
     row = tl.program_id(0).to(tl.int64)
     at = row * SLOTS + slot
     _, fine, spot, score = _whole(
@@ -231,7 +233,7 @@ def slot_pick(
 def launches(
     slot: int, correction: Tensor | None, given: Mapping[str, Any], found: Mapping[str, Any]
 ) -> Iterator[Launch]:
-    """A slot, its logits being base + `correction` [R, C] float32; `given` and `found` from `sequential.launches`."""
+    """One slot, with logits base + `correction` [R, C] float32; `given` and `found` from `sequential.launches`."""
     base: Tensor = given["base"]
     rows, slots, columns = base.shape
     part = min(power_of_two(columns), PART)
