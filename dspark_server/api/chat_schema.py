@@ -66,7 +66,7 @@ class Message(Body):
 
 
 class Conversation(Body):
-    """What a chat template renders into a prompt."""
+    """Messages and options that a chat template renders into a prompt."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     """The conversation, oldest first."""

@@ -76,7 +76,7 @@ Valid = TypeVar("Valid", bound=Body)
 
 
 class StreamOptions(Body):
-    """What a stream says besides the text."""
+    """Fields of a stream besides the text."""
 
     include_usage: bool = False
     """The stream ends with a chunk that has `usage` and no choices."""
@@ -85,7 +85,7 @@ class StreamOptions(Body):
 
 
 class Speculation(Body):
-    """How one request speculates; its output is the same with any of this."""
+    """Speculation of one request; its output is the same with any of these values."""
 
     enabled: bool = True
     """False: decode without drafts."""
@@ -127,7 +127,7 @@ class ResponseFormat(Body):
 
 
 class GenerationRequest(Body):
-    """What completions and chat completions have in common: everything but the prompt."""
+    """Fields that completions and chat completions share: all but the prompt."""
 
     unsupported: ClassVar[dict[str, tuple[Any, ...]]] = UNSUPPORTED
 
