@@ -271,7 +271,8 @@ class Batcher:
         key = request.keys[block]
         for each in self.running:
             ahead = each.published <= block < len(each.keys) and not each.is_decoding and rank(each) <= rank(request)
-            if ahead and each.keys[block].digest == key.digest:
+            publishes = each.finite == each.computed
+            if ahead and publishes and each.keys[block].digest == key.digest:
                 return each
         return None
 
@@ -321,7 +322,7 @@ class Batcher:
             ):
                 request.published += 1
             self.waiting.call_back(request, request.published)
-        if request.pending <= 1:
+        if request.pending <= 1 or request.finite < request.computed:  # nothing more will be published
             self.waiting.call_back(request)
 
     def update_gauges(self) -> None:

@@ -1,5 +1,6 @@
 """A tiny real engine (random weights, a real drafter, given costs) behind a real uvicorn, and a reader of its feed."""
 
+import itertools
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -17,12 +18,11 @@ from dspark_server.api.server import Server
 from dspark_server.config import EngineConfig, SpeculativeConfig
 from dspark_server.engine.core import EngineCore
 from dspark_server.engine.engine import AsyncEngine
-from dspark_server.speculation.capacity import Profile
+from dspark_server.speculation.capacity import LONGEST, Profile
 from tests import served
 from tests.engine.support import FIXTURES
 
-# Sixteen tokens cost little more than one does, those beyond are dear. In seconds, while real steps take milliseconds:
-# they are outliers to the table, and it stays as it is.
+# Sixteen tokens cost little more than one does, those beyond are dear.
 COSTS = Profile((1, 8, 16, 64), (8.0, 9.0, 11.0, 60.0), (1, 16), (0.01, 0.02), 0.0, 0.0)
 
 
@@ -39,8 +39,14 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<|end|>")
 
 
-def core(*, selection: str = "causal", max_num_seqs: int = 16, num_blocks: int = 800) -> EngineCore:
-    """The vanilla fixture pair."""
+def core(
+    *,
+    selection: str = "causal",
+    max_num_seqs: int = 16,
+    num_blocks: int = 800,
+    clock: Callable[[], float] | None = None,
+) -> EngineCore:
+    """The vanilla fixture pair. Without a clock costs stay as passed: steps take longer than any that is believed."""
     pair = FIXTURES / "dspark_qwen3_vanilla"
     config = EngineConfig(
         model=str(pair / "target"),
@@ -52,7 +58,8 @@ def core(*, selection: str = "causal", max_num_seqs: int = 16, num_blocks: int =
         max_num_batched_tokens=192,
         speculative=SpeculativeConfig(method="dspark", model=str(pair / "draft"), selection=selection),
     )
-    return EngineCore.load(config, COSTS)
+    weeks = itertools.count(0.0, 2 * LONGEST)
+    return EngineCore.load(config, COSTS, clock=clock or (lambda: next(weeks)))
 
 
 @dataclass
