@@ -77,9 +77,8 @@ def test_a_wrong_profile_costs_a_minute_at_most(wrong: str, users: int) -> None:
 @pytest.mark.parametrize("factor", [8.0, 1 / 8])
 def test_a_machine_that_changes_in_service(users: int, factor: float) -> None:
     """Drafts become dearer or cheaper than passes at that: a neighbour on the drafter's caches, say."""
-    start = RIGHT if factor > 1 else times(8)  # so that it ends where a minute has few steps
-    changed = times(2.0 if factor > 1 else 0.5, verify=False, of=times(8) if factor > 1 else RIGHT)
-    served = simulation(users, start, start)
+    changed = times(2.0, verify=False, of=times(factor)) if factor > 1 else times(0.5, verify=False, of=times(factor))
+    served = simulation(users, RIGHT, RIGHT)
     served.serve(20.0)
     before = served.loop.stats.steps
     served.executor.capacity = Capacity(changed, 256, 2048)
