@@ -5,6 +5,7 @@ Shapes: N query tokens in the step, R runs, W widest block table, M rows whose l
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -45,27 +46,26 @@ class Batch:
     @classmethod
     def of(cls, runs: list[Run], block_size: int) -> "Batch":
         """Lay out `runs` in order. Every run has at least one token, and blocks for all its tokens."""
+        # numpy: torch would run a parallel region for some of these small arrays, which costs more than all of them.
         width = max(len(run.block_table) for run in runs)
-        lengths = torch.tensor([len(run.tokens) for run in runs], dtype=torch.int32)
-        context = torch.tensor([run.context_len for run in runs], dtype=torch.int32)
-        rows = torch.tensor([run.logits_rows for run in runs], dtype=torch.int32)
-        tables = torch.tensor(
-            [run.block_table + [0] * (width - len(run.block_table)) for run in runs], dtype=torch.int32
-        )
-        query_start = torch.zeros(len(runs) + 1, dtype=torch.int32)
-        query_start[1:] = lengths.cumsum(0)
-        run_of = torch.repeat_interleave(torch.arange(len(runs)), lengths)
-        offset = torch.arange(int(query_start[-1]), dtype=torch.int32) - query_start[:-1][run_of]
+        lengths = np.array([len(run.tokens) for run in runs], dtype=np.int32)
+        context = np.array([run.context_len for run in runs], dtype=np.int32)
+        rows = np.array([run.logits_rows for run in runs], dtype=np.int32)
+        tables = np.array([run.block_table + [0] * (width - len(run.block_table)) for run in runs], dtype=np.int32)
+        query_start = np.zeros(len(runs) + 1, dtype=np.int32)
+        lengths.cumsum(out=query_start[1:])
+        run_of = np.arange(len(runs)).repeat(lengths)
+        offset = np.arange(query_start[-1], dtype=np.int32) - query_start[:-1][run_of]
         positions = context[run_of] + offset
-        block = tables[run_of, (positions // block_size).long()]
+        block = tables[run_of, positions // block_size]
         return cls(
             tokens=torch.tensor([token for run in runs for token in run.tokens], dtype=torch.int64),
-            positions=positions,
-            slots=block * block_size + positions % block_size,
-            query_start=query_start,
-            context_len=context,
-            block_tables=tables,
+            positions=torch.from_numpy(positions),
+            slots=torch.from_numpy(block * np.int32(block_size) + positions % np.int32(block_size)),
+            query_start=torch.from_numpy(query_start),
+            context_len=torch.from_numpy(context),
+            block_tables=torch.from_numpy(tables),
             block_size=block_size,
-            logits_index=torch.nonzero(offset >= (lengths - rows)[run_of]).squeeze(1),
-            row_start=[0, *rows.cumsum(0).tolist()],
+            logits_index=torch.from_numpy((offset >= (lengths - rows)[run_of]).nonzero()[0]),
+            row_start=[0, *rows.cumsum().tolist()],
         )

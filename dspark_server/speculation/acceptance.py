@@ -100,8 +100,8 @@ def accept(
 
     logits [N, V], float32 (float64 is computed in float64); row_start, R + 1 numbers: rows row_start[r] up to
     row_start[r + 1] belong to request r, ℓ_r + 1 of them; lengths [R]: ℓ_r; sampling: R rows. ℓ_r = 0 is plain
-    sampling, and `draft` may be None if all are 0. `kernels`, if given, compute the ratio rule, except for rows with
-    controls.
+    sampling, and `draft` may be None if all are 0. `kernels`, if given, compute maxima, and the ratio rule except for
+    rows with controls.
     """
     device = logits.device
     lengths = torch.as_tensor(lengths, dtype=torch.int64).to(device)
@@ -117,7 +117,7 @@ def accept(
     for rule, indices, part in sampling.parts:
         mine = whole if indices is None else whole.select(indices, part)
         if rule is Rule.GREEDY:
-            done = _accept_greedy(mine)
+            done = _accept_greedy(mine, kernels)
         elif rule is Rule.COUPLED:
             done = _accept_coupled(mine, streams)
         else:
@@ -128,20 +128,20 @@ def accept(
     return result
 
 
-def _accept_greedy(mine: _Pass) -> Accepted:
+def _accept_greedy(mine: _Pass, kernels: Kernels | None) -> Accepted:
     """Accept draft tokens up to the first that is not the target's argmax. Each row is read once, without a walk."""
     requests, width = mine.tokens.shape
     slots = torch.arange(width + 1, device=mine.start.device)
     within = slots <= mine.lengths.unsqueeze(1)
     index = mine.start.unsqueeze(1) + slots.minimum(mine.lengths.unsqueeze(1))  # [n, L + 1], padded with the last row
     if not mine.sampling.controls and int(within.sum()) == len(mine.logits):
-        best, token = top(permitted(mine.logits, mine.sampling))
+        best, token = top(permitted(mine.logits, mine.sampling), kernels)
         best, token = best[index], token[index]
     else:
         rows = index.reshape(-1)
         request = torch.arange(requests, device=rows.device).repeat_interleave(width + 1)
         here = mine.sampling.select(request, slots.repeat(requests), mine.prefixes)
-        best, token = top(permitted(mine.logits[rows], here))
+        best, token = top(permitted(mine.logits[rows], here), kernels)
         best, token = best.view(requests, -1), token.view(requests, -1)
     return _stood_greedily(best, token, mine.tokens, mine.lengths)
 
@@ -296,8 +296,9 @@ def _filtered(mine: _Pass, scale: Tensor, kernels: Kernels) -> tuple[Tensor, Ten
     """Rows of these requests alone, -inf where a filter removes a token, and each request's first row among them."""
     ends = (mine.lengths + 1).cumsum(0)
     start = ends - mine.lengths - 1
-    request = torch.repeat_interleave(mine.lengths + 1)
-    rows = torch.arange(len(request), device=start.device) + (mine.start - start)[request]
+    rows = torch.arange(int(ends[-1]), device=start.device)
+    request = torch.searchsorted(ends, rows, right=True)
+    rows += (mine.start - start)[request]
     return kernels.filter_logits(mine.logits, rows, scale[request], mine.sampling.filters(request)), start
 
 

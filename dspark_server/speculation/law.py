@@ -10,6 +10,7 @@ for top-k: the distribution of a row then depends on nothing but the row.
 from functools import lru_cache
 
 import torch
+from dspark_kernels import Kernels
 from torch import Tensor
 
 from dspark_server.speculation.noise import Streams
@@ -114,11 +115,15 @@ def _block(vocabulary: int) -> int:
     return width if width >= 32 else vocabulary
 
 
-def top(values: Tensor) -> tuple[Tensor, Tensor]:
+def top(values: Tensor, kernels: Kernels | None = None) -> tuple[Tensor, Tensor]:
     """(maximum [N], its first index [N] i64) of each row of [N, V]; a NaN counts as the maximum.
 
-    In two stages, blocks and then inside the best block: torch's amax is vectorised, its argmax is not.
+    Without `kernels` in two stages, blocks and then inside the best block: torch's amax is vectorised, its argmax is
+    not.
     """
+    if kernels is not None and values.dtype == torch.float32:
+        index = kernels.argmax(values)
+        return values.gather(1, index.unsqueeze(1)).squeeze(1), index
     rows, vocabulary = values.shape
     width = _block(vocabulary)
     blocks = values.reshape(rows, vocabulary // width, width)

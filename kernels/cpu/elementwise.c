@@ -39,7 +39,10 @@ EXPORT void dspark_silu_mul(const void *gate_up, void *out, long rows, long feat
   run_parallel(silu_rows, &silu, threads);
 }
 
-enum { SEGMENT = 8192 };  // elements one task looks at: 32 KB of float32
+enum {
+  SEGMENT = 8192,  // elements of a task: 32 KB of float32
+  PIECE = 256,     // elements between two comparisons
+};
 
 typedef struct {
   float value;
@@ -57,25 +60,38 @@ typedef struct {
 // Is a better than b, which stands at a lower index? NaN is better than every number.
 static int better(float a, float b) { return a > b || (a != a && b == b); }
 
+// The maximum of x[0..count), or its first NaN. Blocks of PIECE elements are compared first, so that only one of them is
+// searched for the index.
 static Best best_of(const float *x, long count) {
-  floats best = splat(-INFINITY);
-  integers ordered = (integers)(best == best);
-  long j = 0;
-  for (; j + LANES <= count; j += LANES) {
-    floats v = load(x + j);
-    best = choose(v > best, v, best);
-    ordered &= (v == v);
-  }
-  float value = max_lanes(best);
-  int has_nan = 0;
-  for (int i = 0; i < LANES; i++) has_nan |= !ordered[i];
-  for (; j < count; j++) {
-    has_nan |= x[j] != x[j];
-    value = x[j] > value ? x[j] : value;
-  }
+  float best = -INFINITY;
   long index = 0;
-  while (has_nan ? x[index] == x[index] : x[index] != value) index++;
-  return (Best){x[index], (int32_t)index};
+  for (long start = 0; start < count; start += PIECE) {
+    long end = smaller(start + PIECE, count), j = start;
+    floats most = splat(-INFINITY);
+    integers ordered = (integers)(most == most);
+    for (; j + LANES <= end; j += LANES) {
+      floats v = load(x + j);
+      most = choose(v > most, v, most);
+      ordered &= (v == v);
+    }
+    float value = max_lanes(most);
+    int has_nan = 0;
+    for (int i = 0; i < LANES; i++) has_nan |= !ordered[i];
+    for (; j < end; j++) {
+      has_nan |= x[j] != x[j];
+      value = x[j] > value ? x[j] : value;
+    }
+    if (has_nan) {
+      for (index = start; x[index] == x[index];) index++;
+      return (Best){x[index], (int32_t)index};
+    }
+    if (value > best) {
+      best = value;
+      index = start;
+    }
+  }
+  while (x[index] != best) index++;
+  return (Best){best, (int32_t)index};
 }
 
 static void argmax_segments(void *context) {

@@ -1,8 +1,10 @@
 // The thread team that runs every kernel, and scratch memory.
 //
 // A team for machines that have other work too. A thread that waits spins for a moment, as the next piece of work is
-// mostly a few microseconds away, and then sleeps: spinning against a neighbour uses up the time that the scheduler
-// would give to the thread that is waited for. Work goes to the threads that run: a region ends when its tasks are done
+// mostly a few microseconds away. Then it yields its processor again and again, which costs others nothing, through the
+// gaps between steps: waking up from sleep takes longer, and comes in the middle of a step. But where another thread
+// wants the processor it sleeps after the moment: it would use up the time that the scheduler gives to the thread that
+// it waits for, and one that sleeps gets the processor back sooner than one that yielded. Work goes to the threads that run: a region ends when its tasks are done
 // and the threads inside have left; a thread that has not come until then is not waited for.
 //
 // A region is open, or not. `gate` says so, and how many workers are inside; a worker enters with a compare-and-swap of
@@ -13,6 +15,7 @@
 #include "common.h"
 
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <time.h>
@@ -28,9 +31,11 @@ enum {
   REGION = 1 << 17,  // of the gate: one more region; wraps
   MOST = 1024,       // threads
   LOOKS = 32,        // between two looks at the clock
-  // Nanoseconds that a waiting thread spins: longer than the gaps between kernels (some 10 us), a fiftieth of what a
-  // scheduler gives a neighbour at a time.
-  SPIN = 50000,
+  // Nanoseconds:
+  SPIN = 50000,          // of spinning: longer than the gaps between kernels (some 10 us)
+  YIELDING = 5000000,    // of spinning and yielding: longer than the gaps between steps
+  LATE = 1000000,        // without the processor: longer than a kernel of another pool, shorter than a scheduler's slice
+  CAUTION = 1000000000,  // without yielding once another thread wanted the processor
 };
 
 static struct {
@@ -40,6 +45,7 @@ static struct {
   _Alignas(64) uint32_t resting;  // the caller sleeps, or is about to
   uint32_t busy;                  // a caller has the team
   int workers;                    // started so far
+  long crowded;                   // until this time other threads want the processors
   // Of the open region:
   void (*body)(void *context);
   void *context;
@@ -62,6 +68,26 @@ static long now(void) {
   return time.tv_sec * 1000000000L + time.tv_nsec;
 }
 
+typedef struct {
+  long begun, last;  // times of the first look at the clock and of the last
+  int looks;
+} Wait;
+
+// Waits between two looks at what is waited for; 0 if the thread should sleep.
+static int linger(Wait *wait) {
+  pause_briefly();
+  if (++wait->looks % LOOKS) return 1;
+  long time = now();
+  if (!wait->begun) wait->begun = wait->last = time;
+  if (time - wait->last > LATE) __atomic_store_n(&team.crowded, time + CAUTION, __ATOMIC_RELAXED);
+  wait->last = time;
+  long waited = time - wait->begun;
+  if (waited < SPIN) return 1;
+  if (waited > YIELDING || time < __atomic_load_n(&team.crowded, __ATOMIC_RELAXED)) return 0;
+  sched_yield();
+  return 1;
+}
+
 // Sleep while *word is `seen`; may wake early.
 static void sleep_on(uint32_t *word, uint32_t seen) {
 #ifdef __linux__
@@ -82,22 +108,19 @@ static int is_new(uint32_t gate, uint32_t seen) { return (gate & OPEN) && gate /
 // The gate of an open region other than `seen`.
 static uint32_t wait_for_region(uint32_t seen) {
   uint32_t last = seen;
-  long end = 0;
-  for (int looks = 0;; looks++) {
+  for (Wait wait = {0};;) {
     uint32_t gate = __atomic_load_n(&team.gate, __ATOMIC_ACQUIRE);
     if (is_new(gate, seen)) return gate;
-    pause_briefly();
-    if (looks % LOOKS) continue;
-    if (gate / REGION != last || !end) {  // there is work, though it was over before this thread came
+    if (gate / REGION != last) {  // there is work, though it was over before this thread came
       last = gate / REGION;
-      end = now() + SPIN;
-    } else if (now() > end) {
-      __atomic_add_fetch(&team.sleepers, 1, __ATOMIC_SEQ_CST);
-      uint32_t bell = __atomic_load_n(&team.bell, __ATOMIC_SEQ_CST);
-      if (!is_new(__atomic_load_n(&team.gate, __ATOMIC_SEQ_CST), seen)) sleep_on(&team.bell, bell);
-      __atomic_sub_fetch(&team.sleepers, 1, __ATOMIC_SEQ_CST);
-      end = 0;
+      wait.begun = 0;
     }
+    if (linger(&wait)) continue;
+    __atomic_add_fetch(&team.sleepers, 1, __ATOMIC_SEQ_CST);
+    uint32_t bell = __atomic_load_n(&team.bell, __ATOMIC_SEQ_CST);
+    if (!is_new(__atomic_load_n(&team.gate, __ATOMIC_SEQ_CST), seen)) sleep_on(&team.bell, bell);
+    __atomic_sub_fetch(&team.sleepers, 1, __ATOMIC_SEQ_CST);
+    wait.begun = 0;
   }
 }
 
@@ -140,15 +163,7 @@ static void start_workers(int count) {
 
 static void wait_for_workers(void) {
   uint32_t gate = __atomic_and_fetch(&team.gate, ~(uint32_t)OPEN, __ATOMIC_SEQ_CST);
-  long end = 0;
-  for (int looks = 1; gate & INSIDE; looks++) {
-    pause_briefly();
-    if (looks % LOOKS == 0) {
-      if (!end) end = now() + SPIN;
-      if (now() > end) break;
-    }
-    gate = __atomic_load_n(&team.gate, __ATOMIC_ACQUIRE);
-  }
+  for (Wait wait = {0}; gate & INSIDE && linger(&wait);) gate = __atomic_load_n(&team.gate, __ATOMIC_ACQUIRE);
   if (!(gate & INSIDE)) return;
   __atomic_store_n(&team.resting, 1, __ATOMIC_SEQ_CST);
   while ((gate = __atomic_load_n(&team.gate, __ATOMIC_SEQ_CST)) & INSIDE) sleep_on(&team.gate, gate);
