@@ -6,6 +6,7 @@ The production batcher, step loop and selection run on it unchanged, at any conc
 Shapes: R drafting requests, gamma draft tokens each, a_{r,k} the probability that request r's prefix up to k survives.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -125,6 +126,7 @@ class SimulatedExecutor:
     gamma: int
     overhead: float = 0.0  # seconds of a sampling step outside draft and pass
     seed: int = 0
+    jitter: float = 0.0  # standard deviation of the log of the seconds of a draft or pass
     log: list[Pass] = field(default_factory=list)
     _drafting: int = 0
     _lengths: list[int] = field(default_factory=list)
@@ -136,6 +138,7 @@ class SimulatedExecutor:
 
     def __post_init__(self) -> None:
         self._noise = np.random.default_rng((self.seed, 1))
+        self._jitter = np.random.default_rng((self.seed, 4))
         self._effects = np.zeros(0)
 
     def draft(
@@ -151,7 +154,7 @@ class SimulatedExecutor:
         )
         stands = self._noise.random(chances.shape) < chances
         self._drafting = len(requests)
-        self.clock.now += self.capacity.draft(len(requests))
+        self._spend(self.capacity.draft(len(requests)))
         return DraftBlock(
             tokens=torch.from_numpy(stands.astype(np.int64)),
             q=None,
@@ -170,8 +173,8 @@ class SimulatedExecutor:
         tokens = int(lengths.sum())
         # A draft token sees its request's context, a prefill chunk's tokens half of the chunk too (as `Load` counts).
         pairs = float((lengths * (context + np.where(decoding, 0, lengths / 2))).sum())
-        self.clock.now += float(self.capacity.raw[min(tokens, len(self.capacity.raw) - 1)])
-        self.clock.now += self.capacity.attention(float(context.sum()), pairs)
+        attention = self.capacity.attention(float(context.sum()), pairs)
+        self._spend(float(self.capacity.raw[min(tokens, len(self.capacity.raw) - 1)]) + attention)
         count = int(decoding.sum())
         self.log.append(Pass(len(runs), count, self._drafting, int(lengths[decoding].sum()) - count, tokens))
         self._drafting = 0
@@ -191,6 +194,9 @@ class SimulatedExecutor:
             row_of = {request: row for row, request in enumerate(verified.requests)}
             count[[row_of[request] for request in drafted.requests]] = stood
         return Accepted(count, torch.zeros_like(count), torch.zeros_like(count, dtype=torch.bool))
+
+    def _spend(self, seconds: float) -> None:
+        self.clock.now += seconds * (math.exp(self.jitter * self._jitter.standard_normal()) if self.jitter else 1.0)
 
     def _effect(self, numbers: npt.NDArray[np.int64]) -> Floats:
         """Request effects u [R]: the same for a request under every policy."""

@@ -24,7 +24,6 @@ from dspark_server.speculation.slowdown import Slowdown
 Floats = npt.NDArray[np.float64]
 
 STALE = 0.02  # a cost that corrections have moved by this share makes the tables be built again
-DOUBT = 0.5  # standard deviation of the log of a cost that counts as unknown
 OVERHEAD_GAIN = 0.1  # of a step's overhead in their average
 LONGEST = 1e6  # seconds: a measured step longer than this is an error of the clock
 
@@ -127,10 +126,10 @@ class Capacity:
         """Seconds to draft blocks for `requests` requests; 0 for none."""
         return float(self._drafts[min(requests, len(self._drafts) - 1)])
 
-    def uncertain(self, tokens: int) -> bool:
-        """Whether the time of a pass over `tokens` tokens may well differ from `raw`: it was not measured lately."""
+    def doubt(self, tokens: int) -> float:
+        """Standard deviation of the log of `raw[tokens]`: large where such passes have not been measured lately."""
         parts = self._verify_parts(min(tokens, len(self._raw) - 1), 0.0)
-        return self._correction.variance(parts / parts.sum()) > DOUBT**2
+        return math.sqrt(self._correction.variance(parts / parts.sum()))
 
     @property
     def overhead(self) -> float:
@@ -195,7 +194,7 @@ class Capacity:
 
     def _learn(self, part: str, seconds: float, expected: Floats) -> None:
         total = float(expected.sum())
-        heard = self._sieves[part].add(math.log(seconds / total), expected / total)
+        heard = self._sieves[part].add(int(expected.argmax()), math.log(seconds / total), expected / total)
         if heard is None:
             return
         log_ratio, parts = heard

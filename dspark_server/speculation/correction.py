@@ -68,23 +68,26 @@ class Correction:
 
 
 class Sieve:
-    """Chooses the steps to learn from: the median of every three, so that a single disturbed step is ignored.
+    """Chooses the steps to learn from: of every two of about the same size the faster, as disturbances only add time.
 
-    Disturbances only add time, so a step that took less than half of the expected time counts at once.
+    Steps of one size are compared with each other: among steps of other sizes, a rare one whose cost is wrong would
+    look disturbed each time. A step that took less than half of the expected time counts at once.
     """
 
     FAST = -math.log(2)
 
     def __init__(self) -> None:
-        self._seen: list[tuple[float, Floats]] = []
+        self._seen: dict[int, tuple[float, Floats]] = {}
 
-    def add(self, log_ratio: float, parts: Floats) -> tuple[float, Floats] | None:
-        """Add a step; returns the one to learn from now, or None. Arguments as in `Correction.update`."""
+    def add(self, size: int, log_ratio: float, parts: Floats) -> tuple[float, Floats] | None:
+        """Add a step; returns the one to learn from now, or None.
+
+        `size`: index of the measured size next to the step's; the others as in `Correction.update`.
+        """
+        before = self._seen.pop(size, None)
         if log_ratio < self.FAST:
             return log_ratio, parts
-        self._seen.append((log_ratio, parts))
-        if len(self._seen) < 3:
+        if before is None:
+            self._seen[size] = log_ratio, parts
             return None
-        median = sorted(self._seen, key=lambda seen: seen[0])[1]
-        self._seen.clear()
-        return median
+        return min(before, (log_ratio, parts), key=lambda seen: seen[0])

@@ -29,10 +29,14 @@ class Candidate(NamedTuple):
 
 @dataclass(frozen=True)
 class Choice:
-    """Indices of the candidates that draft, and of those among them that are probes."""
+    """Indices of the candidates that draft, and of those among them that are probes.
+
+    `gain`: tokens per second that they are expected to give, over those of a step without drafts.
+    """
 
     drafting: list[int]
     probing: frozenset[int] = frozenset()
+    gain: float = 1.0
 
 
 class Purse:
@@ -77,7 +81,8 @@ def choose_drafting(
     if load.room <= 0 or not candidates:
         return Choice([])
     seconds = StepCost.of(capacity, load, 0, slots=sum(candidate.limit for candidate in candidates))
-    best, drafting = load.sampling / seconds(0), 0
+    plain = best = load.sampling / seconds(0)
+    drafting = 0
 
     def hopeless(rate: float) -> bool:
         """Not even a first token whose draft is free would pay; later ones cost no less, as the curve is convex."""
@@ -86,8 +91,9 @@ def choose_drafting(
     there = [index for index, candidate in enumerate(candidates) if candidate.limit > 0]
     copies = [index for index in there if candidates[index].copies and not hopeless(candidates[index].rate)]
     able = [index for index in there if not candidates[index].copies]
+    copied = (load.sampling + sum(candidates[index].rate for index in copies)) / seconds(len(copies))
     if not able:
-        return Choice(copies)
+        return Choice(copies, gain=copied / plain)
     able.sort(key=lambda index: -candidates[index].rate)
 
     if not hopeless(candidates[able[0]].rate):
@@ -113,7 +119,7 @@ def choose_drafting(
         due = due[: probing - drafting]
         if purse:
             purse.spend(cost(len(due)))
-    return Choice(sorted([*copies, *chosen, *due]), frozenset(due))
+    return Choice(sorted([*copies, *chosen, *due]), frozenset(due), max(best, copied) / plain)
 
 
 def predicted_thetas(

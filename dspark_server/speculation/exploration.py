@@ -3,6 +3,7 @@
 The number of draft tokens that such a step verifies is known before its blocks exist, so it is as lossless as `lagged`.
 """
 
+import math
 from collections.abc import Sequence
 
 from dspark_server.speculation.admission import Load, StepCost
@@ -10,7 +11,9 @@ from dspark_server.speculation.capacity import Capacity
 from dspark_server.speculation.drafting import Candidate, Choice, Purse
 
 EXPLORING = 0.005  # probe budget for steps larger than pays, as a share of the steps' seconds
-PLAIN = 0.02  # the same for steps without drafts, where their present cost is uncertain
+PLAIN = 0.03  # the same for steps without drafts
+KNOWN = 0.15  # standard deviation of the log of a cost that counts as known
+DEVIATIONS = 2.0  # standard deviations by which the cost of a step without drafts may be too dear
 
 
 class Exploration:
@@ -34,7 +37,7 @@ class Exploration:
         self.count = None
         if not choice.drafting:
             self._usual = 0
-        elif self._wants_plain(load):
+        elif self._wants_plain(choice, load):
             return Choice([])
         chosen = set(choice.drafting)
         others = [i for i, each in enumerate(candidates) if each.limit > 0 and not each.copies and i not in chosen]
@@ -54,12 +57,17 @@ class Exploration:
         self.count = count
         return Choice(sorted(drafting), choice.probing | frozenset(more))
 
-    def _wants_plain(self, load: Load) -> bool:
-        """Whether this step does without drafts; its whole time counts as the price, though it commits tokens too."""
+    def _wants_plain(self, choice: Choice, load: Load) -> bool:
+        """Whether this step does without drafts, because that could well be faster: its cost was not measured lately.
+
+        Its whole time counts as the price, though it commits tokens too.
+        """
         raw, most = self._capacity.raw, len(self._capacity.raw) - 1
         price = float(raw[min(load.tokens, most)])
         step = float(raw[min(load.tokens + self._usual, most)])
-        wanted = self._plain.afford(1, step, lambda _: price) > 0 and self._capacity.uncertain(load.tokens)
+        doubt = self._capacity.doubt(load.tokens)
+        promising = doubt > KNOWN and choice.gain < math.exp(DEVIATIONS * doubt)
+        wanted = self._plain.afford(1, step, lambda _: price) > 0 and promising
         if wanted:
             self._plain.spend(price)
         return wanted

@@ -39,7 +39,9 @@ def times(factor: float, *, verify: bool = True, draft: bool = True, above: int 
 
 def simulation(users: int, right: Profile, believed: Profile) -> Simulation:
     machine = Machine("two cores", 7, 100_000, 4e-3, right, right.draft, {})
-    return Simulation(machine, "causal", users, WORKLOAD, believed)
+    made = Simulation(machine, "causal", users, replace(WORKLOAD, seed=users), believed)
+    made.executor.jitter = 0.1  # as measured on machines that do little else
+    return made
 
 
 @cache
@@ -49,42 +51,44 @@ def throughput_with_the_right_profile(users: int, right: Profile = RIGHT) -> flo
     return served.serve(WINDOW[users])
 
 
+# Profiles, and the numbers of users that start with them: more of these where the error feeds itself, as drafts and
+# large passes are chosen because they look cheap.
 WRONG = {
-    "all too dear": times(8),
-    "all too cheap": times(1 / 8),
-    "drafts too dear": times(8, verify=False),
-    "drafts too cheap": times(1 / 8, verify=False),
-    "passes too dear": times(8, draft=False),
-    "more than one token too dear": times(8, draft=False, above=1),
-    "large passes too dear": times(8, draft=False, above=8),
-    "larger passes too dear": times(8, draft=False, above=32),
-    "large passes too cheap": times(1 / 8, draft=False, above=8),
+    "all too dear": (times(8), (1, 32)),
+    "all too cheap": (times(1 / 8), (1, 32)),
+    "drafts too dear": (times(8, verify=False), (8,)),
+    "drafts too cheap": (times(1 / 8, verify=False), (8, 32)),
+    "passes too dear": (times(8, draft=False), (8,)),
+    "passes above 1 token too dear": (times(8, draft=False, above=1), (1,)),
+    "passes above 8 tokens too dear": (times(8, draft=False, above=8), (8,)),
+    "passes above 32 tokens too dear": (times(8, draft=False, above=32), (32,)),
+    "passes above 8 tokens too cheap": (times(1 / 8, draft=False, above=8), (8, 32)),
+    "passes above 24 tokens too cheap": (times(1 / 8, draft=False, above=24), (8, 32)),
+    "passes above 48 tokens too cheap": (times(1 / 8, draft=False, above=48), (8, 32)),
 }
 
 
-# Not reached: where only large passes run, small ones that were right become too dear (docs/experiments/selection.md).
-CASES = [(wrong, users) for wrong in WRONG for users in WINDOW if (wrong, users) != ("large passes too cheap", 32)]
-
-
-@pytest.mark.parametrize(("wrong", "users"), CASES)
+@pytest.mark.parametrize(("wrong", "users"), [(wrong, users) for wrong, (_, loads) in WRONG.items() for users in loads])
 def test_a_wrong_profile_costs_a_minute_at_most(wrong: str, users: int) -> None:
-    served = simulation(users, RIGHT, WRONG[wrong])
+    served = simulation(users, RIGHT, WRONG[wrong][0])
     served.serve(MINUTE)
     assert served.serve(WINDOW[users]) > 0.95 * throughput_with_the_right_profile(users)
 
 
-@pytest.mark.parametrize("users", [1, 32])
-@pytest.mark.parametrize("factor", [8.0, 1 / 8])
-def test_a_machine_that_changes_in_service(users: int, factor: float) -> None:
+@pytest.mark.parametrize(
+    ("factor", "drafts", "users"), [(8.0, 2.0, 8), (8.0, 0.5, 32), (1 / 8, 2.0, 32), (1 / 8, 0.5, 8), (1 / 8, 0.5, 32)]
+)
+def test_a_machine_that_changes_in_service(factor: float, drafts: float, users: int) -> None:
     """Drafts become dearer or cheaper than passes at that: a neighbour on the drafter's caches, say."""
-    changed = times(2.0, verify=False, of=times(factor)) if factor > 1 else times(0.5, verify=False, of=times(factor))
-    served = simulation(users, RIGHT, RIGHT)
+    before, after = (RIGHT, times(8)) if factor > 1 else (times(8), RIGHT)
+    changed = times(drafts, verify=False, of=after)
+    served = simulation(users, before, before)
     served.serve(20.0)
-    before = served.loop.stats.steps
+    steps = served.loop.stats.steps
     served.executor.capacity = Capacity(changed, 256, 2048)
     served.serve(MINUTE)
     assert served.serve(WINDOW[users]) > 0.95 * throughput_with_the_right_profile(users, changed)
-    assert served.loop.stats.steps > before
+    assert served.loop.stats.steps > steps
     assert served.loop.capacity is not None
     assert served.loop.capacity.slow == (factor > 1)
     assert served.loop.capacity.slowdown == pytest.approx(factor, rel=0.2)
