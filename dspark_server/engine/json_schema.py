@@ -55,7 +55,10 @@ def prepared(text: str, *, closed: bool) -> str:
     made = _Preparation(schema, closed).schema(schema, ())
     if made is False:
         raise ValueError("no answer satisfies the schema")
-    return orjson.dumps({} if made is True else made).decode()
+    try:
+        return orjson.dumps({} if made is True else made).decode()
+    except orjson.JSONEncodeError:  # objects within objects 255 times
+        raise ValueError("it is nested too deeply") from None
 
 
 class _Preparation:
