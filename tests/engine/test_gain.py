@@ -89,19 +89,18 @@ def test_an_engine_counts_its_steps() -> None:
     assert made.loop.stats.gain.ratio == pytest.approx(1, abs=0.02)
 
 
-@pytest.mark.parametrize(("users", "tolerance"), [(1, 0.001), (16, 0.1)])
-def test_the_estimate_is_the_ratio_of_two_simulated_servers(
-    users: int, tolerance: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """On the virtual clock costs are known exactly, and so is the time of the same requests without drafts.
+@pytest.mark.parametrize("users", [1, 16])
+def test_the_estimate_is_the_ratio_of_two_simulated_servers(users: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the virtual clock costs are known exactly, and so is the throughput of the same load without drafts.
 
-    Of 16 users the estimate is 5 to 8 % too high: without drafts prompts and answers share steps in another way.
+    Both servers are measured under a steady load: in the tail of a burst the one without drafts has other batches.
     """
     monkeypatch.setattr(gain, "WINDOW", 1e9)  # the whole load counts
-    machine, workload = derive("v4-flash-like-8xh200"), Workload(output_tokens=48, requests=12)
+    machine, workload = derive("v4-flash-like-8xh200"), Workload(output_tokens=48)
     drafting, plain = (Simulation(machine, policy, users, workload) for policy in ("causal", "none"))
-    drafting.run(drain=True)
-    plain.run(drain=True)
-    ratio = plain.clock.now / drafting.clock.now
+    drafting.serve(1.0)
+    plain.serve(1.0)
+    drafting.loop.stats.gain = Gain()
+    ratio = drafting.serve(1.0) / plain.serve(1.0)
     assert ratio > 1.5
-    assert drafting.loop.stats.gain.ratio == pytest.approx(ratio, rel=tolerance)
+    assert drafting.loop.stats.gain.ratio == pytest.approx(ratio, rel=0.005)
