@@ -1,8 +1,15 @@
 """Tiny engines over the conformance fixtures: float32, so that outputs are compared exactly."""
 
+import atexit
+import json
 import random
+import shutil
+import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
+
+from safetensors.torch import load_file, save_file
 
 from dspark_server.config import EngineConfig, SpeculativeConfig
 from dspark_server.engine.core import EngineCore
@@ -30,6 +37,28 @@ def tiny_core(
         speculative = SpeculativeConfig(method="dspark", model=str(pair / "draft"), selection=selection)
     values: dict[str, Any] = {"num_blocks": 256, "block_size": 4, "check_invariants": True} | settings
     return EngineCore.load(EngineConfig(model=str(pair / "target"), dtype="float32", speculative=speculative, **values))
+
+
+@cache
+def shallow_pair(head: str) -> Path:
+    """A fixture pair with three layers of the target's six and one of the drafter's two, for what runs slowly."""
+    made, pair = Path(tempfile.mkdtemp()), FIXTURES / f"dspark_qwen3_{head}"
+    atexit.register(shutil.rmtree, made)
+    _cut(pair / "target", made / "target", 3)
+    _cut(pair / "draft", made / "draft", 1, num_target_layers=3, target_layer_ids=[-1, 0, 1])
+    return made
+
+
+def _cut(source: Path, made: Path, layers: int, **fields: Any) -> None:
+    """Copy a checkpoint with its first layers only."""
+    shutil.copytree(source, made)
+    config = json.loads((source / "config.json").read_text())
+    fields |= {"num_hidden_layers": layers, "layer_types": config["layer_types"][:layers]}
+    (made / "config.json").write_text(json.dumps(config | fields))
+    tensors = load_file(source / "model.safetensors")
+    beyond = tuple(f"layers.{index}." for index in range(layers, config["num_hidden_layers"]))
+    kept = {name: tensor for name, tensor in tensors.items() if not name.removeprefix("model.").startswith(beyond)}
+    save_file(kept, made / "model.safetensors")
 
 
 def prompts(count: int, *, shortest: int = 3, longest: int = 40, seed: int = 0) -> list[list[int]]:
