@@ -28,7 +28,7 @@ from dspark_server.speculation.capacity import Profile
 from dspark_server.speculation.history import SurvivalHistory
 
 from ..runtime.twin import TwinDevice, TwinKernels
-from .support import greedy, prompts, seeded, shallow_pair, still
+from .support import REPETITIVE, greedy, prompts, seeded, shallow_pair, still
 
 # Clocks stand still in `load`, so that these stay, and selection is the same at every run.
 COSTS = Profile((1, 16, 64), (1e4, 1.1e4, 2e4), (1, 4), (500.0, 700.0), 0.0, 0.0)
@@ -163,7 +163,7 @@ def test_copies_of_the_context_beside_the_drafters_blocks() -> None:
     """Greedy text repeats itself after these prompts. Where copies are drafted alone, a step is not run ahead."""
 
     def repeated(core: EngineCore) -> list[list[int]]:
-        return core.generate([[234], prompts(1)[0], [97]], [greedy(18), sampled(), greedy(16)])
+        return core.generate([REPETITIVE[0], prompts(1)[0], REPETITIVE[2]], [greedy(18), sampled(), greedy(16)])
 
     core, device = both(repeated, "lagged")
     assert core.loop.stats.drafting["copied"] > 0
