@@ -17,7 +17,7 @@ from dspark_server.engine.core import EngineCore
 from dspark_server.engine.device_executor import DeviceExecutor
 from dspark_server.engine.parallel import LeadingExecutor
 
-from ..engine.support import FIXTURES, greedy, prompts, seeded, still
+from ..engine.support import greedy, prompts, seeded, shallow_pair, still
 from ..engine.test_device_executor import COSTS, SIZES, sampled
 from ..runtime.twin import TwinDevice, TwinKernels
 from .support import Together
@@ -33,7 +33,7 @@ def two() -> Iterator[Together]:
 
 
 def settings(selection: str, **other: Any) -> EngineConfig:
-    pair = FIXTURES / "dspark_qwen3_vanilla"
+    pair = shallow_pair("vanilla")
     drafter = SpeculativeConfig(method="dspark", model=str(pair / "draft"), selection=selection)
     values = SIZES | {"model": str(pair / "target"), "dtype": "float32", "cuda_graph_sizes": (8, 24)} | other
     return EngineConfig(speculative=drafter, check_invariants=True, **values)

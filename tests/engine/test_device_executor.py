@@ -28,7 +28,7 @@ from dspark_server.speculation.capacity import Profile
 from dspark_server.speculation.history import SurvivalHistory
 
 from ..runtime.twin import TwinDevice, TwinKernels
-from .support import FIXTURES, greedy, prompts, seeded, still
+from .support import REPETITIVE, greedy, prompts, seeded, shallow_pair, still
 
 # Clocks stand still in `load`, so that these stay, and selection is the same at every run.
 COSTS = Profile((1, 16, 64), (1e4, 1.1e4, 2e4), (1, 4), (500.0, 700.0), 0.0, 0.0)
@@ -72,7 +72,7 @@ def load(
     speculative: dict[str, Any] | None = None,
     **settings: Any,
 ) -> tuple[EngineCore, list[Seen]]:
-    pair = FIXTURES / f"dspark_qwen3_{head}"
+    pair = shallow_pair(head)
     drafter = {"model": str(draft or pair / "draft")} if method == "dspark" else {}
     seen: list[Seen] = []
     config = EngineConfig(
@@ -80,7 +80,7 @@ def load(
         dtype="float32",
         speculative=SpeculativeConfig(method=method, selection=selection, **drafter, **(speculative or {})),
         check_invariants=True,
-        **(SIZES | ({"cuda_graph_sizes": (2, 8, 24)} if device else {}) | settings),
+        **(SIZES | ({"cuda_graph_sizes": (8, 24)} if device else {}) | settings),
     )
     core = EngineCore.load(
         config,
@@ -112,19 +112,19 @@ def both(
     return core, device
 
 
-def sampled(temperature: float = 0.9, max_tokens: int = 12, **params: Any) -> SamplingParams:
+def sampled(temperature: float = 0.9, max_tokens: int = 9, **params: Any) -> SamplingParams:
     return SamplingParams(max_tokens=max_tokens, temperature=temperature, ignore_eos=True, **params)
 
 
-AT_ONCE = [greedy(14), sampled(), greedy(9), sampled(0.5), greedy(12), sampled(1.3)]
-FILTERED = [sampled(top_p=0.7), greedy(14), sampled(top_k=5), sampled(0.8, top_k=40, top_p=0.9, min_p=0.02),
+AT_ONCE = [greedy(10), sampled(), greedy(6), sampled(0.5), greedy(9), sampled(1.3)]
+FILTERED = [sampled(top_p=0.7), greedy(10), sampled(top_k=5), sampled(0.8, top_k=40, top_p=0.9, min_p=0.02),
             sampled(), sampled(1.3, min_p=0.1)]  # fmt: skip
-SLOT_BY_SLOT = [seeded(3, 10), sampled(top_p=0.7), greedy(8), sampled(top_k=5, min_p=0.05),
+SLOT_BY_SLOT = [seeded(3, 9), sampled(top_p=0.7), greedy(8), sampled(top_k=5, min_p=0.05),
                 sampled(logit_bias=((7, 4.0),), frequency_penalty=0.5), seeded(3, 9)]  # fmt: skip
 
 
 def generate(params: list[SamplingParams], seed: int = 0) -> Callable[[EngineCore], list[list[int]]]:
-    return lambda core: core.generate(prompts(len(params), seed=seed), params)
+    return lambda core: core.generate(prompts(len(params), longest=24, seed=seed), params)
 
 
 def executor_of(core: EngineCore) -> DeviceExecutor:
@@ -160,12 +160,16 @@ def test_filters_cost_no_wait(selection: str) -> None:
 
 
 def test_copies_of_the_context_beside_the_drafters_blocks() -> None:
-    """Greedy text of this model repeats itself. Where copies are drafted alone, a step is not run ahead."""
-    core, device = both(generate([greedy(60), sampled(), greedy(50)]), "lagged")
+    """Greedy text repeats itself after these prompts. Where copies are drafted alone, a step is not run ahead."""
+
+    def repeated(core: EngineCore) -> list[list[int]]:
+        return core.generate([REPETITIVE[0], prompts(1)[0], REPETITIVE[2]], [greedy(18), sampled(), greedy(16)])
+
+    core, device = both(repeated, "lagged")
     assert core.loop.stats.drafting["copied"] > 0
     assert device.surprises == []
     assert device.syncs <= 2 * core.loop.stats.steps
-    alone, device = both(generate([greedy(60), sampled(), greedy(50)]), "fixed", method="ngram")
+    alone, device = both(repeated, "fixed", method="ngram")
     assert alone.loop.stats.drafting["copied"] > 0
     assert device.syncs <= alone.loop.stats.steps
 
@@ -210,7 +214,7 @@ def test_fp8_rows_are_those_of_the_reference() -> None:
 def test_padding_never_reaches_a_row_that_is_read() -> None:
     """Padded rows are NaN after attention (TwinKernels): they may stand in the scratch slot alone."""
     with TwinDevice() as device:
-        core, _ = load(device, "lagged")
+        core, _ = load(device, "lagged", cuda_graph_sizes=(24,))
         core.generate(prompts(3), AT_ONCE[:3])
         pool = executor_of(core).pool
         for group in range(2):
@@ -220,6 +224,57 @@ def test_padding_never_reaches_a_row_that_is_read() -> None:
                     assert bool(rows[pool.scratch + 1 :].eq(0).all())
         written = [bool(keys[pool.scratch].isnan().any()) for keys, _ in pool.layers(0)]
     assert any(written), "no step was padded: the test has no force"
+
+
+def test_a_pass_that_was_run_ahead_is_not_taken_for_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If selection comes to other lengths than the device did, the pass is run again with them."""
+    with TwinDevice() as device:
+        core, _ = load(device, "lagged", cuda_graph_sizes=(24,))
+        wanted = core.generate(prompts(3), AT_ONCE[:3])
+        executor = executor_of(core)
+        replays, steps = executor.passes.replays, core.loop.stats.steps
+        lengths = core.loop._selection.lengths
+        monkeypatch.setattr(
+            core.loop._selection, "lengths", lambda *args: [max(0, length - 1) for length in lengths(*args)]
+        )
+        greedy_only = core.generate(prompts(3)[:1], [AT_ONCE[0]])
+    assert greedy_only[0] == wanted[0]
+    assert executor.passes.replays - replays > core.loop.stats.steps - steps
+
+
+def test_a_failed_step_leaves_nothing_behind() -> None:
+    with TwinDevice() as device:
+        core, _ = load(device, "lagged", cuda_graph_sizes=(24,))
+        wanted = core.generate(prompts(2), AT_ONCE[:2])
+        with failpoints.armed(step_verify="raise:MemoryError@2"), pytest.raises(MemoryError):
+            core.generate(prompts(2), AT_ONCE[:2])
+        core.fail_step("failed")
+        assert core.generate(prompts(2), AT_ONCE[:2]) == wanted
+
+
+def test_the_pool_takes_what_memory_leaves() -> None:
+    with TwinDevice(free=900 << 10, total=1000 << 10, working=100 << 10) as device:
+        core, _ = load(device, num_blocks=None, gpu_memory_utilization=0.8)
+        pool = executor_of(core).pool
+        layers = [tensor for group in (0, 1) for pair in pool.layers(group) for tensor in pair]
+        per_block = sum(tensor[0].numel() * 4 * pool.block_size for tensor in layers)
+        assert pool.num_blocks == (800 - 100 - 100) * 1024 // per_block
+
+
+def test_the_graphs_of_all_sizes_share_one_result() -> None:
+    with TwinDevice() as device:
+        graphs = Graphs(device, [2, 4])
+        source = device.zeros((8,), torch.float32)
+        for size in (4, 2):
+            graphs.run(size, lambda n: (source[:n] + 1, None))
+        source += 2
+        two, _ = graphs.run(1, lambda n: (source[:n] + 1, None))
+        assert two is not None
+        assert two.tolist() == [3.0, 3.0]
+        four, _ = graphs.run(3, lambda n: (source[:n] + 1, None))
+        assert four is not None
+        assert four.near.data_ptr() == two.near.data_ptr()  # type: ignore[attr-defined]
+        assert graphs.bucket(5) is None
 
 
 # They come and go, so that every input changes from step to step; and their prompts repeat themselves.
@@ -243,22 +298,36 @@ class Served(NamedTuple):
     """A core that has served `params`, and what it should come to when it serves that again."""
 
     core: EngineCore
-    seen: list[Seen]
     selection: str
     params: list[SamplingParams]
     wanted: list[Any]
 
 
-def _serve(core: EngineCore, seen: list[Seen], selection: str, params: list[SamplingParams]) -> list[Any]:
-    """Tokens, number of passes (one that was run ahead in vain is run again) and what each step came to."""
-    seen.clear()
+class Different(AssertionError):
+    """A step did not come to what it should: there is no need to look further."""
+
+
+def _serve(
+    core: EngineCore, selection: str, params: list[SamplingParams], wanted: list[Any] | None = None
+) -> list[Any]:
+    """The passes until each step (one that was run ahead in vain is run again) and what it came to; then the tokens.
+
+    Raises Different at the first step that is not as `wanted`.
+    """
+    passes, found = executor_of(core).passes, list[Any]()
+    before = passes.replays
+
+    def look(trace: StepTrace) -> None:
+        found.append((passes.replays - before, Seen.of(trace)))
+        if wanted is not None and found[-1:] != wanted[len(found) - 1 : len(found)]:
+            raise Different(f"step {len(found)}")
+
+    core.loop.watch(look)
     core.select(selection)
     core.loop._everyone = SurvivalHistory(memory=POPULATION_MEMORY)
     core.batcher._drafted = float(core.batcher.gamma)
-    passes = executor_of(core).passes
-    before = passes.replays
     tokens = core.generate(STALE_PROMPTS[: len(params)], params)
-    return [tokens, passes.replays - before, *seen]
+    return [*found, tokens]
 
 
 class Servings:
@@ -281,18 +350,16 @@ class Servings:
         if kind == "unsure":
             draft = without_confidence(draft)
         device = self._stack.enter_context(TwinDevice())
-        core, seen = load(device, selection, draft=draft, enable_prefix_caching=False, cuda_graph_sizes=(24,))
-        _serve(core, seen, selection, params)
-        wanted = _serve(core, seen, selection, params)
-        assert _serve(core, seen, selection, params) == wanted, "the same work twice is not the same: no test has force"
-        return Served(core, seen, selection, params, wanted)
+        core, _ = load(device, selection, draft=draft, enable_prefix_caching=False, cuda_graph_sizes=(24,))
+        _serve(core, selection, params)
+        return Served(core, selection, params, _serve(core, selection, params))
 
     def close(self) -> None:
         with self._stack:
             if self._served is not None:
                 served, self._served = self._served[1], None
-                again = _serve(served.core, served.seen, served.selection, served.params)
-                assert again == served.wanted, "a test left something behind"
+                again = _serve(served.core, served.selection, served.params)
+                assert again == served.wanted, "the same work twice is not the same, or a test left something behind"
 
 
 @pytest.fixture(scope="module")
@@ -305,7 +372,7 @@ def servings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servings]:
 def calibrated(directory: Path) -> Path:
     """A drafter whose confidences are scaled otherwise at each temperature."""
     for name in ("config.json", "model.safetensors"):
-        shutil.copy(FIXTURES / "dspark_qwen3_vanilla" / "draft" / name, directory)
+        shutil.copy(shallow_pair("vanilla") / "draft" / name, directory)
     greedy = [1.0 + 0.1 * k for k in range(7)]
     Calibration(tuple(greedy), (1.0,) * 7, greedy_offset=(0.3,) * 7, sampled_offset=(-0.3,) * 7).save(directory, {})
     return directory
@@ -313,7 +380,7 @@ def calibrated(directory: Path) -> Path:
 
 def without_confidence(directory: Path) -> Path:
     """A drafter that does not say how likely its tokens stand."""
-    source = FIXTURES / "dspark_qwen3_vanilla" / "draft"
+    source = shallow_pair("vanilla") / "draft"
     fields = json.loads((source / "config.json").read_text())
     fields |= {"enable_confidence_head": False, "confidence_head_with_markov": False}
     (directory / "config.json").write_text(json.dumps(fields))
@@ -355,14 +422,12 @@ def test_an_input_that_is_not_refilled_is_found_out(
 
     monkeypatch.setattr(Staging, "upload", stale)
     try:
-        found = _serve(core, served.seen, served.selection, served.params)
+        found = _serve(core, served.selection, served.params, served.wanted)
     except (AssertionError, RuntimeError, IndexError, ValueError):
         found = None
         core.batcher.recover()
         for request in list(core.batcher.waiting):
             core.batcher.remove(request)
-    finally:
-        core.loop.watch(lambda trace: served.seen.append(Seen.of(trace)))
     assert found != served.wanted
 
 
@@ -375,54 +440,3 @@ def test_no_input_is_left_out(servings: Servings) -> None:
 def _buffers(core: EngineCore) -> dict[str, Staging]:
     executor = executor_of(core)
     return {"asked": executor._asked, "runs": executor._runs, "judge": executor._judge.staging}
-
-
-def test_a_pass_that_was_run_ahead_is_not_taken_for_another(monkeypatch: pytest.MonkeyPatch) -> None:
-    """If selection comes to other lengths than the device did, the pass is run again with them."""
-    with TwinDevice() as device:
-        core, _ = load(device, "lagged")
-        wanted = core.generate(prompts(3), AT_ONCE[:3])
-        executor = executor_of(core)
-        replays, steps = executor.passes.replays, core.loop.stats.steps
-        lengths = core.loop._selection.lengths
-        monkeypatch.setattr(
-            core.loop._selection, "lengths", lambda *args: [max(0, length - 1) for length in lengths(*args)]
-        )
-        greedy_only = core.generate(prompts(3)[:1], [AT_ONCE[0]])
-    assert greedy_only[0] == wanted[0]
-    assert executor.passes.replays - replays > core.loop.stats.steps - steps
-
-
-def test_a_failed_step_leaves_nothing_behind() -> None:
-    with TwinDevice() as device:
-        core, _ = load(device, "lagged")
-        wanted = core.generate(prompts(2), AT_ONCE[:2])
-        with failpoints.armed(step_verify="raise:MemoryError@2"), pytest.raises(MemoryError):
-            core.generate(prompts(2), AT_ONCE[:2])
-        core.fail_step("failed")
-        assert core.generate(prompts(2), AT_ONCE[:2]) == wanted
-
-
-def test_the_pool_takes_what_memory_leaves() -> None:
-    with TwinDevice(free=900 << 10, total=1000 << 10, working=100 << 10) as device:
-        core, _ = load(device, num_blocks=None, gpu_memory_utilization=0.8)
-        pool = executor_of(core).pool
-        layers = [tensor for group in (0, 1) for pair in pool.layers(group) for tensor in pair]
-        per_block = sum(tensor[0].numel() * 4 * pool.block_size for tensor in layers)
-        assert pool.num_blocks == (800 - 100 - 100) * 1024 // per_block
-
-
-def test_the_graphs_of_all_sizes_share_one_result() -> None:
-    with TwinDevice() as device:
-        graphs = Graphs(device, [2, 4])
-        source = device.zeros((8,), torch.float32)
-        for size in (4, 2):
-            graphs.run(size, lambda n: (source[:n] + 1, None))
-        source += 2
-        two, _ = graphs.run(1, lambda n: (source[:n] + 1, None))
-        assert two is not None
-        assert two.tolist() == [3.0, 3.0]
-        four, _ = graphs.run(3, lambda n: (source[:n] + 1, None))
-        assert four is not None
-        assert four.near.data_ptr() == two.near.data_ptr()  # type: ignore[attr-defined]
-        assert graphs.bucket(5) is None

@@ -15,7 +15,7 @@ from dspark_server.speculation.drafter import DraftBlock
 from dspark_server.speculation.noise import CounterStreams
 from dspark_server.speculation.sampling import SamplingBatch
 
-from .support import HEADS, greedy, prompts, seeded, tiny_core
+from .support import HEADS, REPETITIVE, greedy, prompts, seeded, tiny_core
 
 
 @pytest.fixture(scope="module")
@@ -43,10 +43,11 @@ def test_a_drafter_changes_no_token(head: str) -> None:
 @pytest.mark.parametrize("selection", ["fixed", "causal"])
 def test_copies_alone_change_no_token(selection: str) -> None:
     """Without a drafter greedy requests copy from their own text; the others draft nothing."""
-    own = [greedy(240) if index % 2 == 0 else seeded(index, 20) for index in range(6)]
-    without = tiny_core(drafter=False).generate(prompts(6), own)
-    core = tiny_core(drafter=False, method="ngram", selection=selection, max_num_seqs=4, max_num_batched_tokens=64)
-    assert core.generate(prompts(6), own) == without
+    own = [greedy(60) if index % 2 == 0 else seeded(index, 20) for index in range(6)]
+    without = tiny_core(drafter=False, shallow=True).generate(REPETITIVE, own)
+    small = {"max_num_seqs": 4, "max_num_batched_tokens": 64}
+    core = tiny_core(drafter=False, method="ngram", selection=selection, shallow=True, **small)
+    assert core.generate(REPETITIVE, own) == without
     assert core.drafter == "ngram"
     assert core.loop.stats.drafting["copied"] > 0
     assert core.loop.stats.drafting["drafted"] == 0
@@ -154,10 +155,10 @@ def test_min_tokens_holds_inside_a_draft_block() -> None:
 @pytest.mark.parametrize("selection", ["fixed", "threshold"])
 def test_what_drafts_came_to_is_counted(selection: str) -> None:
     """Greedy circles of the tiny model: some blocks are copies. Every count is a part of another."""
-    core = tiny_core(selection=selection, num_blocks=600)
-    core.generate(prompts(6), [greedy(250), SamplingParams(max_tokens=30, temperature=1.0, ignore_eos=True)] * 3)
+    core = tiny_core(selection=selection, shallow=True)
+    core.generate(REPETITIVE, [greedy(60), SamplingParams(max_tokens=30, temperature=1.0, ignore_eos=True)] * 3)
     stats = core.loop.stats
-    assert stats.drafting["copied"] > 20
+    assert stats.drafting["copied"] > 5
     assert stats.drafting["drafted"] > 20
     assert sum(stats.budgets.values()) == sum(stats.drafting.values())
     assert sum((tokens - 1) * count for tokens, count in stats.budgets.items()) == stats.draft_tokens
@@ -203,11 +204,11 @@ def test_draft_tokens_past_an_end_count_nowhere(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_copies_of_the_context_change_no_token() -> None:
-    """Long enough for the tiny model to run in circles, which are then copied."""
-    core, plain = tiny_core(num_blocks=600), tiny_core(drafter=False, num_blocks=600)
-    outputs = core.generate(prompts(6), greedy(250))
-    assert outputs == plain.generate(prompts(6), greedy(250))
-    assert core.loop.stats.drafting["copied"] > 20
+    """The model runs in circles, which are then copied."""
+    core, plain = tiny_core(shallow=True), tiny_core(drafter=False, shallow=True)
+    outputs = core.generate(REPETITIVE, greedy(60))
+    assert outputs == plain.generate(REPETITIVE, greedy(60))
+    assert core.loop.stats.drafting["copied"] > 10
     assert core.loop.stats.steps < plain.loop.stats.steps
 
 

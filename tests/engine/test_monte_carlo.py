@@ -60,13 +60,13 @@ def exact_laws(
     runs = [Run([*PROMPT, *answer[:-1]], 0, [place], len(answer)) for place, answer in enumerate(answers)]
     logits = target.logits(target.forward(Batch.of(runs, block), pool.layers(0), ())[0])
     if ruled:
-        rows = iter(logits.tolist())
-        changed = [
-            reference(next(rows), PROMPT, answer[:at], repetition=1.4, frequency=0.8, bias=BIAS, bad_words=BAD_WORDS)
-            for answer in answers
-            for at in range(len(answer))
-        ]
-        logits = torch.tensor(changed)
+        told = {}  # by what has been said: answers begin alike
+        for row, said in zip(
+            logits.tolist(), [answer[:at] for answer in answers for at in range(len(answer))], strict=True
+        ):
+            if said not in told:
+                told[said] = reference(row, PROMPT, said, repetition=1.4, frequency=0.8, bias=BIAS, bad_words=BAD_WORDS)
+        logits = torch.tensor([told[answer[:at]] for answer in answers for at in range(len(answer))])
     each = [list(rows) for rows in logits.double().split([len(answer) for answer in answers])]
     for rows in each:
         for row in rows[: FORBIDDEN if forbidden is not None else 0]:
@@ -154,7 +154,12 @@ def load(
 
 
 def run(
-    pair: tuple[Path, Path], selection: str, forbidden: int | None = None, dtype: str = "float32", ruled: bool = False
+    pair: tuple[Path, Path],
+    selection: str,
+    forbidden: int | None = None,
+    dtype: str = "float32",
+    ruled: bool = False,
+    count: int = ANSWERS,
 ) -> tuple[EngineCore, list[Answer], Counter[str]]:
     """Unseeded answers to one prompt, ten at a time beside a greedy request and two that share a seed.
 
@@ -185,7 +190,7 @@ def run(
         *[SamplingParams(max_tokens=30, temperature=1.0, seed=5, ignore_eos=True)] * 2,
     ]
     answers: list[Answer] = []
-    for batch in range(ANSWERS // 100):
+    for batch in range(count // 100):
         requests = [core.new_request(PROMPT, own, nonce=1000 * batch + index) for index in range(100)]
         company = [core.new_request(PROMPT[:9], other, nonce=9) for other in others]
         for request in [*company, *requests]:
@@ -234,9 +239,9 @@ def test_a_coin_shared_with_the_draft_is_seen(pair: tuple[Path, Path], monkeypat
         return honest(self, Purpose.DRAFT if purpose is Purpose.COIN else purpose, sampling, offsets)
 
     monkeypatch.setattr(CounterStreams, "uniform", shared)
-    core, answers, _ = run(pair, "fixed")
+    core, answers, _ = run(pair, "fixed", count=500)
     statistic, freedom = chi_square(answers, exact_laws(core, answers))
-    assert statistic > 4 * critical(freedom)
+    assert statistic > 4 / 3 * critical(freedom)  # a third of the answers: 4 times as much with all
 
 
 def test_the_statistic_tells_a_law_from_its_neighbour() -> None:

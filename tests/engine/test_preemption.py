@@ -86,10 +86,19 @@ def alone(core: EngineCore) -> list[list[int]]:
     return [core.generate([prompt], own)[0] for prompt, own in zip(PROMPTS, PARAMS, strict=True)]
 
 
-@pytest.mark.parametrize("point", POINTS)
-def test_it_takes_effect_between_commit_and_the_next_draft(point: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module")
+def served() -> tuple[EngineCore, list[list[int]]]:
+    """An engine for all points, which leaves nothing in it, and what it says without pressure."""
     core = tiny_core()
-    assert run(core, point, monkeypatch) == alone(core)
+    return core, alone(core)
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_it_takes_effect_between_commit_and_the_next_draft(
+    served: tuple[EngineCore, list[list[int]]], point: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    core, expected = served
+    assert run(core, point, monkeypatch) == expected
 
 
 def test_it_does_on_a_device_that_works_ahead(monkeypatch: pytest.MonkeyPatch) -> None:

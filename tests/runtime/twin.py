@@ -13,13 +13,14 @@ Waits are counted: `Device.fetch`, and every look at a result besides (`surprise
 """
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, Generic, TypeVar
 
 import torch
 from dspark_kernels import Filters, ReferenceKernels
 from dspark_kernels.reference import read_rows
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 T = TypeVar("T")
 AWAY = torch.device("meta")
@@ -67,13 +68,16 @@ class Recorded(Generic[T]):
         self.result = result
 
     def replay(self) -> None:
-        for func, args, kwargs, expected in self._operations:
-            out = _done(func(*args, **kwargs))
-            for mine, first in zip(_leaves(out, []), _leaves(expected, []), strict=True):
-                if mine.shape != first.shape or mine.stride() != first.stride():
-                    raise TwinError(f"{func} gave {list(mine.shape)} in a replay, {list(first.shape)} when recorded")
-                if mine.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
-                    first.copy_(mine)
+        with _disable_current_modes():  # nothing here is far
+            for func, args, kwargs, expected in self._operations:
+                out = func(*args, **kwargs)
+                for mine, first in zip(
+                    [out] if type(out) is Tensor else _leaves(_done(out), []), expected, strict=True
+                ):
+                    if mine.shape != first.shape or mine.stride() != first.stride():
+                        raise TwinError(f"{func} gave {[*mine.shape]} in a replay, {[*first.shape]} when recorded")
+                    if mine.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
+                        first.copy_(mine)
 
 
 class TwinDevice(TorchDispatchMode):
@@ -152,11 +156,11 @@ class TwinDevice(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         tensors = _leaves((args, *kwargs.values()), [])
-        far = any(type(each) is Far for each in tensors)
+        near = [each for each in tensors if type(each) is not Far]
+        far = len(near) < len(tensors)
         device = next((each for each in (*args, *kwargs.values()) if isinstance(each, torch.device)), None)
         away = device == AWAY
-        near = [each for each in tensors if type(each) is not Far]
-        if any(each.device == AWAY for each in near):
+        if any(each.is_meta for each in near):
             raise TwinError(f"{func}: a tensor was made on the device behind its back (torch.tensor(device=...))")
         if not far and not away:
             return func(*args, **kwargs)
@@ -179,8 +183,8 @@ class TwinDevice(TorchDispatchMode):
         with torch.inference_mode(False), torch.no_grad():  # wrappers know nothing of inference tensors
             out = _done(func(*args, **kwargs))
             self.launches += 1
-            if self._recording is not None:
-                self._recording.append((func, args, kwargs, out))
+            if self._recording is not None and not _is_view(func, args, out):  # a view of what stays where it is
+                self._recording.append((func, args, kwargs, _leaves(out, [])))
             if far and device == HOME:
                 return out
             return _far(out)
@@ -193,6 +197,18 @@ def _leaves(value: Any, found: list[Tensor]) -> list[Tensor]:
         for each in value:
             _leaves(each, found)
     return found
+
+
+def _is_view(func: Any, args: Any, out: Any) -> bool:
+    """Whether the operation only gave views of its arguments, and wrote to none of them."""
+    own = {each.untyped_storage().data_ptr() for each in _leaves(args, [])}
+    return not _writes(func) and all(each.untyped_storage().data_ptr() in own for each in _leaves(out, []))
+
+
+@cache
+def _writes(func: Any) -> bool:
+    """Whether it changes an argument: a collective does, though its schema does not say so."""
+    return func.namespace != "aten" or bool(func._schema.is_mutable)
 
 
 def _done(out: Any) -> Any:

@@ -27,12 +27,14 @@ MODEL = "SmolLM2-135M-Instruct"
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """The command as `make serve` runs it, on a free port."""
+    """The command as `make serve` runs it, on a free port. Steps of 48 tokens: there is less to measure at the start,
+    and prompts come in pieces."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-c", "from dspark_server.cli import main; main()", "serve", "--port", str(port)]
-    process = subprocess.Popen([*command, "--kv-cache-memory-bytes", str(256 << 20)], env=os.environ)
+    command += ["--kv-cache-memory-bytes", str(256 << 20), "--max-num-batched-tokens", "48", "--max-num-seqs", "16"]
+    process = subprocess.Popen(command, env=os.environ)
     url = f"http://127.0.0.1:{port}"
     try:
         for _ in range(1800):  # a busy machine measures its costs slowly
@@ -152,7 +154,7 @@ def test_the_metrics_count_and_a_bad_request_harms_nobody(server: tuple[str, obj
         return sum(float(line.split()[-1]) for line in lines if line.startswith("vllm:generation_tokens_total{"))
 
     before = generated()
-    bad = httpx.post(f"{url}/v1/completions", json={"model": MODEL, "prompt": [1 << 40], "max_tokens": 4})
+    bad = httpx.post(f"{url}/v1/completions", json={"model": MODEL, "prompt": [1 << 40], "max_tokens": 4}, timeout=60)
     assert bad.status_code == 400
     assert set(bad.json()["error"]) == {"message", "type", "param", "code"}
     client.completions.create(
@@ -165,7 +167,7 @@ def test_a_prompt_is_scored_as_lm_eval_asks(server: tuple[str, object]) -> None:
     """Batches of token ids with echo, one token more; what a language-model evaluation reads of the answer."""
     prompts = [[504, 3575, 282, 4649, 314, 7042], [504, 3575, 282, 4649, 314]]
     body = {"model": MODEL, "prompt": prompts, "echo": True, "logprobs": 1, "max_tokens": 1, "temperature": 0}
-    answer = httpx.post(f"{server[0]}/v1/completions", json=body).json()
+    answer = httpx.post(f"{server[0]}/v1/completions", json=body, timeout=60).json()
     for prompt, choice in zip(prompts, answer["choices"], strict=True):
         logprobs = choice["logprobs"]
         assert len(logprobs["tokens"]) == len(logprobs["token_logprobs"]) == len(prompt) + 1
@@ -175,7 +177,9 @@ def test_a_prompt_is_scored_as_lm_eval_asks(server: tuple[str, object]) -> None:
         for own, top in zip(logprobs["token_logprobs"][1:], logprobs["top_logprobs"][1:], strict=True):
             assert own <= max(top.values())
         assert logprobs["token_logprobs"][-1] == max(logprobs["top_logprobs"][-1].values())  # greedy, so exactly
-    alone = httpx.post(f"{server[0]}/v1/completions", json=body | {"max_tokens": 0, "prompt": prompts[0]}).json()
+    alone = httpx.post(
+        f"{server[0]}/v1/completions", json=body | {"max_tokens": 0, "prompt": prompts[0]}, timeout=60
+    ).json()
     assert alone["usage"]["completion_tokens"] == 0
     assert len(alone["choices"][0]["logprobs"]["tokens"]) == 6
 
@@ -183,7 +187,7 @@ def test_a_prompt_is_scored_as_lm_eval_asks(server: tuple[str, object]) -> None:
 def test_logprobs_do_not_depend_on_speculation(server: tuple[str, object]) -> None:
     body = {"model": MODEL, "prompt": "1, 2, 3, 4, 5, 6,", "logprobs": 3, "max_tokens": 24, "temperature": 0}
     answers = [
-        httpx.post(f"{server[0]}/v1/completions", json=body | {"speculation": {"enabled": enabled}}).json()
+        httpx.post(f"{server[0]}/v1/completions", json=body | {"speculation": {"enabled": enabled}}, timeout=60).json()
         for enabled in (True, False)
     ]
     one, other = (answer["choices"][0]["logprobs"] for answer in answers)
@@ -226,7 +230,7 @@ def test_answers_have_the_form_asked_for(server: tuple[str, object], temperature
     seeded = ask(structured_outputs={"json": SCHEMA}, seed=3)
     assert seeded == ask(structured_outputs={"json": SCHEMA}, seed=3, speculation={"enabled": False})
     contradiction = {"prompt": "x", "allowed_token_ids": [28], "bad_words": [","]}
-    assert httpx.post(f"{server[0]}/v1/completions", json=contradiction).status_code == 400
+    assert httpx.post(f"{server[0]}/v1/completions", json=contradiction, timeout=60).status_code == 400
     bad = httpx.post(f"{server[0]}/v1/completions", json={"prompt": "x", "structured_outputs": {"regex": "("}})
     assert bad.status_code == 400
     assert bad.json()["error"]["param"] == "structured_outputs"
@@ -240,7 +244,7 @@ def test_rules_hold_and_the_best_of_several_is_returned(server: tuple[str, objec
 
     def spelled(text: str) -> list[int]:
         body = {"prompt": text, "add_special_tokens": False}
-        tokens: list[int] = httpx.post(f"{server[0]}/tokenize", json=body).json()["tokens"]
+        tokens: list[int] = httpx.post(f"{server[0]}/tokenize", json=body, timeout=60).json()["tokens"]
         return tokens
 
     # By tokens, not by text: " seas" is another token, and may be said.
@@ -270,7 +274,7 @@ def test_the_dashboard_shows_a_chat_prompt_block_by_block(server: tuple[str, obj
     with httpx.stream("GET", f"{url}/dashboard/feed", timeout=60) as feed:
         events = (json.loads(line[6:]) for line in feed.iter_lines() if line.startswith("data: "))
         body = {"feed": next(events)["feed"], "prompt": question, "max_tokens": 64}
-        assert httpx.post(f"{url}/dashboard/prompt", json=body).status_code == 200
+        assert httpx.post(f"{url}/dashboard/prompt", json=body, timeout=60).status_code == 200
         told = []
         while not told or told[-1]["finish_reason"] is None:
             state = next(events)
