@@ -29,7 +29,10 @@ FIRST = (
     "server",
     "distributed",
     "training",
+    "kernels/test_triton_compile.py",
+    "kernels/test_native.py",
     "kernels",
+    "evaluation",
 )
 
 
