@@ -6,6 +6,7 @@ WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+TOOLS := $(VENV)/.installed-tools
 DEV := $(VENV)/.installed-dev
 # pip compiles every module of torch and transformers, some minutes; Python compiles what it imports.
 export PIP_COMPILE := 0
@@ -25,8 +26,10 @@ help:
 	@echo "make mutants                                        plant known bugs; a test must catch each"
 	@echo "make bench                                          measure this machine; see docs/benchmarks.md"
 
-$(STAMP): pyproject.toml requirements.txt
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+$(BIN)/python:
+	@$(PYTHON) -m venv $(VENV)
+
+$(STAMP): pyproject.toml requirements.txt | $(BIN)/python
 	@echo "installing pinned dependencies (torch is 200 MB) ..." >&2
 	@# torch first and alone: its CPU build must be there before anything else asks for a torch.
 	@$(BIN)/pip install --progress-bar on torch==2.13.0
@@ -38,8 +41,12 @@ $(STAMP): pyproject.toml requirements.txt
 	@$(BIN)/pip install --no-deps --no-build-isolation -e .
 	@touch $@
 
-$(DEV): $(STAMP) requirements-dev.txt
-	@$(BIN)/pip install --progress-bar on -r requirements-dev.txt
+# All that the tools need is in the two lists, and no package in both: `make -j2` installs these beside the others.
+$(TOOLS): requirements-dev.txt | $(BIN)/python
+	@$(BIN)/pip install --progress-bar on --no-deps -r requirements-dev.txt
+	@touch $@
+
+$(DEV): $(STAMP) $(TOOLS)
 	@touch $@
 
 serve: $(STAMP)

@@ -1,6 +1,7 @@
 """How all tests run: one thread for each worker of pytest-xdist, files whole, and Triton interpreted without a GPU."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,10 @@ WORKER = "PYTEST_XDIST_WORKER" in os.environ
 if WORKER:  # another worker has the other core; processes that tests start inherit it
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import torch  # noqa: E402 - reads the line above
+# isort: off
+import dspark_server  # noqa: E402, F401 - says how threads wait: torch's would spin, where two share a core
+import torch  # noqa: E402 - reads all that
+# isort: on
 
 # Settled when triton is first imported, by any test.
 if not torch.cuda.is_available():
@@ -25,7 +29,10 @@ FIRST = (
     "server",
     "distributed",
     "training",
+    "kernels/test_triton_compile.py",
+    "kernels/test_native.py",
     "kernels",
+    "evaluation",
 )
 
 
@@ -38,3 +45,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first; with `--dist loadfile` a file's tests run on one worker, where its fixtures are."""
     if WORKER:
         items.sort(key=lambda item: _rank(item.path.relative_to(HERE).as_posix()))
+
+
+def pytest_collection_finish() -> None:
+    """Files that interpret kernels have imported Triton by now; nobody else has to wait for it."""
+    if os.environ.get("TRITON_INTERPRET") == "1" and "triton" in sys.modules:
+        from tests import interpreter
+
+        interpreter.quicken()

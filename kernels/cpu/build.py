@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 
@@ -78,15 +79,41 @@ def _build_with(compiler: Sequence[str], flags: Sequence[str]) -> Path:
     if library.exists():
         return library
     directory.mkdir(parents=True, exist_ok=True)
+    with _alone(directory):
+        if not library.exists():
+            sources = [str(path) for path in SOURCES if path.suffix == ".c"]
+            _compile([*compiler, *flags, *sources], library)
+    return library
+
+
+def _compile(command: Sequence[str], library: Path) -> None:
     started = time.perf_counter()
-    with tempfile.TemporaryDirectory(dir=directory) as scratch:
+    with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
         output = Path(scratch) / "kernels.so"
-        command = [*compiler, *flags, *(str(path) for path in SOURCES if path.suffix == ".c"), "-o", str(output), "-lm"]
-        subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
+        subprocess.run([*command, "-o", str(output), "-lm"], check=True, capture_output=True, text=True, timeout=300)
         output.replace(library)  # atomic: another process sees the whole library or none
     seconds = time.perf_counter() - started
     print(f"dspark: built the native kernels in {seconds:.1f} s ({library})", file=sys.stderr)
-    return library
+
+
+@contextmanager
+def _alone(directory: Path) -> Iterator[None]:
+    """Of processes that start at once, the ranks of a server or workers of a test run, one builds; the others wait.
+
+    Where directories cannot be locked (Windows, some network file systems), each builds.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)  # and unlocks
 
 
 def _fingerprint(compiler: Sequence[str], flags: Sequence[str]) -> str:

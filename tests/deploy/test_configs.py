@@ -1,11 +1,8 @@
 """configs/serve: each file loads as `serve` loads it, and fits the checkpoints it names."""
 
-import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -21,6 +18,7 @@ from dspark_server.models.config import ModelConfig, load_config, parse_decoder,
 from dspark_server.models.hub import DEFAULT_MODEL, resolve_model, shipped_drafter
 from dspark_server.resolve import resolve
 from dspark_server.speculation.dspark import DSparkConfig
+from tests.processes import CommandLine
 
 from .checkpoints import DRAFTERS, TARGETS
 from .manifests import ROOT
@@ -102,14 +100,13 @@ def test_a_field_that_a_checkpoint_must_have_is_missed(field: str) -> None:
         DSparkConfig.parse(fields, target)
 
 
-def test_smollm2_on_a_cpu_is_served() -> None:
+def test_smollm2_on_a_cpu_is_served(tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-c", "from dspark_server.cli import main; main()", "serve"]
     file = str(DIRECTORY / "smollm2-cpu.yaml")
     fixed = ("--speculative-config", '{"selection": "fixed"}')  # has no costs to measure first
-    process = subprocess.Popen([*command, "--config", file, *fixed], env=os.environ | {"DSPARK_PORT": str(port)})
+    process = CommandLine(("serve", "--config", file, *fixed), tmp_path / "log", DSPARK_PORT=str(port))
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as http:
             for _ in range(1800):  # a busy machine loads slowly

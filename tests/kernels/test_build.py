@@ -1,6 +1,7 @@
 """Building the native kernels, and what happens where they cannot be built."""
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import dspark_kernels
@@ -12,14 +13,35 @@ from dspark_kernels.cpu.native import NativeKernels
 BROKEN = [[sys.executable, "-c", "raise SystemExit('no such instruction')"]]
 
 
-def test_a_build_is_kept_and_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def one_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty cache, and one source that is built quickly."""
     monkeypatch.setenv("DSPARK_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(build_module, "SOURCES", [path for path in build_module.SOURCES if path.name == "norms.c"])
+
+
+@pytest.mark.usefixtures("one_source")
+def test_a_build_is_kept_and_found_again(tmp_path: Path) -> None:
     first = build_module.build(extra_flags=["-O0"])
     assert first.is_relative_to(tmp_path / "kernels")
     written = first.stat().st_mtime_ns
     assert build_module.build(extra_flags=["-O0"]) == first
     assert first.stat().st_mtime_ns == written
     assert [path.name for path in first.parent.iterdir()] == ["kernels.so"]  # nothing half-built is left behind
+
+
+@pytest.mark.usefixtures("one_source")
+def test_of_several_that_start_at_once_one_builds(monkeypatch: pytest.MonkeyPatch) -> None:
+    built, compile_once = [], build_module._compile
+
+    def counted(command: list[str], library: Path) -> None:
+        built.append(library)
+        compile_once(command, library)
+
+    monkeypatch.setattr(build_module, "_compile", counted)
+    with ThreadPoolExecutor(3) as pool:  # a lock of a file is held by whoever opened it, threads and processes alike
+        results = list(pool.map(lambda _: build_module.build(extra_flags=["-O0"]), range(3)))
+    assert len(built) == len(set(results)) == 1
 
 
 def test_a_compiler_that_fails_is_followed_by_the_next() -> None:

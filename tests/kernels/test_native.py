@@ -1,8 +1,11 @@
 """Every native kernel against the plain PyTorch one, on this machine's build, on others, and on Zig's."""
 
+import subprocess
+
 import dspark_kernels
 import pytest
 import torch
+from dspark_kernels.cpu import build as build_module
 from dspark_kernels.cpu.build import build, zig_compiler
 from dspark_kernels.cpu.native import NativeKernels
 from dspark_kernels.reference import ReferenceKernels
@@ -14,20 +17,42 @@ from tests.kernels.support import Paged, check_hidden_rows_stay_hidden, close, p
 REFERENCE = ReferenceKernels()
 
 
-@pytest.fixture(scope="module", params=["machine", "fma", "dot", "no-avx512", "zig"])
+# Both ways to multiply bfloat16, whichever this machine prefers and can, and narrower vectors.
+FLAGS = {
+    "fma": ("-UDSPARK_BFLOAT16_DOT",),
+    "dot": ("-DDSPARK_BFLOAT16_DOT",),
+    "no-avx512": ("-mno-avx512f",),
+}
+
+
+def other_programs() -> list[str]:
+    """Names of the FLAGS that make other programs than the machine's: without AVX-512, none do.
+
+    By all macros that the sources are compiled with: what the processor has, vector width, rows of a tile, bfloat16.
+    """
+    compiler, common = next(build_module.find_compilers()), build_module.SOURCES[0].with_name("common.h")
+
+    def macros(*flags: str) -> list[str]:
+        command = [*compiler, *build_module.FLAGS, *build_module._machine_flags(), *flags, "-E", "-dM", str(common)]
+        lines = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
+        return sorted(line for line in lines if "DSPARK_BFLOAT16_DOT" not in line)  # it is read where DOT is defined
+
+    machine = macros()
+    return [name for name, flags in FLAGS.items() if macros(*flags) != machine]
+
+
+@pytest.fixture(scope="module", params=["machine", *other_programs(), "zig"])
 def native(request: pytest.FixtureRequest) -> NativeKernels:
     """The library under test; never the reference in disguise."""
     if request.param == "machine":
         kernels = dspark_kernels.load("native")
         assert isinstance(kernels, NativeKernels)
         return kernels
-    if request.param in ("fma", "dot"):  # both ways to multiply bfloat16, whichever this machine prefers and can
-        return NativeKernels(build(extra_flags=[{"fma": "-U", "dot": "-D"}[request.param] + "DSPARK_BFLOAT16_DOT"]))
-    if request.param == "no-avx512":
-        kernels = NativeKernels(build(extra_flags=["-mno-avx512f"]))
-        assert kernels.name == "native-generic"
-        return kernels
-    return NativeKernels(build(compilers=[zig_compiler()]))
+    if request.param == "zig":
+        return NativeKernels(build(compilers=[zig_compiler()]))
+    kernels = NativeKernels(build(extra_flags=FLAGS[request.param]))
+    assert request.param != "no-avx512" or kernels.name == "native-generic"
+    return kernels
 
 
 def test_what_the_server_loads_is_native() -> None:

@@ -100,7 +100,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None
     """A shortlist in one launch, or a vocabulary (of several parts) with a launch for each slot's floors."""
     if request.param == "slot by slot":
         for module in (sequential, vocabulary):
-            monkeypatch.setattr(module, "PART", 64)
+            monkeypatch.setattr(module, "PART", 128)
         monkeypatch.setattr(sequential, "FUSED", 0)
     else:
         monkeypatch.setattr(sequential, "BLOCK", 256)

@@ -14,20 +14,26 @@ from dspark_server.training.config import TrainConfig
 from dspark_server.training.train import train
 from tests.training.test_train import TARGET, fresh_cache
 
+PROMPTS = [[5 + i, 6, 7, 8, 9] for i in range(32)]
+PARAMS = SamplingParams(max_tokens=120, temperature=1.0, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def answers() -> list[list[int]]:
+    """The target's own, to train on."""
+    without = EngineConfig(model=str(TARGET), num_blocks=600, speculative=SpeculativeConfig(method="none"))
+    return EngineCore.load(without).generate(PROMPTS, PARAMS)
+
 
 @pytest.mark.parametrize("vocabulary", [None, 384])
 def test_measured_acceptance_is_one_minus_tv(
-    vocabulary: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    vocabulary: int | None, answers: list[list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Over thousands of judged slots: the sum of (stood - chance) against its standard deviation."""
     fresh_cache(tmp_path / "cache", monkeypatch)
-    params = SamplingParams(max_tokens=120, temperature=1.0, ignore_eos=True)
-    without = EngineConfig(model=str(TARGET), num_blocks=600, speculative=SpeculativeConfig(method="none"))
-    prompts = [[5 + i, 6, 7, 8, 9] for i in range(32)]
-    answers = EngineCore.load(without).generate(prompts, params)
     np.savez(
         tmp_path / "corpus.npz",
-        tokens=np.concatenate([np.array(p + a) for p, a in zip(prompts, answers, strict=True)]).astype(np.uint16),
+        tokens=np.concatenate([np.array(p + a) for p, a in zip(PROMPTS, answers, strict=True)]).astype(np.uint16),
         length=np.full(32, 125, np.int32),
         prompt_length=np.full(32, 5, np.int32),
     )
@@ -72,7 +78,7 @@ def test_measured_acceptance_is_one_minus_tv(
 
     speculative = SpeculativeConfig(method="dspark", model=str(directory), selection="fixed")
     core = EngineCore.load(EngineConfig(model=str(TARGET), num_blocks=600, speculative=speculative), trace=look)
-    core.generate(prompts, params)
+    core.generate(PROMPTS, PARAMS)
     chance, survived = np.array(chances), np.array(stood)
     assert len(chance) > 3000
     assert 0.02 < chance.mean() < 0.98

@@ -7,13 +7,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dspark_server.engine.core import load_tokenizer
+from dspark_server.config import SpeculativeConfig
+from dspark_server.engine.core import EngineCore, load_tokenizer
 from dspark_server.engine.step import StepLoop
 from dspark_server.engine.trace import StepOutput
 from dspark_server.errors import ConfigError
 from dspark_server.models.hub import resolve_model
+from dspark_server.training import data
 from dspark_server.training.corpus import Corpus
 from dspark_server.training.data import DataConfig, make_data, plan
+from tests.api.fake_engine import build_tokenizer
+from tests.engine.support import SMOLLM2_COSTS, still
+
+PAIR = Path(__file__).parents[1] / "fixtures" / "dspark_qwen3_vanilla"
 
 
 def write(path: Path, key: str, texts: list[str], domain: str) -> Path:
@@ -22,7 +28,10 @@ def write(path: Path, key: str, texts: list[str], domain: str) -> Path:
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> DataConfig:
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DataConfig:
+    """Seven jobs; the costs of steps are passed."""
+    load = EngineCore.load
+    monkeypatch.setattr(EngineCore, "load", lambda config: load(config, SMOLLM2_COSTS, clock=still))
     return DataConfig(
         output=tmp_path / "answers.npz",
         prompts=(write(tmp_path / "p.jsonl", "prompt", ["What is 2 + 2?", "Say hello.", "Say  HELLO."], "asked"),),
@@ -33,9 +42,21 @@ def run(tmp_path: Path) -> DataConfig:
         max_tokens=10,
         max_turn_tokens=8,
         concurrency=4,
-        dtype="float32",
+        dtype="bfloat16",
         kv_cache_memory_bytes=64 << 20,
     )
+
+
+@pytest.fixture
+def tiny(run: DataConfig, monkeypatch: pytest.MonkeyPatch) -> DataConfig:
+    """The same jobs of a random model with a drafter, a token for each byte: for tests that do not look at a text."""
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = "{% for turn in messages %}U:{{ turn.content }}<|end|>{% endfor %}A:"
+    speculative = SpeculativeConfig(method="dspark", model=str(PAIR / "draft"))
+    load = EngineCore.load
+    monkeypatch.setattr(EngineCore, "load", lambda config: load(replace(config, speculative=speculative)))
+    monkeypatch.setattr(data, "load_tokenizer", lambda _: tokenizer)
+    return replace(run, model=str(PAIR / "target"), dtype="float32")
 
 
 def test_sequences_are_turns_of_the_template_with_the_targets_answers(run: DataConfig) -> None:
@@ -60,14 +81,17 @@ def test_sequences_are_turns_of_the_template_with_the_targets_answers(run: DataC
         make_data(run)
 
 
-def test_excluded_prompts_are_dropped_however_they_are_spaced(run: DataConfig, tmp_path: Path) -> None:
-    run = replace(run, starters=(), self_count=0, exclude=(write(tmp_path / "x.jsonl", "prompt", ["say hello."], "x"),))
+def test_excluded_prompts_are_dropped_however_they_are_spaced(tiny: DataConfig, tmp_path: Path) -> None:
+    run = replace(
+        tiny, starters=(), self_count=0, exclude=(write(tmp_path / "x.jsonl", "prompt", ["say hello."], "x"),)
+    )
     assert Corpus.load(make_data(run)).size == 1
 
 
 def test_a_killed_run_goes_on_to_the_same_corpus(
-    run: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    run = tiny
     whole = make_data(replace(run, output=tmp_path / "whole.npz"))
     step = StepLoop.step
 
