@@ -1,5 +1,5 @@
-"""`make mutants`: plants each known way to lose losslessness, or a safety, in a copy of the package; a named test must
-fail on it.
+"""`make mutants`: plants each known way to lose losslessness, a safety, or a true cost model, in a copy of the package;
+a named test must fail on it.
 
 A mutant is a few exact replacements in the sources. One that no longer applies, that its test lets through, or that
 is no program any more, fails the run. Prints a table and exits 1 if any survived.
@@ -75,6 +75,10 @@ LOSSLESS = (
     _one("rules forget the draft tokens before a position", ACCEPTANCE,
          "mine.sampling.select(active, slot, mine.tokens[active, :slot].tolist)", "mine.sampling.select(active, slot)",
          "tests/speculation/test_controls.py::test_the_joint_law_is_the_ruled_targets"),
+    _one("the mask after another prefix", "dspark_server/engine/grammar.py",
+         "            if prefix[: len(said)] == said and not mask.cancelled()\n",
+         "            if not mask.cancelled()\n",
+         "tests/engine/test_grammar.py::test_drafted_and_committed_are_the_same"),
     _one("rules on the draft only", "dspark_server/speculation/law.py",
          "    logits = permitted(logits, sampling, columns)",
          "    logits = logits.float()", f"{MONTE_CARLO}[causal-None-float32-True]"),
@@ -192,7 +196,57 @@ SAFETY = (
          "        concerned.set(lambda: [request.id for request in self._core.batcher.running])\n", "",
          f"{SECURITY}::test_lines_of_the_step_thread_name_their_requests"),
 )  # fmt: skip
-MUTANTS = LOSSLESS + SAFETY
+
+EXPLORATION, EXPLORING = "dspark_server/speculation/exploration.py", "tests/speculation/test_exploration.py"
+CAPACITY, CORRECTION = "dspark_server/speculation/capacity.py", "dspark_server/speculation/correction.py"
+COST_TESTS = "tests/speculation/test_capacity.py"
+HOPELESS = f"{EXPLORING}::test_where_drafts_do_not_pay_they_are_tried_now_and_then"
+SHIFT = f"{COST_TESTS}::test_a_lasting_shift_is_learnt_in_either_direction"
+HELD_UP = f"{COST_TESTS}::test_one_step_that_was_held_up_says_nothing"
+TOO_HIGH = f"{COST_TESTS}::test_one_time_too_high_does_not_lift_all_larger_sizes"
+
+COSTS = (
+    _one("an exploring step's count depends on the survivals of its blocks", SELECTION,
+         "            return Ranked.of(survival, limits).first(self._exploration.count)\n",
+         "            ranked = Ranked.of(survival, limits)\n"
+         "            return ranked.first(min(self._exploration.count, int((ranked.values > 0.005).sum())))\n",
+         f"{HOPELESS}[causal]"),
+    _one("lagged forgets the count of an exploring step", SELECTION,
+         "        if self._exploration.count is not None:\n            return self._exploration.count\n", "",
+         f"{HOPELESS}[lagged]"),
+    _one("requests that explore are not probing", EXPLORATION, "choice.probing | frozenset(more)", "choice.probing",
+         f"{HOPELESS}[causal]"),
+    _one("exploring costs nothing", EXPLORATION, "        self._purse.spend(price)\n", "", f"{HOPELESS}[causal]"),
+    _one("steps without drafts cost nothing", EXPLORATION, "            self._plain.spend(price)\n",
+         "            pass\n",
+         f"{EXPLORING}::test_where_whole_blocks_are_verified_only_steps_without_drafts_are_left_to_explore"),
+    _one("known costs are explored too", EXPLORATION, " and self._capacity.uncertain(load.tokens)", "",
+         f"{EXPLORING}::test_a_step_without_drafts_is_not_tried_where_its_cost_is_known"),
+    _one("exploring pays what a wrong table says", EXPLORATION,
+         "verify = min(float(raw[min(tokens, most)]) - there, there * -(-(tokens - usual) // usual))",
+         "verify = float(raw[min(tokens, most)]) - there",
+         f"{EXPLORING}::test_a_size_that_is_believed_far_too_dear_is_tried_as_often"),
+    _one("corrections do not fade", CORRECTION, "fading = -math.expm1(-seconds / MEMORY)", "fading = 0.0",
+         f"{COST_TESTS}::test_a_change_after_long_service_is_learnt_as_soon"),
+    _one("corrections have the wrong sign", CORRECTION, "self._logs += gain", "self._logs -= gain", SHIFT),
+    _one("sizes never tried are never corrected", CORRECTION,
+         "self._prior = SPEED**2 + same * (TABLE**2 + SHAPE**2 * near)",
+         "self._prior = SPEED**2 * np.eye(len(place)) + 0 * same * near", SHIFT),
+    _one("corrected tables are not built again", CAPACITY, ".max() > STALE:", ".max() > 1000 * STALE:", SHIFT),
+    _one("a step that was held up is learnt from", CORRECTION, "key=lambda seen: seen[0])[1]",
+         "key=lambda seen: seen[0])[2]", HELD_UP),
+    _one("costs may fall", CAPACITY, "isotonic(verify * profile.verify, sure[0])",
+         "verify * np.asarray(profile.verify)", TOO_HIGH),
+    _one("one high cost raises all larger sizes", CAPACITY, "isotonic(verify * profile.verify, sure[0])",
+         "np.maximum.accumulate(verify * profile.verify)", TOO_HIGH),
+    _one("a cost measured lately gives way to others", CAPACITY, "isotonic(verify * profile.verify, sure[0])",
+         "isotonic(verify * profile.verify)",
+         f"{COST_TESTS}::test_a_cost_measured_lately_outweighs_those_that_were_not"),
+    _one("the walk of Algorithm 1 sees a curve with bumps", CAPACITY,
+         "convex_minorant(corners, self._raw[corners].tolist())", "self._raw[start : last + 1]",
+         f"{COST_TESTS}::test_the_minorant_is_convex_below_and_the_greatest"),
+)  # fmt: skip
+MUTANTS = LOSSLESS + SAFETY + COSTS
 
 
 def planted(mutant: Mutant, copy: Path) -> str | None:

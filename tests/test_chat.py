@@ -154,7 +154,7 @@ def test_several_turns_and_a_reset(fake: Fake, start: Start) -> None:
     rate = float(one.split(" tokens/s")[0].split()[-1])
     assert rate > 0
     assert "2.35 tokens per pass" in one or "2.34 tokens per pass" in one
-    assert "cut at the longest length, 1 tokens" in err
+    assert "cut at the longest length, 1 token, " in err
     assert "/reset  forget the conversation" in err
     assert "There is no command /rest. Did you mean /reset?" in err
 

@@ -12,6 +12,7 @@ from dspark_server.api.logprobs import ChatLogprobs
 from dspark_server.api.responses import answer
 from dspark_server.api.shapes import CHAT
 from dspark_server.errors import RequestError
+from dspark_server.words import counted
 
 
 class Chat:
@@ -46,7 +47,8 @@ class Chat:
             prompt = Prompt(intake.cut(tokens, body, limit or max(1, body.min_tokens)))
             max_tokens = limit or max(1, engine.room(len(prompt.tokens)))  # 1: refused by `submit`, with both lengths
             if body.min_tokens > max_tokens:
-                raise RequestError(f"`min_tokens`: only {max_tokens} tokens fit after this prompt.", param="min_tokens")
+                room = counted(max_tokens, "token")
+                raise RequestError(f"`min_tokens`: there is room for {room} after this prompt.", param="min_tokens")
             params = await intake.params(body, max_tokens, asked.generation.tenant)
             await intake.submit(asked, params, [prompt], reservation, choices=body.n)
 

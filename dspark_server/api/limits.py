@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from time import monotonic
 
 from dspark_server.errors import LimitError
+from dspark_server.words import counted
 
 
 class TokenBucket:
@@ -45,12 +46,12 @@ class KeyLimits:
         """Count a request while it runs. Raises LimitError if it exceeds a limit."""
         running = self._running.get(tenant, 0)
         if self._max_concurrent is not None and running >= self._max_concurrent:
-            raise LimitError(f"This API key has {running} requests running, the most it may have.")
+            raise LimitError(f"This API key has {counted(running, 'request')} running, the most it may have.")
         if self._per_minute is not None:
             bucket = self._buckets.setdefault(tenant, TokenBucket(self._per_minute, self._clock))
             wait = bucket.take()
             if wait:
-                message = f"This API key may send {self._per_minute} requests a minute. Try again later."
+                message = f"This API key may send {counted(self._per_minute, 'request')} a minute. Try again later."
                 raise LimitError(message, retry_after=math.ceil(wait))
         self._running[tenant] = running + 1
         try:

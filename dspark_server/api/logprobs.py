@@ -1,5 +1,8 @@
 """Log-probabilities as the APIs show them: OpenAI's two forms, and vLLM's `prompt_logprobs`."""
 
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from dspark_server.api.chat_schema import ChatRequest
@@ -11,20 +14,40 @@ from dspark_server.engine.output import Detokenizer, TokenDecoder
 LOWEST = -9999.0  # JSON has no -inf
 
 
+@dataclass(frozen=True)
+class Taken:
+    """New tokens of a choice and their scores, not rendered yet; `size`: number of scores."""
+
+    choice: Choice
+    size: int
+    rows: Iterable[tuple[int, TokenLogprob | None]]
+
+
 class Logprobs:
-    """Renders the requested log-probabilities. `count`: alternatives per token of the answer, None if not requested."""
+    """Renders the requested log-probabilities. `count`: alternatives per token of the answer, None if not requested.
+
+    `take` runs on the event loop; the others may run on another thread, one call after the other.
+    """
 
     def __init__(self, detokenizer: Detokenizer, body: GenerationRequest, count: int | None) -> None:
         self._detokenizer = detokenizer
         self._count = count
         self._prompt_count = body.prompt_logprobs
+        self.width = 1 + max(count or 0, body.prompt_logprobs or 0)  # maximum number of scores for a token
         self._as_ids = body.return_tokens_as_token_ids
         self._skip_special_tokens = body.skip_special_tokens
         self._scores: list[TokenLogprob | None] | None = None  # of the prompt rendered last; choices share them
         self._rendered: list[dict[str, Any] | None] = []
 
-    def take(self, choice: Choice) -> dict[str, Any] | None:
-        """Return the log-probabilities of the new tokens."""
+    def take(self, choice: Choice) -> Taken | None:
+        """Take the choice's new tokens. None if their log-probabilities were not requested."""
+        if self._count is None:
+            return None
+        new, choice.pending_logprobs = choice.pending_logprobs, []
+        return Taken(choice, self.width * len(new), ((each.token, each) for each in new))
+
+    def render(self, taken: Taken) -> dict[str, Any]:
+        """Return the log-probabilities of the taken tokens."""
         raise NotImplementedError
 
     def of_prompt(self, choice: Choice) -> list[dict[str, Any] | None] | None:
@@ -67,21 +90,24 @@ class CompletionLogprobs(Logprobs):
         super().__init__(detokenizer, body, body.logprobs)
         self._echo = body.echo
 
-    def take(self, choice: Choice) -> dict[str, Any] | None:
-        """Return lists for the new tokens; an echoed prompt's tokens come with the first. None if not requested.
+    def take(self, choice: Choice) -> Taken | None:
+        """See `Logprobs.take`; an echoed prompt's tokens come with the first."""
+        taken = super().take(choice)
+        if taken is None or not self._echo or not choice.first or choice.prompt_logprobs is None:
+            return taken
+        prompt = zip(choice.prompt, choice.prompt_logprobs, strict=True)
+        return Taken(choice, taken.size + self.width * len(choice.prompt), chain(prompt, taken.rows))
+
+    def render(self, taken: Taken) -> dict[str, Any]:
+        """Return parallel lists for the tokens.
 
         `text_offset`: number of characters of the text before the one that the token begins or continues.
         """
-        if self._count is None:
-            return None
-        rows: list[tuple[int, TokenLogprob | None]] = []
-        if self._echo and choice.first and choice.prompt_logprobs is not None:
-            rows = list(zip(choice.prompt, choice.prompt_logprobs, strict=True))
-        rows += [(each.token, each) for each in choice.pending_logprobs]
-        choice.pending_logprobs = []
+        assert self._count is not None, "only what was requested is taken"
+        choice = taken.choice
         decoder = self._decoder(choice, echo=self._echo)
         tokens, values, tops, offsets = [], [], [], []
-        for token, each in rows:
+        for token, each in taken.rows:
             tokens.append(self._text(token, decoder.piece(token)))
             values.append(None if each is None else max(each.logprob, LOWEST))
             tops.append(None if each is None else self._top(each, self._count, decoder))
@@ -104,17 +130,14 @@ class ChatLogprobs(Logprobs):
     def __init__(self, detokenizer: Detokenizer, body: ChatRequest) -> None:
         super().__init__(detokenizer, body, body.wanted_logprobs)
 
-    def take(self, choice: Choice) -> dict[str, Any] | None:
-        """Return entries of the new tokens. None if not requested."""
-        if self._count is None:
-            return None
-        decoder, count = self._decoder(choice), self._count
-        new, choice.pending_logprobs = choice.pending_logprobs, []
-        content = []
-        for each in new:
-            top = [self._described(token, value, decoder) for token, value in each.top[:count]]
-            content.append({**self._described(each.token, each.logprob, decoder), "top_logprobs": top})
-            decoder.push((each.token,))
+    def render(self, taken: Taken) -> dict[str, Any]:
+        """Return an entry for each of the tokens."""
+        decoder, content = self._decoder(taken.choice), []
+        for token, each in taken.rows:
+            assert each is not None, "a chat echoes no prompt"
+            top = [self._described(other, value, decoder) for other, value in each.top[: self._count]]
+            content.append({**self._described(token, each.logprob, decoder), "top_logprobs": top})
+            decoder.push((token,))
         return {"content": content}
 
     def _described(self, token: int, value: float, decoder: TokenDecoder) -> dict[str, Any]:

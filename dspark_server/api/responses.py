@@ -5,35 +5,35 @@ constant JSON around a text is made once, and all that is new goes out in one `s
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from time import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 from fastapi import Response
 from starlette.types import Receive, Scope, Send
 
+from dspark_server.api.encoding import json_fields, json_pieces, json_text, writes
 from dspark_server.api.errors import GenerationError, describe
 from dspark_server.api.generation import Choice, Generation
-from dspark_server.api.logprobs import Logprobs
+from dspark_server.api.logprobs import Logprobs, Taken
 from dspark_server.api.schema import GenerationRequest
 from dspark_server.api.shapes import Shape
 from dspark_server.engine.engine import AsyncEngine
 from dspark_server.errors import CapacityError, EngineDeadError
 
 DONE = b"data: [DONE]\n\n"
-# Line ends for Python's str.splitlines, which some clients split the stream with; JSON escapes only the ASCII ones.
-_LINE_ENDS = ((b"\xc2\x85", b"\\u0085"), (b"\xe2\x80\xa8", b"\\u2028"), (b"\xe2\x80\xa9", b"\\u2029"))
+LARGE = 1000  # numbers in what is sent: more are rendered on another thread, as a thousand take a millisecond or two
 
 
-def json_text(text: str) -> bytes:
-    """Return a JSON string without line ends of any kind."""
-    encoded = orjson.dumps(text)
-    if not text.isascii():
-        for raw, escaped in _LINE_ENDS:
-            encoded = encoded.replace(raw, escaped)
-    return encoded
+class Chunk(NamedTuple):
+    """An event with more than text, not rendered yet: its beginning, fields of the choice, fields beside the choice."""
+
+    head: bytes
+    taken: Taken | None
+    fields: dict[str, Any]
+    beside: dict[str, Any]
 
 
 class GenerationResponse(Response):
@@ -117,17 +117,33 @@ class WholeResponse(GenerationResponse):
             await self.send_failure(send)
             return
         shown = generation.choices if self._best is None else best_of(generation.choices, *self._best)
-        choices = [self._choice(index, choice) for index, choice in enumerate(shown)]
-        body = {**self.head, "choices": choices, "usage": usage_of(generation.choices), **generation.figures}
-        if self.shape.one_prompt:
-            body |= self._prompt(generation.choices[0])
-        await send_json(send, 200, body, {})
+        size = sum(map(self._size, shown))
+        await send_answer(send, 200, await _rendered(self._pieces(shown), size), {})
+
+    def _size(self, choice: Choice) -> int:
+        """Numbers in what is shown of a choice, and its text as far as it takes time."""
+        width = self.generation.wants_tokens if self.logprobs is None else self.logprobs.width
+        return width * (len(choice.prompt) + choice.completion_tokens) + len(choice.pending_text) // 1000
+
+    def _pieces(self, shown: Sequence[Choice]) -> Iterator[bytes]:
+        """Yield the JSON of the answer, one choice after the other."""
+        yield orjson.dumps(self.head)[:-1] + b',"choices":['
+        for index, choice in enumerate(shown):
+            if index:
+                yield b","
+            yield from json_pieces(self._choice(index, choice))
+        choices = self.generation.choices
+        prompt = self._prompt(choices[0]) if self.shape.one_prompt else {}
+        yield b"]"
+        yield from json_fields({"usage": usage_of(choices), **self.generation.figures, **prompt})
+        yield b"}"
 
     def _choice(self, index: int, choice: Choice) -> dict[str, Any]:
+        taken = None if self.logprobs is None else self.logprobs.take(choice)
         fields = {
             "index": index,
             **self.shape.whole(choice.pending_text),
-            "logprobs": None if self.logprobs is None else self.logprobs.take(choice),
+            "logprobs": None if self.logprobs is None or taken is None else self.logprobs.render(taken),
             "finish_reason": choice.finish_reason,
             "stop_reason": choice.stop_reason,
         }
@@ -146,7 +162,10 @@ class WholeResponse(GenerationResponse):
 
 
 class StreamResponse(GenerationResponse):
-    """Server-sent events: one chunk per choice and engine step that gave it text."""
+    """Server-sent events: one chunk per choice and engine step that gave it text.
+
+    All that changes while the engine runs is read on the event loop; what is left of a chunk then is its rendering.
+    """
 
     def __init__(
         self,
@@ -180,16 +199,35 @@ class StreamResponse(GenerationResponse):
             return
         await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
         while not generation.over:
-            await send({"type": "http.response.body", "body": self._chunks(), "more_body": True})
+            await self._send_news(send)
             await generation.wait()
         if not generation.disconnected:
-            await send({"type": "http.response.body", "body": self._chunks() + self._ending(), "more_body": False})
+            await self._send_news(send, last=True)
 
-    def _chunks(self) -> bytes:
-        """Return everything that is new, one event per choice."""
-        return b"".join([self._chunk(choice) for choice in self.generation.choices if choice.has_news])
+    async def _send_news(self, send: Send, *, last: bool = False) -> None:
+        """Send everything that is new, one event per choice; after the `last` the end of the stream."""
+        news = [self._chunk(choice) for choice in self.generation.choices if choice.has_news]
+        if last:
+            news.append(self._ending())
+        size = sum(_numbers(chunk) for chunk in news if isinstance(chunk, Chunk))
+        await _send_body(send, await _rendered(self._pieces(news), size), more=not last)
 
-    def _chunk(self, choice: Choice) -> bytes:
+    def _pieces(self, news: list[bytes | Chunk]) -> Iterator[bytes]:
+        for chunk in news:
+            if isinstance(chunk, bytes):
+                yield chunk
+                continue
+            scores = None
+            if self.logprobs is not None and chunk.taken is not None:
+                scores = self.logprobs.render(chunk.taken)
+            yield chunk.head
+            yield from json_fields({"logprobs": scores, **chunk.fields})
+            yield b"}]"
+            yield from json_fields(chunk.beside)
+            yield b"}\n\n"
+
+    def _chunk(self, choice: Choice) -> bytes | Chunk:
+        """Take what is new of a choice."""
         shape = self.shape
         text, choice.pending_text = choice.pending_text, ""
         before = shape.first if choice.first else shape.later
@@ -197,31 +235,20 @@ class StreamResponse(GenerationResponse):
             choice.first = False
             return b'%b{"index":%d,%b%b%b' % (self._head, choice.index, before, json_text(text), self._plain_tail)
         said = before + json_text(text) if text or choice.first else shape.nothing
-        return b'%b{"index":%d,%b%b' % (self._head, choice.index, said, shape.after) + self._full_tail(choice)
-
-    def _full_tail(self, choice: Choice) -> bytes:
-        """The end of a chunk with more than text: the last of a choice, or one with logprobs, usage, token ids."""
-        fields: dict[str, Any] = {
-            "logprobs": None if self.logprobs is None else self.logprobs.take(choice),
-            "finish_reason": choice.finish_reason,
-            "stop_reason": choice.stop_reason,
-        }
-        beside = b""
+        taken = None if self.logprobs is None else self.logprobs.take(choice)
+        fields: dict[str, Any] = {"finish_reason": choice.finish_reason, "stop_reason": choice.stop_reason}
+        beside: dict[str, Any] = {}
         if self.generation.wants_tokens:
             fields["token_ids"], choice.pending_tokens = choice.pending_tokens, []
-            prompt = {"prompt_token_ids": choice.prompt if choice.first else None}
-            if self.shape.one_prompt:
-                beside = b"," + orjson.dumps(prompt)[1:-1]
-            else:
-                fields |= prompt
+            (beside if shape.one_prompt else fields)["prompt_token_ids"] = choice.prompt if choice.first else None
         choice.first = False
         choice.finish_sent = choice.finish_reason is not None
-        usage = b""
         if self._continuous_usage:
-            usage = b',"usage":' + orjson.dumps(usage_of([choice]))
+            beside["usage"] = usage_of([choice])
         elif self._include_usage:
-            usage = b',"usage":null'
-        return b"," + orjson.dumps(fields)[1:-1] + b"}]" + beside + usage + b"}\n\n"
+            beside["usage"] = None
+        head = b'%b{"index":%d,%b%b' % (self._head, choice.index, said, shape.after)
+        return Chunk(head, taken, fields, beside)
 
     def _ending(self) -> bytes:
         if self.generation.failure is not None:
@@ -273,12 +300,35 @@ def usage_of(choices: Sequence[Choice]) -> dict[str, Any]:
 
 async def send_json(send: Send, status: int, body: dict[str, Any], headers: dict[str, str]) -> None:
     """Send a whole JSON answer."""
-    content = orjson.dumps(body)
+    await send_answer(send, status, [orjson.dumps(body)], headers)
+
+
+async def send_answer(send: Send, status: int, parts: Sequence[bytes], headers: dict[str, str]) -> None:
+    """Send a whole answer, its JSON given in parts."""
     raw = [(name.lower().encode(), value.encode("latin-1")) for name, value in headers.items()]
-    raw += [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
+    raw += [(b"content-type", b"application/json"), (b"content-length", str(sum(map(len, parts))).encode())]
     with suppress(OSError):  # the client left between the check and the send
         await send({"type": "http.response.start", "status": status, "headers": raw})
-        await send({"type": "http.response.body", "body": content, "more_body": False})
+        await _send_body(send, parts, more=False)
+
+
+def _numbers(chunk: Chunk) -> int:
+    """Approximate number of numbers in a chunk."""
+    lists = (*chunk.fields.values(), *chunk.beside.values())
+    return (chunk.taken.size if chunk.taken else 0) + sum(len(each) for each in lists if isinstance(each, list))
+
+
+async def _rendered(pieces: Iterable[bytes], size: int) -> list[bytes]:
+    """What `pieces` render, on another thread if `size` is large."""
+    return await asyncio.to_thread(writes, pieces) if size > LARGE else writes(pieces)
+
+
+async def _send_body(send: Send, parts: Sequence[bytes], *, more: bool) -> None:
+    """Send parts of a body, with the event loop's other work between them."""
+    for number, part in enumerate(parts, 1):
+        if number > 1:
+            await asyncio.sleep(0)
+        await send({"type": "http.response.body", "body": part, "more_body": more or number < len(parts)})
 
 
 def best_of(choices: Sequence[Choice], n: int, candidates: int) -> list[Choice]:

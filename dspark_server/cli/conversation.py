@@ -10,6 +10,7 @@ import httpx
 import orjson
 
 from dspark_server.errors import DSparkServerError
+from dspark_server.words import counted
 
 READ_TIMEOUT = 300.0  # seconds without data from the server
 
@@ -39,7 +40,7 @@ class Answer:
         elif self.finish_reason == "length":
             parts.append("cut at the longest length")
         if self.tokens is not None:
-            parts.append(f"{self.tokens} tokens")
+            parts.append(counted(self.tokens, "token"))
         if self.first is not None and self.last is not None:
             if self.tokens is not None and self.tokens > 1 and self.last > self.first:
                 parts.append(f"{(self.tokens - 1) / (self.last - self.first):.1f} tokens/s")

@@ -13,7 +13,7 @@ from dspark_server.api.settings import ServerSettings
 from dspark_server.cli.options import takes_settings
 from dspark_server.cli.ranks import EXIT_DEAD, Ranks
 from dspark_server.config import EngineConfig
-from dspark_server.errors import EngineDeadError
+from dspark_server.errors import CheckpointError, EngineDeadError
 from dspark_server.models.config import load_config
 from dspark_server.models.hub import resolve_model
 from dspark_server.resolve import Resolution
@@ -53,9 +53,10 @@ def _lead(config: EngineConfig, settings: ServerSettings, ranks: Ranks) -> None:
         log.info("loading %s; /health is 503 until it is there", config.model)
         group, device = ranks.meet(config.device, config.step_timeout)
         core = EngineCore.load(config, group=group, device=device)
-        tokenizer = core.load_tokenizer()
-        warn_of_ends(core.eos_token_ids, tokenizer, settings.chat_template)
-        engine = AsyncEngine(core, tokenizer)
+        if core.tokenizer is None:
+            raise CheckpointError(f"{config.model} has no tokenizer: name one with --tokenizer.")
+        warn_of_ends(core.eos_token_ids, core.tokenizer, settings.chat_template)
+        engine = AsyncEngine(core, core.tokenizer)
         ranks.watch(engine.die)
         return engine
 

@@ -4,6 +4,7 @@ import asyncio
 from dataclasses import dataclass
 
 from dspark_server.errors import CapacityError, RequestError
+from dspark_server.words import counted
 
 SHUTTING_DOWN = "The server is shutting down; send the request to another replica."
 
@@ -51,7 +52,8 @@ class Admission:
             )
         if self.in_flight + choices > self._places:
             raise CapacityError(
-                f"The queue is full ({self.in_flight} requests in flight, {self._places} allowed). Try again later."
+                f"The queue is full ({counted(self.in_flight, 'request')} in flight, {self._places} allowed). "
+                "Try again later."
             )
         # A prompt longer than the bound is admitted when no other waits; else it never would be.
         if self.queued_tokens and self.queued_tokens + tokens > self._tokens:

@@ -17,6 +17,7 @@ from dspark_server.engine.request import Request, Status
 from dspark_server.engine.stats import EngineStats
 from dspark_server.errors import RequestError
 from dspark_server.speculation.admission import Load
+from dspark_server.words import counted
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ class Batcher:
         """Raise RequestError for a request that could not finish even alone on an empty pool."""
         if prompt_length + max_tokens > self.capacity:
             raise RequestError(
-                f"The prompt has {prompt_length} tokens and asks for {max_tokens} more, "
+                f"The prompt has {counted(prompt_length, 'token')} and asks for {max_tokens} more, "
                 f"but the KV cache holds {self.capacity} tokens in all. Shorten the prompt or lower max_tokens.",
                 param="max_tokens",
                 code="context_length_exceeded",

@@ -36,6 +36,9 @@ from dspark_server.speculation.drafter import NoDrafter
 from dspark_server.speculation.dspark import DSparkDrafter
 from dspark_server.speculation.selection import POLICIES, Selection, build_selection
 
+# A tokenizer has at least one of these.
+TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
 
 @dataclass(eq=False)
 class EngineCore:
@@ -46,7 +49,8 @@ class EngineCore:
     model_name: str
     max_model_len: int
     vocab_size: int
-    eos_token_ids: frozenset[int]  # of the checkpoint's configuration, and of the tokenizer once that is known
+    tokenizer: PreTrainedTokenizerBase | None  # None: the checkpoint has none, prompts can only be token ids
+    eos_token_ids: frozenset[int]  # of the checkpoint's configuration and of the tokenizer
     cache_identity: str
     cache_dtype: str
     backend: str
@@ -80,7 +84,7 @@ class EngineCore:
         kernels: Kernels | None = None,
         **loop_options: Any,
     ) -> "EngineCore":
-        """Load weights, allocate the KV pool, measure step costs (or use `costs`).
+        """Load weights and tokenizer, allocate the KV pool, measure step costs (or use `costs`).
 
         Runs on rank 0 of the group; the other ranks run `follow`. `device` and `kernels` replace those that the
         configuration names; `loop_options` go to StepLoop.
@@ -95,6 +99,7 @@ class EngineCore:
         if isinstance(group, TorchGroup):
             announce(place.directory, place.dtype, config, group)
         target = place.load_target(config.max_model_len)
+        tokenizer = _tokenizer(config, place.directory, target.config.vocab_size)
         drafter = _drafter(config.speculative, target, place)
         own = build_executor(config, target, drafter, place)
         _check_pool(config, own.pool.num_blocks, own.gamma)
@@ -133,34 +138,14 @@ class EngineCore:
             model_name=config.served_model_name or config.model,
             max_model_len=target.max_model_len,
             vocab_size=target.config.vocab_size,
-            eos_token_ids=frozenset(target.config.eos_token_ids),
+            tokenizer=tokenizer,
+            eos_token_ids=end_tokens(tokenizer, target.config.eos_token_ids),
             cache_identity=cache_identity,
             cache_dtype=str(place.stored).removeprefix("torch."),
             backend=backend,
             speculation=_described(config.speculative, drafter, policy),
             threads=threads,
         )
-
-    def load_tokenizer(self) -> PreTrainedTokenizerBase:
-        """Load the configured tokenizer, or the model's own. Its end token ends answers from now on.
-
-        Raises CheckpointError if there is none, ConfigError if it has tokens that the model does not know.
-        """
-        config = self.config
-        if config.tokenizer is None:
-            tokenizer = load_tokenizer(resolve_model(config.model, revision=config.revision))
-        else:
-            tokenizer = load_tokenizer(resolve_model(config.tokenizer, weights=False))
-            self._check_size(tokenizer)
-        self.eos_token_ids = end_tokens(tokenizer, self.eos_token_ids)
-        return tokenizer
-
-    def _check_size(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        if len(tokenizer) > self.vocab_size:
-            raise ConfigError(
-                f"--tokenizer {self.config.tokenizer} has {len(tokenizer)} tokens, but the model knows "
-                f"{self.vocab_size}: it belongs to another model."
-            )
 
     @property
     def drafter(self) -> str | None:
@@ -262,6 +247,23 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
         raise CheckpointError(f"{directory} has no usable tokenizer: {why}") from error
     # Prompts longer than the training length are refused by `AsyncEngine`, with its own message.
     tokenizer.model_max_length = 1 << 60
+    return tokenizer
+
+
+def _tokenizer(config: EngineConfig, directory: Path, vocab_size: int) -> PreTrainedTokenizerBase | None:
+    """The configured tokenizer, or the checkpoint's own; None if it has none.
+
+    Raises CheckpointError if it cannot be read, ConfigError if it has tokens that the model does not know.
+    """
+    if config.tokenizer is None:
+        has_own = any((directory / name).is_file() for name in TOKENIZER_FILES)
+        return load_tokenizer(directory) if has_own else None
+    tokenizer = load_tokenizer(resolve_model(config.tokenizer, weights=False))
+    if len(tokenizer) > vocab_size:
+        raise ConfigError(
+            f"--tokenizer {config.tokenizer} has {len(tokenizer)} tokens, but the model knows {vocab_size}: it belongs "
+            "to another model."
+        )
     return tokenizer
 
 

@@ -2,15 +2,23 @@
 
 Drafting and verification ask for a mask at every position of a block, given the draft tokens before it; the matcher
 is advanced by these and rolled back, so that only committed tokens move it (`speculation.controls.Grammar`).
+
+No mask is computed on the step thread. The masks of all requests are computed side by side on threads of the compiler,
+from when their tokens are known: the first when the request is made, the one after committed tokens at their commit,
+those of a verification before the target's pass.
 """
 
 import json
 import re
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from threading import Lock
 from time import thread_time
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from llguidance.hf import from_tokenizer
@@ -19,6 +27,7 @@ from torch import Tensor
 from dspark_server.engine import gbnf
 from dspark_server.engine.json_schema import prepared
 from dspark_server.engine.regex import to_rust
+from dspark_server.runtime import processors
 
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
@@ -27,9 +36,9 @@ COMPACT: "JsonCompileOptions" = {"whitespace_flexible": False}
 # A small model can repeat white space endlessly, so only a little is allowed between two tokens of JSON.
 FLEXIBLE: "JsonCompileOptions" = {"whitespace_flexible": True, "whitespace_pattern": r"[ \n\t]{1,16}"}
 
-# The step waits for a mask, so the operations of llguidance for each are limited: to about 5 ms of one core. A grammar
-# that needs more for one mask fails. Some operations are not counted, and a matcher is slower before its first tokens:
-# so masks may take longer than MASK_SECONDS, and the request ends at the SLOW_MASKS-th of these.
+# A step may have to wait for a mask, so the operations of llguidance for each are limited: to about 5 ms of one core. A
+# grammar that needs more for one mask fails. Some operations are not counted, and a matcher is slower before its first
+# tokens: so masks may take longer than MASK_SECONDS, and the request ends at the SLOW_MASKS-th of these.
 LIMITS = LLParserLimits(step_lexer_fuel=30_000, step_max_items=4_000, verbose_errors=False)
 MASK_SECONDS = 0.005  # of one core
 SLOW_MASKS = 16
@@ -41,11 +50,15 @@ class FormError(ValueError):
 
 
 class GrammarCompiler:
-    """Compiles grammars for one tokenizer. `vocabulary`: V of the target's logits, padded rows included."""
+    """Compiles grammars for one tokenizer. `vocabulary`: V of the target's logits, padded rows included.
 
-    def __init__(self, tokenizer: Any, vocabulary: int) -> None:
+    `threads`: number of masks computed at once; None: the number of usable processors.
+    """
+
+    def __init__(self, tokenizer: Any, vocabulary: int, threads: int | None = None) -> None:
         self._tokenizer: LLTokenizer = from_tokenizer(tokenizer)
         self._vocabulary = vocabulary
+        self._threads = ThreadPoolExecutor(threads or processors.usable(), thread_name_prefix="mask")
 
     def json_schema(self, schema: str, *, compact: bool = True, closed: bool = True) -> "CompiledForm":
         """Compile a JSON schema (as text). Raises FormError.
@@ -82,27 +95,38 @@ class GrammarCompiler:
             raise FormError(str(error)) from None
         if matcher.is_error():
             raise FormError(matcher.get_error())
-        matcher.compute_bitmask()  # the first mask is the most expensive: not on the step thread
+        matcher.compute_bitmask()  # the first mask is the most expensive: its copies have most of it done
         if matcher.is_error():
             raise FormError(f"it is too complex: {_first_line(matcher.get_error())}")
-        return CompiledForm(matcher, self._tokenizer, self._vocabulary)
+        return CompiledForm(matcher, self._tokenizer, self._vocabulary, self._threads)
 
 
 class CompiledForm:
-    """See `engine.request.CompiledGrammar`."""
+    """See `engine.request.CompiledGrammar`. Masks are computed by `threads`."""
 
-    def __init__(self, matcher: LLMatcher, tokenizer: LLTokenizer, vocabulary: int) -> None:
+    def __init__(self, matcher: LLMatcher, tokenizer: LLTokenizer, vocabulary: int, threads: Executor) -> None:
         self._matcher = matcher
         self._tokenizer = tokenizer
         self._vocabulary = vocabulary
+        self._threads = threads
 
-    def start(self, stop_ids: frozenset[int]) -> "FormMatcher":
+    def start(self, stop_ids: frozenset[int], clock: Callable[[], float] = thread_time) -> "FormMatcher":
         """A matcher at the beginning of an answer that any of `stop_ids` may end."""
-        return FormMatcher(self._matcher.deep_copy(), self._tokenizer, stop_ids, self._vocabulary)
+        return FormMatcher(self._matcher.deep_copy(), self._tokenizer, stop_ids, self._vocabulary, self._threads, clock)
+
+
+@dataclass(frozen=True)
+class _Mask:
+    permitted: Tensor  # [V] bool
+    over: bool  # only an end can follow
 
 
 class FormMatcher:
-    """See `speculation.controls.Grammar`. The mask of a prefix is kept, as draft and target both ask for it."""
+    """See `speculation.controls.Grammar`. The mask of a prefix is kept, as draft and target both ask for it.
+
+    A mask is computed by one of `threads`; the caller waits for it only where it needs it. The matcher and the count of
+    slow masks are used under `_lock`, or when no mask is being computed; all else belongs to the calling thread.
+    """
 
     def __init__(
         self,
@@ -110,57 +134,74 @@ class FormMatcher:
         tokenizer: LLTokenizer,
         stop_ids: frozenset[int],
         vocabulary: int,
+        threads: Executor,
         clock: Callable[[], float] = thread_time,
     ) -> None:
         self._matcher = matcher
+        self._threads = threads
         self._clock = clock
+        self._lock = Lock()
         self._slow = 0  # masks that took too long
         self._size = tokenizer.vocab_size  # tokens that the matcher knows
         self._end = end = tokenizer.eos_token
         self._may_stop = bool(stop_ids)
-        # An end follows a complete answer even if `stop_ids` is empty; it is not committed then.
+        # An end follows a complete answer even if `stop_ids` is empty.
         self._end_ids = stop_ids or frozenset({end})
-        self._ends = torch.zeros(vocabulary, dtype=torch.bool)
+        self._ends = np.zeros(vocabulary, dtype=np.bool_)
         self._ends[list(self._end_ids)] = True
-        self._known: dict[tuple[int, ...], tuple[Tensor, bool]] = {}  # by prefix: its mask, and whether it is over
+        self._ended = False  # an end is among the committed tokens
+        self.complete = False
+        self._masks: dict[tuple[int, ...], Future[_Mask]] = {}  # by prefix
+        self.prepare(())
 
     @property
     def failure(self) -> str | None:
         """Reason why no token may follow, if masks became too expensive or the matcher failed; else None."""
+        with self._lock:
+            return self._failure()
+
+    def prepare(self, drafted: Sequence[int]) -> None:
+        """Begin to compute the mask after `drafted`, unless it is known."""
+        prefix = tuple(drafted)
+        if prefix not in self._masks:
+            self._masks[prefix] = self._threads.submit(self._compute, prefix)
+
+    def mask(self, drafted: Sequence[int]) -> Tensor:
+        """The tokens [V] bool that may follow `drafted`; none if it breaks the grammar; only ends after an end."""
+        return self._look(drafted).permitted
+
+    def over(self, drafted: Sequence[int] = ()) -> bool:
+        """Whether only an end can follow."""
+        return self._look(drafted).over
+
+    def _look(self, drafted: Sequence[int]) -> _Mask:
+        self.prepare(drafted)
+        return self._masks[tuple(drafted)].result()
+
+    def _failure(self) -> str | None:
         if self._slow >= SLOW_MASKS:
             return FAILED.format(f"{SLOW_MASKS} masks took over {MASK_SECONDS * 1000:.0f} ms each")
         return FAILED.format(_first_line(self._matcher.get_error())) if self._matcher.is_error() else None
 
-    def mask(self, drafted: Sequence[int]) -> Tensor:
-        """The tokens [V] bool that may follow `drafted`; none if it breaks the grammar; only ends after an end."""
-        return self._look(drafted)[0]
+    def _compute(self, prefix: tuple[int, ...]) -> _Mask:
+        """On one of `threads`: with numpy, as torch would start threads of its own for each of them."""
+        with self._lock:
+            mask = self._permitted(prefix)
+        return _Mask(torch.from_numpy(mask), bool(mask.any()) and not bool((mask & ~self._ends).any()))
 
-    def over(self, drafted: Sequence[int] = ()) -> bool:
-        """Whether only an end can follow."""
-        return self._look(drafted)[1]
-
-    def _look(self, drafted: Sequence[int]) -> tuple[Tensor, bool]:
-        prefix = tuple(drafted)
-        found = self._known.get(prefix)
-        if found is None:
-            mask = self._compute(prefix)
-            found = self._known[prefix] = mask, bool(mask.any()) and not bool((mask & ~self._ends).any())
-        return found
-
-    def _compute(self, prefix: tuple[int, ...]) -> Tensor:
-        nothing = torch.zeros_like(self._ends)
-        # A failed matcher reports that it is stopped, but its answer is not complete.
-        if self.failure is not None:
-            return nothing
-        if not self._end_ids.isdisjoint(prefix):
+    def _permitted(self, prefix: tuple[int, ...]) -> npt.NDArray[np.bool_]:
+        mask = np.zeros_like(self._ends)
+        if self._failure() is not None:
+            return mask
+        if self._ended or not self._end_ids.isdisjoint(prefix):
             return self._ends
         # A row of the padded embedding is not a token of the matcher, which would fail permanently.
         if any(token >= self._size for token in prefix):
-            return nothing
+            return mask
         taken = self._matcher.try_consume_tokens(list(prefix)) if prefix else 0
         try:
             if taken < len(prefix):
-                return nothing
+                return mask
             if self._matcher.is_stopped():
                 return self._ends
             accepting = self._matcher.is_accepting()
@@ -168,13 +209,10 @@ class FormMatcher:
             packed = self._matcher.compute_bitmask()
             self._slow += self._clock() - began > MASK_SECONDS
             if self._matcher.is_error():
-                return nothing
-            bits = np.unpackbits(np.frombuffer(packed, dtype=np.uint8), bitorder="little")
-            mask = nothing
-            count = min(len(bits), len(mask))
-            mask[:count] = torch.from_numpy(bits[:count]).bool()
+                return mask
+            mask[:] = np.unpackbits(np.frombuffer(packed, dtype=np.uint8), bitorder="little", count=len(mask))
             mask[self._end] = False
-            return mask | self._ends if accepting and (self._may_stop or not bool(mask.any())) else mask
+            return mask | self._ends if accepting and (self._may_stop or not mask.any()) else mask
         finally:
             if taken and not self._matcher.is_error():
                 self._matcher.rollback(taken)
@@ -182,13 +220,21 @@ class FormMatcher:
     def commit(self, tokens: Sequence[int]) -> None:
         """Advance by the committed `tokens`; an end among them is the last."""
         said = tuple(tokens)
-        # The mask of a prefix is the same whether the prefix is drafted or committed.
-        self._known = {
-            prefix[len(said) :]: known for prefix, known in self._known.items() if prefix[: len(said)] == said
-        }
+        wait([mask for mask in self._masks.values() if not mask.cancel()])  # one that is being computed has the matcher
+        self._ended = self._ended or not self._end_ids.isdisjoint(said)
         inside = [token for token in tokens if token not in self._end_ids]
         if inside and not self._matcher.is_stopped():
             self._matcher.consume_tokens(inside)
+        # A failed matcher reports that it is stopped, but its answer is not complete.
+        self.complete = self._failure() is None and (self._ended or self._matcher.is_stopped())
+        # The mask of a prefix is the same whether the prefix is drafted or committed.
+        self._masks = {
+            prefix[len(said) :]: mask
+            for prefix, mask in self._masks.items()
+            if prefix[: len(said)] == said and not mask.cancelled()
+        }
+        if not self.complete:
+            self.prepare(())
 
 
 def _as_lark(grammar: str) -> str:

@@ -198,7 +198,7 @@ class Request:
             if controls is not None:
                 controls.commit([token])
             # After each token: the end of an answer must not depend on the number of tokens committed at once.
-            if token in self.stop_ids or (grammar is not None and grammar.over()):
+            if token in self.stop_ids or (grammar is not None and grammar.complete):
                 self.finish_reason = FinishReason.STOP
             elif self.remaining == 0:
                 self.finish_reason = FinishReason.LENGTH

@@ -301,6 +301,9 @@ class StepLoop:
     def _verify(self, plan: Plan, prefixes: dict[Request, list[int]]) -> Verification:
         """The one target pass: every run's committed tokens, then its draft prefix."""
         failpoints.hit("step.verify")
+        for entry in plan.scheduled:
+            if entry.samples and entry.request.controls is not None:
+                entry.request.controls.prepare(prefixes.get(entry.request, ()))  # meanwhile
         logits, row_start = self.executor.verify(_runs(plan, prefixes))
         logits = failpoints.passed("target.logits", logits)
         if any(entry.request.scores_prompt for entry in plan.scheduled):

@@ -6,6 +6,7 @@ from statistics import median
 from time import monotonic
 
 from dspark_server.runtime import processors
+from dspark_server.words import counted
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ class ThreadCount:
             self._compare(median(self._costs), self._stolen_share(), now)
             self._begin_window(now)
         if self.count != count:
-            logger.info("computing with %d threads, %d before", self.count, count)
+            logger.info("computing with %s, %d before", counted(self.count, "thread"), count)
         return self.count != count
 
     def _compare(self, cost: float, stolen: float, now: float) -> None:

@@ -20,8 +20,8 @@ _TURNS = [
 
 
 def end_tokens(tokenizer: Any, configured: Collection[int]) -> frozenset[int]:
-    """Return the tokenizer's end token and those `configured` by the checkpoint."""
-    own = tokenizer.eos_token_id
+    """Return the tokenizer's end token and those `configured` by the checkpoint. `tokenizer` None: there is none."""
+    own = None if tokenizer is None else tokenizer.eos_token_id
     return frozenset(configured) | (frozenset() if own is None else {own})
 
 

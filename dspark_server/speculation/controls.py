@@ -23,6 +23,9 @@ from torch import Tensor
 class Control(Protocol):
     """Rules of one request."""
 
+    def prepare(self, drafted: Sequence[int]) -> None:
+        """Begin elsewhere what `apply` will need after `drafted`, if it takes long."""
+
     def apply(self, logits: Tensor, drafted: Sequence[int], position: int, columns: Tensor | None) -> None:
         """Change logits [C] of the token at absolute `position` in place; `drafted` are the draft tokens before it.
 
@@ -36,6 +39,9 @@ class Forbidden:
 
     tokens: tuple[int, ...]
     until: int
+
+    def prepare(self, drafted: Sequence[int]) -> None:
+        """See `Control.prepare`: nothing."""
 
     def apply(self, logits: Tensor, drafted: Sequence[int], position: int, columns: Tensor | None) -> None:
         """See `Control.apply`."""
@@ -54,6 +60,13 @@ class Grammar(Protocol):
     def failure(self) -> str | None:
         """The reason why no token may follow, if it is the grammar's cost; a line for the client."""
 
+    @property
+    def complete(self) -> bool:
+        """The committed tokens are a whole answer that nothing but an end can follow."""
+
+    def prepare(self, drafted: Sequence[int]) -> None:
+        """Begin to compute the mask after the committed tokens and `drafted`, on another thread."""
+
     def mask(self, drafted: Sequence[int]) -> Tensor:
         """The tokens [V] bool that may follow the committed ones and `drafted`; all False if these cannot follow."""
 
@@ -61,7 +74,7 @@ class Grammar(Protocol):
         """Add `tokens` to the answer."""
 
     def over(self, drafted: Sequence[int] = ()) -> bool:
-        """The form is complete after the committed tokens and `drafted`: only an end token can follow."""
+        """Whether only an end token can follow the committed tokens and `drafted`."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +148,11 @@ class Controls:
             self._tail = (self._tail + list(tokens))[-_longest(self._bad_words) :]
         if self.grammar is not None:
             self.grammar.commit(tokens)
+
+    def prepare(self, drafted: Sequence[int]) -> None:
+        """See `Control.prepare`: the grammar's mask."""
+        if self.grammar is not None:
+            self.grammar.prepare(drafted)
 
     def apply(self, logits: Tensor, drafted: Sequence[int], position: int, columns: Tensor | None) -> None:
         """See `Control.apply`. If a grammar permits only an end token, no other mask applies."""

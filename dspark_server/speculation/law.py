@@ -59,6 +59,9 @@ def permitted(logits: Tensor, sampling: SamplingBatch, columns: Tensor | None = 
         return result
     if result is logits:
         result = logits.clone()
+    for control, drafted in zip(sampling.controls, sampling.drafted, strict=True):
+        if control is not None:
+            control.prepare(drafted)  # all before any is waited for
     rows = zip(sampling.controls, sampling.drafted, sampling.position.tolist(), strict=True)
     for row, (control, drafted, position) in enumerate(rows):
         if control is not None:

@@ -24,7 +24,6 @@ from dspark_server.config import EngineConfig
 from dspark_server.engine.core import EngineCore, load_tokenizer
 from dspark_server.engine.request import FinishReason, Request, SamplingParams
 from dspark_server.errors import ConfigError
-from dspark_server.models.ends import end_tokens
 from dspark_server.models.hub import resolve_model
 
 _MARK = "USER-TURN-GOES-HERE"
@@ -186,7 +185,6 @@ class Sampler:
             kv_cache_memory_bytes=run.kv_cache_memory_bytes,
         )
         self._core = EngineCore.load(config)
-        self._core.eos_token_ids = end_tokens(turns.tokenizer, self._core.eos_token_ids)
         self._serving: dict[Request, int] = {}
         self.tokens = 0
 

@@ -1,14 +1,23 @@
 """Forms are followed to the token, whatever was drafted across their end."""
 
+import threading
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
+import torch
 from llguidance import LLParserLimits
 from transformers import PreTrainedTokenizerFast
 
 from dspark_server.engine import grammar
 from dspark_server.engine.grammar import SLOW_MASKS, CompiledForm, FormError, FormMatcher, GrammarCompiler
 from dspark_server.engine.request import CompiledGrammar, FinishReason, SamplingParams
+from dspark_server.engine.trace import StepTrace
+from dspark_server.runtime.batch import Run
+from dspark_server.speculation import law
+from dspark_server.speculation.controls import Controls
+from dspark_server.speculation.sampling import SamplingBatch
 
 from .conftest import VOCABULARY
 from .forms import TOKENIZER, admits
@@ -132,13 +141,52 @@ def test_a_mask_that_needs_too_many_operations_fails_its_form(
 def test_slow_masks_are_counted_by_the_processor_s_clock(compiler: GrammarCompiler) -> None:
     form = compiler.regex("[ab]*")
     ticks = iter(range(1000))
-    matcher = FormMatcher(form._matcher.deep_copy(), form._tokenizer, frozenset({256}), VOCABULARY, lambda: next(ticks))
+    matcher = form.start(frozenset({256}), lambda: next(ticks))
     for number in range(SLOW_MASKS):
         assert matcher.failure is None
         assert matcher.mask(TOKENIZER.encode("ab" * number)).any()
     assert f"{SLOW_MASKS} masks" in str(matcher.failure)
     assert not matcher.mask(TOKENIZER.encode("b")).any()
     assert next(ticks) == 2 * SLOW_MASKS
+
+
+def test_masks_begun_before_a_commit_are_right_after_it(compiler: GrammarCompiler) -> None:
+    """Nothing waits for them: a commit finds some done, some being computed, some not begun."""
+    stops = frozenset({TOKENIZER.eos_token_id})
+    for case in FOLLOWED:
+        kind, text, said = FOLLOWED[case]
+        form, answer = compiled(compiler, kind, text), TOKENIZER.encode(said)
+        wanted = [permitted(form, stops, answer[:place], []) for place in range(len(answer) + 1)]
+        for count in (1, 2, 3):
+            matcher = form.start(stops)
+            for place in range(0, len(answer), count):
+                for length in range(1, 6):
+                    matcher.prepare(answer[place : place + length])
+                    matcher.prepare([*answer[place : place + length], 511])
+                matcher.commit(answer[place : place + count])
+                after = min(place + count, len(answer))
+                assert matcher.mask(()).nonzero().squeeze(1).tolist() == wanted[after]
+                assert matcher.mask(answer[after : after + 1]).nonzero().squeeze(1).tolist() == wanted[after:][:2][-1]
+
+
+def test_masks_of_all_rows_are_computed_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = GrammarCompiler(TOKENIZER, VOCABULARY, threads=3)
+    matchers = [compiler.regex(f"[ab]{{{least},}}").start(frozenset({256})) for least in range(1, 4)]
+    for matcher in matchers:
+        matcher.mask(())
+    together, compute = threading.Barrier(3, timeout=60), FormMatcher._permitted
+
+    def at_once(self: FormMatcher, prefix: tuple[int, ...]) -> Any:
+        together.wait()
+        return compute(self, prefix)
+
+    monkeypatch.setattr(FormMatcher, "_permitted", at_once)
+    controls = [Controls(VOCABULARY, [0], grammar=matcher) for matcher in matchers]
+    sampling = SamplingBatch.of(position=[2] * 3, key=[0] * 3, controls=controls)
+    letter = TOKENIZER.encode("a")
+    logits = law.permitted(torch.zeros(3, VOCABULARY), replace(sampling, drafted=(tuple(letter),) * 3))
+    assert logits.isfinite()[:, 256].tolist() == [True, False, False]
+    assert logits.isfinite()[:, letter[0]].all()
 
 
 @pytest.mark.parametrize("texts", [["😀", 'a"b\\c'], ["é\n", "e"], ["", "a"]])
@@ -240,3 +288,46 @@ def test_a_form_that_costs_too_much_ends_its_own_request(
     assert requests[1].impossible
     assert "masks took over" in str(requests[1].error)
     assert 0 < len(requests[1].output) <= SLOW_MASKS
+
+
+@pytest.mark.parametrize("kind", SAMPLED)
+@pytest.mark.parametrize("drafter", [True, False])
+def test_the_step_thread_computes_no_mask(
+    drafter: bool, kind: str, compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that acceptance needs have begun before the pass; those of a draft begin with its slot."""
+    computed_by: list[str] = []
+    begun, compute, prepare = 0, FormMatcher._permitted, FormMatcher.prepare
+
+    def recorded(self: FormMatcher, prefix: tuple[int, ...]) -> Any:
+        computed_by.append(threading.current_thread().name)
+        return compute(self, prefix)
+
+    def counted(self: FormMatcher, drafted: Sequence[int]) -> None:
+        nonlocal begun
+        before = len(self._masks)
+        prepare(self, drafted)
+        begun += len(self._masks) - before
+
+    monkeypatch.setattr(FormMatcher, "_permitted", recorded)
+    monkeypatch.setattr(FormMatcher, "prepare", counted)
+    core = tiny_core(drafter=drafter)
+    core.eos_token_ids = frozenset()
+    verify, at_pass, passes = core.loop.executor.verify, 0, 0
+
+    def watched(runs: list[Run]) -> tuple[torch.Tensor, list[int]]:
+        nonlocal at_pass
+        at_pass = begun
+        return verify(runs)
+
+    def judged(step: StepTrace) -> None:
+        nonlocal passes
+        passes += 1
+        assert begun == at_pass
+
+    core.loop.executor.verify = watched  # type: ignore[method-assign]
+    core.loop.watch(judged)
+    core.generate(prompts(4), replace(SAMPLED[kind], grammar=compiler.regex("[a-z]*x")))
+    assert passes > 5
+    assert len(computed_by) > 4 * 5
+    assert all(name.startswith("mask") for name in computed_by)

@@ -1,5 +1,6 @@
 """The number of threads, followed on a clock of the test's."""
 
+import logging
 from dataclasses import dataclass
 
 import pytest
@@ -41,7 +42,8 @@ class Machine:
         return seen
 
 
-def test_limits_are_followed_at_once() -> None:
+def test_limits_are_followed_at_once(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
     machine = Machine(4, dict.fromkeys(range(1, 9), 1.0))
     count = machine.count(most=8)
     assert count.count == 4
@@ -49,6 +51,10 @@ def test_limits_are_followed_at_once() -> None:
     assert machine.run(count, threads.LOOK + 0.1) == [4, 2]
     machine.processors = 64  # never more than asked for
     assert machine.run(count, threads.LOOK + 0.1) == [2, 8]
+    machine.processors = 1
+    assert machine.run(count, threads.LOOK + 0.1) == [8, 1]
+    said = ["computing with 2 threads, 4 before", "computing with 8 threads, 2 before"]
+    assert caplog.messages == [*said, "computing with 1 thread, 8 before"]
 
 
 def test_fewer_threads_stay_where_they_are_faster() -> None:

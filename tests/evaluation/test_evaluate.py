@@ -1,6 +1,7 @@
 """eval and calibrate through the real engine on the fixture pair: what they count is what the engine did."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from dspark_server.cli import app
-from dspark_server.config import SpeculativeConfig
+from dspark_server.config import EngineConfig, SpeculativeConfig
+from dspark_server.engine.core import EngineCore
 from dspark_server.engine.request import SamplingParams
 from dspark_server.errors import ConfigError
 from dspark_server.evaluation import compare, evaluate
@@ -21,6 +23,7 @@ from dspark_server.evaluation.measures import judged
 from dspark_server.evaluation.plots import plot_evaluation
 from dspark_server.speculation.calibration import Calibration
 from dspark_server.training.curve import plot_training
+from tests.api.fake_engine import build_tokenizer
 
 PAIR = Path(__file__).parent.parent / "fixtures" / "dspark_qwen3_vanilla"
 TARGET, DRAFT = PAIR / "target", PAIR / "draft"
@@ -65,6 +68,29 @@ def test_without_a_drafter_there_are_tokens_and_no_blocks() -> None:
         [[5, 6, 7]], params, model=str(TARGET), speculative=SpeculativeConfig(), kv_cache_memory_bytes=8 << 20
     )
     assert (done.tokens, len(done.blocks.accepted)) == (10, 0)
+
+
+def test_the_tokenizers_end_token_ends_answers(tmp_path: Path) -> None:
+    """A fine-tune whose own end token is neither in config.json nor in generation_config.json."""
+    target = tmp_path / "target"
+    shutil.copytree(TARGET, target)
+
+    def answer_length() -> int:
+        return collect(
+            [[5, 6, 7]],
+            [SamplingParams(max_tokens=10, temperature=0.0)],
+            model=str(target),
+            speculative=SpeculativeConfig(method="dspark", model=str(DRAFT), selection="fixed"),
+            kv_cache_memory_bytes=8 << 20,
+        ).tokens
+
+    assert answer_length() == 10
+    core = EngineCore.load(EngineConfig(model=str(target), num_blocks=64, speculative=SpeculativeConfig(method="none")))
+    (output,) = core.generate([[5, 6, 7]], SamplingParams(max_tokens=10, temperature=0.0))
+    tokenizer = build_tokenizer()
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(output[2])
+    tokenizer.save_pretrained(target)
+    assert answer_length() == output.index(output[2]) + 1 < 10
 
 
 @pytest.mark.parametrize("copying", [True, False])

@@ -87,6 +87,23 @@ def test_a_lasting_shift_is_learnt_in_either_direction(factor: float) -> None:
     assert (np.diff(capacity.raw) >= 0).all()
 
 
+def test_a_change_after_long_service_is_learnt_as_soon() -> None:
+    capacity = Capacity(SERVED, 64, 8)
+    serve(capacity, 4000)
+    serve(capacity, 240, factor=8.0)  # 30 seconds
+    assert capacity.raw[4] == pytest.approx(8 * SERVED.verify[2], rel=0.03)
+    assert capacity.draft(2) == pytest.approx(8 * 0.002, rel=0.03)
+
+
+def test_a_cost_measured_lately_outweighs_those_that_were_not() -> None:
+    """More work never costs less: where that moves costs, those that were not measured lately move."""
+    capacity = Capacity(SERVED, 64, 8)
+    serve(capacity, 2000, tokens=64, requests=0)
+    serve(capacity, 30, tokens=1, requests=0, factor=16)
+    assert capacity.raw[1] == pytest.approx(16 * SERVED.verify[0], rel=0.02)
+    assert capacity.raw[64] >= capacity.raw[1]
+
+
 def test_one_step_that_was_held_up_says_nothing() -> None:
     capacity = Capacity(SERVED, 64, 8)
     serve(capacity, 300)

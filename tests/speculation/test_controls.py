@@ -63,6 +63,10 @@ class Alternating:
 
     vocabulary: int
     said: list[int] = field(default_factory=list)
+    complete: bool = False
+
+    def prepare(self, drafted: Sequence[int]) -> None:
+        pass
 
     def mask(self, drafted: Sequence[int]) -> Tensor:
         mask = torch.ones(self.vocabulary, dtype=torch.bool)
@@ -230,6 +234,9 @@ def test_a_request_is_asked_about_its_own_draft_only(temperature: float) -> None
     class Recording:
         def __init__(self) -> None:
             self.asked: set[tuple[int, ...]] = set()
+
+        def prepare(self, drafted: Sequence[int]) -> None:
+            self.asked.add(tuple(drafted))
 
         def apply(self, logits: Tensor, drafted: Sequence[int], position: int, columns: Tensor | None) -> None:
             self.asked.add(tuple(drafted))

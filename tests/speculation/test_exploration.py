@@ -60,6 +60,16 @@ def test_where_whole_blocks_are_verified_only_steps_without_drafts_are_left_to_e
     assert plain[:30] == [False] * 30
 
 
+def test_a_step_without_drafts_is_not_tried_where_its_cost_is_known() -> None:
+    """As where some requests have just begun: steps of their prompts have as many tokens and no drafts."""
+    costs, here, rows = capacity([1.0 + 0.001 * n for n in range(1, 99)], draft=0.1), load(3), [Candidate(4, 0.9)] * 3
+    chosen = build_selection("causal", costs)
+    for _ in range(1000):
+        costs.observe(tokens=3, context=0.0, pairs=0.0, verify=float(costs.raw[3]), requests=0, draft=0.0, overhead=0.0)
+        assert len(chosen.drafting(rows, here).drafting) == 3
+        assert sum(chosen.lengths(torch.full((3, 4), 0.9).cumprod(1), [4] * 3, here)) > 0
+
+
 def test_no_draft_beyond_limits_room_and_floor() -> None:
     costs = capacity(HOPELESS, draft=0.01)
 
