@@ -41,7 +41,7 @@ $(STAMP): pyproject.toml requirements.txt | $(BIN)/python
 	@$(BIN)/pip install --no-deps --no-build-isolation -e .
 	@touch $@
 
-# All that the tools need is in the two lists, and no package in both: `make -j2` installs these beside the others.
+# All that the tools need is in the two lists: nothing has to be resolved.
 $(TOOLS): requirements-dev.txt | $(BIN)/python
 	@$(BIN)/pip install --progress-bar on --no-deps -r requirements-dev.txt
 	@touch $@
