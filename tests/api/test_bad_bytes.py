@@ -2,13 +2,16 @@
 
 import contextlib
 import gzip
+import io
 import json
 import resource
 import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPResponse
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -160,7 +163,9 @@ def test_a_reader_may_pause_in_mid_stream(own_server: Running) -> None:
         [protocol] = own_server.server.server_state.connections
         own_server.wait(lambda: protocol.flow.write_paused and own_server.engine.in_flight == 0)
         got += b"".join(iter(lambda: connection.recv(1 << 20), b""))
-    lines = [line[6:] for line in got.split(b"\n") if line.startswith(b"data: ")]
+    answer = HTTPResponse(SimpleNamespace(makefile=lambda mode: io.BytesIO(got)))  # type: ignore[arg-type]
+    answer.begin()
+    lines = [line[6:] for line in answer.read().split(b"\n") if line.startswith(b"data: ")]
     choices = [choice for line in lines[:-1] for choice in json.loads(line)["choices"]]
     assert sum(len(choice["token_ids"]) for choice in choices) == 2_000_000
     assert "".join(choice["text"] for choice in choices) == "x " * 1_000_000
