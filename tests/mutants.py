@@ -236,7 +236,7 @@ COSTS = (
     _one("a step that was held up is learnt from", CORRECTION, "return min(before, (log_ratio, parts)",
          "return max(before, (log_ratio, parts)", HELD_UP),
     _one("steps of all sizes are compared with each other", CORRECTION, "self._seen.pop(size, None)",
-         "self._seen.pop(0, None)", HELD_UP),
+         "self._seen.pop(0, None)", SHIFT),
     _one("a step without drafts runs however much drafts gain", EXPLORATION,
          " and choice.gain < math.exp(DEVIATIONS * doubt)", "",
          f"{EXPLORING}::test_where_whole_blocks_are_verified_only_steps_without_drafts_are_left_to_explore"),
