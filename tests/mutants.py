@@ -220,7 +220,7 @@ COSTS = (
     _one("steps without drafts cost nothing", EXPLORATION, "            self._plain.spend(price)\n",
          "            pass\n",
          f"{EXPLORING}::test_where_whole_blocks_are_verified_only_steps_without_drafts_are_left_to_explore"),
-    _one("known costs are explored too", EXPLORATION, "promising = doubt > KNOWN and ", "promising = ",
+    _one("known costs are explored too", EXPLORATION, "promising = doubt > KNOWN and ", "promising = True or ",
          f"{EXPLORING}::test_a_step_without_drafts_is_not_tried_where_its_cost_is_known"),
     _one("exploring pays what a wrong table says", EXPLORATION,
          "verify = min(float(raw[min(tokens, most)]) - there, there * -(-(tokens - usual) // usual))",
