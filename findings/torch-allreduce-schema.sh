@@ -44,7 +44,7 @@ assert found["c10d::allreduce_"] == (False, []), found
 assert found["aten::add_"] == (True, ["self"]), found
 dist.destroy_process_group()
 PY
-"$folder/venv/bin/python" "$folder/rank.py" 1 "$folder/store" &
+"$folder/venv/bin/python" "$folder/rank.py" 1 "$folder/store" & other=$!
 "$folder/venv/bin/python" "$folder/rank.py" 0 "$folder/store"
-wait
+wait "$other"
 echo "unchanged"

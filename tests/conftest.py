@@ -48,7 +48,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Files that interpret kernels have imported Triton by now; nobody else has to wait for it."""
+    """Files that interpret kernels have imported Triton by now; other runs need not import it."""
     if os.environ.get("TRITON_INTERPRET") == "1" and "triton" in sys.modules:
         from tests import interpreter
 

@@ -235,7 +235,7 @@ COSTS = (
     _one("corrected tables are not built again", CAPACITY, ".max() > STALE:", ".max() > 1000 * STALE:", SHIFT),
     _one("a step that was held up is learnt from", CORRECTION, "return min(before, (log_ratio, parts)",
          "return max(before, (log_ratio, parts)", HELD_UP),
-    _one("steps of all sizes are compared with each other", CORRECTION, "self._seen.pop(size, None)",
+    _one("steps of all sizes are compared with each other", CORRECTION, "self._seen.pop(nearest, None)",
          "self._seen.pop(0, None)", SHIFT),
     _one("a step without drafts runs however much drafts gain", EXPLORATION,
          " and choice.gain < math.exp(DEVIATIONS * doubt)", "",

@@ -111,7 +111,7 @@ def start(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
 
 
 def talk(process: subprocess.Popen[str], *lines: str) -> tuple[str, str, int]:
-    """What it wrote to stdout and to stderr when told these lines, and its exit code."""
+    """Write these lines to its stdin; returns its stdout, its stderr and its exit code."""
     out, err = process.communicate("".join(f"{line}\n" for line in lines), timeout=20)
     assert "Traceback" not in err
     return out, err, process.returncode

@@ -319,7 +319,7 @@ def _numbers(chunk: Chunk) -> int:
 
 
 async def _rendered(pieces: Iterable[bytes], size: int) -> list[bytes]:
-    """What `pieces` render, on another thread if `size` is large."""
+    """Render `pieces` to the parts of a body, on another thread if `size` is large."""
     return await asyncio.to_thread(writes, pieces) if size > LARGE else writes(pieces)
 
 

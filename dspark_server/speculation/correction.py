@@ -79,15 +79,16 @@ class Sieve:
     def __init__(self) -> None:
         self._seen: dict[int, tuple[float, Floats]] = {}
 
-    def add(self, size: int, log_ratio: float, parts: Floats) -> tuple[float, Floats] | None:
+    def add(self, nearest: int, log_ratio: float, parts: Floats) -> tuple[float, Floats] | None:
         """Add a step; returns the one to learn from now, or None.
 
-        `size`: index of the measured size next to the step's; the others as in `Correction.update`.
+        `nearest`: index of the cost that contributes most, which tells sizes apart; the others as in
+        `Correction.update`.
         """
-        before = self._seen.pop(size, None)
+        before = self._seen.pop(nearest, None)
         if log_ratio < self.FAST:
             return log_ratio, parts
         if before is None:
-            self._seen[size] = log_ratio, parts
+            self._seen[nearest] = log_ratio, parts
             return None
         return min(before, (log_ratio, parts), key=lambda seen: seen[0])

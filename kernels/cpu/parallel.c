@@ -4,8 +4,9 @@
 // mostly a few microseconds away. Then it yields its processor again and again, which costs others nothing, through the
 // gaps between steps: waking up from sleep takes longer, and comes in the middle of a step. But where another thread
 // wants the processor it sleeps after the moment: it would use up the time that the scheduler gives to the thread that
-// it waits for, and one that sleeps gets the processor back sooner than one that yielded. Work goes to the threads that run: a region ends when its tasks are done
-// and the threads inside have left; a thread that has not come until then is not waited for.
+// it waits for, and one that sleeps gets the processor back sooner than one that yielded. Work goes to the threads that
+// run: a region ends when its tasks are done and the threads inside have left; a thread that has not come until then is
+// not waited for.
 //
 // A region is open, or not. `gate` says so, and how many workers are inside; a worker enters with a compare-and-swap of
 // the whole word, so none can enter once the caller has closed it, and `body` and `context` stay valid while any is

@@ -99,12 +99,12 @@ def chi_square(answers: list[Answer], laws: list[list[Tensor]]) -> tuple[float, 
 
 
 def critical(freedom: int) -> float:
-    """What chi-square exceeds once in a million (Wilson and Hilferty)."""
+    """The value that chi-square exceeds once in a million (Wilson and Hilferty)."""
     return freedom * (1 - 2 / (9 * freedom) + Z * (2 / (9 * freedom)) ** 0.5) ** 3
 
 
 def _cells(covariance: Tensor) -> Tensor:
-    """What is counted together, a row of zeros and ones for each: the rarest tokens until their variance is LEAST."""
+    """Tokens that are counted together [n, V], zeros and ones: the rarest until their variance is LEAST."""
     cells, together = [], torch.zeros(VOCABULARY, dtype=torch.double)
     for token in covariance.diag().argsort().tolist():
         together[token] = 1

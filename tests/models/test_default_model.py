@@ -73,7 +73,7 @@ def generate(decoder: Decoder, prompts: list[list[int]]) -> list[list[int]]:
 
 @torch.inference_mode()
 def judge(model: torch.nn.Module, sequence: list[int], prompt_length: int) -> Tensor:
-    """How far each of our tokens is below transformers' best logit, [NEW_TOKENS] float32; 0 where they agree."""
+    """Distance of each of our tokens below transformers' best logit, [NEW_TOKENS] float32; 0 where they agree."""
     logits = model(torch.tensor([sequence[:-1]])).logits[0, prompt_length - 1 :].float()
     chosen = logits.gather(1, torch.tensor(sequence[prompt_length:]).unsqueeze(1)).squeeze(1)
     gap = logits.amax(-1) - chosen

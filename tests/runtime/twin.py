@@ -212,7 +212,7 @@ def _writes(func: Any) -> bool:
 
 
 def _done(out: Any) -> Any:
-    """What an operation gave; if that is a collective of gloo, which works on a thread of its own, wait for it."""
+    """Return the result of an operation; wait for a collective of gloo, which works on a thread of its own."""
     for each in out if isinstance(out, tuple) else (out,):
         if isinstance(each, torch.ScriptObject):
             each.wait()
