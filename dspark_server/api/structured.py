@@ -4,7 +4,7 @@ import asyncio
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import orjson
 
@@ -105,7 +105,7 @@ def asked_form(body: GenerationRequest, config: StructuredOutputsConfig) -> Form
             given = (wanted.json_schema or {}).get("schema")
             if not isinstance(given, dict):
                 raise RequestError('`response_format` needs {"json_schema": {"schema": {...}}}.', param=param)
-            schema = orjson.dumps(given).decode()
+            schema = _text(given, param)
         forms.append(Form(param, "json", schema, compact, closed))
     if len(forms) > 1:
         raise RequestError("Use `response_format` or `structured_outputs`, not both.", param="response_format")
@@ -114,10 +114,11 @@ def asked_form(body: GenerationRequest, config: StructuredOutputsConfig) -> Form
 
 def _structured(asked: StructuredOutputs, compact: bool, closed: bool) -> Form:
     texts = {"regex": asked.regex, "grammar": asked.grammar}
-    texts["choice"] = None if asked.choice is None else orjson.dumps(asked.choice).decode()
+    texts["choice"] = None if asked.choice is None else _text(asked.choice, "structured_outputs")
     forms = [(kind, text) for kind, text in texts.items() if text is not None]
     if asked.json_ is not None:
-        forms.append(("json", asked.json_ if isinstance(asked.json_, str) else orjson.dumps(asked.json_).decode()))
+        schema = asked.json_ if isinstance(asked.json_, str) else _text(asked.json_, "structured_outputs")
+        forms.append(("json", schema))
     if asked.json_object:
         forms.append(("json", ANY_OBJECT))
     if len(forms) != 1:
@@ -130,3 +131,11 @@ def _structured(asked: StructuredOutputs, compact: bool, closed: bool) -> Form:
     if asked.disable_additional_properties is not None:
         closed = asked.disable_additional_properties
     return Form("structured_outputs", *forms[0], compact, closed)
+
+
+def _text(value: Any, param: str) -> str:
+    """JSON of a parsed part of the body. Raises RequestError for more depth than orjson writes: it reads more."""
+    try:
+        return orjson.dumps(value).decode()
+    except orjson.JSONEncodeError:
+        raise RequestError(f"`{param}` is nested too deeply.", param=param) from None

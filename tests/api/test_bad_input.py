@@ -12,6 +12,7 @@ from .support import Running
 
 SECRET = "s3cr3t-0123456789"
 NESTED = "[" * 100_000 + "]" * 100_000
+DEEP = json.loads('{"items":' * 300 + "{}" + "}" * 300)  # the body is read, and orjson would not write it
 
 
 def body(**fields: object) -> dict[str, object]:
@@ -58,6 +59,8 @@ REFUSED = {
     "best_of streamed": body(best_of=2, stream=True),
     "prompt_logprobs streamed": body(prompt_logprobs=1, stream=True),
     "two forms": body(response_format={"type": "json_object"}, structured_outputs={"regex": "a"}),
+    "structured_outputs=a deep schema": body(structured_outputs={"json": DEEP}),
+    "response_format=a deep schema": body(response_format={"type": "json_schema", "json_schema": {"schema": DEEP}}),
     "no prompt": {"max_tokens": 5},
     "long prompt": body(prompt="say " + "x" * 3000),
     "long prompt of ids": body(prompt=[1] * 3000),

@@ -6,7 +6,7 @@ import openai
 import pytest
 
 from .support import Running
-from .test_bad_input import NESTED, SECRET, check
+from .test_bad_input import DEEP, NESTED, SECRET, check
 from .test_chat import SAY, WEATHER
 
 
@@ -54,6 +54,7 @@ REFUSED = {
         {"type": "x", "function": {"name": "a"}},
         {"function": {"name": "a", "arguments": "{" + SECRET}}, {"function": {"name": "a", "arguments": NESTED}},
     ]},
+    "response_format=a deep schema": body(response_format={"type": "json_schema", "json_schema": {"schema": DEEP}}),
     "messages=5000 of them": body(*SAY * 5000),
     "messages=500 k numbers": body(messages=[1] * 500_000),
     "tools=513 of them": body(tools=[WEATHER] * 513),
