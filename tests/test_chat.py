@@ -98,7 +98,9 @@ def start(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
     started = []
 
     def begin(*flags: str) -> subprocess.Popen[str]:
-        code = "from dspark_server.cli import main; main()"
+        # A shell's background job ignores Ctrl-C, and so does what it starts; a person's terminal does not.
+        code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        code += "from dspark_server.cli import main; main()"
         command = [sys.executable, "-c", code, "chat", "--url", fake.url, *flags]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         started.append(subprocess.Popen(command, text=True, **pipes))
