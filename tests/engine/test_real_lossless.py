@@ -24,7 +24,7 @@ from dspark_server.speculation.noise import CounterStreams
 
 from .support import SMOLLM2_COSTS
 
-TOKENS = 48
+TOKENS = 96
 # As measured for tests/models/test_default_model.py: two or three steps of a bf16 logit near 20.
 TIE = 0.5
 MOST_DISAGREEMENTS = 0.03
@@ -99,7 +99,7 @@ def exponentials(core: EngineCore, tokens: list[int], prompt_length: int, own: S
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "busy": {},
-    "preempted": {"num_blocks": 15, "max_num_batched_tokens": 24, "max_num_seqs": 6, "enable_prefix_caching": False},
+    "preempted": {"num_blocks": 26, "max_num_batched_tokens": 24, "max_num_seqs": 6, "enable_prefix_caching": False},
 }
 
 
