@@ -104,10 +104,11 @@ async def seconds_of(url: str, model: str, users: int, requests: int, tokens: in
     return seconds
 
 
-async def measure(
-    arguments: argparse.Namespace, stack: ExitStack, console: Console
-) -> dict[tuple[str, str, int], list[float]]:
-    """Seconds of every round, by server, place and number of users."""
+Found = dict[tuple[str, str, int], list[float]]  # seconds of every round, by server, place and number of users
+
+
+async def measure(arguments: argparse.Namespace, found: Found, stack: ExitStack, console: Console) -> None:
+    """Fill `found`, round by round."""
     servers: dict[str, Server] = {}
     groups: dict[str, Cgroup] = {}
     for name, command in arguments.server:
@@ -121,7 +122,6 @@ async def measure(
         stack.callback(servers[name].stop)
         await servers[name].ready(600)
     places = [place for place in arguments.places if place != "quota" or len(groups) == len(servers)]
-    found: dict[tuple[str, str, int], list[float]] = {}
     with Progress(console=console, transient=True) as progress:
         bar = progress.add_task("measuring", total=arguments.rounds * len(servers) * len(arguments.users) * len(places))
         for round_ in range(-1, arguments.rounds):
@@ -149,15 +149,16 @@ async def measure(
                         found.setdefault((name, place, users), []).append(seconds)
                         progress.advance(bar)
                         server.check(f"with {users} users, {place}")
-    return found
 
 
-def report(found: dict[tuple[str, str, int], list[float]], first: str, console: Console) -> bool:
-    """Print the table; returns whether the first server keeps its bars."""
+def report(found: Found, first: str, console: Console) -> bool:
+    """Print the table; returns whether the first server keeps its bars. Rounds may have been cut short."""
     table = Table("server", "users", "place", "seconds", "x quiet", "range", "bar")
     kept = True
     for (name, place, users), seconds in found.items():
-        ratios = [here / quiet for here, quiet in zip(seconds, found[name, "quiet", users], strict=True)]
+        ratios = [here / quiet for here, quiet in zip(seconds, found.get((name, "quiet", users), []), strict=False)]
+        if not ratios:
+            continue
         ratio, limit = median(ratios), ""
         if place != "quiet" and name == first:
             within = ratio <= bar(place, users)
@@ -193,14 +194,19 @@ def main() -> int:
     if not arguments.server:
         own = [*DSPARK_SERVER, "serve", DEFAULT_MODEL, "--no-enable-prefix-caching"]
         arguments.server = [("dspark", own)]
-    console = Console()
+    console, found, ended = Console(), Found(), None
     try:
         with ExitStack() as stack:
-            found = asyncio.run(measure(arguments, stack, console))
+            asyncio.run(measure(arguments, found, stack, console))
     except LoadTestError as error:
-        console.print(f"[red]{error}[/red]")
+        ended = f"[red]{error}[/red]"
+    except KeyboardInterrupt:
+        ended = "interrupted"
+    kept = report(found, arguments.server[0][0], console)
+    if ended is not None:
+        console.print(ended)
         return 2
-    return 0 if report(found, arguments.server[0][0], console) else 1
+    return 0 if kept else 1
 
 
 if __name__ == "__main__":

@@ -103,6 +103,10 @@ LOSSLESS = (
          "                left = copies.on[:, k] & (previous != copies.tokens[:, k])\n"
          "                usable = torch.where(left, usable.clamp(max=k), usable)\n",
          f"{MONTE_CARLO}[causal-None-float32-False]"),
+    _one("a draft whose mask is late loses the token before it", SEQUENTIAL,
+         "usable = torch.where(dead, usable.clamp(max=k), usable)",
+         "usable = torch.where(dead, usable.clamp(max=max(k - 1, 0)), usable)",
+         "tests/speculation/test_sequential.py::test_a_draft_ends_where_its_controls_are_late"),
     _one("shared seeds under the ratio rule", STEP, "coupled=[p.seed is not None for p in params]",
          "coupled=[False for p in params]", "tests/engine/test_lossless.py::test_a_drafter_changes_no_token"),
     _one("lagged count with redrawn noise", STEP,

@@ -5,7 +5,7 @@ is advanced by these and rolled back, so that only committed tokens move it (`sp
 
 No mask is computed on the step thread. The masks of all requests are computed side by side on threads of the compiler,
 from when their tokens are known: the first when the request is made, the one after committed tokens at their commit,
-those of a verification before the target's pass.
+those of a verification before the target's pass. A draft ends at a slot whose mask is late.
 """
 
 import json
@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from threading import Lock
-from time import thread_time
+from time import monotonic, thread_time
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -165,6 +165,13 @@ class FormMatcher:
         prefix = tuple(drafted)
         if prefix not in self._masks:
             self._masks[prefix] = self._threads.submit(self._compute, prefix)
+
+    def ready(self, drafted: Sequence[int], deadline: float) -> bool:
+        """Wait for the mask after `drafted`, at most until `deadline` (of `monotonic`): whether it is known."""
+        self.prepare(drafted)
+        mask = self._masks[tuple(drafted)]
+        wait([mask], max(0.0, deadline - monotonic()))
+        return mask.done()
 
     def mask(self, drafted: Sequence[int]) -> Tensor:
         """The tokens [V] bool that may follow `drafted`; none if it breaks the grammar; only ends after an end."""

@@ -26,6 +26,9 @@ class Control(Protocol):
     def prepare(self, drafted: Sequence[int]) -> None:
         """Begin elsewhere what `apply` will need after `drafted`, if it takes long."""
 
+    def ready(self, drafted: Sequence[int], deadline: float) -> bool:
+        """Wait for what `prepare` began, at most until `deadline` (of `time.monotonic`): whether it is there."""
+
     def apply(self, logits: Tensor, drafted: Sequence[int], position: int, columns: Tensor | None) -> None:
         """Change logits [C] of the token at absolute `position` in place; `drafted` are the draft tokens before it.
 
@@ -42,6 +45,10 @@ class Forbidden:
 
     def prepare(self, drafted: Sequence[int]) -> None:
         """See `Control.prepare`: nothing."""
+
+    def ready(self, drafted: Sequence[int], deadline: float) -> bool:
+        """See `Control.ready`: always."""
+        return True
 
     def apply(self, logits: Tensor, drafted: Sequence[int], position: int, columns: Tensor | None) -> None:
         """See `Control.apply`."""
@@ -66,6 +73,9 @@ class Grammar(Protocol):
 
     def prepare(self, drafted: Sequence[int]) -> None:
         """Begin to compute the mask after the committed tokens and `drafted`, on another thread."""
+
+    def ready(self, drafted: Sequence[int], deadline: float) -> bool:
+        """Wait for that mask, at most until `deadline` (of `time.monotonic`): whether it is there."""
 
     def mask(self, drafted: Sequence[int]) -> Tensor:
         """The tokens [V] bool that may follow the committed ones and `drafted`; all False if these cannot follow."""
@@ -153,6 +163,10 @@ class Controls:
         """See `Control.prepare`: the grammar's mask."""
         if self.grammar is not None:
             self.grammar.prepare(drafted)
+
+    def ready(self, drafted: Sequence[int], deadline: float) -> bool:
+        """See `Control.ready`: the grammar's mask."""
+        return self.grammar is None or self.grammar.ready(drafted, deadline)
 
     def apply(self, logits: Tensor, drafted: Sequence[int], position: int, columns: Tensor | None) -> None:
         """See `Control.apply`. If a grammar permits only an end token, no other mask applies."""

@@ -49,10 +49,13 @@ def distribution(logits: Tensor, sampling: SamplingBatch, columns: Tensor | None
     return probs
 
 
-def permitted(logits: Tensor, sampling: SamplingBatch, columns: Tensor | None = None) -> Tensor:
+def permitted(
+    logits: Tensor, sampling: SamplingBatch, columns: Tensor | None = None, deadline: float | None = None
+) -> Tensor:
     """`logits` [N, V] as float32 (float64 stays) after each row's controls. The argument itself is never written.
 
-    `columns` as in `distribution`.
+    `columns` as in `distribution`. deadline: only for drafts; a row whose controls are not ready then (a time
+    of `time.monotonic`) is -inf throughout.
     """
     result = logits if logits.dtype == torch.float64 else logits.float()
     if not sampling.controls:
@@ -64,7 +67,9 @@ def permitted(logits: Tensor, sampling: SamplingBatch, columns: Tensor | None = 
             control.prepare(drafted)  # all before any is waited for
     rows = zip(sampling.controls, sampling.drafted, sampling.position.tolist(), strict=True)
     for row, (control, drafted, position) in enumerate(rows):
-        if control is not None:
+        if control is not None and deadline is not None and not control.ready(drafted, deadline):
+            result[row] = -torch.inf
+        elif control is not None:
             control.apply(result[row], drafted, position, None if columns is None else columns[row])
     return result
 

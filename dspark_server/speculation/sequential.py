@@ -6,6 +6,7 @@ Shapes: R drafting requests, gamma slots, D hidden size, C draft tokens (all of 
 """
 
 from dataclasses import replace
+from time import monotonic
 from typing import Any
 
 import torch
@@ -20,6 +21,9 @@ from dspark_server.speculation.law import permitted, sample
 from dspark_server.speculation.noise import Purpose, Streams
 from dspark_server.speculation.sampling import SamplingBatch
 from dspark_server.speculation.shortlist import Shortlist
+
+# A grammar's masks are computed slot after slot, each for the tokens before it: seconds of a step that drafts wait for.
+MASKS_WAIT = 0.005
 
 
 class BlockSampler:
@@ -98,6 +102,7 @@ class BlockSampler:
         best = self._shortlist.best(base) if self._shortlist else None
         previous, embedding, latent = anchors, None, None
         usable = torch.full_like(anchors, self._gamma)
+        deadline = monotonic() + MASKS_WAIT
         tokens: list[Tensor] = []
         laws, names, confidences, kept_logits = [], [], [], []
         for k in range(self._gamma):
@@ -115,9 +120,10 @@ class BlockSampler:
                 here, columns = copies.favour(k, here, columns)
             at = sampling.ahead(k, tokens)
             if at.controls:
-                here = permitted(here, at, columns)
-                # The rules may leave no token that can be drafted. Known before this slot is sampled, so ending the
-                # block here depends on no token's own value (a rule: DSPARK.md, "No value-dependent drop").
+                here = permitted(here, at, columns, deadline)
+                # The rules may leave no token that can be drafted, or a mask is late. Known before this slot is
+                # sampled, so ending the block here depends on no token's own value (a rule: DSPARK.md, "No
+                # value-dependent drop").
                 dead = here.amax(dim=-1) == -torch.inf
                 usable = torch.where(dead, usable.clamp(max=k), usable)
                 here[dead] = 0.0

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
+from time import monotonic
 from typing import Any
 
 import pytest
@@ -187,6 +188,27 @@ def test_masks_of_all_rows_are_computed_side_by_side(monkeypatch: pytest.MonkeyP
     logits = law.permitted(torch.zeros(3, VOCABULARY), replace(sampling, drafted=(tuple(letter),) * 3))
     assert logits.isfinite()[:, 256].tolist() == [True, False, False]
     assert logits.isfinite()[:, letter[0]].all()
+
+
+def test_a_mask_that_is_late_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = GrammarCompiler(TOKENIZER, VOCABULARY, threads=1)
+    matcher = compiler.regex("[ab]{3,}").start(frozenset({256}))
+    matcher.mask(())
+    allowed, compute, letter = threading.Event(), FormMatcher._permitted, tuple(TOKENIZER.encode("a"))
+
+    def late(self: FormMatcher, prefix: tuple[int, ...]) -> Any:
+        assert allowed.wait(60)
+        return compute(self, prefix)
+
+    monkeypatch.setattr(FormMatcher, "_permitted", late)
+    sampling = SamplingBatch.of(position=[2], key=[0], controls=[Controls(VOCABULARY, [0], grammar=matcher)])
+    sampling = replace(sampling, drafted=(letter,))
+    logits = torch.zeros(1, VOCABULARY)
+    assert law.permitted(logits, sampling, deadline=monotonic() + 0.001).isneginf().all()
+    threading.Timer(0.05, allowed.set).start()
+    in_time = law.permitted(logits, sampling, deadline=monotonic() + 60)
+    assert in_time.isfinite().any()
+    assert torch.equal(in_time, law.permitted(logits, sampling))
 
 
 @pytest.mark.parametrize("texts", [["😀", 'a"b\\c'], ["é\n", "e"], ["", "a"]])

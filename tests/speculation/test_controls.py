@@ -68,6 +68,9 @@ class Alternating:
     def prepare(self, drafted: Sequence[int]) -> None:
         pass
 
+    def ready(self, drafted: Sequence[int], deadline: float) -> bool:
+        return True
+
     def mask(self, drafted: Sequence[int]) -> Tensor:
         mask = torch.ones(self.vocabulary, dtype=torch.bool)
         mask[[*self.said, *drafted][-1:]] = False
@@ -237,6 +240,9 @@ def test_a_request_is_asked_about_its_own_draft_only(temperature: float) -> None
 
         def prepare(self, drafted: Sequence[int]) -> None:
             self.asked.add(tuple(drafted))
+
+        def ready(self, drafted: Sequence[int], deadline: float) -> bool:
+            return True
 
         def apply(self, logits: Tensor, drafted: Sequence[int], position: int, columns: Tensor | None) -> None:
             self.asked.add(tuple(drafted))

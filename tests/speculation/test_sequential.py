@@ -1,5 +1,7 @@
 """Blocks of mixed batches: what some requests ask for changes nobody else's draft, and slows nobody else down."""
 
+from collections.abc import Sequence
+from time import monotonic
 from typing import Any
 
 import pytest
@@ -97,3 +99,30 @@ def test_requests_without_a_seed_or_control_keep_the_one_call(monkeypatch: pytes
     drafter.draft([0, 1, 2])
     drafter.draft([0, 1, 2, 3, 4, 5])
     assert sizes == [3]
+
+
+class Late(Forbidden):
+    """Controls that are not ready after an even token; the wait for them ends within the step's."""
+
+    def ready(self, drafted: Sequence[int], deadline: float) -> bool:
+        assert deadline <= monotonic() + 0.005
+        return not drafted or drafted[-1] % 2 == 1
+
+
+@pytest.mark.parametrize("style", [{"temperature": 0.0}, {}, {"coupled": True, "top_k": 20}])
+def test_a_draft_ends_where_its_controls_are_late(style: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a slot that the tokens before it decide; those, and their probabilities, are the same."""
+    drafter = Drafter(named=False)
+    blocks = []
+    for control in (Forbidden((0,), 22), Late((0,), 22)):
+        monkeypatch.setattr("tests.speculation.test_sequential.STYLES", [style | {"controls": control}])
+        blocks.append(drafter.draft(list(range(REQUESTS)))[0])
+    whole, ended = blocks
+    assert whole.usable.tolist() == [GAMMA] * REQUESTS
+    for i, row in enumerate(whole.tokens.tolist()):
+        length = next((k + 1 for k, token in enumerate(row) if token % 2 == 0), GAMMA)
+        assert ended.usable[i] == length
+        assert ended.tokens[i, :length].tolist() == row[:length]
+        if whole.q is not None and ended.q is not None:
+            assert torch.equal(ended.q[i, :length], whole.q[i, :length])
+    assert len(set(ended.usable.tolist())) > 2
