@@ -1,17 +1,19 @@
 """Exact laws of one decoding cycle, computed by driving the production functions over all noise there is.
 
-Ratio rule: production uses each uniform through thresholds. They are found by bisection on production itself, to the
-last bit, so nothing of the rule is assumed here except that outcomes are monotone in each uniform (checked on random
-ones). Coupled rule: a cell of noise is a pair (target's token, draft's token); its weight has a closed form, and one
-representative of the cell is fed to production.
+Ratio rule: production uses each uniform through thresholds. They are found by bisection on production itself, so
+nothing of the rule is assumed here except that outcomes are monotone in each uniform (checked on random ones). A guess
+saves the bisection where production agrees with it just below and just above. Coupled rule: a cell of noise is a pair
+(target's token, draft's token); its weight has a closed form, and one representative of the cell is fed to production.
 """
 
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from dspark_server.speculation.acceptance import DraftTokens, accept
 from dspark_server.speculation.law import distribution, sample
@@ -20,25 +22,39 @@ from tests.speculation.support import Law, State, TableStreams, World, after
 
 NEGLIGIBLE = 1e-15  # bisection leaves cells of measure zero this wide
 TINY = 2.0**-60  # a coin that accepts whatever can be accepted
+NEAR = 2.0**-50  # how far a threshold may lie from its guess
 Lengths = Callable[[tuple[int, ...]], int]
 Admits = Callable[[tuple[int, ...]], bool]
 
 
-def edges(outcome: Callable[[Tensor], Tensor], thresholds: Tensor) -> Tensor:
-    """sup{u : outcome(u) <= threshold}, elementwise, for an `outcome` that never falls in u."""
-    low, high = torch.zeros(thresholds.shape, dtype=torch.float64), torch.ones(thresholds.shape, dtype=torch.float64)
-    for _ in range(54):
-        middle = (low + high) / 2
-        above = outcome(middle) > thresholds
-        low, high = torch.where(above, low, middle), torch.where(above, middle, high)
-    return high
+def edges(outcome: Callable[[Tensor, Tensor], Tensor], thresholds: Tensor, guess: Tensor) -> Tensor:
+    """sup{u : outcome(u, place) <= threshold of the place} for each place, for an `outcome` that never falls in u.
+
+    thresholds, guess [m]; `outcome` takes uniforms and their places, both [n]. Within NEAR, to the last bit where the
+    guess (which may be NaN) is wrong.
+    """
+    everywhere = torch.arange(len(thresholds))
+    fits = (guess - NEAR <= 0) | (outcome((guess - NEAR).clamp(0, 1).nan_to_num(0.5), everywhere) <= thresholds)
+    fits &= (guess + NEAR >= 1) | (outcome((guess + NEAR).clamp(0, 1).nan_to_num(0.5), everywhere) > thresholds)
+    fits &= ~guess.isnan()
+    found, place = guess.clone(), (~fits).nonzero().squeeze(1)
+    if len(place):
+        low, high = torch.zeros(len(place), dtype=torch.float64), torch.ones(len(place), dtype=torch.float64)
+        for _ in range(54):
+            middle = (low + high) / 2
+            above = outcome(middle, place) > thresholds[place]
+            low, high = torch.where(above, low, middle), torch.where(above, middle, high)
+        found[place] = high
+    return found
 
 
-def cells(outcome: Callable[[Tensor, Tensor], Tensor], problems: int, outcomes: int) -> Tensor:
-    """The law [problems, outcomes] of `outcome(u [m], problem [m])`, u uniform."""
+def cells(outcome: Callable[[Tensor, Tensor], Tensor], guess: Tensor) -> Tensor:
+    """The law [problems, outcomes] of `outcome(u [m], problem [m])`, u uniform; `guess` is one for it."""
+    problems, outcomes = guess.shape
     problem = torch.arange(problems).repeat_interleave(outcomes - 1)
     thresholds = torch.arange(outcomes - 1).repeat(problems)
-    upper = edges(lambda u: outcome(u, problem), thresholds).view(problems, -1)
+    guessed = guess.cumsum(1)[:, :-1].clamp(max=1).reshape(-1)
+    upper = edges(lambda u, place: outcome(u, problem[place]), thresholds, guessed).view(problems, -1)
     ends = torch.cat([torch.zeros(problems, 1), upper, torch.ones(problems, 1)], dim=1)
     probe = torch.rand(problems, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
     assert torch.equal(outcome(probe, torch.arange(problems)), (upper < probe[:, None]).sum(1)), "not monotone"
@@ -47,12 +63,11 @@ def cells(outcome: Callable[[Tensor, Tensor], Tensor], problems: int, outcomes: 
 
 def drafted_law(world: World) -> Tensor:
     """[V, V]: the law of a drafted token after each previous one, as production draws it."""
-    v = world.vocabulary
 
     def outcome(u: Tensor, previous: Tensor) -> Tensor:
         return sample(world.draft[previous], world.sampling(len(u), drafting=True), u, TableStreams())[0]
 
-    return cells(outcome, v, v)
+    return cells(outcome, claimed_law(world, torch.arange(world.vocabulary)))
 
 
 def claimed_law(world: World, previous: Tensor) -> Tensor:
@@ -112,12 +127,32 @@ class RatioProblems:
         slot = torch.arange(gamma).repeat(n)
         rows = torch.arange(n).repeat_interleave(gamma)
 
-        def rejected(u: Tensor) -> Tensor:
-            coins = torch.full((len(rows), gamma), TINY, dtype=torch.float64)
-            coins[torch.arange(len(rows)), slot] = u
-            return (self.run(rows, coins, torch.full_like(u, 0.5))[0] <= slot).long()
+        def rejected(u: Tensor, place: Tensor) -> Tensor:
+            coins = torch.full((len(place), gamma), TINY, dtype=torch.float64)
+            coins[torch.arange(len(place)), slot[place]] = u
+            return (self.run(rows[place], coins, torch.full_like(u, 0.5))[0] <= slot[place]).long()
 
-        return edges(rejected, torch.zeros_like(slot)).view(n, gamma)
+        p, q = (law.gather(2, self.tokens.unsqueeze(2)).squeeze(2) for law in (self.p[:, :gamma], self.drafted_from))
+        guess = torch.where(torch.arange(gamma) < self.lengths.unsqueeze(1), (p / q).clamp(max=1), 0.0)
+        return edges(rejected, torch.zeros_like(slot), guess.reshape(-1)).view(n, gamma)
+
+    @cached_property
+    def p(self) -> Tensor:
+        """[n, gamma + 1, V]: the target's law along the block, for guesses."""
+        whole = torch.full_like(self.lengths, self.world.gamma)
+        logits, _ = self.world.verify_logits(self.states, self.tokens, whole)
+        return distribution(logits, self.world.sampling(len(logits))).view(len(whole), -1, self.world.vocabulary)
+
+    @cached_property
+    def drafted_from(self) -> Tensor:
+        """[n, gamma, V]: q, for guesses."""
+        return one_hot(self.tokens, self.world.vocabulary).double() if self.q is None else self.q
+
+    def guess(self, rows: Tensor, count: Tensor) -> Tensor:
+        """[m, V]: a guess of the law of the token after `count` [m] draft tokens of `rows` [m] that stand."""
+        p, slot = self.p[rows, count], count.clamp(max=self.world.gamma - 1)
+        rest = (p - self.drafted_from[rows, slot]).clamp(min=0)
+        return torch.where((count == self.lengths[rows]).unsqueeze(1), p, rest / rest.sum(1, keepdim=True))
 
 
 def ratio_cycles(
@@ -143,7 +178,7 @@ def ratio_cycles(
         assert torch.equal(got, count[end]), "a coin inside its cell gave another count"
         return token
 
-    law = cells(outcome, len(row), world.vocabulary) * torch.cat(weights)[:, None]
+    law = cells(outcome, problems.guess(row, count)) * torch.cat(weights)[:, None]
     cycles: dict[State, Law] = {state: {} for state in world.states if not world.is_broken(state)}
     for end, (problem, kept) in enumerate(zip(row.tolist(), count.tolist(), strict=True)):
         first, second = problems.states[problem].tolist()

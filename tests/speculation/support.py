@@ -14,6 +14,7 @@ from dspark_server.speculation.sampling import SamplingBatch
 
 State = tuple[int, int]  # the last two tokens
 Law = dict[tuple[int, ...], float]
+Joint = dict[tuple[State, int], Law]  # by the context and the number of tokens
 INF = math.inf
 
 
@@ -109,17 +110,24 @@ def after(state: State, committed: Sequence[int]) -> State:
     return first, second
 
 
-def joint(step: Callable[[State], Law], state: State, length: int) -> Law:
-    """The law of the next `length` tokens, if `step` gives the law of what each cycle commits."""
+def joint(step: Callable[[State], Law], state: State, length: int, known: Joint | None = None) -> Law:
+    """The law of the next `length` tokens, if `step` gives the law of what each cycle commits.
+
+    known: laws already found for the same `step`; new ones are added.
+    """
+    known = {} if known is None else known
+    if (state, length) in known:
+        return known[state, length]
     law: Law = {}
     for committed, weight in step(state).items():
         if len(committed) >= length:
             tails: Law = {(): 1.0}
         else:
-            tails = joint(step, after(state, committed), length - len(committed))
+            tails = joint(step, after(state, committed), length - len(committed), known)
         for tail, share in tails.items():
             tokens = (*committed, *tail)[:length]
             law[tokens] = law.get(tokens, 0.0) + weight * share
+    known[state, length] = law
     return law
 
 
@@ -134,8 +142,8 @@ def worst_distance(world: World, cycles: dict[State, Law]) -> float:
     def plain(state: State) -> Law:
         return {(token,): share for token, share in enumerate(world.p(state)) if share > 0}
 
-    length = world.gamma + 1
-    return max(distance(joint(cycles.__getitem__, s, length), joint(plain, s, length)) for s in cycles)
+    length, ours, its = world.gamma + 1, Joint(), Joint()
+    return max(distance(joint(cycles.__getitem__, s, length, ours), joint(plain, s, length, its)) for s in cycles)
 
 
 def worlds() -> dict[str, World]:

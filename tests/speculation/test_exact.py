@@ -123,8 +123,9 @@ def judge(
     """
     rows: list[Law] = []
     row_start, kept = [0], []
+    length = {draft: lengths(draft) for draft in dict.fromkeys(drafts)}
     for draft in drafts:
-        kept.append(lengths(draft))
+        kept.append(length[draft])
         rows += [pair.said[draft[:k]] for k in range(kept[-1] + 1)]
         row_start.append(len(rows))
     q = torch.from_numpy(np.stack([[pair.q[d[:k]] for k in range(pair.gamma)] for d in drafts]))

@@ -15,7 +15,7 @@ from dspark_server.speculation.heads import ConfidenceHead
 from dspark_server.speculation.selection import Drafts
 from tests.engine.support import greedy, prompts, seeded, tiny_core
 from tests.speculation.enumeration import ratio_cycles
-from tests.speculation.support import Law, State, distance, joint, worlds
+from tests.speculation.support import Joint, Law, State, distance, joint, worlds
 
 
 def traced(core: EngineCore) -> list[StepTrace]:
@@ -134,11 +134,11 @@ def test_requests_fail_where_plain_decoding_does(name: str, broken: list[State])
     def plain(state: State) -> Law:
         return {(token,): share for token, share in enumerate(world.p(state)) if share > 0}
 
-    cycles, length = ratio_cycles(world), world.gamma + 1
+    cycles, length, ours, its = ratio_cycles(world), world.gamma + 1, Joint(), Joint()
     for state in cycles:
-        ours = joint(failing(cycles.__getitem__), state, length)
-        assert distance(ours, joint(failing(plain), state, length)) < 1e-12
-    reached = any(FAILED in tokens for state in cycles for tokens in joint(failing(plain), state, length))
+        mine = joint(failing(cycles.__getitem__), state, length, ours)
+        assert distance(mine, joint(failing(plain), state, length, its)) < 1e-12
+    reached = any(FAILED in tokens for state in cycles for tokens in its[state, length])
     assert reached or name == "disjoint-supports"  # whose contexts lead nowhere else
 
 

@@ -254,6 +254,7 @@ def test_the_joint_law_through_selection_is_the_targets(policy: str, kind: str, 
             return {block: float(np.prod([of.q[block[:k]][x] for k, x in enumerate(block)])) for block in blocks}
 
         committed: dict[Context, float] = {}
+        laws: dict[tuple[int, ...], dict[Context, float]] = {}  # by how much of each block is verified
         before = drafts(other) if policy == "lagged" else {(0, 0): 1.0}
         for (earlier, chance), (beside, share) in itertools.product(before.items(), drafts(other).items()):
 
@@ -270,8 +271,12 @@ def test_the_joint_law_through_selection_is_the_targets(policy: str, kind: str, 
                         chosen.lengths(survival((0,) * gamma, earlier), limits, load(2))
                 return chosen.lengths(survival(draft, beside), limits, load(2))[0]
 
-            cuts |= {kept(draft) for draft in drafts(pair)}
-            for outcome, weight in ratio_law(pair, kept).items():
+            lengths = {draft: kept(draft) for draft in drafts(pair)}
+            cuts |= set(lengths.values())
+            which = tuple(lengths.values())
+            if which not in laws:
+                laws[which] = ratio_law(pair, lengths.__getitem__)
+            for outcome, weight in laws[which].items():
                 committed[outcome] = committed.get(outcome, 0.0) + chance * share * weight
         assert total_variation(pair, committed) <= 1e-12
     assert len(cuts) > 1
