@@ -3,6 +3,7 @@
 import asyncio
 import threading
 import time
+from functools import cache
 from typing import Any
 
 import pytest
@@ -124,6 +125,12 @@ def test_a_prompt_that_was_being_tokenized_meanwhile_is_refused() -> None:
     with_engine(test)
 
 
+@cache
+def texts(count: int) -> list[list[int]]:
+    """Answers of 30 tokens to so many prompts, where nothing fails."""
+    return tiny_core().generate(prompts(count), greedy(30))
+
+
 STEP_POINTS = ["step.plan", "blocks.allocate", "step.verify", "step.sample", "step.commit", "commit.request"]
 
 
@@ -131,8 +138,7 @@ STEP_POINTS = ["step.plan", "blocks.allocate", "step.verify", "step.sample", "st
 @pytest.mark.parametrize("point", STEP_POINTS)
 def test_a_step_may_fail_anywhere(point: str, after: int) -> None:
     """Each request ends once: with its error if it was in the step, else with exactly its tokens; no block is lost."""
-    made = prompts(7)
-    expected = tiny_core().generate(made, greedy(30))
+    made, expected = prompts(7), texts(7)
 
     async def test(engine: AsyncEngine) -> None:
         listeners = [Listener(engine, prompt, 30) for prompt in made]
@@ -182,8 +188,7 @@ def test_a_broken_row_of_the_target_fails_its_request_and_is_not_cached(value: s
 @pytest.mark.drafting_fails
 @pytest.mark.parametrize("fault", [{"step.draft": "raise:RuntimeError"}, {"draft.survival": "nan"}])
 def test_without_a_usable_draft_tokens_are_the_same(fault: dict[str, str]) -> None:
-    made = prompts(4)
-    expected = tiny_core().generate(made, greedy(30))
+    made, expected = prompts(4), texts(4)
     failpoints.arm(fault)
     core = tiny_core()
     assert core.generate(made, greedy(30)) == expected
