@@ -5,6 +5,7 @@ ARGS ?=
 WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
+TORCH := $(VENV)/.installed-torch
 STAMP := $(VENV)/.installed
 TOOLS := $(VENV)/.installed-tools
 DEV := $(VENV)/.installed-dev
@@ -29,10 +30,13 @@ help:
 $(BIN)/python:
 	@$(PYTHON) -m venv $(VENV)
 
-$(STAMP): pyproject.toml requirements.txt | $(BIN)/python
+# First and alone: its CPU build must be there before anything else asks for a torch.
+$(TORCH): requirements.txt | $(BIN)/python
 	@echo "installing pinned dependencies (torch is 200 MB) ..." >&2
-	@# torch first and alone: its CPU build must be there before anything else asks for a torch.
 	@$(BIN)/pip install --progress-bar on torch==2.13.0
+	@touch $@
+
+$(STAMP): pyproject.toml requirements.txt $(TORCH)
 	@$(BIN)/pip install --progress-bar on -r requirements.txt
 	@# Without a C compiler the kernels are built with the one ziglang brings (100 MB).
 	@command -v cc >/dev/null || command -v gcc >/dev/null || command -v clang >/dev/null || \
@@ -46,7 +50,9 @@ $(TOOLS): requirements-dev.txt | $(BIN)/python
 	@$(BIN)/pip install --progress-bar on --no-deps -r requirements-dev.txt
 	@touch $@
 
-$(DEV): $(STAMP) $(TOOLS)
+# torch and the tools side by side with -j2; the rest waits for both, since it may hold a package that the tools have.
+$(DEV): pyproject.toml requirements.txt $(TORCH) $(TOOLS)
+	@$(MAKE) --no-print-directory $(STAMP)
 	@touch $@
 
 serve: $(STAMP)
