@@ -38,10 +38,7 @@ def turn_end(tokenizer: Any, template_file: str | None = None) -> tuple[str, int
     if template is None and tokenizer.chat_template is None:
         return None
     text = None
-    for turns in (
-        _TURNS,
-        _TURNS[:2],
-    ):  # some templates refuse a conversation that waits for no answer, or one that does
+    for turns in (_TURNS, _TURNS[:2]):  # a template may refuse a conversation whose last turn is not the one it wants
         try:
             text = str(tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False))
             break
