@@ -6,7 +6,7 @@ exists, only selection may drop it (DSPARK, "No value-dependent drop").
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import ceil
 from time import monotonic
 
@@ -22,28 +22,26 @@ from dspark_server.words import counted
 
 @dataclass(frozen=True)
 class Scheduled:
-    """A request's part of a step: its next `count` committed tokens."""
+    """A request's part of a step: its next `count` committed tokens.
+
+    `samples`: the run reaches the sequence's end, so that its last row is sampled from.
+    """
 
     request: Request
     count: int
-
-    @property
-    def samples(self) -> bool:
-        """Whether the run reaches the sequence's end, so that its last row is sampled from."""
-        return self.count == self.request.pending
+    samples: bool
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One step. `draft_room`: number of draft tokens that may be verified beside the scheduled ones."""
+    """One step. `decoding` are the requests that could draft, oldest first.
 
-    scheduled: list[Scheduled] = field(default_factory=list)
-    draft_room: int = 0
+    `draft_room`: number of draft tokens that may be verified beside the scheduled ones.
+    """
 
-    @property
-    def decoding(self) -> list[Request]:
-        """Requests that could draft, oldest first."""
-        return [entry.request for entry in self.scheduled if entry.request.is_decoding]
+    scheduled: list[Scheduled]
+    decoding: list[Request]
+    draft_room: int
 
     @property
     def load(self) -> Load:
@@ -172,16 +170,23 @@ class Batcher:
     def plan(self) -> Plan:
         """Schedule the next step: anchors of all decoding requests, then chunks of prompts, new admissions included."""
         self._reserve_running()
-        decoding = [request for request in self.running if request.is_decoding]
+        decoding: list[Request] = []
+        prompts: list[Request] = []
+        for request in self.running:
+            (decoding if request.is_decoding else prompts).append(request)
         room = self.max_num_batched_tokens - len(decoding)
         # Drafts get their recent average, but prefill must not starve behind them: it gets at least half of the room.
         prefill_room = max(room - ceil(self._drafted * len(decoding)), room // 2)
-        prompts = [request for request in self.running if not request.is_decoding]
         prompts += self._admit_newcomers(prefill_room, under_way=sum(request.pending for request in prompts))
         chunks = prefill_chunks(prompts, prefill_room)
-        scheduled = [Scheduled(request, 1) for request in decoding]
-        scheduled += [Scheduled(request, chunks[request]) for request in prompts if request in chunks]
-        return Plan(scheduled, draft_room=room - sum(chunks.values()))
+        scheduled = [Scheduled(request, 1, samples=True) for request in decoding]
+        scheduled += [
+            Scheduled(request, count, samples=count == request.pending)
+            for request in prompts
+            if (count := chunks.get(request, 0))
+        ]
+        drafting = [entry.request for entry in scheduled if entry.request.is_decoding]
+        return Plan(scheduled, drafting, draft_room=room - sum(chunks.values()))
 
     def drafted(self, plan: Plan, tokens: int) -> None:
         """Average the `tokens` draft tokens of a step with this plan. If they fill the room, the average only rises."""

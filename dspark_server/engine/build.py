@@ -91,7 +91,8 @@ def build_executor(
     if isinstance(executor, DeviceExecutor):
         executor.capture()
     else:
-        warm_up(executor, executor.pool.num_blocks, config.block_size, target.max_model_len)
+        blocks, longest = executor.pool.num_blocks, target.max_model_len
+        warm_up(executor, blocks, config.block_size, longest, config.max_num_batched_tokens)
     return executor
 
 

@@ -1,6 +1,7 @@
 """Builds an engine from its configuration: model, drafter, KV pool, batcher, step loop."""
 
 import importlib.util
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 
 import torch
 from dspark_kernels import Kernels
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from dspark_server import failpoints
 from dspark_server.config import EngineConfig, SpeculativeConfig
@@ -241,13 +242,28 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
             "or pip install sentencepiece protobuf, with which transformers converts it"
         )
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory, config=_bare_config(directory))
     except Exception as error:  # transformers raises exceptions of any type
         why = " ".join(str(error).split()) or type(error).__name__
         raise CheckpointError(f"{directory} has no usable tokenizer: {why}") from error
     # Prompts longer than the training length are refused by `AsyncEngine`, with its own message.
     tokenizer.model_max_length = 1 << 60
     return tokenizer
+
+
+def _bare_config(directory: Path) -> PreTrainedConfig | None:
+    """The model's fields, for a tokenizer whose own file names its class; None: AutoTokenizer reads the configuration.
+
+    It would import the model's configuration class, and with it torch's compiler and much else: seconds of each start.
+    """
+    try:
+        own = json.loads((directory / "tokenizer_config.json").read_text())
+        if "tokenizer_class" in own and "auto_map" not in own:
+            fields = json.loads((directory / "config.json").read_text())
+            return PreTrainedConfig.from_dict(fields | {"_name_or_path": str(directory)})
+    except (OSError, ValueError, TypeError, AttributeError):  # AutoTokenizer says what is wrong
+        pass
+    return None
 
 
 def _tokenizer(config: EngineConfig, directory: Path, vocab_size: int) -> PreTrainedTokenizerBase | None:

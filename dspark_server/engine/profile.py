@@ -30,7 +30,7 @@ VERSION = 4  # of the measurement; a change makes every kept profile stale
 ROUNDS = 5  # over all sizes
 FEWEST = 3  # minimum number of rounds, however long they take
 PATIENCE = 10.0  # seconds after which no further round begins
-WARM = (1, 16, 256)  # tokens of the passes that are run before the first request
+WARM = (1, 16, 256)  # tokens of the passes that are run before the first request, as far as a step may have them
 PROBED = (1, 8, 32)  # tokens of the passes that check a kept profile
 TRIALS = 3  # of each
 TOLERANCE = 1.5  # factor between kept and present seconds beyond which a profile is measured again
@@ -64,11 +64,14 @@ class Profiler:
         self._longest = min(max_model_len, num_blocks * block_size)
         self._run_length = executor.gamma + 1
 
-    def warm_up(self) -> None:
-        """Run passes of one token, of a few requests and of a prompt, and a draft, before the first request."""
+    def warm_up(self, max_tokens: int) -> None:
+        """Run passes of one token, of a few requests and of a prompt, and a draft, before the first request.
+
+        No step has more than `max_tokens` tokens.
+        """
         if self._longest <= self._run_length:
             return
-        for tokens in WARM:
+        for tokens in sorted({min(tokens, max_tokens) for tokens in WARM}):
             self._pass(tokens, 1)()
         if self._executor.block:
             self._draft(1, 1)()
@@ -168,9 +171,9 @@ class Profiler:
 
 
 @torch.inference_mode()
-def warm_up(executor: Executor, num_blocks: int, block_size: int, max_model_len: int) -> None:
-    """Warm up the serving path on a KV pool not in use yet."""
-    Profiler(executor, num_blocks, block_size, max_model_len).warm_up()
+def warm_up(executor: Executor, num_blocks: int, block_size: int, max_model_len: int, max_tokens: int) -> None:
+    """Warm up the serving path on a KV pool not in use yet; no step has more than `max_tokens` tokens."""
+    Profiler(executor, num_blocks, block_size, max_model_len).warm_up(max_tokens)
 
 
 @torch.inference_mode()

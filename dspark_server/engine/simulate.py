@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dspark_server.engine.executor import DraftRequest, Rest
+from dspark_server.engine.request import Request
 from dspark_server.engine.trace import Drafted, Verification
 from dspark_server.errors import ConfigError
 from dspark_server.runtime.batch import Run
@@ -166,20 +167,25 @@ class SimulatedExecutor:
 
     def verify(self, runs: list[Run]) -> tuple[Tensor, list[int]]:
         """Advance the clock; logits are of a vocabulary of one, since `accept` reads the drafts themselves."""
-        row_start = np.concatenate([[0], np.cumsum([run.logits_rows for run in runs])])
-        lengths = np.array([len(run.tokens) for run in runs])
-        context = np.array([run.context_len for run in runs])
-        decoding = lengths == np.diff(row_start)
-        tokens = int(lengths.sum())
-        # A draft token sees its request's context, a prefill chunk's tokens half of the chunk too (as `Load` counts).
-        pairs = float((lengths * (context + np.where(decoding, 0, lengths / 2))).sum())
-        attention = self.capacity.attention(float(context.sum()), pairs)
+        row_start, lengths = [0], [len(run.tokens) for run in runs]
+        decoding = verified = context = 0
+        pairs = 0.0
+        for run, length in zip(runs, lengths, strict=True):
+            row_start.append(row_start[-1] + run.logits_rows)
+            context += run.context_len
+            pairs += length * run.context_len
+            if length == run.logits_rows:
+                decoding += 1
+                verified += length
+            else:  # a chunk's tokens see half of the chunk too (as `Load` counts)
+                pairs += length * length / 2
+        tokens = sum(lengths)
+        attention = self.capacity.attention(context, pairs)
         self._spend(float(self.capacity.raw[min(tokens, len(self.capacity.raw) - 1)]) + attention)
-        count = int(decoding.sum())
-        self.log.append(Pass(len(runs), count, self._drafting, int(lengths[decoding].sum()) - count, tokens))
+        self.log.append(Pass(len(runs), decoding, self._drafting, verified - decoding, tokens))
         self._drafting = 0
-        self._lengths = lengths.tolist()
-        return torch.zeros(int(row_start[-1]), 1), row_start.tolist()
+        self._lengths = lengths
+        return torch.zeros(row_start[-1], 1), row_start
 
     def finite_rows(self) -> list[int]:
         """All rows of each run."""
@@ -188,11 +194,11 @@ class SimulatedExecutor:
     def accept(self, verified: Verification, drafted: Drafted | None, sampling: SamplingBatch) -> Accepted:
         """The step loop's `acceptance`: accepts the leading ones of each prefix."""
         self.clock.now += self.overhead
-        count = torch.zeros(len(verified.requests), dtype=torch.int64)
+        stood: dict[Request, int] = {}
         if drafted:
-            stood = drafted.block.tokens.cumprod(1).sum(1).minimum(torch.tensor(drafted.lengths))
-            row_of = {request: row for row, request in enumerate(verified.requests)}
-            count[[row_of[request] for request in drafted.requests]] = stood
+            leading = drafted.block.tokens.numpy().cumprod(axis=1).sum(axis=1)
+            stood = dict(zip(drafted.requests, np.minimum(leading, drafted.lengths).tolist(), strict=True))
+        count = torch.tensor([stood.get(request, 0) for request in verified.requests], dtype=torch.int64)
         return Accepted(count, torch.zeros_like(count), torch.zeros_like(count, dtype=torch.bool))
 
     def _spend(self, seconds: float) -> None:

@@ -383,7 +383,7 @@ class StepLoop:
             self._count_tokens(len(taken), len(prefix), kept)
             if request.finish_reason is not None:
                 ended.append(request)
-            outputs.append(output_of(request, taken, verified.logits[row : row + len(taken)], len(prefix), kept))
+            outputs.append(output_of(request, taken, verified.logits, row, len(prefix), kept))
         # Only now: if the step fails before this, all of them still run, so all of them get the error.
         for request in ended:
             self.batcher.remove(request)

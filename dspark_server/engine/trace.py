@@ -84,10 +84,11 @@ class StepOutput:
     accepted: int = 0
 
 
-def output_of(request: Request, taken: list[int], logits: Tensor, drafted: int, accepted: int) -> StepOutput:
-    """Output of a commit of `taken` [n]; logits [n, V] are the target's rows they came from."""
-    asked = request.params
-    logprobs = None if asked.logprobs is None or not taken else token_logprobs(logits, taken, asked.logprobs)
+def output_of(request: Request, taken: list[int], logits: Tensor, row: int, drafted: int, accepted: int) -> StepOutput:
+    """Output of a commit of `taken` [n]; the first came from row `row` of logits [M, V], the others from the next."""
+    asked, logprobs = request.params, None
+    if asked.logprobs is not None and taken:
+        logprobs = token_logprobs(logits[row : row + len(taken)], taken, asked.logprobs)
     first = len(request.tokens) - len(taken) == request.prompt_length
     prompt = request.prompt_logprobs if first and asked.prompt_logprobs is not None else None
     return StepOutput(request, taken, logprobs, prompt, drafted, accepted)

@@ -104,9 +104,9 @@ class StepCost:
         `slots` is the largest number of draft tokens that the blocks could have, known before the draft: costs are then
         on the convex minorant of the measured curve up to there. None: on the measured curve itself.
         """
-        raw = capacity.raw
-        tokens, sampling = (min(count, len(raw) - 1) for count in (load.tokens, load.sampling))
-        prefill = float(raw[tokens] - raw[sampling])
+        raw, most = capacity.raw, len(capacity.raw) - 1
+        tokens = min(load.tokens, most)
+        prefill = 0.0 if load.tokens == load.sampling else float(raw[tokens] - raw[min(load.sampling, most)])
         fixed = capacity.draft(requests) + capacity.overhead + capacity.attention(load.context, load.pairs) - prefill
         each = capacity.attention(0.0, load.per_draft)
         table = raw[tokens:] if slots is None else capacity.convex(tokens, min(slots, load.room))
@@ -114,7 +114,8 @@ class StepCost:
 
     def __call__(self, count: int) -> float:
         """Seconds with `count` draft tokens."""
-        return max(float(self.table[min(count, len(self.table) - 1)]) + self.fixed + count * self.each, 1e-9)
+        table = self.table
+        return max(table.item(min(count, len(table) - 1)) + self.fixed + count * self.each, 1e-9)
 
     def upto(self, drafts: int) -> Floats:
         """[drafts + 1] seconds with 0 .. drafts draft tokens."""

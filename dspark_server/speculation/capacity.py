@@ -184,13 +184,16 @@ class Capacity:
 
     def _verify_parts(self, size: int, reading: float) -> Floats:
         """[K] seconds that each cost contributes to a pass."""
-        bare = self._raw[size] * shares(self._profile.tokens, self._verify, size)
-        return np.concatenate([bare, [self._attention * reading], np.zeros_like(self._draft)])
+        parts, passes = np.zeros(len(self._built)), len(self._verify)
+        parts[:passes] = self._raw[size] * shares(self._profile.tokens, self._verify, size)
+        parts[passes] = self._attention * reading
+        return parts
 
     def _draft_parts(self, requests: int) -> Floats:
         """[K] seconds that each cost contributes to a draft."""
-        parts = self._drafts[requests] * shares(self._profile.requests, self._draft, requests)
-        return np.concatenate([np.zeros(len(self._verify) + 1), parts])
+        parts = np.zeros(len(self._built))
+        parts[len(self._verify) + 1 :] = self._drafts[requests] * shares(self._profile.requests, self._draft, requests)
+        return parts
 
     def _learn(self, part: str, seconds: float, expected: Floats) -> None:
         total = float(expected.sum())

@@ -1,5 +1,6 @@
 """Cost curves over measured sizes: never falling, dense, and their convex minorant. Seconds at rising sizes."""
 
+from bisect import bisect_left
 from collections.abc import Sequence
 
 import numpy as np
@@ -37,13 +38,13 @@ def dense(sizes: Sequence[int], seconds: Floats, at: npt.NDArray[np.int64]) -> F
 def shares(sizes: Sequence[int], seconds: Floats, size: int) -> Floats:
     """[len(sizes)] the share of each measured size in `dense` at `size`; their sum is 1."""
     parts = np.zeros(len(sizes))
-    right = int(np.searchsorted(sizes, size))
+    right = bisect_left(sizes, size)
     if right == 0 or right == len(sizes):
         parts[min(right, len(sizes) - 1)] = 1.0
         return parts
     near = (size - sizes[right - 1]) / (sizes[right] - sizes[right - 1])
-    parts[right - 1 : right + 1] = (1 - near) * seconds[right - 1], near * seconds[right]
-    parts /= parts.sum()
+    before, after = (1 - near) * seconds[right - 1], near * seconds[right]
+    parts[right - 1], parts[right] = before / (before + after), after / (before + after)
     return parts
 
 

@@ -5,6 +5,7 @@ Shapes: R drafting requests, gamma draft tokens each, V vocabulary, D hidden siz
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -62,7 +63,7 @@ class DraftBlock:
     base_logits: Tensor | None = None
     logits: Tensor | None = None
 
-    @property
+    @cached_property
     def told(self) -> bool:
         """The drafter has confidence: every block has calibrated survival."""
         return self.survival is not None and not bool(self.survival[:, 0].isnan().any())

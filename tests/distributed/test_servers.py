@@ -40,10 +40,20 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def running(pid: int) -> bool:
+    """Whether there is such a process, and it has not ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 class Served:
     """A server under test: the process that was started, and all ranks by what /proc says."""
 
-    def __init__(self, launcher: list[str], directory: Path, port: int, log: Path, **variables: str) -> None:
+    def __init__(
+        self, launcher: list[str], directory: Path, port: int, log: Path, *, fork_ranks: bool, **variables: str
+    ) -> None:
         self.log, self.port = log, port
         options = ["--tokenizer", str(directory), "--kv-cache-memory-bytes", "8000000", "--port", str(port)]
         options += ["--step-timeout", str(STEP_TIMEOUT), "--shutdown-timeout", "60"]
@@ -57,7 +67,7 @@ class Served:
                 command = [sys.executable, *launcher, "-m", "dspark_server", *arguments]
                 self.process = subprocess.Popen(command, env=os.environ | surroundings, stdout=output, stderr=output)
         else:
-            self.process = CommandLine(arguments, log, **surroundings)
+            self.process = CommandLine(arguments, log, fork_ranks=fork_ranks, **surroundings)
             self.forked = {int(variables.get("NODE_RANK", "0")): self.process.pid}
         self.http = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30)
 
@@ -85,12 +95,14 @@ class Served:
     def ranks(self) -> dict[int, int]:
         """Process ids by rank, of all that serve at this port."""
         found = {} if self.process.poll() is not None else dict(self.forked)
+        for file in self.log.parent.glob(f"{self.log.name}.rank*"):
+            found[int(file.suffix.removeprefix(".rank"))] = int(file.read_text())
+        found = {rank: pid for rank, pid in found.items() if running(pid)}
         for entry in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
                 command = (entry / "cmdline").read_bytes().split(b"\0")
-                if str(self.port).encode() in command and b"torch.distributed.run" not in command:
-                    if (entry / "stat").read_text().rsplit(")", 1)[1].split()[0] == "Z":
-                        continue
+                ours = str(self.port).encode() in command and b"torch.distributed.run" not in command
+                if ours and running(int(entry.name)):
                     variables = dict(v.partition(b"=")[::2] for v in (entry / "environ").read_bytes().split(b"\0"))
                     found[int(variables.get(b"RANK", variables.get(b"NODE_RANK", b"0")))] = int(entry.name)
         return found
@@ -130,8 +142,9 @@ class Served:
 
 
 @contextlib.contextmanager
-def served(tmp_path: Path, *launcher: str, **variables: str) -> Iterator[Served]:
-    server = Served([*launcher], tokenizer(tmp_path / "tokenizer"), free_port(), tmp_path / "log", **variables)
+def served(tmp_path: Path, *launcher: str, fork_ranks: bool = True, **variables: str) -> Iterator[Served]:
+    directory, log = tokenizer(tmp_path / "tokenizer"), tmp_path / "log"
+    server = Served([*launcher], directory, free_port(), log, fork_ranks=fork_ranks, **variables)
     try:
         yield server
     finally:
@@ -191,11 +204,15 @@ def test_a_rank_that_hangs_ends_the_server(two: Served) -> None:
     assert f"a step has not ended for {STEP_TIMEOUT} s" in two.log.read_text()
 
 
-def test_nothing_is_left_of_a_killed_rank_0(two: Served) -> None:
-    with two.streaming(LONG):
-        two.process.kill()
-        two.process.wait()
-        two.gone(5)
+def test_nothing_is_left_of_a_killed_rank_0(tmp_path: Path) -> None:
+    """Its rank 1 is a true child: a command of its own, that reads the end of its stdin."""
+    with served(tmp_path, fork_ranks=False, DSPARK_TENSOR_PARALLEL_SIZE="2") as two:
+        two.ready()
+        assert two.ranks().keys() == {0, 1}
+        with two.streaming(LONG):
+            two.process.kill()
+            two.process.wait()
+            two.gone(5)
 
 
 def test_ranks_that_torchrun_made(tmp_path: Path, expected: list[int]) -> None:

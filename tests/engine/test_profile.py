@@ -180,6 +180,8 @@ def test_drafts_are_timed_behind_a_pass_and_times_rise(tmp_path: Path, calls: li
         assert sum(pair == (("verify", 1), ("draft", requests)) for pair in pairwise(calls)) >= 3
 
 
-def test_nothing_is_cold_for_the_first_request(calls: list[tuple[str, int]]) -> None:
-    tiny_core()
-    assert [*(("verify", tokens) for tokens in WARM), ("draft", 1)] == calls
+@pytest.mark.parametrize(("most", "passes"), [(256, WARM), (24, (1, 16, 24))])
+def test_nothing_is_cold_for_the_first_request(calls: list[tuple[str, int]], most: int, passes: tuple[int]) -> None:
+    """And no pass is run that no step could have."""
+    tiny_core(max_num_batched_tokens=most, max_num_seqs=8)
+    assert [*(("verify", tokens) for tokens in passes), ("draft", 1)] == calls

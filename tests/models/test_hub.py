@@ -13,9 +13,12 @@ import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError, RevisionNotFoundError
 from transformers import AutoTokenizer
 
+from dspark_server.engine.core import load_tokenizer
 from dspark_server.errors import CheckpointError, ConfigError
 from dspark_server.models import gguf, hub
 from dspark_server.models.config import load_config
+
+from ..api.fake_engine import build_tokenizer
 
 TEXTS = [
     "Hello there,  how are you?\n\ndef f(x):\n    return x + 1  # 1234",
@@ -202,3 +205,30 @@ def test_the_default_chat_template(default_model: Path) -> None:
         "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
     )
     assert json.loads((default_model / "generation_config.json").read_text())["eos_token_id"] == 2
+
+
+@pytest.mark.parametrize(
+    ("model_type", "tokenizer_class"),
+    [
+        ("llama", "PreTrainedTokenizerFast"),
+        ("llama", "LlamaTokenizerFast"),
+        ("mistral", "LlamaTokenizer"),
+        ("qwen2", "PreTrainedTokenizerFast"),
+        ("qwen3", "Qwen2TokenizerFast"),
+        ("not known", "PreTrainedTokenizerFast"),
+        ("llama", None),
+    ],
+)
+def test_a_tokenizer_is_the_one_that_transformers_finds(
+    tmp_path: Path, model_type: str, tokenizer_class: str | None
+) -> None:
+    """Though the class of the model's configuration is not imported for it."""
+    build_tokenizer().save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer_config.json"
+    fields = json.loads(file.read_text()) | {"tokenizer_class": tokenizer_class}
+    file.write_text(json.dumps({name: value for name, value in fields.items() if value is not None}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type, "vocab_size": 300}))
+    own, theirs = load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    assert type(own) is type(theirs)
+    assert own.backend_tokenizer.to_str() == theirs.backend_tokenizer.to_str()
+    assert own.special_tokens_map == theirs.special_tokens_map

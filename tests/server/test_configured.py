@@ -1,10 +1,7 @@
 """`dspark-server serve` with a file, the environment and flags, over a real socket, with a tiny model."""
 
-import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,9 +13,9 @@ from dspark_server.errors import ConfigError
 
 from ..api.fake_engine import build_tokenizer
 from ..engine.support import tiny_core
+from ..processes import CommandLine
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "dspark_qwen3_vanilla"
-COMMAND = (sys.executable, "-c", "from dspark_server.cli import main; main()", "serve")
 
 
 @pytest.fixture
@@ -46,11 +43,10 @@ def test_file_environment_and_flags_reach_the_server(tokenizer: Path, tmp_path: 
         speculative-config: {{method: dspark, model: {FIXTURE / "draft"}, selection: fixed}}
     """)
     (tmp_path / "keys").write_text("the-key-of-the-file\n")
-    environment = os.environ | {"DSPARK_SERVED_MODEL_NAME": "tiny", "DSPARK_PORT": "1", "DSPARK_LOG_LEVEL": "info"}
+    environment = {"DSPARK_SERVED_MODEL_NAME": "tiny", "DSPARK_PORT": "1", "DSPARK_LOG_LEVEL": "info"}
     log = tmp_path / "log"
-    with log.open("wb") as output:
-        command = [*COMMAND, "--config", str(file), "--port", str(port), "--max-model-len", "64"]
-        process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
+    command = ["serve", "--config", str(file), "--port", str(port), "--max-model-len", "64"]
+    process = CommandLine(command, log, **environment)
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20) as http:
             wait_until_ready(http, process, log)
@@ -79,7 +75,7 @@ def test_file_environment_and_flags_reach_the_server(tokenizer: Path, tmp_path: 
     assert "GET /health" not in written
 
 
-def wait_until_ready(http: httpx.Client, process: subprocess.Popen[bytes], log: Path) -> None:
+def wait_until_ready(http: httpx.Client, process: CommandLine, log: Path) -> None:
     end = time.monotonic() + 60
     while time.monotonic() < end:
         assert process.poll() is None, log.read_text()

@@ -2,16 +2,20 @@
 
 import signal
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import httpx
 import pytest
 
+from dspark_server.engine.core import load_tokenizer
+
 from ..api.fake_engine import build_tokenizer
-from ..processes import CommandLine
+from ..processes import CommandLine, processes
 
 TARGET = Path(__file__).parents[1] / "fixtures" / "dspark_qwen3_vanilla" / "target"
 
@@ -100,3 +104,19 @@ def test_a_port_in_use_is_known_before_anything_is_loaded(tmp_path: Path) -> Non
                 and "Traceback" not in log
                 and "loading " not in log
             )
+
+
+def look(directory: str, answer: Connection) -> None:
+    load_tokenizer(Path(directory))
+    answer.send("torch._dynamo" in sys.modules)
+
+
+def test_a_tokenizer_is_read_without_torchs_compiler(tmp_path: Path) -> None:
+    """Seconds of every start."""
+    build_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text((TARGET / "config.json").read_text())
+    ours, theirs = processes.Pipe()
+    process = processes.Process(target=look, args=(str(tmp_path), theirs))
+    process.start()
+    process.join(60)
+    assert ours.poll(0) and ours.recv() is False

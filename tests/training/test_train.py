@@ -34,21 +34,20 @@ def fresh_cache(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DSPARK_CACHE_DIR", str(directory))
 
 
-@pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrainConfig:
-    """Small runs on the fixtures' target, on 12 random sequences."""
-    fresh_cache(tmp_path / "cache", monkeypatch)
+def small_run(directory: Path, monkeypatch: pytest.MonkeyPatch) -> TrainConfig:
+    """A run on the fixtures' target, on 12 random sequences, with a cache of its own."""
+    fresh_cache(directory / "cache", monkeypatch)
     noise = np.random.default_rng(3)
     length = noise.integers(24, 60, 12)
     np.savez(
-        tmp_path / "corpus.npz",
+        directory / "corpus.npz",
         tokens=noise.integers(0, 500, length.sum()).astype(np.uint16),
         length=length.astype(np.int32),
         prompt_length=np.full(12, 9, np.int32),
     )
     return TrainConfig(
-        corpus=str(tmp_path / "corpus.npz"),
-        output=str(tmp_path / "out"),
+        corpus=str(directory / "corpus.npz"),
+        output=str(directory / "out"),
         model=str(TARGET),
         mask_token_id=511,
         target_layer_ids=(1, 3, 4),
@@ -61,6 +60,20 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrainConfig:
         eval_every=4,
         save_every=4,
     )
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrainConfig:
+    return small_run(tmp_path, monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def learnt(tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainConfig, Path]:
+    """A run that is long enough to learn, and keeps the mean of its weights; its checkpoint."""
+    once: dict[str, Any] = {"steps": 150, "eval_every": 150, "save_every": 150}
+    with pytest.MonkeyPatch.context() as patch:
+        run = replace(small_run(tmp_path_factory.mktemp("learnt"), patch), **once, learning_rate=3e-3, averaging=0.9)
+        return run, train(run)
 
 
 def plain_loss(trainer: Trainer, batch: Batch) -> Tensor:
@@ -176,12 +189,12 @@ def test_a_killed_run_ends_like_one_that_was_not(
     assert figures((tmp_path / "out" / "log.csv").read_text()) == figures(whole_log)
 
 
-def test_a_run_learns_and_the_engine_serves_what_it_made(run: TrainConfig) -> None:
-    run = replace(run, steps=150, eval_every=150, save_every=150, learning_rate=3e-3, vocabulary=None)
+@pytest.mark.usefixtures("run")  # for its cache
+def test_a_run_learns_and_the_engine_serves_what_it_made(learnt: tuple[TrainConfig, Path]) -> None:
+    run, directory = learnt
     trainer = Trainer(run)
     batch = trainer.batch(trainer.split.step(0, 4, 6))
     before = float(trainer.losses(batch).survival.mean())
-    directory = train(run)
     after = float(Trainer(replace(run, weights=str(directory))).losses(batch).survival.mean())
     assert after > before + 0.1
     speculative = SpeculativeConfig(method="dspark", model=str(directory), selection="fixed")
@@ -204,10 +217,10 @@ def test_averaged_weights_are_the_running_mean_and_the_others_come_back(run: Tra
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))
 
 
-def test_training_goes_on_from_exported_weights(run: TrainConfig, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("run")  # for its cache
+def test_training_goes_on_from_exported_weights(learnt: tuple[TrainConfig, Path], tmp_path: Path) -> None:
     """A new optimizer, a short warm-up: what was learnt stays, and more is learnt."""
-    first = replace(run, steps=100, eval_every=100, save_every=100, learning_rate=3e-3, averaging=0.9)
-    directory = train(first)
+    first, directory = learnt
     batches = [(trainer := Trainer(first)).batch(trainer.split.step(step, 4, 6)) for step in range(3)]
 
     def loss(weights: Path | None) -> float:
@@ -222,7 +235,7 @@ def test_training_goes_on_from_exported_weights(run: TrainConfig, tmp_path: Path
 
 def test_weights_move_to_another_draft_vocabulary_and_block_size(run: TrainConfig, tmp_path: Path) -> None:
     """Each token keeps its row of W2; one that was not drafted before starts at zero."""
-    small = replace(run, vocabulary=64, block_size=4)
+    small = replace(run, vocabulary=64, block_size=4, eval_every=12, save_every=12)
     directory = train(small)
     before = Trainer(replace(small, weights=str(directory)))
     after = Trainer(replace(run, vocabulary=96, weights=str(directory)))
@@ -240,7 +253,7 @@ def test_weights_move_to_another_draft_vocabulary_and_block_size(run: TrainConfi
 
 
 def test_only_the_trained_vocabulary_is_drafted(run: TrainConfig) -> None:
-    directory = train(replace(run, vocabulary=64))
+    directory = train(replace(run, vocabulary=64, eval_every=12, save_every=12))
     allowed = Trainer(replace(run, vocabulary=64)).draft_tokens
     assert allowed is not None
     seen: list[int] = []
