@@ -351,7 +351,6 @@ class Servings:
             draft = without_confidence(draft)
         device = self._stack.enter_context(TwinDevice())
         core, _ = load(device, selection, draft=draft, enable_prefix_caching=False, cuda_graph_sizes=(24,))
-        _serve(core, selection, params)
         return Served(core, selection, params, _serve(core, selection, params))
 
     def close(self) -> None:

@@ -12,9 +12,9 @@ addresses, and asks no Python. So what a step forgets to write into a static buf
 Waits are counted: `Device.fetch`, and every look at a result besides (`surprises`).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from dspark_kernels import Filters, ReferenceKernels
@@ -60,10 +60,26 @@ class Far(Tensor):
         raise TwinError(f"{func} outside of the twin's mode")
 
 
+class Result(NamedTuple):
+    """A tensor that a recorded operation gave; every replay puts its own there."""
+
+    tensor: Tensor
+    shape: torch.Size
+    stride: tuple[int, ...]
+    place: int
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "Result":
+        return cls(tensor, tensor.shape, tensor.stride(), tensor.data_ptr())
+
+
+Operation = tuple[Any, Any, Any, list[Result]]
+
+
 class Recorded(Generic[T]):
     """A graph: operations on CPU tensors that are kept, and what the recorded function returned."""
 
-    def __init__(self, operations: list[tuple[Any, Any, Any, Any]], result: T) -> None:
+    def __init__(self, operations: list[Operation], result: T) -> None:
         self._operations = operations
         self.result = result
 
@@ -71,12 +87,11 @@ class Recorded(Generic[T]):
         with _disable_current_modes():  # nothing here is far
             for func, args, kwargs, expected in self._operations:
                 out = func(*args, **kwargs)
-                for mine, first in zip(
-                    [out] if type(out) is Tensor else _leaves(_done(out), []), expected, strict=True
-                ):
-                    if mine.shape != first.shape or mine.stride() != first.stride():
-                        raise TwinError(f"{func} gave {[*mine.shape]} in a replay, {[*first.shape]} when recorded")
-                    if mine.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
+                found = [out] if type(out) is Tensor else _leaves((_done(out),), [])
+                for mine, (first, shape, stride, place) in zip(found, expected, strict=True):
+                    if mine.shape != shape or mine.stride() != stride:
+                        raise TwinError(f"{func} gave {[*mine.shape]} in a replay, {[*shape]} when recorded")
+                    if mine.data_ptr() != place:
                         first.copy_(mine)
 
 
@@ -93,7 +108,7 @@ class TwinDevice(TorchDispatchMode):
         self.surprises: list[str] = []  # looks at results that no `fetch` made
         self.launches = 0
         self._memory, self._working = (free, total), working
-        self._recording: list[tuple[Any, Any, Any, Any]] | None = None
+        self._recording: list[Operation] | None = None
         self._in_flight: set[int] = set()
         self.waits = 0  # for uploads that no fetch had already waited for
 
@@ -126,10 +141,9 @@ class TwinDevice(TorchDispatchMode):
 
     def capture(self, work: Callable[[], T]) -> Recorded[T]:
         assert self._recording is None
-        work()
         self._recording = []
         try:
-            result = work()
+            result = work()  # which runs it too: another run before it, as for CUDA, would change nothing
             return Recorded(self._recording, result)
         finally:
             self._recording = None
@@ -153,18 +167,22 @@ class TwinDevice(TorchDispatchMode):
 
     # -- the rules ---------------------------------------------------------------------------------------------------
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here: without its guard around each operation
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        tensors = _leaves((args, *kwargs.values()), [])
+        tensors = _leaves(kwargs.values(), _leaves(args, []))
         near = [each for each in tensors if type(each) is not Far]
         far = len(near) < len(tensors)
-        device = next((each for each in (*args, *kwargs.values()) if isinstance(each, torch.device)), None)
+        device = next((each for each in (*args, *kwargs.values()) if type(each) is torch.device), None)
         away = device == AWAY
-        if any(each.is_meta for each in near):
+        if near and any(each.is_meta for each in near):
             raise TwinError(f"{func}: a tensor was made on the device behind its back (torch.tensor(device=...))")
         if not far and not away:
             return func(*args, **kwargs)
-        name = func.name().split(".")[0]
+        name = _name(func)
         moves = name in COPIES and ((away and bool(near)) or (far and (bool(near) or device == HOME)))
         if self._recording is not None and moves:
             raise TwinError(f"{func}: a copy between host and device inside a graph")
@@ -179,30 +197,38 @@ class TwinDevice(TorchDispatchMode):
             if self._recording is not None:
                 raise TwinError(f"{func}: a look at a result inside a graph")
             self.surprises.append(name)
-        args, kwargs = _near(args), {key: _near(value) for key, value in kwargs.items()}
-        with torch.inference_mode(False), torch.no_grad():  # wrappers know nothing of inference tensors
+        args, kwargs = tuple(map(_near, args)), {key: _near(value) for key, value in kwargs.items()}
+        with torch._C._InferenceMode(False):  # wrappers know nothing of inference tensors
             out = _done(func(*args, **kwargs))
             self.launches += 1
             if self._recording is not None and not _is_view(func, args, out):  # a view of what stays where it is
-                self._recording.append((func, args, kwargs, _leaves(out, [])))
+                self._recording.append((func, args, kwargs, [Result.of(each) for each in _leaves((out,), [])]))
             if far and device == HOME:
                 return out
             return _far(out)
 
 
-def _leaves(value: Any, found: list[Tensor]) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        found.append(value)
-    elif isinstance(value, (list, tuple)):
-        for each in value:
+def _leaves(values: Iterable[Any], found: list[Tensor]) -> list[Tensor]:
+    """Append all tensors among the values, and in lists and tuples among them."""
+    for each in values:
+        if isinstance(each, Tensor):
+            found.append(each)
+        elif isinstance(each, (list, tuple)):
             _leaves(each, found)
     return found
 
 
 def _is_view(func: Any, args: Any, out: Any) -> bool:
     """Whether the operation only gave views of its arguments, and wrote to none of them."""
+    if _writes(func):
+        return False
     own = {each.untyped_storage().data_ptr() for each in _leaves(args, [])}
-    return not _writes(func) and all(each.untyped_storage().data_ptr() in own for each in _leaves(out, []))
+    return all(each.untyped_storage().data_ptr() in own for each in _leaves((out,), []))
+
+
+@cache
+def _name(func: Any) -> str:
+    return str(func.name().split(".")[0])
 
 
 @cache
@@ -220,10 +246,11 @@ def _done(out: Any) -> Any:
 
 
 def _near(value: Any) -> Any:
-    if type(value) is Far:
+    kind = type(value)
+    if kind is Far:
         return value.near
-    if isinstance(value, (list, tuple)):
-        return type(value)([_near(each) for each in value])
+    if kind is list or kind is tuple:
+        return kind(map(_near, value))
     return HOME if isinstance(value, torch.device) else value
 
 
