@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PORT ?= 8000
 ARGS ?=
-WORKERS ?= 2
+WORKERS ?= 3
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH := $(VENV)/.installed-torch
@@ -18,7 +18,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 help:
 	@echo "make serve [PORT=8000] [ARGS='--max-num-seqs 32']   set up and serve SmolLM2-135M-Instruct on 127.0.0.1"
-	@echo "make test  [WORKERS=2] [ARGS='-k blocks']           set up and run the tests"
+	@echo "make test  [WORKERS=3] [ARGS='-k blocks']           set up and run the tests"
 	@echo "make test-clients [ARGS='-k guidellm']              real clients against a real server; each in its own venv"
 	@echo "make test-reliability [SOAK=180]                    faults on a live server, fuzzers, schemathesis, a soak; a table"
 	@echo "make check                                          format, lint and types"
