@@ -10,15 +10,6 @@ WORKER = "PYTEST_XDIST_WORKER" in os.environ
 if WORKER:  # another worker has the other core; processes that tests start inherit it
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# isort: off
-import dspark_server  # noqa: E402, F401 - says how threads wait: torch's would spin, where two share a core
-import torch  # noqa: E402 - reads all that
-# isort: on
-
-# Settled when triton is first imported, by any test.
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-
 HERE = Path(__file__).parent
 # What takes longest starts first, so that no worker is left with it at the end.
 FIRST = (
@@ -34,6 +25,20 @@ FIRST = (
     "kernels",
     "evaluation",
 )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Import torch, if tests run in this process, after all that it reads."""
+    if not WORKER and config.getoption("numprocesses", None):
+        return
+    # isort: off
+    import dspark_server  # noqa: F401 - says how threads wait: torch's would spin, where two share a core
+    import torch
+    # isort: on
+
+    # Settled when triton is first imported, by any test.
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def _rank(path: str) -> int:

@@ -24,7 +24,7 @@ from dspark_server.speculation.noise import CounterStreams
 
 from .support import SMOLLM2_COSTS
 
-TOKENS = 96
+TOKENS = 48
 # As measured for tests/models/test_default_model.py: two or three steps of a bf16 logit near 20.
 TIE = 0.5
 MOST_DISAGREEMENTS = 0.03
@@ -36,6 +36,12 @@ TEXTS = [
     "If I have 3 apples and buy 5 more, then",
     "Once upon a time, in a village by the sea,",
     "The difference between a list and a tuple in Python is",
+    "A recipe for pancakes: take two eggs,",
+    "SELECT name, COUNT(*) FROM orders",
+    "The prime numbers below 30 are",
+    "Dear Sir or Madam, I am writing to",
+    "Vaccines work by",
+    "It was a dark and stormy night;",
 ]
 
 
@@ -99,7 +105,7 @@ def exponentials(core: EngineCore, tokens: list[int], prompt_length: int, own: S
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "busy": {},
-    "preempted": {"num_blocks": 26, "max_num_batched_tokens": 24, "max_num_seqs": 6, "enable_prefix_caching": False},
+    "preempted": {"num_blocks": 26, "max_num_batched_tokens": 32, "max_num_seqs": 12, "enable_prefix_caching": False},
 }
 
 
