@@ -99,7 +99,9 @@ def test_a_cost_measured_lately_outweighs_those_that_were_not() -> None:
     """More work never costs less: where that moves costs, those that were not measured lately move."""
     capacity = Capacity(SERVED, 64, 8)
     serve(capacity, 2000, tokens=64, requests=0)
-    serve(capacity, 30, tokens=1, requests=0, factor=16)
+    serve(capacity, 8, tokens=1, requests=0, factor=16)
+    assert capacity.raw[1] > 12.5 * SERVED.verify[0]  # 10.8 if all were adjusted alike
+    serve(capacity, 22, tokens=1, requests=0, factor=16)
     assert capacity.raw[1] == pytest.approx(16 * SERVED.verify[0], rel=0.02)
     assert capacity.raw[64] >= capacity.raw[1]
 
