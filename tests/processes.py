@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -41,8 +42,7 @@ def _main(
     if fork_ranks:
         # Of the server that made this process, which would start another, as it did not start that one itself.
         forkserver._forkserver.ensure_running = lambda: None  # type: ignore[attr-defined]
-        started = lambda *command, **options: Rank(log, *command, **options)  # noqa: E731
-        ranks.subprocess = SimpleNamespace(Popen=started, PIPE=subprocess.PIPE)  # type: ignore[assignment]
+        ranks.subprocess = SimpleNamespace(Popen=partial(Rank, log), PIPE=subprocess.PIPE)  # type: ignore[assignment]
     main()
 
 

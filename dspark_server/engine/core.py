@@ -1,7 +1,6 @@
 """Builds an engine from its configuration: model, drafter, KV pool, batcher, step loop."""
 
 import importlib.util
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from dspark_server.engine.step import StepLoop
 from dspark_server.engine.threads import ThreadCount
 from dspark_server.engine.trace import StepOutput
 from dspark_server.errors import CheckpointError, ConfigError
+from dspark_server.models.config import read_json
 from dspark_server.models.decoder import Decoder
 from dspark_server.models.ends import end_tokens
 from dspark_server.models.hub import cache_dir, resolve_model, shipped_drafter
@@ -257,11 +257,11 @@ def _bare_config(directory: Path) -> PreTrainedConfig | None:
     It would import the model's configuration class, and with it torch's compiler and much else: seconds of each start.
     """
     try:
-        own = json.loads((directory / "tokenizer_config.json").read_text())
+        own = read_json(directory / "tokenizer_config.json")
         if "tokenizer_class" in own and "auto_map" not in own:
-            fields = json.loads((directory / "config.json").read_text())
+            fields = read_json(directory / "config.json")
             return PreTrainedConfig.from_dict(fields | {"_name_or_path": str(directory)})
-    except (OSError, ValueError, TypeError, AttributeError):  # AutoTokenizer says what is wrong
+    except (CheckpointError, ValueError, TypeError, AttributeError):  # AutoTokenizer says what is wrong
         pass
     return None
 

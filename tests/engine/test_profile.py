@@ -151,7 +151,7 @@ def test_it_is_measured_again_when_asked_or_for_another_engine(tmp_path: Path) -
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
-    """What executors do, with how many tokens or requests, from here on."""
+    """The passes and drafts of executors from here on, each with its number of tokens or requests."""
     seen: list[tuple[str, int]] = []
     verify, draft = TorchExecutor.verify, TorchExecutor.draft
 

@@ -33,7 +33,7 @@ def test_norms_and_silu(rows: int, features: int, dtype: torch.dtype) -> None:
 
 
 def test_the_residual_is_normalised_as_it_is_stored() -> None:
-    """What is rounded away from the sum does not reach the norm, so that layers see the residual they will read."""
+    """The norm reads the rounded sum, so that layers see the residual they will read."""
     x, residual, weight = torch.full((1, 4), 2.0**-12), torch.tensor([[1.0, 2.0, 3.0, 4.0]]), torch.ones(4)
     stored = residual.half()
     close(TRITON.add_rms_norm(x.half(), stored, weight.half(), 1e-6), TRITON.rms_norm(stored, weight.half(), 1e-6))

@@ -54,7 +54,7 @@ def test_a_hub_id_without_a_network(error: Exception, monkeypatch: pytest.Monkey
 
 @pytest.fixture
 def downloads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str | None, list[str]]]:
-    """What was asked of the Hub: id, revision, patterns."""
+    """The downloads asked of the Hub: id, revision, patterns."""
     asked: list[tuple[str, str | None, list[str]]] = []
 
     def download(model_id: str, revision: str | None, allow_patterns: list[str]) -> str:

@@ -71,7 +71,7 @@ def drafted_law(world: World) -> Tensor:
 
 
 def claimed_law(world: World, previous: Tensor) -> Tensor:
-    """What production reports as q."""
+    """[n, V]: the q that production reports after each of `previous` [n]."""
     return distribution(world.draft[previous], world.sampling(len(previous), drafting=True))
 
 

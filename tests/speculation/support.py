@@ -98,7 +98,7 @@ class World:
         return self._batches[name]
 
     def verify_logits(self, states: Tensor, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, list[int]]:
-        """What the target says along each draft: states [n, 2], tokens [n, gamma], lengths [n] -> logits, row_start."""
+        """The target's rows along each draft: states [n, 2], tokens [n, gamma], lengths [n] -> logits, row_start."""
         seen = torch.cat([states, tokens], dim=1)
         rows = torch.stack([self.target[seen[:, k], seen[:, k + 1]] for k in range(self.gamma + 1)], dim=1)
         wanted = torch.arange(self.gamma + 1) <= lengths[:, None]

@@ -276,7 +276,7 @@ FILTERS: dict[str, Callable[[Law], NDArray[np.bool_]]] = {
 @pytest.mark.parametrize("rule", LAWS)
 @pytest.mark.parametrize("names", [("top_k",), ("top_p",), ("min_p",), ("min_p", "top_k", "top_p")])
 def test_the_joint_law_is_the_filtered_targets(rule: str, names: tuple[str, ...]) -> None:
-    """What a filter leaves of the target, however the draft was filtered."""
+    """The target after its filters, however the draft was filtered."""
     values = {"top_k": 2, "top_p": 0.7, "min_p": 0.4}
     for seed in range(3):
         pair = Pair(4, 2, seed, "random")

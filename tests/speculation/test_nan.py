@@ -175,7 +175,7 @@ def test_the_broken_row_of_a_rejected_draft_token_breaks_no_other(slot: int, par
 
 @pytest.mark.parametrize("params", [greedy(20), seeded(3, 20)], ids=["greedy", "seeded"])
 def test_a_draft_token_that_stands_is_kept_though_its_own_row_is_broken(params: object) -> None:
-    """What follows it is for the next pass to say, where it is the anchor: then, if at all, its request fails."""
+    """The next pass, where it is the anchor, says what follows: then, if at all, its request fails."""
     made = prompts(3)
     expected = tiny_core(drafter=False).generate(made, params)
     core = tiny_core()

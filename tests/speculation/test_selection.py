@@ -315,7 +315,7 @@ def test_context_makes_tokens_dearer() -> None:
 
 
 def test_a_prefill_chunk_does_not_make_drafts_look_cheap() -> None:
-    """Where drafts do not pay without the chunk, they do not pay beside it."""
+    """Drafts that do not pay without the chunk do not pay beside it."""
     costs = capacity([1.0 + 0.1 * tokens for tokens in range(1, 400)])
     survival = torch.full((4, 4), 0.15).cumprod(1)
     policy = build_selection("causal", costs)
