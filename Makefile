@@ -2,10 +2,11 @@
 PYTHON ?= python3
 PORT ?= 8000
 ARGS ?=
-WORKERS ?= 3
+WORKERS ?= 4
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH := $(VENV)/.installed-torch
+COMPILED := $(VENV)/.compiled-torch
 ZIG := $(VENV)/.installed-zig
 STAMP := $(VENV)/.installed
 TOOLS := $(VENV)/.installed-tools
@@ -21,7 +22,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 help:
 	@echo "make serve [PORT=8000] [ARGS='--max-num-seqs 32']   set up and serve SmolLM2-135M-Instruct on 127.0.0.1"
-	@echo "make test  [WORKERS=3] [ARGS='-k blocks']           set up and run the tests"
+	@echo "make test  [WORKERS=4] [ARGS='-k blocks']           set up and run the tests"
 	@echo "make test-clients [ARGS='-k guidellm']              real clients against a real server; each in its own venv"
 	@echo "make test-reliability [SOAK=180]                    faults on a live server, fuzzers, schemathesis, a soak; a table"
 	@echo "make check                                          format, lint and types"
@@ -33,10 +34,15 @@ help:
 $(BIN)/python:
 	@$(PYTHON) -m venv $(VENV)
 
-# First and alone: its CPU build must be there before anything else asks for a torch.
+# First: its CPU build must be there before anything else asks for a torch.
 $(TORCH): requirements.txt | $(BIN)/python
 	@echo "installing pinned dependencies (torch is 200 MB) ..." >&2
 	@$(BIN)/pip install --progress-bar on torch==2.13.0
+	@touch $@
+
+# Most of torch, once and beside pip, and not by every test worker at the same time.
+$(COMPILED): $(TORCH)
+	@$(BIN)/python -W ignore -c "import torch._dynamo, torch.distributed.tensor"
 	@touch $@
 
 # Without a C compiler the kernels are built with the one ziglang brings (100 MB).
@@ -56,7 +62,7 @@ $(TOOLS): requirements-dev.txt $(ZIG)
 	@$(BIN)/pip install --progress-bar on --no-deps -r requirements-dev.txt
 	@touch $@
 
-$(DEV): $(STAMP) $(TOOLS)
+$(DEV): $(STAMP) $(TOOLS) $(COMPILED)
 	@touch $@
 
 serve: $(STAMP)
