@@ -13,14 +13,15 @@ Waits are counted: `Device.fetch`, and every look at a result besides (`surprise
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache
+from dataclasses import is_dataclass
+from functools import cache, partial, wraps
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from dspark_kernels import Filters, ReferenceKernels
 from dspark_kernels.reference import read_rows
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
 T = TypeVar("T")
 AWAY = torch.device("meta")
@@ -85,7 +86,7 @@ class Recorded(Generic[T]):
         self.result = result
 
     def replay(self) -> None:
-        with _disable_current_modes():  # nothing here is far
+        with torch._C._DisableTorchDispatch():  # nothing here is far
             for func, args, kwargs, expected in self._operations:
                 out = func(*args, **kwargs)
                 if type(out) is Tensor:
@@ -254,14 +255,30 @@ class TwinDevice(TorchDispatchMode):
                 return args[0]
             return _far(out)
 
+    def launch(self, work: Callable[..., T], args: Any, kwargs: Any) -> T:
+        """Run a kernel as one operation: all of its tensors are the device's, and it looks at none of them."""
+        host: list[Tensor] = []
+        mine, named = [_near(each, host) for each in args], {name: _near(each, host) for name, each in kwargs.items()}
+        for each in host:
+            raise TwinError(f"{work} was given a tensor of the host, {list(each.shape)}")
+        with torch._C._DisableTorchDispatch(), torch._C._InferenceMode(False):
+            out = work(*mine, **named)
+        self.launches += 1
+        if self._recording is not None:
+            self._recording.append((work, mine, named, [Result.of(each) for each in _leaves((out,), [])]))
+        with torch._C._InferenceMode(False):
+            return _far(out)  # type: ignore[no-any-return]
+
 
 def _leaves(values: Iterable[Any], found: list[Tensor]) -> list[Tensor]:
-    """Append all tensors among the values, and in lists and tuples among them."""
+    """Append all tensors among the values, and in lists, tuples and dataclasses among them."""
     for each in values:
         if isinstance(each, Tensor):
             found.append(each)
         elif isinstance(each, (list, tuple)):
             _leaves(each, found)
+        elif is_dataclass(each):
+            _leaves(vars(each).values(), found)
     return found
 
 
@@ -292,6 +309,8 @@ def _near(value: Any, host: list[Tensor]) -> Any:
         return kind([_near(each, host) for each in value])
     if isinstance(value, Tensor):
         host.append(value)
+    elif is_dataclass(value):
+        return kind(**{name: _near(each, host) for name, each in vars(value).items()})
     return HOME if kind is torch.device else value
 
 
@@ -300,15 +319,40 @@ def _far(value: Any) -> Any:
         return Far(value)
     if isinstance(value, (list, tuple)):
         return tuple([_far(each) for each in value])
+    if is_dataclass(value):
+        return type(value)(**{name: _far(each) for name, each in vars(value).items()})
     return value
+
+
+def kernel(work: Callable[..., T]) -> Callable[..., T]:
+    """A method as one launch on the device that is not there, where its tensors are the device's."""
+
+    @wraps(work)
+    def launched(self: Any, *args: Any, **kwargs: Any) -> T:
+        if not any(type(each) is Far for each in _leaves((*args, *kwargs.values()), [])):
+            return work(self, *args, **kwargs)
+        device = _get_current_dispatch_mode()
+        assert isinstance(device, TwinDevice), f"{work.__name__} outside of the twin's mode"
+        return device.launch(partial(work, self), args, kwargs)
+
+    return launched
 
 
 class TwinKernels(ReferenceKernels):
     """The reference kernels as a device's must be: nothing read on the host, shapes from shapes alone.
 
-    What attention gives tokens of no run is NaN, so that whoever uses it is found out.
+    Each is one launch. What attention gives tokens of no run is NaN, so that whoever uses it is found out.
     """
 
+    rms_norm = kernel(ReferenceKernels.rms_norm)
+    add_rms_norm = kernel(ReferenceKernels.add_rms_norm)
+    rotary_kv_write = kernel(ReferenceKernels.rotary_kv_write)
+    silu_mul = kernel(ReferenceKernels.silu_mul)
+    argmax = kernel(ReferenceKernels.argmax)
+    linear = kernel(ReferenceKernels.linear)
+    draft_tokens = kernel(ReferenceKernels.draft_tokens)
+
+    @kernel
     def paged_attention(
         self,
         qkv: Tensor,
@@ -346,6 +390,7 @@ class TwinKernels(ReferenceKernels):
         out = torch.einsum("qhgk,qkhd->qhgd", weights, seen).flatten(1)
         return out.masked_fill((index >= query_start[-1]).unsqueeze(1), float("nan")).to(qkv.dtype)
 
+    @kernel
     def filter_logits(self, logits: Tensor, rows: Tensor, inverse_temperature: Tensor, filters: Filters) -> Tensor:
         out = logits[rows]
         scaled = out * inverse_temperature.unsqueeze(1)
@@ -362,6 +407,7 @@ class TwinKernels(ReferenceKernels):
         fine = (out < torch.inf).all(-1, keepdim=True)
         return out.masked_fill(fine & (scaled < floor.unsqueeze(1)), -torch.inf)
 
+    @kernel
     def accept_by_ratio(
         self,
         logits: Tensor,
