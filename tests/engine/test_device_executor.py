@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +19,7 @@ from dspark_server.config import EngineConfig, SpeculativeConfig
 from dspark_server.engine.core import EngineCore
 from dspark_server.engine.device_executor import DeviceExecutor
 from dspark_server.engine.request import SamplingParams
+from dspark_server.engine.stats import EngineStats
 from dspark_server.engine.step import POPULATION_MEMORY
 from dspark_server.engine.trace import StepTrace
 from dspark_server.runtime.graphs import Graphs
@@ -94,22 +95,70 @@ def load(
     return core, seen
 
 
-def both(
-    work: Callable[[EngineCore], Any], selection: str = "fixed", *, steps: bool = True, **options: Any
-) -> tuple[EngineCore, TwinDevice]:
-    """Do the same with the plain executor and with the device's: the same must come of it, and of all its `steps`."""
-    settings = {name: value for name, value in options.items() if name not in ("cuda_graph_sizes", "enforce_eager")}
-    plain, expected = load(None, selection, **settings)
-    wanted = work(plain)
-    with TwinDevice() as device:
-        core, seen = load(device, selection, **options)
-        device.fetch([])  # what recording has uploaded is there
-        device.syncs, device.waits, device.surprises = 0, 0, []
-        assert work(core) == wanted
-    assert seen
-    assert seen == expected or not steps
-    assert device.waits <= core.loop.stats.steps - len(seen), "a buffer was filled twice between two waits"
-    return core, device
+def renew(core: EngineCore, selection: str) -> None:
+    """Make an engine that has no requests what it was when loaded, except for what its memory and its graphs hold."""
+    stats = EngineStats(accepted_per_position=[0] * core.loop.executor.gamma)
+    vars(core.loop.stats).update(vars(stats))
+    core.batcher.pool.reset()
+    core.select(selection)
+    core.loop._everyone = SurvivalHistory(memory=POPULATION_MEMORY)
+    core.batcher._drafted = float(core.batcher.gamma)
+    if isinstance(core.loop.executor, DeviceExecutor):
+        core.loop.executor.passes.replays = core.loop.executor.drafts.replays = 0
+
+
+class Engines:
+    """The engines of this file, each loaded once, and renewed for each test."""
+
+    def __init__(self) -> None:
+        self._loaded: dict[str, tuple[EngineCore, list[Seen], TwinDevice | None]] = {}
+
+    def plain(self, selection: str = "fixed", **options: Any) -> tuple[EngineCore, list[Seen]]:
+        options = {name: value for name, value in options.items() if name not in ("cuda_graph_sizes", "enforce_eager")}
+        core, seen, _ = self._renewed(None, selection, options)
+        return core, seen
+
+    @contextmanager
+    def twin(self, selection: str = "fixed", **options: Any) -> Iterator[tuple[EngineCore, list[Seen], TwinDevice]]:
+        """Yield an engine of a device, with its steps and its device, whose mode is on."""
+        known = self._loaded.get(self._key(True, options))
+        with TwinDevice() if known is None or known[2] is None else known[2] as device:
+            core, seen, _ = self._renewed(device, selection, options)
+            device.fetch([])  # what recording has uploaded is there
+            device.syncs, device.waits, device.surprises = 0, 0, []
+            yield core, seen, device
+
+    def _renewed(
+        self, device: TwinDevice | None, selection: str, options: dict[str, Any]
+    ) -> tuple[EngineCore, list[Seen], TwinDevice | None]:
+        key = self._key(device is not None, options)
+        if key not in self._loaded:
+            self._loaded[key] = (*load(device, selection, **options), device)
+        core, seen, _ = self._loaded[key]
+        renew(core, selection)
+        seen.clear()
+        return self._loaded[key]
+
+    def _key(self, away: bool, options: dict[str, Any]) -> str:
+        return repr((away, sorted(options.items())))
+
+    def both(
+        self, work: Callable[[EngineCore], Any], selection: str = "fixed", *, steps: bool = True, **options: Any
+    ) -> tuple[EngineCore, TwinDevice]:
+        """Do the same with the plain executor and with the device's: the same must come of it, and of its `steps`."""
+        plain, expected = self.plain(selection, **options)
+        wanted = work(plain)
+        with self.twin(selection, **options) as (core, seen, device):
+            assert work(core) == wanted
+        assert seen
+        assert seen == expected or not steps
+        assert device.waits <= core.loop.stats.steps - len(seen), "a buffer was filled twice between two waits"
+        return core, device
+
+
+@pytest.fixture(scope="module")
+def engines() -> Engines:
+    return Engines()
 
 
 def sampled(temperature: float = 0.9, max_tokens: int = 9, **params: Any) -> SamplingParams:
@@ -133,9 +182,9 @@ def executor_of(core: EngineCore) -> DeviceExecutor:
 
 
 @pytest.mark.parametrize("selection", ["causal", "lagged", "fixed"])
-def test_the_same_tokens_and_so_many_waits(selection: str) -> None:
+def test_the_same_tokens_and_so_many_waits(engines: Engines, selection: str) -> None:
     """Under lagged a step waits once, under the others twice, once if nothing is drafted; and never by accident."""
-    core, device = both(generate(AT_ONCE), selection)
+    core, device = engines.both(generate(AT_ONCE), selection)
     steps, drafted = core.loop.stats.steps, core.loop.stats.drafting["drafted"]
     assert drafted > 0
     assert core.loop.stats.accepted_tokens > 0
@@ -149,72 +198,73 @@ def test_the_same_tokens_and_so_many_waits(selection: str) -> None:
 
 
 @pytest.mark.parametrize("selection", ["lagged", "fixed"])
-def test_filters_cost_no_wait(selection: str) -> None:
-    core, device = both(generate(FILTERED), selection)
+def test_filters_cost_no_wait(engines: Engines, selection: str) -> None:
+    core, device = engines.both(generate(FILTERED), selection)
     assert core.loop.stats.accepted_tokens > 0
     assert device.surprises == []
     assert device.syncs <= core.loop.stats.steps * (1 if selection == "lagged" else 2)
     assert executor_of(core).drafts.replays > 0
     bare = [sampled(params.temperature, params.max_tokens) for params in FILTERED]
-    assert generate(FILTERED)(load(None)[0]) != generate(bare)(load(None)[0]), "the filters do not matter here"
+    assert generate(FILTERED)(engines.plain()[0]) != generate(bare)(engines.plain()[0]), (
+        "the filters do not matter here"
+    )
 
 
-def test_copies_of_the_context_beside_the_drafters_blocks() -> None:
+def test_copies_of_the_context_beside_the_drafters_blocks(engines: Engines) -> None:
     """Greedy text repeats itself after these prompts. Where copies are drafted alone, a step is not run ahead."""
 
     def repeated(core: EngineCore) -> list[list[int]]:
         return core.generate([REPETITIVE[0], prompts(1)[0], REPETITIVE[2]], [greedy(18), sampled(), greedy(16)])
 
-    core, device = both(repeated, "lagged")
+    core, device = engines.both(repeated, "lagged")
     assert core.loop.stats.drafting["copied"] > 0
     assert device.surprises == []
     assert device.syncs <= 2 * core.loop.stats.steps
-    alone, device = both(repeated, "fixed", method="ngram")
+    alone, device = engines.both(repeated, "fixed", method="ngram")
     assert alone.loop.stats.drafting["copied"] > 0
     assert device.syncs <= alone.loop.stats.steps
 
 
 @pytest.mark.parametrize(
     "options",
-    [{"head": "vanilla"}, {"head": "rnn"}, {"head": "gated", "speculative": {"shortlist": 24}}],
+    [{}, {"head": "rnn"}, {"head": "gated", "speculative": {"shortlist": 24}}],
     ids=["vanilla", "rnn", "shortlist"],
 )
-def test_what_looks_at_its_own_numbers_runs_eagerly(options: dict[str, Any]) -> None:
-    core, device = both(generate(SLOT_BY_SLOT), "causal", **options)
+def test_what_looks_at_its_own_numbers_runs_eagerly(engines: Engines, options: dict[str, Any]) -> None:
+    core, device = engines.both(generate(SLOT_BY_SLOT), "causal", **options)
     assert core.loop.stats.accepted_tokens > 0
     assert device.surprises, "these wait where the table in docs/gpu.md says so"
     assert executor_of(core).drafts.replays > 0, "but the backbone is replayed"
 
 
 @pytest.mark.parametrize("options", [{"cuda_graph_sizes": (2, 4)}, {"enforce_eager": True, "cuda_graph_sizes": ()}])
-def test_a_step_beyond_the_largest_graph_runs_eagerly(options: dict[str, Any]) -> None:
-    core, _ = both(generate(AT_ONCE[:4]), "lagged", **options)
+def test_a_step_beyond_the_largest_graph_runs_eagerly(engines: Engines, options: dict[str, Any]) -> None:
+    core, _ = engines.both(generate(AT_ONCE[:4]), "lagged", **options)
     replays = executor_of(core).passes.replays
     assert replays < core.loop.stats.steps
     assert (replays > 0) == ("enforce_eager" not in options)
 
 
-def test_prompts_are_scored_and_prefixes_reused() -> None:
+def test_prompts_are_scored_and_prefixes_reused(engines: Engines) -> None:
     def work(core: EngineCore) -> Any:
         scored = SamplingParams(max_tokens=4, temperature=0.0, prompt_logprobs=1, logprobs=1, ignore_eos=True)
         first = core.generate(prompts(3), [scored, greedy(6), sampled()])
         return first + core.generate(prompts(3), [greedy(6)] * 3), core.loop.stats.prefix_hits
 
-    core, _ = both(work, "lagged")
+    core, _ = engines.both(work, "lagged")
     assert core.loop.stats.prefix_hits > 0
 
 
-def test_fp8_rows_are_those_of_the_reference() -> None:
+def test_fp8_rows_are_those_of_the_reference(engines: Engines) -> None:
     # Survivals may differ: one last bit of float32 can round a value to the next one that e4m3 has.
-    core, _ = both(generate(AT_ONCE[:3]), kv_cache_dtype="fp8", steps=False)
+    core, _ = engines.both(generate(AT_ONCE[:3]), kv_cache_dtype="fp8", steps=False)
     assert core.cache_dtype == "float8_e4m3fn"
     assert executor_of(core).pool.layers(0)[0][0].dtype == torch.float8_e4m3fn
 
 
-def test_padding_never_reaches_a_row_that_is_read() -> None:
+def test_padding_never_reaches_a_row_that_is_read(engines: Engines) -> None:
     """Padded rows are NaN after attention (TwinKernels): they may stand in the scratch slot alone."""
-    with TwinDevice() as device:
-        core, _ = load(device, "lagged", cuda_graph_sizes=(24,))
+    with engines.twin("lagged", cuda_graph_sizes=(24,)) as (core, _, _):
         core.generate(prompts(3), AT_ONCE[:3])
         pool = executor_of(core).pool
         for group in range(2):
@@ -226,10 +276,9 @@ def test_padding_never_reaches_a_row_that_is_read() -> None:
     assert any(written), "no step was padded: the test has no force"
 
 
-def test_a_pass_that_was_run_ahead_is_not_taken_for_another(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pass_that_was_run_ahead_is_not_taken_for_another(engines: Engines, monkeypatch: pytest.MonkeyPatch) -> None:
     """If selection comes to other lengths than the device did, the pass is run again with them."""
-    with TwinDevice() as device:
-        core, _ = load(device, "lagged", cuda_graph_sizes=(24,))
+    with engines.twin("lagged", cuda_graph_sizes=(24,)) as (core, _, _):
         wanted = core.generate(prompts(3), AT_ONCE[:3])
         executor = executor_of(core)
         replays, steps = executor.passes.replays, core.loop.stats.steps
@@ -242,9 +291,8 @@ def test_a_pass_that_was_run_ahead_is_not_taken_for_another(monkeypatch: pytest.
     assert executor.passes.replays - replays > core.loop.stats.steps - steps
 
 
-def test_a_failed_step_leaves_nothing_behind() -> None:
-    with TwinDevice() as device:
-        core, _ = load(device, "lagged", cuda_graph_sizes=(24,))
+def test_a_failed_step_leaves_nothing_behind(engines: Engines) -> None:
+    with engines.twin("lagged", cuda_graph_sizes=(24,)) as (core, _, _):
         wanted = core.generate(prompts(2), AT_ONCE[:2])
         with failpoints.armed(step_verify="raise:MemoryError@2"), pytest.raises(MemoryError):
             core.generate(prompts(2), AT_ONCE[:2])
@@ -314,18 +362,15 @@ def _serve(
 
     Raises Different at the first step that is not as `wanted`.
     """
+    renew(core, selection)
     passes, found = executor_of(core).passes, list[Any]()
-    before = passes.replays
 
     def look(trace: StepTrace) -> None:
-        found.append((passes.replays - before, Seen.of(trace)))
+        found.append((passes.replays, Seen.of(trace)))
         if wanted is not None and found[-1:] != wanted[len(found) - 1 : len(found)]:
             raise Different(f"step {len(found)}")
 
     core.loop.watch(look)
-    core.select(selection)
-    core.loop._everyone = SurvivalHistory(memory=POPULATION_MEMORY)
-    core.batcher._drafted = float(core.batcher.gamma)
     tokens = core.generate(STALE_PROMPTS[: len(params)], params)
     return [*found, tokens]
 
@@ -337,6 +382,7 @@ class Servings:
         self._directory = directory
         self._stack = ExitStack()
         self._served: tuple[str, Served] | None = None
+        self._cores: dict[bool, tuple[EngineCore, TwinDevice]] = {}
 
     def of(self, kind: str) -> Served:
         if self._served is None or self._served[0] != kind:
@@ -346,12 +392,21 @@ class Servings:
 
     def _serve(self, kind: str) -> Served:
         selection = "causal" if kind == "causal" else "lagged"
-        draft, params = calibrated(self._directory), STALE_FILTERED if kind == "filtered" else STALE
-        if kind == "unsure":
-            draft = without_confidence(draft)
-        device = self._stack.enter_context(TwinDevice())
-        core, _ = load(device, selection, draft=draft, enable_prefix_caching=False, cuda_graph_sizes=(24,))
+        params = STALE_FILTERED if kind == "filtered" else STALE
+        core = self._core(sure=kind != "unsure")
         return Served(core, selection, params, _serve(core, selection, params))
+
+    def _core(self, sure: bool) -> EngineCore:
+        """Return a core whose drafter is calibrated, and says how likely its tokens stand if `sure`; its mode is on."""
+        if sure in self._cores:
+            core, device = self._cores[sure]
+            self._stack.enter_context(device)
+            return core
+        draft, device = calibrated(self._directory), self._stack.enter_context(TwinDevice())
+        draft = draft if sure else without_confidence(draft)
+        core, _ = load(device, "lagged", draft=draft, enable_prefix_caching=False, cuda_graph_sizes=(24,))
+        self._cores[sure] = core, device
+        return core
 
     def close(self) -> None:
         with self._stack:

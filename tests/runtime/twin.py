@@ -13,14 +13,15 @@ Waits are counted: `Device.fetch`, and every look at a result besides (`surprise
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache
+from dataclasses import is_dataclass
+from functools import cache, partial, wraps
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from dspark_kernels import Filters, ReferenceKernels
 from dspark_kernels.reference import read_rows
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
 T = TypeVar("T")
 AWAY = torch.device("meta")
@@ -30,6 +31,7 @@ HOME = torch.device("cpu")
 LOOKS = {"aten::_local_scalar_dense", "aten::item", "aten::is_nonzero", "aten::equal", "aten::nonzero",
          "aten::masked_select", "aten::unique_dim", "aten::_unique2", "aten::repeat_interleave"}  # fmt: skip
 COPIES = {"aten::copy_", "aten::_to_copy", "aten::to"}
+PLAIN = {int, float, bool, type(None), str, torch.dtype}
 
 
 class TwinError(AssertionError):
@@ -84,15 +86,55 @@ class Recorded(Generic[T]):
         self.result = result
 
     def replay(self) -> None:
-        with _disable_current_modes():  # nothing here is far
+        with torch._C._DisableTorchDispatch():  # nothing here is far
             for func, args, kwargs, expected in self._operations:
                 out = func(*args, **kwargs)
-                found = [out] if type(out) is Tensor else _leaves((_done(out),), [])
-                for mine, (first, shape, stride, place) in zip(found, expected, strict=True):
+                if type(out) is Tensor:
+                    ((first, shape, stride, place),) = expected
+                    if out is not first:
+                        if out.shape != shape or out.stride() != stride:
+                            raise _changed(func, out, shape)
+                        if out.data_ptr() != place:
+                            first.copy_(out)
+                    continue
+                for mine, (first, shape, stride, place) in zip(_leaves((_done(out),), []), expected, strict=True):
                     if mine.shape != shape or mine.stride() != stride:
-                        raise TwinError(f"{func} gave {[*mine.shape]} in a replay, {[*shape]} when recorded")
+                        raise _changed(func, mine, shape)
                     if mine.data_ptr() != place:
                         first.copy_(mine)
+
+
+def _changed(func: Any, mine: Tensor, shape: torch.Size) -> TwinError:
+    return TwinError(f"{func} gave {[*mine.shape]} in a replay, {[*shape]} when recorded")
+
+
+class Rule(NamedTuple):
+    """What is known of an operation without its arguments."""
+
+    name: str
+    device: int | None  # the place of its argument `device`, where it has one
+    looks: bool
+    copies: bool
+    indexes: bool  # and a mask's shape depends on its values
+    gathers: bool  # the device may be indexed with a tensor of the host, which is copied
+    writes: bool  # it changes an argument: a collective does, though its schema does not say so
+    collective: bool
+
+
+@cache
+def _rule(func: Any) -> Rule:
+    name, arguments = str(func.name().split(".")[0]), [each.name for each in func._schema.arguments]
+    collective = func.namespace != "aten"
+    return Rule(
+        name,
+        arguments.index("device") if "device" in arguments else None,
+        name in LOOKS,
+        name in COPIES,
+        name in ("aten::index", "aten::index_put_", "aten::index_put"),
+        name == "aten::index",
+        collective or bool(func._schema.is_mutable),
+        collective,
+    )
 
 
 class TwinDevice(TorchDispatchMode):
@@ -172,69 +214,80 @@ class TwinDevice(TorchDispatchMode):
         return False  # nothing is compiled here: without its guard around each operation
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        rule, far, near = _rule(func), Far in types, list[Tensor]()
         kwargs = kwargs or {}
-        tensors = _leaves(kwargs.values(), _leaves(args, []))
-        near = [each for each in tensors if type(each) is not Far]
-        far = len(near) < len(tensors)
-        device = next((each for each in (*args, *kwargs.values()) if type(each) is torch.device), None)
+        device = None
+        if rule.device is not None:
+            device = kwargs["device"] if "device" in kwargs else next(iter(args[rule.device : rule.device + 1]), None)
+        mine = [_near(each, near) for each in args]
+        named = {name: _near(each, near) for name, each in kwargs.items()} if kwargs else kwargs
+        for each in near:
+            if each.is_meta:
+                raise TwinError(f"{func}: a tensor was made on the device behind its back (torch.tensor(device=...))")
         away = device == AWAY
-        if near and any(each.is_meta for each in near):
-            raise TwinError(f"{func}: a tensor was made on the device behind its back (torch.tensor(device=...))")
         if not far and not away:
             return func(*args, **kwargs)
-        name = _name(func)
-        moves = name in COPIES and ((away and bool(near)) or (far and (bool(near) or device == HOME)))
+        moves = rule.copies and ((away and bool(near)) or (far and (bool(near) or device == HOME)))
         if self._recording is not None and moves:
             raise TwinError(f"{func}: a copy between host and device inside a graph")
         if not moves:
             for each in near:
-                if each.dim() and not (name == "aten::index" and self._recording is None):
+                if each.dim() and not (rule.gathers and self._recording is None):
                     raise TwinError(f"{func} mixes the device's tensors with one of the host, {list(each.shape)}")
-        looks = name in LOOKS or (far and name in COPIES and device == HOME)
-        if name in ("aten::index", "aten::index_put_", "aten::index_put"):  # a mask's shape depends on its values
+        back = far and device == HOME
+        looks = rule.looks or (back and rule.copies)
+        if rule.indexes:
             looks = any(isinstance(i, Tensor) and i.dtype == torch.bool for i in args[1])
         if looks:
             if self._recording is not None:
                 raise TwinError(f"{func}: a look at a result inside a graph")
-            self.surprises.append(name)
-        args, kwargs = tuple(map(_near, args)), {key: _near(value) for key, value in kwargs.items()}
+            self.surprises.append(rule.name)
         with torch._C._InferenceMode(False):  # wrappers know nothing of inference tensors
-            out = _done(func(*args, **kwargs))
+            out = func(*mine, **named)
+            if rule.collective:
+                _done(out)
             self.launches += 1
-            if self._recording is not None and not _is_view(func, args, out):  # a view of what stays where it is
-                self._recording.append((func, args, kwargs, [Result.of(each) for each in _leaves((out,), [])]))
-            if far and device == HOME:
+            if self._recording is not None and not _is_view(rule, mine, out):  # a view of what stays where it is
+                self._recording.append((func, mine, named, [Result.of(each) for each in _leaves((out,), [])]))
+            if back:
                 return out
+            if far and out is mine[0] and type(args[0]) is Far:  # written in place, or already what it should become
+                return args[0]
             return _far(out)
+
+    def launch(self, work: Callable[..., T], args: Any, kwargs: Any) -> T:
+        """Run a kernel as one operation: all of its tensors are the device's, and it looks at none of them."""
+        host: list[Tensor] = []
+        mine, named = [_near(each, host) for each in args], {name: _near(each, host) for name, each in kwargs.items()}
+        for each in host:
+            raise TwinError(f"{work} was given a tensor of the host, {list(each.shape)}")
+        with torch._C._DisableTorchDispatch(), torch._C._InferenceMode(False):
+            out = work(*mine, **named)
+        self.launches += 1
+        if self._recording is not None:
+            self._recording.append((work, mine, named, [Result.of(each) for each in _leaves((out,), [])]))
+        with torch._C._InferenceMode(False):
+            return _far(out)  # type: ignore[no-any-return]
 
 
 def _leaves(values: Iterable[Any], found: list[Tensor]) -> list[Tensor]:
-    """Append all tensors among the values, and in lists and tuples among them."""
+    """Append all tensors among the values, and in lists, tuples and dataclasses among them."""
     for each in values:
         if isinstance(each, Tensor):
             found.append(each)
         elif isinstance(each, (list, tuple)):
             _leaves(each, found)
+        elif is_dataclass(each):
+            _leaves(vars(each).values(), found)
     return found
 
 
-def _is_view(func: Any, args: Any, out: Any) -> bool:
+def _is_view(rule: Rule, args: Any, out: Any) -> bool:
     """Whether the operation only gave views of its arguments, and wrote to none of them."""
-    if _writes(func):
+    if rule.writes:
         return False
     own = {each.untyped_storage().data_ptr() for each in _leaves(args, [])}
     return all(each.untyped_storage().data_ptr() in own for each in _leaves((out,), []))
-
-
-@cache
-def _name(func: Any) -> str:
-    return str(func.name().split(".")[0])
-
-
-@cache
-def _writes(func: Any) -> bool:
-    """Whether it changes an argument: a collective does, though its schema does not say so."""
-    return func.namespace != "aten" or bool(func._schema.is_mutable)
 
 
 def _done(out: Any) -> Any:
@@ -245,29 +298,61 @@ def _done(out: Any) -> Any:
     return out
 
 
-def _near(value: Any) -> Any:
+def _near(value: Any, host: list[Tensor]) -> Any:
+    """An argument as it is on the CPU; the host's own tensors among them are appended to `host`."""
     kind = type(value)
     if kind is Far:
         return value.near
+    if kind in PLAIN:
+        return value
     if kind is list or kind is tuple:
-        return kind(map(_near, value))
-    return HOME if isinstance(value, torch.device) else value
+        return kind([_near(each, host) for each in value])
+    if isinstance(value, Tensor):
+        host.append(value)
+    elif is_dataclass(value):
+        return kind(**{name: _near(each, host) for name, each in vars(value).items()})
+    return HOME if kind is torch.device else value
 
 
 def _far(value: Any) -> Any:
     if isinstance(value, Tensor):
         return Far(value)
     if isinstance(value, (list, tuple)):
-        return tuple(_far(each) for each in value)
+        return tuple([_far(each) for each in value])
+    if is_dataclass(value):
+        return type(value)(**{name: _far(each) for name, each in vars(value).items()})
     return value
+
+
+def kernel(work: Callable[..., T]) -> Callable[..., T]:
+    """A method as one launch on the device that is not there, where its tensors are the device's."""
+
+    @wraps(work)
+    def launched(self: Any, *args: Any, **kwargs: Any) -> T:
+        if not any(type(each) is Far for each in _leaves((*args, *kwargs.values()), [])):
+            return work(self, *args, **kwargs)
+        device = _get_current_dispatch_mode()
+        assert isinstance(device, TwinDevice), f"{work.__name__} outside of the twin's mode"
+        return device.launch(partial(work, self), args, kwargs)
+
+    return launched
 
 
 class TwinKernels(ReferenceKernels):
     """The reference kernels as a device's must be: nothing read on the host, shapes from shapes alone.
 
-    What attention gives tokens of no run is NaN, so that whoever uses it is found out.
+    Each is one launch. What attention gives tokens of no run is NaN, so that whoever uses it is found out.
     """
 
+    rms_norm = kernel(ReferenceKernels.rms_norm)
+    add_rms_norm = kernel(ReferenceKernels.add_rms_norm)
+    rotary_kv_write = kernel(ReferenceKernels.rotary_kv_write)
+    silu_mul = kernel(ReferenceKernels.silu_mul)
+    argmax = kernel(ReferenceKernels.argmax)
+    linear = kernel(ReferenceKernels.linear)
+    draft_tokens = kernel(ReferenceKernels.draft_tokens)
+
+    @kernel
     def paged_attention(
         self,
         qkv: Tensor,
@@ -305,6 +390,7 @@ class TwinKernels(ReferenceKernels):
         out = torch.einsum("qhgk,qkhd->qhgd", weights, seen).flatten(1)
         return out.masked_fill((index >= query_start[-1]).unsqueeze(1), float("nan")).to(qkv.dtype)
 
+    @kernel
     def filter_logits(self, logits: Tensor, rows: Tensor, inverse_temperature: Tensor, filters: Filters) -> Tensor:
         out = logits[rows]
         scaled = out * inverse_temperature.unsqueeze(1)
@@ -321,6 +407,7 @@ class TwinKernels(ReferenceKernels):
         fine = (out < torch.inf).all(-1, keepdim=True)
         return out.masked_fill(fine & (scaled < floor.unsqueeze(1)), -torch.inf)
 
+    @kernel
     def accept_by_ratio(
         self,
         logits: Tensor,
