@@ -138,7 +138,8 @@ def test_stop_strings(server: Running, streaming: bool) -> None:
     assert (text, last["finish_reason"], last["stop_reason"]) == ("a.", "stop", "b.")
 
 
-def test_the_answer_may_fill_the_context(server: Running) -> None:
+def test_the_answer_may_fill_the_context(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server.engine, "per_step", 64)
     choice = server.chat("forever", max_tokens=None).json()["choices"][0]
     assert choice["finish_reason"] == "length"
     assert server.engine.submitted[-1].params.max_tokens == 2048 - len("forever")
