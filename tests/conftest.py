@@ -55,9 +55,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish() -> None:
     """Spare tests what their libraries repeat; what no file has imported by now need not be."""
-    if transport := sys.modules.get("httpx._transports.default"):
-        # A client else reads all certificate authorities anew, which takes 60 ms.
-        transport.create_ssl_context = cache(transport.create_ssl_context)  # type: ignore[attr-defined]
+    for name in ("httpx", "httpx2"):  # the second is OpenAI's
+        if transport := sys.modules.get(f"{name}._transports.default"):
+            # A client else reads all certificate authorities anew, which takes 60 ms.
+            transport.create_ssl_context = cache(transport.create_ssl_context)  # type: ignore[attr-defined]
     if os.environ.get("TRITON_INTERPRET") == "1" and "triton" in sys.modules:
         from tests import interpreter
 
