@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+from unittest.mock import patch
 
 import httpx
 import openai
@@ -30,7 +31,8 @@ def text_of(chunks: list[dict], index: int = 0) -> str:
 
 def shown(server: Running, messages: list[dict], **fields) -> dict:
     """What the chat template was given for `messages` and a last one that makes it tell."""
-    answer = server.chat([*messages, {"role": "user", "content": "show"}], **fields)
+    with patch.object(server.engine, "per_step", 64):
+        answer = server.chat([*messages, {"role": "user", "content": "show"}], **fields)
     assert answer.status_code == 200, answer.text
     return json.loads(answer.json()["choices"][0]["message"]["content"])
 
@@ -138,7 +140,8 @@ def test_stop_strings(server: Running, streaming: bool) -> None:
     assert (text, last["finish_reason"], last["stop_reason"]) == ("a.", "stop", "b.")
 
 
-def test_the_answer_may_fill_the_context(server: Running) -> None:
+def test_the_answer_may_fill_the_context(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server.engine, "per_step", 64)
     choice = server.chat("forever", max_tokens=None).json()["choices"][0]
     assert choice["finish_reason"] == "length"
     assert server.engine.submitted[-1].params.max_tokens == 2048 - len("forever")

@@ -21,18 +21,24 @@ def small() -> Iterator[Running]:
     yield from start(ServerSettings(port=0), tiny_engine(num_blocks=24))
 
 
+def ask(server: Running) -> list[int]:
+    """The canary's tokens."""
+    tokens: list[int] = server.complete([5, 9, 11, 7], **CANARY).json()["choices"][0]["token_ids"]
+    assert len(tokens) == 12
+    return tokens
+
+
+@pytest.fixture(scope="module")
+def before(small: Running) -> list[int]:
+    """The canary's tokens before all tests."""
+    return ask(small)
+
+
 @pytest.fixture(autouse=True)
-def canary(small: Running) -> Iterator[list[int]]:
-    """The same tokens before and after each test, and no block held behind it."""
-
-    def ask() -> list[int]:
-        tokens: list[int] = small.complete([5, 9, 11, 7], **CANARY).json()["choices"][0]["token_ids"]
-        return tokens
-
-    before = ask()
-    assert len(before) == 12
+def canary(small: Running, before: list[int]) -> Iterator[list[int]]:
+    """The same tokens after each test, and no block held behind it."""
     yield before
-    assert ask() == before
+    assert ask(small) == before
     small.wait(lambda: small.engine.in_flight == 0 and small.engine.stats.kv_usage == 0)
 
 

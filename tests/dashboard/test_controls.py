@@ -10,6 +10,8 @@ from tests.engine.support import greedy, prompts
 
 from .support import Running, core, serving
 
+LONG = 120  # tokens: a second or two, in which the feed tells ten times a second
+
 
 @pytest.mark.parametrize(
     ("route", "body", "words"),
@@ -53,20 +55,20 @@ def test_a_load_that_nobody_watches_is_refused(server: Running) -> None:
 
 @pytest.fixture(scope="module")
 def expected(shared_server: Running) -> str:
-    """Two hundred greedy tokens after "Once"."""
-    text: str = shared_server.complete("Once", max_tokens=200).json()["choices"][0]["text"]
+    """Greedy tokens after "Once", enough for a policy to be changed in their midst."""
+    text: str = shared_server.complete("Once", max_tokens=LONG).json()["choices"][0]["text"]
     return text
 
 
 @pytest.mark.parametrize("policy", ["lagged", "fixed", "threshold", "none", "causal"])
 def test_the_policy_changes_between_steps_and_the_answer_does_not(server: Running, policy: str, expected: str) -> None:
     with server.feed() as feed:
-        number = server.post("prompt", feed=feed.id, prompt="Once", max_tokens=200).json()["number"]
+        number = server.post("prompt", feed=feed.id, prompt="Once", max_tokens=LONG).json()["number"]
         feed.until(lambda state: state["own"] and state["own"]["tokens"] > 5)
         assert server.post("policy", policy=policy).json() == {"policy": policy, "drafter": "dspark"}
         feed.until(lambda state: state["own"]["finish_reason"])
         assert feed.text(number) == expected
-        server.post("prompt", feed=feed.id, prompt="Twice", max_tokens=60)
+        server.post("prompt", feed=feed.id, prompt="Twice", max_tokens=20)
         feed.until(lambda state: state["own"]["number"] > number and state["own"]["finish_reason"])
         state = feed.state()
     assert state["policy"] == policy
@@ -128,7 +130,7 @@ def test_the_load_gives_way_to_clients() -> None:
         feed.until(lambda state: state["load"]["running"] == 4)
         waiting_behind_clients = {handle.request.params.priority for handle in list(server.engine._handles.values())}
         assert waiting_behind_clients == {LAST_PRIORITY}
-        clients = [pool.submit(server.complete, f"client {n}", max_tokens=300) for n in range(4)]
+        clients = [pool.submit(server.complete, f"client {n}", max_tokens=150) for n in range(4)]
         feed.until(lambda state: state["load"]["running"] == 0 and state["running"] == 4)
         # Of the four some may have ended by themselves just then.
         assert server.metrics()['vllm:request_success_total{finished_reason="abort"}'] >= 1

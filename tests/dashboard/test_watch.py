@@ -57,20 +57,20 @@ def test_fixed_goes_on_past_the_peak() -> None:
 
 
 def test_a_draft_token_that_ends_the_request_is_its_last() -> None:
-    made = core()
+    made = core(selection="fixed")  # sixteen at once would leave the others hardly a draft
     watch = StepWatch(made.loop.capacity)
     seen: list[Block] = []
-    for seed in range(200):
-        params = replace(seeded(seed, 20), stop_token_ids=frozenset(range(3, 130)))
-        request = made.new_request([5, 6, 7], params, nonce=0, id=f"{seed}")
-        blocks = watch.follow(request.id)
-        made.loop.watch(watch)
+    made.loop.watch(watch)
+    stopping = [replace(seeded(seed, 20), stop_token_ids=frozenset(range(3, 130))) for seed in range(200)]
+    requests = [made.new_request([5, 6, 7], params, nonce=0, id=f"{params.seed}") for params in stopping]
+    followed = [watch.follow(request.id) for request in requests]
+    for request in requests:
         made.batcher.add(request)
-        while made.loop.has_work:
-            made.loop.step()
-        watch.unfollow(request.id)
-        seen += blocks
+    while made.loop.has_work:
+        made.loop.step()
+    for request, blocks in zip(requests, followed, strict=True):
         assert [token for block in blocks for token in block.committed] == request.output
+        seen += blocks
     ended = [block for block in seen if block.accepted == len(block.committed)]
     assert ended, "no draft token ended a request"
     assert all(block.draft[: block.accepted] == block.committed for block in ended)

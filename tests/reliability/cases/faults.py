@@ -10,7 +10,7 @@ from tests.reliability.support import CANARY, bodies
 def _step_fails(point: str, fault: str) -> Callable[[Bench], str]:
     def run(bench: Bench) -> str:
         server = bench.start(engine={"max_num_seqs": 6})
-        asked = bodies(12)
+        asked = bodies(12, 80)
         expected = [answer.tokens for answer in server.ask_all(asked)]
         with bench.canaries(server) as canaries, server.asking(asked) as answers:
             server.wait(lambda: server.figures()["running"] >= 5, "busy")
