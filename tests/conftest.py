@@ -1,5 +1,6 @@
 """How all tests run: one thread for each worker of pytest-xdist, files whole, and Triton interpreted without a GPU."""
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -53,7 +54,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Files that interpret kernels have imported Triton by now; other runs need not import it."""
+    """All that the tests import stays to the end: the collector need not look through it again and again.
+
+    Files that interpret kernels have imported Triton by now; other runs need not import it.
+    """
+    gc.collect()
+    gc.freeze()
     if os.environ.get("TRITON_INTERPRET") == "1" and "triton" in sys.modules:
         from tests import interpreter
 
