@@ -14,7 +14,6 @@ from torch import Tensor
 
 from dspark_server.speculation.sampling import SamplingBatch
 
-
 # Constants of Philox4x32-10: its factors, and what each of its rounds has added to the two key words.
 LOW, SHIFT = np.uint64(0xFFFFFFFF), np.uint64(32)
 FACTORS = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
