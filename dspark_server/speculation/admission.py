@@ -86,7 +86,8 @@ def keep_likeliest(survival: Tensor, limits: Tensor, count: Tensor) -> Tensor:
     return ((rank.view_as(inside) < count) & inside).sum(1)
 
 
-class StepCost(NamedTuple):
+@dataclass(frozen=True)
+class StepCost:
     """Seconds that a step takes for its tau, by number of draft tokens verified.
 
     Prefill tokens in the pass raise the cost of each draft token, and that is counted. Their own cost is not, as it
