@@ -1,5 +1,6 @@
 """How all tests run: one thread for each worker of pytest-xdist, files whole, and Triton interpreted without a GPU."""
 
+import gc
 import os
 import sys
 from functools import cache
@@ -55,6 +56,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish() -> None:
     """Spare tests what their libraries repeat; what no file has imported by now need not be."""
+    gc.collect()
+    gc.freeze()  # the collector need not look through all that is imported again and again
     for name in ("httpx", "httpx2"):  # the second is OpenAI's
         if transport := sys.modules.get(f"{name}._transports.default"):
             # A client else reads all certificate authorities anew, which takes 60 ms.

@@ -434,7 +434,7 @@ def _may_go_on(rest: Rest) -> bool:
 def _with_drafts(rest: Rest, tokens: list[list[int]], drafted: list[int]) -> list[Run]:
     """The runs of `rest` with the draft tokens that the device has added."""
     return [
-        run if row < 0 else replace(run, tokens=run.tokens + tokens[row][:length], logits_rows=run.logits_rows + length)
+        run if row < 0 else run._replace(tokens=run.tokens + tokens[row][:length], logits_rows=run.logits_rows + length)
         for run, row, length in zip(rest.runs, rest.rows, drafted, strict=False)
     ]
 

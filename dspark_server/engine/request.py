@@ -142,7 +142,7 @@ class Request:
     @property
     def remaining(self) -> int:
         """Tokens that may still be committed."""
-        return self.max_length - len(self.tokens)
+        return self.prompt_length + self.params.max_tokens - len(self.tokens)
 
     @property
     def pending(self) -> int:
@@ -152,7 +152,8 @@ class Request:
     @property
     def is_decoding(self) -> bool:
         """Whether only the anchor is left to run."""
-        return self.pending == 1 and len(self.tokens) > self.prompt_length
+        length = len(self.tokens)
+        return length == self.computed + 1 and length > self.prompt_length
 
     @property
     def output(self) -> list[int]:
@@ -191,7 +192,8 @@ class Request:
         if len(self.tokens) == self.prompt_length:
             self.tokens = list(self.tokens)  # until now the prompt's own list, which other choices read too
         taken: list[int] = []
-        controls, grammar = self.controls if isinstance(self.controls, Controls) else None, self.grammar
+        controls = self.controls if isinstance(self.controls, Controls) else None
+        grammar, left = None if controls is None else controls.grammar, self.remaining
         for token in tokens:
             self.tokens.append(token)
             taken.append(token)
@@ -200,8 +202,8 @@ class Request:
             # After each token: the end of an answer must not depend on the number of tokens committed at once.
             if token in self.stop_ids or (grammar is not None and grammar.complete):
                 self.finish_reason = FinishReason.STOP
-            elif self.remaining == 0:
+                break
+            if len(taken) == left:
                 self.finish_reason = FinishReason.LENGTH
-            if self.finish_reason is not None:
                 break
         return taken

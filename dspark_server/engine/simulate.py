@@ -161,8 +161,8 @@ class SimulatedExecutor:
             q=None,
             columns=None,
             confidence=None,
-            survival=torch.from_numpy(chances.cumprod(axis=1)).float() if self.survival.informed else None,
-            usable=torch.full((len(requests),), self.gamma),
+            survival=torch.from_numpy(chances.cumprod(axis=1).astype(np.float32)) if self.survival.informed else None,
+            usable=torch.from_numpy(np.full(len(requests), self.gamma)),
         )
 
     def verify(self, runs: list[Run]) -> tuple[Tensor, list[int]]:
@@ -198,8 +198,9 @@ class SimulatedExecutor:
         if drafted:
             leading = drafted.block.tokens.numpy().cumprod(axis=1).sum(axis=1)
             stood = dict(zip(drafted.requests, np.minimum(leading, drafted.lengths).tolist(), strict=True))
-        count = torch.tensor([stood.get(request, 0) for request in verified.requests], dtype=torch.int64)
-        return Accepted(count, torch.zeros_like(count), torch.zeros_like(count, dtype=torch.bool))
+        count = np.array([stood.get(request, 0) for request in verified.requests], dtype=np.int64)
+        none = np.zeros_like(count)
+        return Accepted(*map(torch.from_numpy, (count, none, none.astype(np.bool_))))
 
     def _spend(self, seconds: float) -> None:
         self.clock.now += seconds * (math.exp(self.jitter * self._jitter.standard_normal()) if self.jitter else 1.0)

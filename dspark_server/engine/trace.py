@@ -1,6 +1,7 @@
 """Records of a step: its drafts, verification, trace and outputs, shared by the step loop and its observers."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -68,8 +69,7 @@ class StepTrace:
     selection: str  # the policy's name
 
 
-@dataclass(frozen=True)
-class StepOutput:
+class StepOutput(NamedTuple):
     """The tokens one step committed to one request; `request.finish_reason` says whether they are its last.
 
     Log-probabilities, if requested: of the tokens, and of the prompt together with the first of them. The target

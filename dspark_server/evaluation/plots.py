@@ -46,15 +46,19 @@ def plot_reliability(kinds: dict[str, Floats], blocks: Blocks, path: Path) -> No
     columns = min(blocks.gamma, 6)
     rows = -(-blocks.gamma // columns)
     figure = Figure((3 * columns, 3 * rows), layout="constrained")
-    for slot in range(blocks.gamma):
-        axes = figure.add_subplot(rows, columns, slot + 1)
+    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
+    for spare in panels[blocks.gamma :]:
+        spare.remove()
+    for slot, axes in enumerate(panels[: blocks.gamma]):
         axes.plot([0, 1], [0, 1], color="grey", linewidth=0.8)
         for name, survival in kinds.items():
             points = measures.reliability(survival, blocks, slot)
             ece = measures.ece_by_position(survival, blocks)[slot]
             axes.plot([p[0] for p in points], [p[1] for p in points], marker=".", label=f"{name}: {100 * ece:.1f} %")
-        axes.set(title=f"slot {slot + 1}", xlabel="predicted", ylabel="survived", xlim=(0, 1), ylim=(0, 1))
-        axes.legend(fontsize="x-small")
+        axes.set(title=f"slot {slot + 1}", xlim=(0, 1), ylim=(0, 1))
+        axes.legend(fontsize="x-small", loc="upper left")  # off the diagonal
+    figure.supxlabel("predicted")
+    figure.supylabel("survived")
     figure.savefig(path, dpi=100)
 
 

@@ -4,14 +4,14 @@ Shapes: N query tokens in the step, R runs, W widest block table, M rows whose l
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class Run:
+class Run(NamedTuple):
     """One request's share of a pass: a prefill chunk, a decode step, or a draft block to verify.
 
     `context_len` tokens are already in the KV blocks; `tokens` follow them. Logits are wanted for the last

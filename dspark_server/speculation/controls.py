@@ -11,7 +11,7 @@ repetition, frequency and presence penalties.
 Shapes: C columns of a row of logits, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass
 from typing import Protocol
@@ -187,7 +187,7 @@ class Controls:
         if self._bias is not None:
             logits += of(self._bias)
         if self._seen is not None:
-            self._penalize(logits, drafted, columns)
+            self._penalize(logits, drafted, of)
 
     def _ban(self, logits: Tensor, drafted: Sequence[int], columns: Tensor | None) -> None:
         """Forbid the last token of every bad word whose other tokens come just before."""
@@ -196,23 +196,20 @@ class Controls:
         if banned:
             Forbidden(tuple(banned), until=1).apply(logits, drafted, 0, columns)
 
-    def _penalize(self, logits: Tensor, drafted: Sequence[int], columns: Tensor | None) -> None:
-        counts, seen = self._counts, self._seen
+    def _penalize(self, logits: Tensor, drafted: Sequence[int], of: Callable[[Tensor], Tensor]) -> None:
+        """`of` gives the columns' values from those of all tokens."""
+        seen, rule = self._seen, self._penalties
         assert seen is not None, "penalties need what was seen"
-        if counts is None:
-            counts = torch.zeros(len(seen))
-        if drafted:
-            counts = counts.index_add(0, torch.tensor(drafted), torch.ones(len(drafted)))
-            seen = seen.index_fill(0, torch.tensor(drafted), True)
-        counts, seen = counts.to(logits.device), seen.to(logits.device)
-        if columns is not None:
-            counts, seen = counts[columns], seen[columns]
-        rule = self._penalties
+        more = torch.tensor(drafted) if drafted else None
         if rule.repetition != 1.0:
+            here = of(seen if more is None else seen.index_fill(0, more, True))
             scaled = torch.where(logits > 0, logits / rule.repetition, logits * rule.repetition)
-            logits.copy_(torch.where(seen, scaled, logits))
+            torch.where(here, scaled, logits, out=logits)
         if rule.frequency or rule.presence:
-            logits -= rule.frequency * counts + rule.presence * (counts > 0)
+            counts = torch.zeros(len(seen)) if self._counts is None else self._counts
+            counts = of(counts if more is None else counts.index_add(0, more, torch.ones(len(drafted))))
+            penalty = rule.frequency * counts
+            logits -= penalty + rule.presence * (counts > 0) if rule.presence else penalty
 
 
 def _longest(bad_words: Sequence[tuple[int, ...]]) -> int:

@@ -64,7 +64,7 @@ class Correction:
         along = self._covariance @ parts
         gain = along / (parts @ along + STEP**2)
         self._logs += gain * min(max(log_ratio, -LIMIT), LIMIT)
-        self._covariance -= np.outer(gain, along)
+        self._covariance -= gain[:, None] * along
 
 
 class Sieve:

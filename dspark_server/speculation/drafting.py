@@ -145,10 +145,12 @@ def predicted_thetas(
     price = above * (bare(1) - bare(0))
     left = list(accumulate(_left_over(rate, limit, price) for rate, limit in zip(rates, limits, strict=True)))
     thetas = [0.0] * len(sizes)
+    survival: list[list[float]] = []  # of the first candidates: `sizes` rise
     for index, size in enumerate(sizes):
         if left[size - 1] >= above * (bare(0) + capacity.draft(size)) * (1 - 1e-9) - load.sampling:
-            cost, block = StepCost.of(capacity, load, size, slots[size - 1]), zip(rates[:size], limits, strict=False)
-            survival = [[rate**k for k in range(1, limit + 1)] for rate, limit in block]
+            cost, there = StepCost.of(capacity, load, size, slots[size - 1]), len(survival)
+            further = zip(rates[there:size], limits[there:size], strict=True)
+            survival += [[rate**k for k in range(1, limit + 1)] for rate, limit in further]
             thetas[index] = admit(survival, limits[:size], load.sampling, cost.room(load, floor), cost).theta
     return thetas
 

@@ -149,21 +149,23 @@ def draw(probs: Tensor, uniform: Tensor) -> Tensor:
     rows, vocabulary = probs.shape
     width = _block(vocabulary)
     blocks = probs.reshape(rows, vocabulary // width, width)
-    block, rest = _cell(blocks.sum(-1), uniform.double(), scale=True)
-    inside, _ = _cell(blocks[torch.arange(rows, device=probs.device), block], rest, scale=False)
-    return block * width + inside
+    edges = blocks.sum(-1).cumsum(-1, dtype=torch.float64)
+    block, point = _cell(edges, uniform.double().unsqueeze(1) * edges[:, -1:])
+    before = edges.gather(1, (block - 1).clamp_(min=0)).masked_fill_(block == 0, 0.0)
+    weights = blocks[torch.arange(rows, device=probs.device), block.squeeze(1)]
+    inside, _ = _cell(weights.cumsum(-1, dtype=torch.float64), point - before)
+    return (block * width + inside).squeeze(1)
 
 
-def _cell(weights: Tensor, at: Tensor, *, scale: bool) -> tuple[Tensor, Tensor]:
-    """(index [N] of the cell of `weights` [N, n] that contains `at` [N], the remainder of `at` inside it)."""
-    edges = weights.cumsum(-1, dtype=torch.float64)
-    total = edges[:, -1]
+def _cell(edges: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
+    """(index of the cell that contains `at`, `at` itself if it is below the total) [N, 1] each; edges [N, n] f64 are
+    the cells' upper ends, at [N, 1].
+    """
+    total = edges[:, -1:]
     # Just below the total at most, so that rounding never steps past the last cell with mass.
-    point = torch.minimum(at * total if scale else at, torch.nextafter(total, torch.zeros_like(total))).unsqueeze(1)
+    point = torch.minimum(at, torch.nextafter(total, total.new_zeros(())))
     # The first edge strictly above the point: an empty cell shares its edge with the one before and is skipped.
-    index = torch.searchsorted(edges, point, right=True).clamp_(max=weights.shape[1] - 1)
-    before = edges.gather(1, (index - 1).clamp_(min=0)).masked_fill_(index == 0, 0.0)
-    return index.squeeze(1), (point - before).squeeze(1)
+    return torch.searchsorted(edges, point, right=True).clamp_(max=edges.shape[1] - 1), point
 
 
 def draw_coupled(probs: Tensor, exponential: Tensor) -> Tensor:

@@ -33,9 +33,10 @@ def edges(outcome: Callable[[Tensor, Tensor], Tensor], thresholds: Tensor, guess
     thresholds, guess [m]; `outcome` takes uniforms and their places, both [n]. Within NEAR, to the last bit where the
     guess (which may be NaN) is wrong.
     """
-    everywhere = torch.arange(len(thresholds))
-    fits = (guess - NEAR <= 0) | (outcome((guess - NEAR).clamp(0, 1).nan_to_num(0.5), everywhere) <= thresholds)
-    fits &= (guess + NEAR >= 1) | (outcome((guess + NEAR).clamp(0, 1).nan_to_num(0.5), everywhere) > thresholds)
+    around = torch.cat([guess - NEAR, guess + NEAR])
+    below, above = outcome(around.clamp(0, 1).nan_to_num(0.5), torch.arange(len(guess)).repeat(2)).chunk(2)
+    fits = (guess - NEAR <= 0) | (below <= thresholds)
+    fits &= (guess + NEAR >= 1) | (above > thresholds)
     fits &= ~guess.isnan()
     found, place = guess.clone(), (~fits).nonzero().squeeze(1)
     if len(place):
@@ -134,6 +135,8 @@ class RatioProblems:
 
         p, q = (law.gather(2, self.tokens.unsqueeze(2)).squeeze(2) for law in (self.p[:, :gamma], self.drafted_from))
         guess = torch.where(torch.arange(gamma) < self.lengths.unsqueeze(1), (p / q).clamp(max=1), 0.0)
+        # Behind a token that cannot stand, or a broken row (NaN), none stands.
+        guess = torch.where((guess > 0).cummin(1).values, guess, 0.0)
         return edges(rejected, torch.zeros_like(slot), guess.reshape(-1)).view(n, gamma)
 
     @cached_property
@@ -149,10 +152,15 @@ class RatioProblems:
         return one_hot(self.tokens, self.world.vocabulary).double() if self.q is None else self.q
 
     def guess(self, rows: Tensor, count: Tensor) -> Tensor:
-        """[m, V]: a guess of the law of the token after `count` [m] draft tokens of `rows` [m] that stand."""
+        """[m, V]: a guess of the law of the token after `count` [m] draft tokens of `rows` [m] that stand.
+
+        After one whose own row is broken, it is that draft token.
+        """
         p, slot = self.p[rows, count], count.clamp(max=self.world.gamma - 1)
         rest = (p - self.drafted_from[rows, slot]).clamp(min=0)
-        return torch.where((count == self.lengths[rows]).unsqueeze(1), p, rest / rest.sum(1, keepdim=True))
+        law = torch.where((count == self.lengths[rows]).unsqueeze(1), p, rest / rest.sum(1, keepdim=True))
+        last = one_hot(self.tokens[rows, (count - 1).clamp(min=0)], self.world.vocabulary).double()
+        return torch.where(p.isnan(), last, law)
 
 
 def ratio_cycles(

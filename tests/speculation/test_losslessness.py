@@ -91,13 +91,12 @@ def test_pair_cells_are_the_law_of_the_coupling() -> None:
     assert float(((seen - expected)[possible] ** 2 / expected[possible]).sum()) < 60  # 15 degrees, alpha = 1e-6
 
 
-def seeded(position: int, settings: dict[str, float], size: int = 3) -> SamplingBatch:
-    """`size` seeded requests, two of which differ in the choice index only."""
-    columns = {name: [value] * size for name, value in settings.items()}
+def seeded(positions: list[int], settings: dict[str, float]) -> SamplingBatch:
+    """Three seeded requests, two of which differ in the choice index only."""
+    columns = {name: [value] * 3 for name, value in settings.items()}
     return SamplingBatch.of(
-        position=[position] * size, key=[7, 7, -9], choice=[0, 1, 0], coupled=[True] * size, draft_number=[0] * size,
-        **columns,
-    )  # fmt: skip
+        position=positions, key=[7, 7, -9], choice=[0, 1, 0], coupled=[True] * 3, draft_number=[0] * 3, **columns
+    )
 
 
 @pytest.mark.parametrize("settings", [{}, {"temperature": 0.7, "top_p": 0.9}, {"temperature": 0.0}])
@@ -111,27 +110,33 @@ def test_seeded_output_is_the_output_without_a_drafter(settings: dict[str, float
     plain = torch.zeros(3, wanted + 2, dtype=torch.int64)
     for at in range(2, wanted + 2):
         logits = target[plain[:, at - 2], plain[:, at - 1]]
-        done = accept(logits, [0, 1, 2, 3], None, [0, 0, 0], seeded(at, settings), CounterStreams())
+        done = accept(logits, [0, 1, 2, 3], None, [0, 0, 0], seeded([at] * 3, settings), CounterStreams())
         plain[:, at] = done.token
     streams, drafts_kept = CounterStreams(), 0
-    for request in range(3):
-        tokens = [0, 0]
-        while len(tokens) < wanted + 2:
-            sampling = seeded(len(tokens), settings).select(torch.tensor([request]))
-            previous, block = torch.tensor(tokens[-1:]), []
-            for k in range(gamma):
-                previous, _ = sample(draft[previous], sampling.ahead(k), torch.zeros(1), streams)
-                block.append(int(previous))
-            length = {"full": gamma, "none": 0, "by-token": tokens[-1] % (gamma + 1)}.get(
-                policy, block[1] % (gamma + 1)
-            )
-            seen = [*tokens[-2:], *block]
-            logits = torch.stack([target[seen[k], seen[k + 1]] for k in range(length + 1)])
-            drafted = DraftTokens(torch.tensor([block]), None, torch.tensor([0]))
-            done = accept(logits, [0, length + 1], drafted, [length], sampling, streams)
-            tokens += [*block[: int(done.count)], int(done.token)]
-            drafts_kept += int(done.count)
-        assert tokens[: wanted + 2] == plain[request].tolist()
+    said = [[0, 0] for _ in range(3)]
+    while min(map(len, said)) < wanted + 2:  # together: each at another position, with a prefix of its own length
+        sampling = seeded(list(map(len, said)), settings)
+        slots = [torch.tensor([tokens[-1] for tokens in said])]
+        for k in range(gamma):
+            slots.append(sample(draft[slots[-1]], sampling.ahead(k), torch.zeros(3), streams)[0])
+        blocks = torch.stack(slots[1:], dim=1)
+        lengths = [
+            {"full": gamma, "none": 0, "by-token": tokens[-1] % (gamma + 1)}.get(policy, block[1] % (gamma + 1))
+            for tokens, block in zip(said, blocks.tolist(), strict=True)
+        ]
+        rows = []
+        for tokens, block, length in zip(said, blocks.tolist(), lengths, strict=True):
+            seen = torch.tensor([*tokens[-2:], *block[:length]])
+            rows.append(target[seen[:-1], seen[1:]])
+        row_start = [0, *itertools.accumulate(map(len, rows))]
+        drafted = DraftTokens(blocks, None, torch.arange(3))
+        done = accept(torch.cat(rows), row_start, drafted, lengths, sampling, streams)
+        for tokens, block, count, token in zip(
+            said, blocks.tolist(), done.count.tolist(), done.token.tolist(), strict=True
+        ):
+            tokens += [*block[:count], token]
+            drafts_kept += count
+    assert [tokens[: wanted + 2] for tokens in said] == plain.tolist()
     if policy == "full":
         assert drafts_kept > 0
     if settings.get("temperature") != 0.0:
