@@ -113,7 +113,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 def drafting(request: pytest.FixtureRequest) -> EngineCore:
     """An engine with the shipped drafter, for all policies under one of SETTINGS."""
     values = {"kv_cache_memory_bytes": 256 << 20, "max_model_len": 512} | SETTINGS[request.param]
-    config = EngineConfig(model=MODEL, speculative=SpeculativeConfig(selection="causal"), check_invariants=True, **values)
+    speculative = SpeculativeConfig(selection="causal")
+    config = EngineConfig(model=MODEL, speculative=speculative, check_invariants=True, **values)
     return EngineCore.load(config, SMOLLM2_COSTS, clock=still)
 
 
