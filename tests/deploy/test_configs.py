@@ -1,13 +1,11 @@
-"""configs/serve: each file loads as `serve` loads it, and fits the checkpoints it names."""
+"""configs/serve: each file loads as `serve` loads it, and fits the checkpoints it names.
+
+tests/server/test_real_model.py serves smollm2-cpu.yaml.
+"""
 
 import re
-import signal
-import socket
-import time
-from contextlib import suppress
 from pathlib import Path
 
-import httpx
 import pytest
 
 from dspark_server.api.settings import ServerSettings
@@ -18,7 +16,6 @@ from dspark_server.models.config import ModelConfig, load_config, parse_decoder,
 from dspark_server.models.hub import DEFAULT_MODEL, resolve_model, shipped_drafter
 from dspark_server.resolve import resolve
 from dspark_server.speculation.dspark import DSparkConfig
-from tests.processes import CommandLine
 
 from .checkpoints import DRAFTERS, TARGETS
 from .manifests import ROOT
@@ -98,33 +95,3 @@ def test_a_field_that_a_checkpoint_must_have_is_missed(field: str) -> None:
     del fields[field]
     with pytest.raises(CheckpointError, match=field):
         DSparkConfig.parse(fields, target)
-
-
-def test_smollm2_on_a_cpu_is_served(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    file = str(DIRECTORY / "smollm2-cpu.yaml")
-    fixed = ("--speculative-config", '{"selection": "fixed"}')  # has no costs to measure first
-    process = CommandLine(("serve", "--config", file, *fixed), tmp_path / "log", DSPARK_PORT=str(port))
-    try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as http:
-            for _ in range(1800):  # a busy machine loads slowly
-                assert process.poll() is None, "the server ended while starting"
-                with suppress(httpx.ConnectError):
-                    if http.get("/health").status_code == 200:
-                        break
-                time.sleep(0.1)
-            body = {"prompt": "The capital of France is", "max_tokens": 12, "temperature": 0}
-            assert http.post("/v1/completions", json=body).json()["choices"][0]["text"].startswith(" Paris")
-            [card] = http.get("/v1/models").json()["data"]
-            assert card["max_model_len"] == 8192
-            drafts = re.search(
-                r"^vllm:spec_decode_num_drafts_total\{.*\} (\S+)$", http.get("/metrics").text, re.MULTILINE
-            )
-            assert float(drafts[1]) > 0
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 0
-    finally:
-        process.kill()
-        process.wait()

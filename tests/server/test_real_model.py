@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -23,17 +24,27 @@ from dspark_server.engine.core import load_tokenizer
 from dspark_server.models.hub import resolve_model
 
 MODEL = "SmolLM2-135M-Instruct"
+FILE = Path(__file__).parents[2] / "configs" / "serve" / "smollm2-cpu.yaml"
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """The command as `make serve` runs it, on a free port. Steps of 32 tokens for 8 requests: there is less to measure
-    at the start, and prompts come in pieces."""
+    """The command as a shell runs it with a file of configs/serve, on a free port. Steps of 32 tokens for 8 requests:
+    there is less to measure at the start, and prompts come in pieces."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-c", "from dspark_server.cli import main; main()", "serve", "--port", str(port)]
-    command += ["--kv-cache-memory-bytes", str(256 << 20), "--max-num-batched-tokens", "32", "--max-num-seqs", "8"]
+    command = [sys.executable, "-c", "from dspark_server.cli import main; main()", "serve", "--config", str(FILE)]
+    command += [
+        "--port",
+        str(port),
+        "--kv-cache-memory-bytes",
+        str(256 << 20),
+        "--max-num-batched-tokens",
+        "32",
+        "--max-num-seqs",
+        "8",
+    ]
     process = subprocess.Popen(command, env=os.environ)
     url = f"http://127.0.0.1:{port}"
     try:
@@ -61,6 +72,11 @@ def test_answers_in_english(client: openai.OpenAI) -> None:
     assert answer.choices[0].text.startswith(" Paris")
     assert answer.usage is not None
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (5, 4)
+
+
+def test_its_card_has_the_length_of_the_file(client: openai.OpenAI) -> None:
+    [card] = client.models.list().data
+    assert (card.id, card.max_model_len) == (MODEL, 8192)  # type: ignore[attr-defined]
 
 
 def test_streams_the_same_text_alone_and_in_company(client: openai.OpenAI) -> None:
