@@ -53,13 +53,14 @@ $(TORCH): $(LISTED)
 	@$(BIN)/pip install --progress-bar on torch==2.13.0
 	@touch $@
 
-# Bytecode of what the tests import, once and beside other work, and not by every test worker at the same time.
+# Bytecode of what the tests import, once and beside other work, and not by every test worker at the same time. The
+# first need no torch, which is only half there meanwhile.
 $(COMPILED)-others: $(LISTED) $(TOOLS)
-	@$(BIN)/python -W ignore -c "import fastapi, hypothesis.strategies, matplotlib.figure, openai, sympy, transformers" 2>/dev/null
+	@$(BIN)/python -W ignore -c "import fastapi, hypothesis.strategies, matplotlib.figure, openai, sympy"
 	@touch $@
 
 $(COMPILED)-torch: $(TORCH)
-	@$(BIN)/python -W ignore -c "import torch._dynamo, torch.distributed.tensor"
+	@$(BIN)/python -W ignore -c "import torch._dynamo, torch.distributed.tensor, transformers"
 	@touch $@
 
 # Without a C compiler the kernels are built with the one ziglang brings (100 MB).
