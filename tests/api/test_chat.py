@@ -30,7 +30,7 @@ def text_of(chunks: list[dict], index: int = 0) -> str:
 
 
 def shown(server: Running, messages: list[dict], **fields) -> dict:
-    """What the chat template was given for `messages` and a last one that makes it tell."""
+    """The chat template's input for `messages` and a last one that makes it tell."""
     with patch.object(server.engine, "per_step", 64):
         answer = server.chat([*messages, {"role": "user", "content": "show"}], **fields)
     assert answer.status_code == 200, answer.text

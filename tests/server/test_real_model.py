@@ -35,16 +35,7 @@ def server() -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-c", "from dspark_server.cli import main; main()", "serve", "--config", str(FILE)]
-    command += [
-        "--port",
-        str(port),
-        "--kv-cache-memory-bytes",
-        str(256 << 20),
-        "--max-num-batched-tokens",
-        "32",
-        "--max-num-seqs",
-        "8",
-    ]
+    command += ["--port", str(port), "--max-num-batched-tokens", "32", "--max-num-seqs", "8"]
     process = subprocess.Popen(command, env=os.environ)
     url = f"http://127.0.0.1:{port}"
     try:
@@ -74,9 +65,10 @@ def test_answers_in_english(client: openai.OpenAI) -> None:
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (5, 4)
 
 
-def test_its_card_has_the_length_of_the_file(client: openai.OpenAI) -> None:
-    [card] = client.models.list().data
-    assert (card.id, card.max_model_len) == (MODEL, 8192)  # type: ignore[attr-defined]
+def test_the_settings_of_the_file_are_in_force(server: tuple[str, object]) -> None:
+    [cache] = re.findall(r"^vllm:cache_config_info\{(.*)\}", httpx.get(f"{server[0]}/metrics").text, re.MULTILINE)
+    blocks, size = (int(re.search(rf'\b{name}="(\d+)"', cache)[1]) for name in ("num_gpu_blocks", "block_size"))
+    assert blocks * size == pytest.approx(43_000, rel=0.03)  # 1 GiB, half of the default
 
 
 def test_streams_the_same_text_alone_and_in_company(client: openai.OpenAI) -> None:

@@ -33,7 +33,7 @@ def admits(prefix: tuple[int, ...]) -> bool:
 
 
 def admitted(block: tuple[int, ...]) -> int:
-    """How far `admits` goes into a block: slot k is decided by the tokens before k alone."""
+    """Number of leading slots that `admits` takes of a block: slot k is decided by the tokens before k alone."""
     return next((k for k in range(len(block)) if not admits(block[:k])), len(block))
 
 
