@@ -1,7 +1,6 @@
 """The client against real sockets: what it counts, what it times, what it calls an error."""
 
 import asyncio
-import statistics
 import time
 from collections import Counter
 
@@ -185,18 +184,16 @@ def test_a_steady_load_is_open_while_all_users_are_busy_and_out_of_step(app, url
             options = RequestOptions(model="fake", max_tokens=8)
             async with steady_load(client, options, lambda index: f"ok {index}", users=4, first=3) as load:
                 start, before, ended = time.perf_counter(), app.generated, len(load.outcomes)
-                running = []
-                # A busy machine needs longer.
-                while len(running) < 50 or app.generated < before + 130 or len(load.outcomes) == ended:
+                # No length of time: a busy machine needs longer, and its server may be behind this client.
+                while app.generated < before + 130 or len(load.outcomes) == ended:
                     await asyncio.sleep(0.01)
-                    running.append(app.running)
-                # Each user may just be between two requests, and after a stall of this process all of them are.
-                assert statistics.median(running) >= 3
+                    assert load.sent - len(load.outcomes) == 4  # a user whose answer ends asks again at once
                 end, generated = time.perf_counter(), app.generated - before
             assert len(load.outcomes) > ended
             return load, load.tokens_between(start, end), generated
 
     load, tokens, generated = asyncio.run(run())
+    assert app.most_running == 4
     assert sorted(body["max_tokens"] for body in app.bodies[:4]) == [2, 4, 6, 8]
     assert {body["max_tokens"] for body in app.bodies[4:]} == {8}
     # What is given up on leaving may not have got as far as the server.
