@@ -21,9 +21,10 @@ from dspark_server.config import EngineConfig, SpeculativeConfig
 from dspark_server.engine.core import EngineCore
 from dspark_server.engine.executor import TorchExecutor
 from dspark_server.engine.request import SamplingParams
-from dspark_server.engine.trace import Drafted, StepTrace, Verification
+from dspark_server.engine.trace import StepTrace, Verification
 from dspark_server.errors import CheckpointError
 from dspark_server.speculation.acceptance import Accepted
+from dspark_server.speculation.draft_block import DraftBlock
 from dspark_server.speculation.dspark import DSparkDrafter
 from dspark_server.speculation.sampling import SamplingBatch
 
@@ -67,13 +68,13 @@ class _Forced:
         self.counts: Iterator[int] = iter(())
         self.seen: list[StepTrace] = []
 
-    def accept(self, verified: Verification, drafted: Drafted | None, sampling: SamplingBatch) -> Accepted:
-        count = next(self.counts) if drafted else 0
+    def accept(self, verified: Verification, block: DraftBlock | None, sampling: SamplingBatch) -> Accepted:
+        count = next(self.counts) if block else 0
         token = verified.logits[verified.row_start[0] + count].argmax()
         return Accepted(torch.tensor([count]), token.view(1), torch.tensor([False]))
 
     def trace(self, trace: StepTrace) -> None:
-        if trace.drafted is not None:
+        if trace.block is not None:
             self.seen.append(trace)
 
 
@@ -137,8 +138,8 @@ def _replay_case(directory: Path, case: str, expected: dict[str, Tensor], report
 def _compare_round(
     report: Report, where: str, want: dict[str, Tensor], seen: StepTrace, before: int, tokens: list[int]
 ) -> None:
-    assert seen.drafted is not None
-    block = seen.drafted.block
+    block = seen.block
+    assert block is not None
     report.rounds += 1
     report.equal(f"{where}.anchor", [tokens[before - 1]], want["anchor"])
     report.equal(f"{where}.anchor_position", [before - 1], want["anchor_position"])

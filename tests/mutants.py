@@ -39,7 +39,7 @@ def _one(name: str, file: str, text: str, replacement: str, killer: str) -> Muta
 
 
 STEP, DSPARK = "dspark_server/engine/step.py", "dspark_server/speculation/dspark.py"
-SEQUENTIAL = "dspark_server/speculation/sequential.py"
+SEQUENTIAL, BLOCK = "dspark_server/speculation/sequential.py", "dspark_server/speculation/draft_block.py"
 ACCEPTANCE, SELECTION = "dspark_server/speculation/acceptance.py", "dspark_server/speculation/selection.py"
 ADMISSION = "dspark_server/speculation/admission.py"
 TRITON, TRITON_TESTS = "kernels/triton/", "tests/kernels/test_triton_"
@@ -64,9 +64,9 @@ LOSSLESS = (
          "        bumpy = seconds.upto(len(every)) * [1 + count % 2 for count in range(len(every) + 1)]\n"
          "        lengths = ranked.first(best_count(every, bumpy, load))",
          "tests/speculation/test_selection.py::test_whether_a_token_is_kept_does_not_depend_on_it_or_on_later_ones"),
-    _one("prefix cut at a forbidden token", STEP, "        lengths = self._selection.lengths(survival, usable,",
+    _one("prefix cut at a forbidden token", STEP, "        lengths = self._selection.lengths(survival, block.limits,",
          "        usable = [next((k for k, x in enumerate(row[:limit]) if x in r.stop_ids), limit)\n"
-         "                  for r, row, limit in zip(requests, block.tokens.tolist(), usable, strict=True)]\n"
+         "                  for r, row, limit in zip(requests, block.tokens.tolist(), block.limits, strict=True)]\n"
          "        lengths = self._selection.lengths(survival, usable,",
          "tests/engine/test_lossless.py::test_what_a_block_says_does_not_move_how_much_of_it_is_verified"),
     _one("native residual drawn from p", "kernels/cpu/accept.c",
@@ -85,12 +85,12 @@ LOSSLESS = (
     _one("rules are not told what was committed", "dspark_server/engine/request.py",
          "                controls.commit([token])\n", "                pass\n",
          f"{MONTE_CARLO}[causal-None-float32-True]"),
-    _one("prefix dropped whole on a late NaN", STEP,
-         "usable = [min(limit, usable) for limit, usable",
-         "usable = [limit if limit <= usable else 0 for limit, usable",
+    _one("prefix dropped whole on a late NaN", BLOCK,
+         "return [min(request.limit, most) for request, most",
+         "return [request.limit if request.limit <= most else 0 for request, most",
          "tests/speculation/test_nan.py::test_a_nan_at_a_slot_keeps_exactly_the_slots_before_it"),
-    _one("costs are looked up by limits that a NaN has cut", STEP,
-         "slots = sum(asked.limits)", "slots = sum(usable)",
+    _one("costs are looked up by limits that a NaN has cut", BLOCK,
+         "return sum(request.limit for request in self.requests)", "return sum(self.limits)",
          "tests/speculation/test_nan.py::test_what_a_draft_may_reach_is_counted_before_it"),
     _one("native head draws from the law of another temperature", "kernels/cpu/head.c",
          "choice = draw_column(weights, columns, head->uniforms[at], cells);",
@@ -117,14 +117,14 @@ LOSSLESS = (
     _one("draft context one row short", DSPARK, "Run([r.anchor, *mask], r.position, r.block_table, self.gamma)",
          "Run([r.anchor, *mask], r.position - 1, r.block_table, self.gamma)", CONFORMANCE),
     _one("steps without drafts write no draft rows, and a prefix hit finds none", "dspark_server/engine/executor.py",
-         "        self.drafter.observe(taps, batch, self.pool)",
-         "        if any(len(run.tokens) > 1 for run in runs):\n"
-         "            self.drafter.observe(taps, batch, self.pool)",
+         "        drafter.observe(taps, batch, pool)",
+         "        if any(len(run.tokens) > 1 for run in self._runs):\n"
+         "            drafter.observe(taps, batch, pool)",
          "tests/engine/test_lossless.py::test_a_prefix_hit_carries_the_draft_rows"),
     _one("long chunks write no draft rows", "dspark_server/engine/executor.py",
-         "        self.drafter.observe(taps, batch, self.pool)",
-         "        if all(len(run.tokens) <= 8 for run in runs):\n"
-         "            self.drafter.observe(taps, batch, self.pool)",
+         "        drafter.observe(taps, batch, pool)",
+         "        if all(len(run.tokens) <= 8 for run in self._runs):\n"
+         "            drafter.observe(taps, batch, pool)",
          CONFORMANCE),
     _one("Triton's queries see one key too many", TRITON + "attention.py", "(column[None, :] <= position[:, None])",
          "(column[None, :] <= position[:, None] + 1)", f"{TRITON_TESTS}attention.py::test_attention"),
@@ -148,9 +148,9 @@ LOSSLESS = (
          "            field.zero_()\n",
          "            if name == \"context\" and field.any():\n                continue\n",
          f"{DEVICE}::test_the_same_tokens_and_so_many_waits[fixed]"),
-    _one("a pass that was run ahead taken for any other", "dspark_server/engine/device_executor.py",
-         "if _same(runs, self._ahead.runs):", "if True:",
-         f"{DEVICE}::test_a_pass_that_was_run_ahead_is_not_taken_for_another"),
+    _one("a pass that was run ahead taken for another", STEP,
+         "lengths=block.lengths or lengths", "lengths=lengths",
+         f"{DEVICE}::test_the_lengths_of_a_pass_that_was_run_ahead_are_the_devices"),
 )  # fmt: skip
 
 SERVER, SECURITY = "dspark_server/api/server.py", "tests/api/test_security.py"
@@ -185,8 +185,8 @@ SAFETY = (
     _one("a body goes on for ever behind its answer", SERVER, "            self._lingering += len(body)\n", "",
          "tests/api/test_bad_bytes.py::test_a_gigabyte_in_chunks_is_cut"),
     _one("a request gives way behind its draft", STEP,
-         "        drafted = self._draft(plan, load, asked) if asked else None\n",
-         "        drafted = self._draft(plan, load, asked) if asked else None\n"
+         "        block = self._draft(cycle, plan, load, asked) if asked else None\n",
+         "        block = self._draft(cycle, plan, load, asked) if asked else None\n"
          "        if not self.batcher.pool.available and len(self.batcher.running) > 1:\n"
          "            self.batcher.preempt(self.batcher.running[-1])\n",
          "tests/engine/test_preemption.py::test_it_takes_effect_between_commit_and_the_next_draft[step.draft]"),
@@ -220,7 +220,7 @@ COSTS = (
          f"{HOPELESS}[lagged]"),
     _one("requests that explore are not probing", EXPLORATION, "choice.probing | frozenset(more)", "choice.probing",
          f"{HOPELESS}[causal]"),
-    _one("exploring costs nothing", EXPLORATION, "        self._purse.spend(price)\n", "", f"{HOPELESS}[causal]"),
+    _one("exploring costs nothing", EXPLORATION, "        self._budget.spend(price)\n", "", f"{HOPELESS}[causal]"),
     _one("steps without drafts cost nothing", EXPLORATION, "            self._plain.spend(price)\n",
          "            pass\n",
          f"{EXPLORING}::test_where_whole_blocks_are_verified_only_steps_without_drafts_are_left_to_explore"),

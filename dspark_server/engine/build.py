@@ -18,8 +18,7 @@ from dspark_server.runtime.device import Device, find_device
 from dspark_server.runtime.graphs import default_sizes
 from dspark_server.runtime.kv import KVPool, blocks_that_fit, cache_dtype
 from dspark_server.runtime.parallel import Group
-from dspark_server.speculation.drafter import NoDrafter
-from dspark_server.speculation.dspark import DSparkDrafter
+from dspark_server.speculation.drafter import Drafter
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ class Place:
 
 
 def build_executor(
-    config: EngineConfig, target: Decoder, drafter: DSparkDrafter | NoDrafter, place: Place
+    config: EngineConfig, target: Decoder, drafter: Drafter, place: Place
 ) -> TorchExecutor | DeviceExecutor:
     """The executor of one rank, ready to run; all ranks build theirs at the same time.
 
@@ -75,7 +74,7 @@ def build_executor(
     def over(num_blocks: int) -> TorchExecutor | DeviceExecutor:
         pool = KVPool(num_blocks, config.block_size, groups, place.stored, device)
         if device is None:
-            return TorchExecutor(target, drafter, pool)
+            return TorchExecutor(target, drafter, pool, place.kernels)
         sizes = () if config.enforce_eager else config.cuda_graph_sizes or default_sizes(config.max_num_batched_tokens)
         most = {"max_tokens": config.max_num_batched_tokens, "max_requests": config.max_num_seqs}
         return DeviceExecutor(target, drafter, pool, device, place.kernels, sizes=sizes, **most)

@@ -32,8 +32,9 @@ from dspark_server.models.hub import cache_dir, resolve_model, shipped_drafter
 from dspark_server.runtime.device import Device
 from dspark_server.runtime.parallel import ALONE, Group, TorchGroup
 from dspark_server.speculation.capacity import Capacity, Profile
+from dspark_server.speculation.copy_drafter import Copying
 from dspark_server.speculation.copying import ContextIndex, CopyTables
-from dspark_server.speculation.drafter import NoDrafter
+from dspark_server.speculation.drafter import Drafter, NoDrafter
 from dspark_server.speculation.dspark import DSparkDrafter
 from dspark_server.speculation.selection import POLICIES, Selection, build_selection
 
@@ -104,8 +105,6 @@ class EngineCore:
         drafter = _drafter(config.speculative, target, place)
         own = build_executor(config, target, drafter, place)
         _check_pool(config, own.pool.num_blocks, own.gamma)
-        if isinstance(own, DeviceExecutor):
-            loop_options = {"judge": own.judge, "timing": own.timing} | loop_options
         executor = LeadingExecutor(own, group) if isinstance(group, TorchGroup) else own
         backend = _backend(own, place)
         batcher = Batcher(
@@ -128,8 +127,7 @@ class EngineCore:
             _selection(policy, capacity, config.speculative),
             capacity=capacity,
             max_draft_tokens=config.speculative.num_speculative_tokens,
-            kernels=place.kernels,
-            copying=drafter.copying if policy != "none" else None,
+            copying=drafter if isinstance(drafter, Copying) else None,
             check_invariants=config.check_invariants,
             **loop_options,
         )
@@ -283,10 +281,10 @@ def _tokenizer(config: EngineConfig, directory: Path, vocab_size: int) -> PreTra
     return tokenizer
 
 
-def _drafter(config: SpeculativeConfig, target: Decoder, place: Place) -> DSparkDrafter | NoDrafter:
+def _drafter(config: SpeculativeConfig, target: Decoder, place: Place) -> Drafter:
     if config.method == "none":
         return NoDrafter()
-    copies_only = NoDrafter(CopyTables() if config.copying else None)
+    copies_only = Copying(NoDrafter(), CopyTables()) if config.copying else NoDrafter()
     if config.method == "ngram":
         return copies_only
     if config.model:
@@ -311,7 +309,7 @@ def _drafter(config: SpeculativeConfig, target: Decoder, place: Place) -> DSpark
         )
     if config.method == "dflash" and drafter.config.markov_rank:
         raise ConfigError("method dflash expects a drafter without a Markov head; use method dspark for this one.")
-    return drafter
+    return Copying(drafter, drafter.copying) if drafter.copying else drafter
 
 
 def _profile(config: EngineConfig, executor: Executor, num_blocks: int, max_model_len: int, identity: str) -> Profile:
@@ -338,10 +336,10 @@ def _backend(executor: TorchExecutor | DeviceExecutor, place: Place) -> str:
     return f"{backend}, {place.group.size} ranks" if place.group.size > 1 else backend
 
 
-def _described(config: SpeculativeConfig, drafter: DSparkDrafter | NoDrafter, policy: str) -> str:
-    if drafter.gamma:
+def _described(config: SpeculativeConfig, drafter: Drafter, policy: str) -> str:
+    if drafter.block:
         return f"drafter {config.model or 'of its own'}, selection {policy}"
-    return "no drafter" if drafter.copying is None else f"copies of the context, selection {policy}"
+    return "no drafter" if not drafter.gamma else f"copies of the context, selection {policy}"
 
 
 def _selection(policy: str, capacity: Capacity | None, config: SpeculativeConfig) -> Selection:

@@ -1,69 +1,73 @@
 """Interface of the step loop to a model. `TorchExecutor` runs real weights; tests and the simulator have their own."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Protocol
 
 import torch
+from dspark_kernels import Kernels
 from torch import Tensor
 
 from dspark_server.models.decoder import Decoder
 from dspark_server.runtime.batch import Batch, Run
 from dspark_server.runtime.kv import KVPool
-from dspark_server.speculation.copying import WIDTH
-from dspark_server.speculation.drafter import DraftBlock, Drafter, DraftRequest, with_copies
+from dspark_server.speculation.acceptance import Accepted, accept
+from dspark_server.speculation.draft_block import DraftBlock, DraftRequest
+from dspark_server.speculation.drafter import Drafter
 from dspark_server.speculation.noise import Streams
 from dspark_server.speculation.sampling import SamplingBatch
 
-__all__ = ["DraftRequest", "Executor", "Rest", "TorchExecutor"]
+Clock = Callable[[], float]  # in seconds
 
 
 @dataclass(frozen=True)
-class Rest:
-    """Verification with a fixed budget: the policy fixes the number of verified tokens before the draft (§5.2).
+class Budget:
+    """Known before a draft, where the policy fixes the number of verified tokens (§5.2): the rest of the step.
 
-    With it an executor need not wait for the draft. `runs` are those of the pass, without draft tokens; run i takes
-    draft tokens from row rows[i] of the block (-1: none). The `count` likeliest are verified, at most limits[r] of row
-    r; recorded [R, gamma] float32 is their survival if the drafter reports none. `sampling` has a row for each of the
-    runs that sample, `sampled`.
+    The `count` likeliest draft tokens are verified; recorded [R, gamma] float32 is their survival if the drafter has no
+    confidence. `sampling` has a row for each run of the pass that samples.
     """
 
-    runs: list[Run]
-    rows: list[int]
-    limits: list[int]
-    recorded: Tensor
     count: int
+    recorded: Tensor
     sampling: SamplingBatch
-    sampled: list[int]
 
 
-class Executor(Protocol):
-    """One draft and one verification per step."""
-
-    gamma: int  # most draft tokens of a block
+class Cycle(Protocol):
+    """One step on the hardware: a draft or none, the pass, acceptance, in this order. Measures its own time."""
 
     @property
-    def block(self) -> int:
-        """Maximum length of a block from the drafter itself; longer blocks are copies."""
+    def seconds(self) -> tuple[float, float]:
+        """Seconds of draft and pass, known after acceptance; (0, 0) for a step that was not waited for."""
 
     def draft(
-        self,
-        requests: list[DraftRequest],
-        sampling: SamplingBatch,
-        streams: Streams,
-        rest: Callable[[], Rest] | None = None,
+        self, requests: Sequence[DraftRequest], sampling: SamplingBatch, budget: Budget | None = None
     ) -> DraftBlock:
-        """Draft up to gamma tokens after each anchor. KV slots for anchor and block are reserved.
+        """Draft up to gamma tokens for each request. KV slots for anchor and block are reserved.
 
-        Requests whose block is only copied come last; `sampling` has a row for each of the others. `rest` gives the
-        verification that follows, if its budget is fixed.
+        Copies come last; `sampling` has a row for each of the others. With a `budget` an executor need not wait for its
+        draft: it may run pass and acceptance at once. The block then has its lengths.
         """
 
-    def verify(self, runs: list[Run]) -> tuple[Tensor, list[int]]:
-        """One target pass over all runs: logits [M, V] float32 and where each run's rows start (R + 1 entries)."""
+    def verify(self, block: DraftBlock | None) -> tuple[Tensor, list[int]]:
+        """The one target pass: all runs, with the draft tokens that `block` says.
+
+        Gives logits [M, V] float32 and where each run's rows start (R + 1 entries).
+        """
+
+    def accept(
+        self,
+        logits: Tensor,
+        row_start: Sequence[int],
+        block: DraftBlock | None,
+        rows: Sequence[int],
+        sampling: SamplingBatch,
+    ) -> Accepted:
+        """`acceptance.accept`, with its outcome on the host."""
 
     def finite_rows(self) -> list[int]:
-        """Number of leading tokens of each run of the last `verify` with finite hidden states after the last layer.
+        """Number of leading tokens of each run of the pass with finite hidden states after the last layer.
 
         Their keys then hold no NaN, and their values neither NaN nor infinity, in every layer of the target: a token
         attends to itself, and the residual stream carries a non-finite value to its end. So the rows that a drafter
@@ -71,45 +75,98 @@ class Executor(Protocol):
         """
 
 
-class TorchExecutor:
-    """Target and drafter over one paged KV pool: layer group 0 is the target's, group 1 the drafter's."""
+class Executor(Protocol):
+    """Runs steps."""
 
-    def __init__(self, target: Decoder, drafter: Drafter, pool: KVPool) -> None:
-        self.gamma = max(drafter.gamma, WIDTH) if drafter.copying else drafter.gamma
-        self.target = target
-        self.drafter = drafter
-        self.pool = pool
-        self._lengths: list[int] = []
-        self._last = torch.empty(0)  # of the last pass: its runs' tokens, and hidden states [N, D] after the last layer
+    gamma: int  # most draft tokens of a block
 
     @property
     def block(self) -> int:
-        return self.drafter.gamma
+        """Most draft tokens of a block that a model drafts; longer ones are copies."""
+
+    def cycle(self, runs: list[Run], streams: Streams, clock: Clock) -> Cycle:
+        """Begin a step over `runs`, which hold the committed tokens of its pass."""
+
+
+class TorchExecutor:
+    """Target and drafter over one paged KV pool: layer group 0 is the target's, group 1 the drafter's."""
+
+    def __init__(self, target: Decoder, drafter: Drafter, pool: KVPool, kernels: Kernels | None = None) -> None:
+        self.gamma = drafter.gamma
+        self.block = drafter.block
+        self.target = target
+        self.drafter = drafter
+        self.pool = pool
+        self.kernels = kernels
+
+    def cycle(self, runs: list[Run], streams: Streams, clock: Clock) -> "TorchCycle":
+        return TorchCycle(self, runs, streams, clock)
+
+
+class TorchCycle:
+    """A step on the CPU, whose every call is done when it returns."""
+
+    def __init__(self, executor: TorchExecutor, runs: list[Run], streams: Streams, clock: Clock) -> None:
+        self._executor = executor
+        self._runs = runs
+        self._streams = streams
+        self._clock = clock
+        self._draft = self._pass = 0.0
+        self._last = torch.empty(0)  # hidden states [N, D] after the last layer
+
+    @property
+    def seconds(self) -> tuple[float, float]:
+        return self._draft, self._pass
 
     def draft(
-        self,
-        requests: list[DraftRequest],
-        sampling: SamplingBatch,
-        streams: Streams,
-        rest: Callable[[], Rest] | None = None,
+        self, requests: Sequence[DraftRequest], sampling: SamplingBatch, budget: Budget | None = None
     ) -> DraftBlock:
-        asked = asked_of_drafter(requests)
-        block = None
-        if asked:
-            block = self.drafter.propose(asked, sampling, streams, self.pool)
-        return add_copies(block, requests, self.gamma, self.drafter)
+        began = self._clock()
+        block = self._executor.drafter.propose(requests, sampling, self._streams, self._executor.pool)
+        self._draft = self._clock() - began
+        return block
 
-    def verify(self, runs: list[Run]) -> tuple[Tensor, list[int]]:
-        batch = Batch.of(runs, self.pool.block_size)
-        last = self.target.config.num_layers - 1
-        hidden, (*taps, self._last) = self.target.forward(batch, self.pool.layers(0), (*self.drafter.taps, last))
-        self._lengths = [len(run.tokens) for run in runs]
+    def verify(self, block: DraftBlock | None) -> tuple[Tensor, list[int]]:
+        began = self._clock()
+        target, drafter, pool = self._executor.target, self._executor.drafter, self._executor.pool
+        self._runs = with_drafts(self._runs, block)
+        batch = Batch.of(self._runs, pool.block_size)
+        last = target.config.num_layers - 1
+        hidden, (*taps, self._last) = target.forward(batch, pool.layers(0), (*drafter.taps, last))
         # For every token of every request, speculating or not: a later prefix hit must find its draft rows.
-        self.drafter.observe(taps, batch, self.pool)
-        return self.target.logits(hidden), batch.row_start
+        drafter.observe(taps, batch, pool)
+        logits = target.logits(hidden)
+        self._pass = self._clock() - began
+        return logits, batch.row_start
+
+    def accept(
+        self,
+        logits: Tensor,
+        row_start: Sequence[int],
+        block: DraftBlock | None,
+        rows: Sequence[int],
+        sampling: SamplingBatch,
+    ) -> Accepted:
+        return accept(logits, row_start, block, rows, sampling, self._streams, self._executor.kernels)
 
     def finite_rows(self) -> list[int]:
-        return leading(are_finite(self._last), self._lengths)
+        return leading(are_finite(self._last), self._runs)
+
+
+def with_drafts(runs: list[Run], block: DraftBlock | None) -> list[Run]:
+    """The runs with the draft tokens to verify; each needs one more row of logits."""
+    if block is None:
+        return runs
+    whole = list(runs)
+    for index, tokens in block.prefixes.items():
+        run = whole[index]
+        whole[index] = run._replace(tokens=run.tokens + tokens, logits_rows=run.logits_rows + len(tokens))
+    return whole
+
+
+def row_starts(runs: list[Run]) -> list[int]:
+    """Where each run's rows of logits start, and where the last ends."""
+    return list(accumulate((run.logits_rows for run in runs), initial=0))
 
 
 def are_finite(hidden: Tensor) -> Tensor:
@@ -117,23 +174,10 @@ def are_finite(hidden: Tensor) -> Tensor:
     return hidden.sum(-1, dtype=torch.float32).isfinite()
 
 
-def leading(flags: Tensor, lengths: list[int]) -> list[int]:
-    """Number of leading rows with true `flags` [at least N] bool in each of consecutive runs of `lengths` rows."""
+def leading(flags: Tensor, runs: list[Run]) -> list[int]:
+    """Number of leading tokens of each run with true `flags` [at least N] bool, of the N tokens of all runs."""
+    lengths = [len(run.tokens) for run in runs]
     if bool(flags[: sum(lengths)].all()):
         return lengths
     each = flags[: sum(lengths)].split(lengths)
     return [int(run.long().cumprod(0).sum()) for run in each]
-
-
-def asked_of_drafter(requests: list[DraftRequest]) -> list[DraftRequest]:
-    """Requests whose block is not only copied: the first ones."""
-    return [request for request in requests if not request.alone or request.match is None]
-
-
-def add_copies(block: DraftBlock | None, requests: list[DraftRequest], gamma: int, drafter: Drafter) -> DraftBlock:
-    """The drafter's `block` for `asked_of_drafter(requests)` (None: there were none), with the copies below it."""
-    copied = [(request.match, request.copied) for request in requests if request.alone and request.match is not None]
-    if drafter.copying is None:
-        assert block is not None, "a drafter that may not copy was asked for copies alone"
-        return block
-    return with_copies(block, [match for match, _ in copied], [record for _, record in copied], gamma, drafter.copying)

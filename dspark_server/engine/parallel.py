@@ -7,7 +7,8 @@ On GPUs all ranks record the same graphs in the same order, and replay the same 
 """
 
 import logging
-from collections.abc import Callable
+import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,14 +20,15 @@ from torch import Tensor
 from dspark_server import __version__
 from dspark_server.config import EngineConfig
 from dspark_server.engine.build import Place, build_executor
-from dspark_server.engine.executor import DraftRequest, Executor, Rest
+from dspark_server.engine.executor import Budget, Clock, Cycle, Executor, with_drafts
 from dspark_server.errors import ConfigError, EngineDeadError
 from dspark_server.models.config import ModelConfig, load_config
 from dspark_server.runtime.batch import Run
 from dspark_server.runtime.device import Device
 from dspark_server.runtime.parallel import TorchGroup
-from dspark_server.speculation.drafter import DraftBlock, NoDrafter
-from dspark_server.speculation.noise import Streams
+from dspark_server.speculation.draft_block import DraftBlock, DraftRequest
+from dspark_server.speculation.drafter import NoDrafter
+from dspark_server.speculation.noise import CounterStreams, Streams
 from dspark_server.speculation.sampling import SamplingBatch
 
 logger = logging.getLogger(__name__)
@@ -41,31 +43,39 @@ class LeadingExecutor:
 
     def __init__(self, executor: Executor, group: TorchGroup) -> None:
         self.gamma = executor.gamma
+        self.block = executor.block
         self._executor = executor
         self._group = group
 
+    def cycle(self, runs: list[Run], streams: Streams, clock: Clock) -> "LeadingCycle":
+        return LeadingCycle(self._executor.cycle(runs, streams, clock), runs, self._group)
+
+
+class LeadingCycle:
+    """A step whose pass all ranks share; its draft and acceptance are those of `cycle`."""
+
+    def __init__(self, cycle: Cycle, runs: list[Run], group: TorchGroup) -> None:
+        self._cycle = cycle
+        self._runs = runs
+        self._group = group
+        self.accept = cycle.accept
+        self.finite_rows = cycle.finite_rows  # hidden states are whole on every rank
+
     @property
-    def block(self) -> int:
-        return self._executor.block
+    def seconds(self) -> tuple[float, float]:
+        return self._cycle.seconds
 
     def draft(
-        self,
-        requests: list[DraftRequest],
-        sampling: SamplingBatch,
-        streams: Streams,
-        rest: Callable[[], Rest] | None = None,
+        self, requests: Sequence[DraftRequest], sampling: SamplingBatch, budget: Budget | None = None
     ) -> DraftBlock:
-        # Without `rest`: a pass that only the device knows could not be sent to the others.
-        return self._executor.draft(requests, sampling, streams)
+        # Without a budget: a pass that only the device knows could not be sent to the others.
+        return self._cycle.draft(requests, sampling)
 
-    def finite_rows(self) -> list[int]:
-        return self._executor.finite_rows()  # hidden states are whole on every rank
-
-    def verify(self, runs: list[Run]) -> tuple[Tensor, list[int]]:
-        """As `Executor`. Raises EngineDeadError for any failure: the other ranks cannot leave the pass."""
-        self._group.send(encode_runs(runs))
+    def verify(self, block: DraftBlock | None) -> tuple[Tensor, list[int]]:
+        """As `Cycle`. Raises EngineDeadError for any failure: the other ranks cannot leave the pass."""
+        self._group.send(encode_runs(with_drafts(self._runs, block)))
         try:
-            return self._executor.verify(runs)
+            return self._cycle.verify(block)
         except EngineDeadError:
             raise
         except Exception as error:
@@ -100,7 +110,7 @@ def follow(
     executor = build_executor(config, place.load_target(config.max_model_len), NoDrafter(), place)
     logger.info("rank %d of %d is ready", group.rank, group.size)
     while message := group.receive():
-        executor.verify(decode_runs(message))
+        executor.cycle(decode_runs(message), CounterStreams(), time.perf_counter).verify(None)
 
 
 def encode_runs(runs: list[Run]) -> bytes:

@@ -16,11 +16,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from dspark_server.engine.executor import DraftRequest, Executor
+from dspark_server.engine.executor import Executor
 from dspark_server.errors import ConfigError
 from dspark_server.runtime.batch import Run
 from dspark_server.speculation.capacity import Profile
 from dspark_server.speculation.curves import isotonic
+from dspark_server.speculation.draft_block import DraftRequest
 from dspark_server.speculation.noise import CounterStreams
 from dspark_server.speculation.sampling import SamplingBatch
 
@@ -155,14 +156,13 @@ class Profiler:
         tables = self._tables(len(lengths), context + self._run_length)
         runs = [Run([1] * length, context, table, length) for length, table in zip(lengths, tables, strict=True)]
         # Reading a number waits for the pass on a device that is not done when `verify` returns.
-        return lambda: float(self._executor.verify(runs)[0][-1, -1])
+        return lambda: float(self._executor.cycle(runs, CounterStreams(), time.perf_counter).verify(None)[0][-1, -1])
 
     def _draft(self, requests: int, context: int) -> Callable[[], object]:
         tables = self._tables(requests, context + self._run_length)
-        rows = [DraftRequest(1, context, table) for table in tables]
+        rows = [DraftRequest(0, 1, context, table, self._executor.block) for table in tables]
         sampling = SamplingBatch.of(position=[context + 1] * requests, key=list(range(requests)))
-        streams = CounterStreams()
-        return lambda: self._executor.draft(rows, sampling, streams)
+        return lambda: self._executor.cycle([], CounterStreams(), time.perf_counter).draft(rows, sampling)
 
     def _tables(self, runs: int, length: int) -> list[list[int]]:
         """A block table per run; runs share blocks only if the pool has too few. Block contents do not matter."""

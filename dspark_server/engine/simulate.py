@@ -7,7 +7,7 @@ Shapes: R drafting requests, gamma draft tokens each, a_{r,k} the probability th
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
@@ -16,14 +16,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from dspark_server.engine.executor import DraftRequest, Rest
-from dspark_server.engine.request import Request
-from dspark_server.engine.trace import Drafted, Verification
+from dspark_server.engine.executor import Budget, Clock, row_starts, with_drafts
+from dspark_server.engine.trace import Verification
 from dspark_server.errors import ConfigError
 from dspark_server.runtime.batch import Run
 from dspark_server.speculation.acceptance import Accepted
 from dspark_server.speculation.capacity import Capacity
-from dspark_server.speculation.drafter import DraftBlock
+from dspark_server.speculation.draft_block import DraftBlock, DraftRequest
 from dspark_server.speculation.noise import Streams
 from dspark_server.speculation.sampling import SamplingBatch
 
@@ -129,8 +128,6 @@ class SimulatedExecutor:
     seed: int = 0
     jitter: float = 0.0  # standard deviation of the log of the seconds of a draft or pass
     log: list[Pass] = field(default_factory=list)
-    _drafting: int = 0
-    _lengths: list[int] = field(default_factory=list)
 
     @property
     def block(self) -> int:
@@ -138,40 +135,79 @@ class SimulatedExecutor:
         return self.gamma
 
     def __post_init__(self) -> None:
-        self._noise = np.random.default_rng((self.seed, 1))
+        self.noise = np.random.default_rng((self.seed, 1))
         self._jitter = np.random.default_rng((self.seed, 4))
         self._effects = np.zeros(0)
 
+    def cycle(self, runs: list[Run], streams: Streams, clock: Clock) -> "SimulatedCycle":
+        """A step by the virtual clock."""
+        return SimulatedCycle(self, runs)
+
+    def accept(self, verified: Verification, block: DraftBlock | None, sampling: SamplingBatch) -> Accepted:
+        """The step loop's `acceptance`: accepts the leading ones of each prefix."""
+        self.clock.now += self.overhead
+        count = np.zeros(len(verified.requests), dtype=np.int64)
+        if block:
+            leading = block.tokens.numpy().cumprod(axis=1).sum(axis=1)
+            rows = np.array(verified.rows)
+            count = np.where(rows < 0, 0, np.minimum(leading, block.lengths)[rows])
+        none = np.zeros_like(count)
+        return Accepted(*map(torch.from_numpy, (count, none, none.astype(np.bool_))))
+
+    def spend(self, seconds: float) -> float:
+        """Advance the clock by the seconds of a draft or pass, with jitter; returns them."""
+        took = seconds * (math.exp(self.jitter * self._jitter.standard_normal()) if self.jitter else 1.0)
+        self.clock.now += took
+        return took
+
+    def effect(self, numbers: npt.NDArray[np.int64]) -> Floats:
+        """Request effects u [R]: the same for a request under every policy."""
+        most = int(numbers.max()) + 1
+        if most > len(self._effects):
+            self._effects = np.random.default_rng((self.seed, 2)).standard_normal(2 * most)
+        return self._effects[numbers]
+
+
+class SimulatedCycle:
+    """A step that advances the executor's clock."""
+
+    def __init__(self, executor: SimulatedExecutor, runs: list[Run]) -> None:
+        self._executor = executor
+        self._runs = runs
+        self._drafting = 0
+        self._draft = self._pass = 0.0
+
+    @property
+    def seconds(self) -> tuple[float, float]:
+        return self._draft, self._pass
+
     def draft(
-        self,
-        requests: list[DraftRequest],
-        sampling: SamplingBatch,
-        streams: Streams,
-        rest: Callable[[], Rest] | None = None,
+        self, requests: Sequence[DraftRequest], sampling: SamplingBatch, budget: Budget | None = None
     ) -> DraftBlock:
         """Blocks of ones and zeros; `sampling.key`, a request's number, is the index of its request effect."""
-        chances = self.survival.chances(
-            self._effect(sampling.key.numpy()), self._noise.standard_normal((len(requests), self.gamma))
-        )
-        stands = self._noise.random(chances.shape) < chances
-        self._drafting = len(requests)
-        self._spend(self.capacity.draft(len(requests)))
+        executor, self._drafting = self._executor, len(requests)
+        noise = executor.noise.standard_normal((len(requests), executor.gamma))
+        chances = executor.survival.chances(executor.effect(sampling.key.numpy()), noise)
+        stands = executor.noise.random(chances.shape) < chances
+        self._draft = executor.spend(executor.capacity.draft(len(requests)))
+        informed = executor.survival.informed
         return DraftBlock(
             tokens=torch.from_numpy(stands.astype(np.int64)),
-            q=None,
-            columns=None,
-            confidence=None,
-            survival=torch.from_numpy(chances.cumprod(axis=1).astype(np.float32)) if self.survival.informed else None,
-            usable=torch.from_numpy(np.full(len(requests), self.gamma)),
+            usable=torch.from_numpy(np.full(len(requests), executor.gamma)),
+            survival=torch.from_numpy(chances.cumprod(axis=1).astype(np.float32)) if informed else None,
+            has_confidence=informed,
+            requests=requests,
         )
 
-    def verify(self, runs: list[Run]) -> tuple[Tensor, list[int]]:
+    def verify(self, block: DraftBlock | None) -> tuple[Tensor, list[int]]:
         """Advance the clock; logits are of a vocabulary of one, since `accept` reads the drafts themselves."""
-        row_start, lengths = [0], [len(run.tokens) for run in runs]
-        decoding = verified = context = 0
+        executor = self._executor
+        self._runs = with_drafts(self._runs, block)
+        decoding = verified = context = tokens = 0
         pairs = 0.0
-        for run, length in zip(runs, lengths, strict=True):
-            row_start.append(row_start[-1] + run.logits_rows)
+        for run in self._runs:
+            length = len(run.tokens)
+            tokens += length
             context += run.context_len
             pairs += length * run.context_len
             if length == run.logits_rows:
@@ -179,35 +215,22 @@ class SimulatedExecutor:
                 verified += length
             else:  # a chunk's tokens see half of the chunk too (as `Load` counts)
                 pairs += length * length / 2
-        tokens = sum(lengths)
-        attention = self.capacity.attention(context, pairs)
-        self._spend(float(self.capacity.raw[min(tokens, len(self.capacity.raw) - 1)]) + attention)
-        self.log.append(Pass(len(runs), decoding, self._drafting, verified - decoding, tokens))
-        self._drafting = 0
-        self._lengths = lengths
-        return torch.zeros(row_start[-1], 1), row_start
+        cost = float(executor.capacity.raw[min(tokens, len(executor.capacity.raw) - 1)])
+        self._pass = executor.spend(cost + executor.capacity.attention(context, pairs))
+        executor.log.append(Pass(len(self._runs), decoding, self._drafting, verified - decoding, tokens))
+        starts = row_starts(self._runs)
+        return torch.zeros(starts[-1], 1), starts
+
+    def accept(
+        self,
+        logits: Tensor,
+        row_start: Sequence[int],
+        block: DraftBlock | None,
+        rows: Sequence[int],
+        sampling: SamplingBatch,
+    ) -> Accepted:
+        raise AssertionError("the step loop takes `SimulatedExecutor.accept`")
 
     def finite_rows(self) -> list[int]:
-        """All rows of each run."""
-        return self._lengths
-
-    def accept(self, verified: Verification, drafted: Drafted | None, sampling: SamplingBatch) -> Accepted:
-        """The step loop's `acceptance`: accepts the leading ones of each prefix."""
-        self.clock.now += self.overhead
-        stood: dict[Request, int] = {}
-        if drafted:
-            leading = drafted.block.tokens.numpy().cumprod(axis=1).sum(axis=1)
-            stood = dict(zip(drafted.requests, np.minimum(leading, drafted.lengths).tolist(), strict=True))
-        count = np.array([stood.get(request, 0) for request in verified.requests], dtype=np.int64)
-        none = np.zeros_like(count)
-        return Accepted(*map(torch.from_numpy, (count, none, none.astype(np.bool_))))
-
-    def _spend(self, seconds: float) -> None:
-        self.clock.now += seconds * (math.exp(self.jitter * self._jitter.standard_normal()) if self.jitter else 1.0)
-
-    def _effect(self, numbers: npt.NDArray[np.int64]) -> Floats:
-        """Request effects u [R]: the same for a request under every policy."""
-        most = int(numbers.max()) + 1
-        if most > len(self._effects):
-            self._effects = np.random.default_rng((self.seed, 2)).standard_normal(2 * most)
-        return self._effects[numbers]
+        """All tokens of each run."""
+        return [len(run.tokens) for run in self._runs]

@@ -4,33 +4,33 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import pairwise
 
 import torch
-from dspark_kernels import Kernels
 from torch import Tensor
 
 from dspark_server import failpoints
 from dspark_server.engine.batcher import Batcher, Plan
-from dspark_server.engine.executor import DraftRequest, Executor, Rest
+from dspark_server.engine.executor import Budget, Clock, Cycle, Executor
 from dspark_server.engine.gain import StepTime, seconds_without_drafts
 from dspark_server.engine.logprobs import token_logprobs
 from dspark_server.engine.request import FinishReason, Request
 from dspark_server.engine.stats import SURVIVAL_BINS
-from dspark_server.engine.trace import Asked, Drafted, StepOutput, StepTrace, Verification, output_of
+from dspark_server.engine.trace import StepOutput, StepTrace, Verification, drafting, output_of
 from dspark_server.runtime.batch import Run
-from dspark_server.speculation.acceptance import Accepted, DraftTokens, accept
+from dspark_server.speculation.acceptance import Accepted
 from dspark_server.speculation.admission import Load
 from dspark_server.speculation.capacity import Capacity
 from dspark_server.speculation.controls import Controls
-from dspark_server.speculation.copying import ALONE, ALONE_WEIGHT, CopyTables, Match
-from dspark_server.speculation.drafter import DraftBlock
+from dspark_server.speculation.copy_drafter import Copying
+from dspark_server.speculation.copying import ALONE, Match
+from dspark_server.speculation.draft_block import DraftBlock, DraftRequest, Source
 from dspark_server.speculation.drafting import Candidate
 from dspark_server.speculation.history import SurvivalHistory
-from dspark_server.speculation.noise import CounterStreams, Streams
+from dspark_server.speculation.noise import CounterStreams
 from dspark_server.speculation.sampling import GREEDY_BELOW, SamplingBatch
-from dspark_server.speculation.selection import Drafts, Selection
+from dspark_server.speculation.selection import Selection
 
 logger = logging.getLogger(__name__)
 
@@ -40,21 +40,16 @@ CONTRADICTION = (
 )
 FIRST_GUESS = 0.6  # assumed survival of a draft token before any was verified
 POPULATION_MEMORY = 0.995  # as history.MEMORY, for all requests together
-INDEXED_TOKENS = 4096  # of all requests, indexed for copies in one step: about 4 ms
 
 
-Judge = Callable[
-    [Tensor, Sequence[int], DraftTokens | None, Sequence[int], SamplingBatch, Streams], Accepted
-]  # as `acceptance.accept`
-Acceptance = Callable[[Verification, Drafted | None, SamplingBatch], Accepted]
+Acceptance = Callable[[Verification, DraftBlock | None, SamplingBatch], Accepted]
 
 
 class StepLoop:
     """Owns every request and block; only one thread may call it.
 
-    `kernels` speed up acceptance; `judge` replaces `accept`. `timing` corrects the wall-clock times of draft and pass
-    (seconds) for executors that return before the device is done. `acceptance` replaces the acceptance rules
-    (conformance forces counts); `trace` receives every step that samples.
+    `copying`: the drafter, where it copies. `acceptance` replaces the acceptance rules (conformance forces counts);
+    `trace` receives every step that samples.
     """
 
     def __init__(
@@ -65,14 +60,11 @@ class StepLoop:
         *,
         capacity: Capacity | None = None,
         max_draft_tokens: int | None = None,
-        copying: CopyTables | None = None,
-        kernels: Kernels | None = None,
-        judge: Judge | None = None,
-        timing: Callable[[float, float], tuple[float, float]] | None = None,
+        copying: Copying | None = None,
         acceptance: Acceptance | None = None,
         trace: Callable[[StepTrace], None] | None = None,
         check_invariants: bool = False,
-        clock: Callable[[], float] = time.perf_counter,
+        clock: Clock = time.perf_counter,
     ) -> None:
         self.batcher = batcher
         self.executor = executor
@@ -84,11 +76,8 @@ class StepLoop:
         self._max_draft_tokens = min(executor.gamma, max_draft_tokens or executor.gamma)
         self._block = min(self._max_draft_tokens, executor.block)
         self._copying = copying
-        self._may_index = INDEXED_TOKENS  # tokens left to index in this step
-        self._judge: Judge = judge or partial(accept, kernels=kernels)
-        self._timing = timing
         self._streams = CounterStreams()
-        self._acceptance = acceptance or self._lossless
+        self._acceptance = acceptance
         self._trace = trace
         self._check_invariants = check_invariants
         self._clock = clock
@@ -119,38 +108,32 @@ class StepLoop:
         failpoints.hit("step.plan")
         plan = self.batcher.plan()
         load = plan.load
-        self._may_index = INDEXED_TOKENS
         asked = self._choose(plan, load)
         self._index_prompts(plan)
-        chosen = self._clock()
-        drafted = self._draft(plan, load, asked) if asked else None
-        prefixes = drafted.prefix_of() if drafted else {}
-        draft_tokens = sum(map(len, prefixes.values()))
+        cycle = self.executor.cycle(_runs(plan), self._streams, self._clock)
+        block = self._draft(cycle, plan, load, asked) if asked else None
+        draft_tokens = sum(block.lengths) if block else 0
         self.batcher.drafted(plan, draft_tokens)
-        selected = self._clock()
-        verified = self._verify(plan, prefixes)
-        judged = self._clock()
+        verified = self._verify(cycle, plan, block)
         accepted = None
         if verified.requests:
             failpoints.hit("step.sample")
-            accepted = self._acceptance(verified, drafted, sampling_batch(verified.requests))
+            accepted = self._accept(cycle, verified, block)
             if self._trace:
-                self._trace(StepTrace(drafted, verified, accepted, load, self.selection))
-        self._count_drafting(plan, drafted)
+                self._trace(StepTrace(plan, block, verified, accepted, load, self.selection))
+        self._count_drafting(plan, block)
         failpoints.hit("step.commit")
-        outputs = self._commit(plan, prefixes, verified, accepted)
-        if drafted:
-            self._learn(drafted, outputs)
+        outputs = self._commit(cycle, plan, block, verified, accepted)
+        if block:
+            self._learn(plan, block, outputs)
         tokens = load.tokens + draft_tokens
         self.stats.steps += 1
         self.stats.iteration_tokens.append(tokens)
         self.batcher.update_gauges()
         if self._check_invariants:
             self.batcher.check()
-        draft, verify, whole = selected - chosen, judged - selected, self._clock() - began
-        if self._timing:
-            draft, verify = self._timing(draft, verify)
-        host = whole - draft - verify
+        draft, verify = cycle.seconds
+        host = self._clock() - began - draft - verify
         for part, seconds in (("draft", draft), ("verify", verify), ("host", host)):
             self.stats.seconds[part] += seconds
         if self.capacity and tokens:
@@ -162,7 +145,7 @@ class StepLoop:
                 context=load.context,
                 pairs=load.pairs + (tokens - load.tokens) * load.per_draft,
                 verify=verify,
-                requests=drafted.backbone if drafted else 0,
+                requests=block.by_drafter if block else 0,
                 draft=draft,
                 overhead=host,
             )
@@ -170,9 +153,11 @@ class StepLoop:
             self.stats.step_slowdown, self.stats.slow_steps = self.capacity.slowdown, self.capacity.slow
         return outputs
 
-    def _choose(self, plan: Plan, load: Load) -> Asked | None:
-        """Choose the requests that draft, by the policy; None if there are none."""
+    def _choose(self, plan: Plan, load: Load) -> list[DraftRequest]:
+        """Choose the requests that draft, by the policy: what they ask for, copies last."""
         candidates = plan.decoding
+        if self._copying is not None:
+            self._copying.begin_step()
         matches = self._matches(request for request in candidates if may_copy_alone(request))
         alone = {request for request, match in matches.items() if match and match.length >= ALONE}
         # The last token a request may commit is never a draft: one token always comes from the target.
@@ -198,30 +183,30 @@ class StepLoop:
             else:
                 request.history.left_out()
         if not drafting:
-            return None
-        # Copies last: the drafter's rows come first.
-        order = sorted(choice.drafting, key=lambda index: candidates[index] in alone)
-        requests = [candidates[index] for index in order]
-        backbone = sum(request not in alone for request in requests)
-        matches |= self._matches(request for request in requests if request not in matches)
-        return Asked(requests, [limits[index] for index in order], [matches.get(r) for r in requests], backbone)
+            return []
+        matches |= self._matches(r for r in (candidates[index] for index in choice.drafting) if r not in matches)
+        run_of = {entry.request: run for run, entry in enumerate(plan.scheduled)}
 
-    def _draft(self, plan: Plan, load: Load, asked: Asked) -> Drafted | None:
-        """Draft a block for each request in `asked` and select its prefix length; None if drafting failed."""
-        requests, backbone = asked.requests, asked.backbone
-        count = self._selection.count(len(requests) * self.executor.gamma, load, backbone)
-        rest = None if count is None else partial(self._rest, plan, requests, asked.limits, count)
+        def asked(index: int) -> DraftRequest:
+            request = candidates[index]
+            source = Source.COPY if request in alone else Source.DRAFTER
+            place = run_of[request], request.tokens[-1], len(request.tokens) - 1, request.blocks, limits[index]
+            return DraftRequest(*place, matches.get(request), source, request.copied)
+
+        return list(map(asked, sorted(choice.drafting, key=lambda index: candidates[index] in alone)))
+
+    def _draft(self, cycle: Cycle, plan: Plan, load: Load, asked: list[DraftRequest]) -> DraftBlock | None:
+        """Draft a block for each request in `asked` and select its prefix lengths; None if drafting failed."""
+        requests = [plan.scheduled[each.run].request for each in asked]
+        backbone = sum(each.source is Source.DRAFTER for each in asked)
+        count = self._selection.count(len(asked) * self.executor.gamma, load, backbone)
+        budget = None
+        if count is not None:
+            sampled = [entry.request for entry in plan.scheduled if entry.samples]
+            budget = Budget(count, self._recorded(requests), sampling_batch(sampled))
         try:
             failpoints.hit("step.draft")
-            block = self.executor.draft(
-                [
-                    DraftRequest(r.tokens[-1], len(r.tokens) - 1, r.blocks, match, row >= backbone, r.copied)
-                    for row, (r, match) in enumerate(zip(requests, asked.matches, strict=True))
-                ],
-                sampling_batch(requests[:backbone]),
-                self._streams,
-                rest,
-            )
+            block = cycle.draft(asked, sampling_batch(requests[:backbone]), budget)
         except Exception:  # a step commits tokens without a draft too, only fewer
             self.stats.failed_drafts += 1
             if self.stats.failed_drafts.bit_count() == 1:  # the 1st, 2nd, 4th, ...: permanent failure fills no disk
@@ -230,11 +215,8 @@ class StepLoop:
                 )
             return None
         survival = failpoints.passed("draft.survival", self._survival_of(block, requests))
-        # A NaN at slot k cuts the prefix to k - 1, never shorter: earlier tokens were sampled independently of it.
-        usable = [min(limit, usable) for limit, usable in zip(asked.limits, block.usable.tolist(), strict=True)]
-        slots = sum(asked.limits)
-        lengths = self._selection.lengths(survival, usable, load, Drafts(backbone, slots))
-        return Drafted(requests, block, survival, lengths, backbone, usable, slots)
+        lengths = self._selection.lengths(survival, block.limits, load, by_drafter=backbone, slots=block.slots)
+        return replace(block, survival=survival, lengths=block.lengths or lengths)
 
     def _allowance(self, request: Request, alone: bool) -> int:
         """Maximum number of draft tokens in the request's block. `alone`: the block is only copied."""
@@ -243,37 +225,33 @@ class StepLoop:
 
     def _matches(self, requests: Iterable[Request]) -> dict[Request, Match | None]:
         """Earlier occurrence of the end of each request's text, as far as it is indexed; for those that may copy."""
-        matches = {}
-        for request in filter(self._may_copy, requests):
-            self._index(request)
-            matches[request] = request.context.match(request.tokens, self.executor.gamma)
-        return matches
+        if self._copying is None:
+            return {}
+        return {r: self._copying.match(r.context, r.tokens) for r in requests if self._may_copy(r)}
 
     def _may_copy(self, request: Request) -> bool:
         """Whether copies can be drafted for the request: it and the policy allow drafts."""
-        if self._copying is None or self._selection.name == "none" or request.remaining <= 1:
+        if self._selection.name == "none" or request.remaining <= 1:
             return False
         return self._allowance(request, may_copy_alone(request)) > 0
 
-    def _index(self, request: Request) -> None:
-        """Index the request's text, up to the number of tokens left to index in this step."""
-        self._may_index -= request.context.enter(request.tokens, self._may_index)
-
     def _index_prompts(self, plan: Plan) -> None:
         """Index prompts during prefill, for requests that may copy as soon as their answer begins."""
-        for entry in plan.scheduled:
-            if not entry.request.is_decoding and may_copy_alone(entry.request) and self._may_copy(entry.request):
-                self._index(entry.request)
+        if self._copying is None:
+            return
+        for request in (entry.request for entry in plan.scheduled if not entry.request.is_decoding):
+            if may_copy_alone(request) and self._may_copy(request):
+                self._copying.index(request.context, request.tokens)
 
     def _copied_rate(self, request: Request, match: Match | None) -> float:
-        """Estimated probability that the first token of a copy is accepted, as in `with_copies`."""
+        """Estimated probability that the first token of a copy is accepted."""
         assert self._copying is not None
         assert match is not None
-        return request.copied.rate(self._copying.chance_alone(match.length, 1)[0], ALONE_WEIGHT)
+        return self._copying.rate(match, request.copied)
 
     def _survival_of(self, block: DraftBlock, requests: list[Request]) -> Tensor:
         """Survival a_k [R, gamma]: from the confidence head, and from `_recorded` for rows without one."""
-        if block.survival is not None and block.told:
+        if block.survival is not None and (block.has_confidence or not block.by_drafter):
             return block.survival
         recorded = self._recorded(requests)
         return recorded if block.survival is None else torch.where(block.survival.isnan(), recorded, block.survival)
@@ -284,54 +262,44 @@ class StepLoop:
         rates = torch.tensor([request.history.rate(prior) for request in requests])
         return rates.unsqueeze(1) ** torch.arange(1, self.executor.gamma + 1)
 
-    def _rest(self, plan: Plan, requests: list[Request], limits: list[int], count: int) -> Rest:
-        """Verification with a fixed budget: the pass after the draft of `requests`, with `count` draft tokens."""
-        row_of = {request: row for row, request in enumerate(requests)}
-        sampled = [index for index, entry in enumerate(plan.scheduled) if entry.samples]
-        return Rest(
-            runs=_runs(plan, {}),
-            rows=[row_of.get(entry.request, -1) for entry in plan.scheduled],
-            limits=limits,
-            recorded=self._recorded(requests),
-            count=count,
-            sampling=sampling_batch([plan.scheduled[index].request for index in sampled]),
-            sampled=sampled,
-        )
-
-    def _verify(self, plan: Plan, prefixes: dict[Request, list[int]]) -> Verification:
+    def _verify(self, cycle: Cycle, plan: Plan, block: DraftBlock | None) -> Verification:
         """The one target pass: every run's committed tokens, then its draft prefix."""
         failpoints.hit("step.verify")
-        for entry in plan.scheduled:
+        prefixes = block.prefixes if block else {}
+        for run, entry in enumerate(plan.scheduled):
             if entry.samples and entry.request.controls is not None:
-                entry.request.controls.prepare(prefixes.get(entry.request, ()))  # meanwhile
-        logits, row_start = self.executor.verify(_runs(plan, prefixes))
+                entry.request.controls.prepare(prefixes.get(run, ()))  # meanwhile
+        logits, row_start = cycle.verify(block)
         logits = failpoints.passed("target.logits", logits)
         if any(entry.request.scores_prompt for entry in plan.scheduled):
             logits, row_start = _score_prompts(plan, logits, row_start)
-        sampled = [(entry.request, row) for entry, row in zip(plan.scheduled, row_start, strict=False) if entry.samples]
-        return Verification([r for r, _ in sampled], logits, [row for _, row in sampled] + row_start[-1:])
+        sampled = [run for run, entry in enumerate(plan.scheduled) if entry.samples]
+        return Verification(
+            [plan.scheduled[run].request for run in sampled],
+            logits,
+            [row_start[run] for run in sampled] + row_start[-1:],
+            block.rows_of(sampled) if block else [-1] * len(sampled),
+        )
 
-    def _lossless(self, verified: Verification, drafted: Drafted | None, sampling: SamplingBatch) -> Accepted:
+    def _accept(self, cycle: Cycle, verified: Verification, block: DraftBlock | None) -> Accepted:
         """Apply the acceptance rules of DSPARK.md to one verification pass."""
-        if drafted is None:
-            none = [0] * len(verified.requests)
-            return self._judge(verified.logits, verified.row_start, None, none, sampling, self._streams)
-        row_of = {request: row for row, request in enumerate(drafted.requests)}
-        rows = [row_of.get(request, -1) for request in verified.requests]
-        lengths = [drafted.lengths[row] if row >= 0 else 0 for row in rows]
-        draft = DraftTokens(drafted.block.tokens, drafted.block.q, torch.tensor(rows), drafted.block.columns)
-        return self._judge(verified.logits, verified.row_start, draft, lengths, sampling, self._streams)
+        sampling = sampling_batch(verified.requests)
+        if self._acceptance:
+            return self._acceptance(verified, block, sampling)
+        return cycle.accept(verified.logits, verified.row_start, block, verified.rows, sampling)
 
-    def _learn(self, drafted: Drafted, outputs: list[StepOutput]) -> None:
+    def _learn(self, plan: Plan, block: DraftBlock, outputs: list[StepOutput]) -> None:
         """Record the acceptance of drafts, in the counters and in each request's histories (of the drafter, of copies).
 
         Draft tokens past the end of an answer, and those of a failed request, count as neither accepted nor rejected.
         """
         accepted = {output.request: output.accepted for output in outputs}
         ended = {output.request for output in outputs if len(output.tokens) <= output.accepted}
-        survival, told = drafted.survival.nan_to_num().tolist(), drafted.block.told
-        rows = zip(drafted.requests, drafted.lengths, survival, strict=True)
-        for row, (request, verified, chances) in enumerate(rows):
+        assert block.survival is not None
+        known = (~block.survival[:, 0].isnan()).tolist() if block.has_confidence else [False] * len(block.lengths)
+        survival = block.survival.nan_to_num().tolist()
+        rows = zip(drafting(plan, block), block.requests, block.lengths, survival, known, strict=True)
+        for request, asked, verified, chances, confident in rows:
             stood = accepted[request]
             length = stood if request in ended else verified
             for position, chance in enumerate(chances[:length]):
@@ -339,26 +307,27 @@ class StepLoop:
                 kind.judged += 1
                 kind.predicted += chance
                 kind.survived += position < stood
-            if row >= drafted.backbone:
+            if asked.source is Source.COPY:
                 if length:
                     request.copied.judged(length, stood)
                 continue
             for record in (request.history, self._everyone):
-                if told:
+                if confident:
                     record.expected(chances[: self._block])
                 else:
                     record.judged(length, stood)
 
     def _commit(
-        self, plan: Plan, prefixes: dict[Request, list[int]], verified: Verification, accepted: Accepted | None
+        self, cycle: Cycle, plan: Plan, block: DraftBlock | None, verified: Verification, accepted: Accepted | None
     ) -> list[StepOutput]:
         """Append the accepted tokens, count their KV rows, remove requests that ended."""
+        prefixes = block.prefixes if block else {}
         counts = iter(accepted.count.tolist() if accepted else [])
         tokens = iter(accepted.token.tolist() if accepted else [])
         failed = iter(accepted.failed.tolist() if accepted else [])
         rows = iter(verified.row_start)
         outputs, ended = [], []
-        for entry, finite in zip(plan.scheduled, self._finite_rows(plan), strict=True):
+        for run, (entry, finite) in enumerate(zip(plan.scheduled, _finite_rows(cycle, plan), strict=True)):
             request = entry.request
             failpoints.hit("commit.request")
             if not entry.samples:
@@ -376,7 +345,7 @@ class StepLoop:
                 ended.append(request)
                 outputs.append(StepOutput(request, []))
                 continue
-            prefix = prefixes.get(request, [])
+            prefix = prefixes.get(run, [])
             taken = request.commit([*prefix[:kept], token])
             kept = min(kept, len(taken))  # drafts past an early end are not committed, their rows do not count
             self.batcher.advance(request, entry.count + kept, finite)
@@ -389,17 +358,11 @@ class StepLoop:
             self.batcher.remove(request)
         return outputs
 
-    def _finite_rows(self, plan: Plan) -> Sequence[int | None]:
-        """Number of leading rows of each scheduled run known to be finite; None: all, as their logits show."""
-        if all(entry.samples and entry.count == 1 for entry in plan.scheduled):
-            return [None] * len(plan.scheduled)
-        return self.executor.finite_rows()
-
-    def _count_drafting(self, plan: Plan, drafted: Drafted | None) -> None:
-        lengths = dict(zip(drafted.requests, drafted.lengths, strict=True)) if drafted else {}
-        backbone = drafted.backbone if drafted else 0
+    def _count_drafting(self, plan: Plan, block: DraftBlock | None) -> None:
+        lengths = dict(zip(drafting(plan, block), block.lengths, strict=True)) if block else {}
+        by_drafter = block.by_drafter if block else 0
         self.stats.drafting.update(
-            drafted=backbone, copied=len(lengths) - backbone, skipped=len(plan.decoding) - len(lengths)
+            drafted=by_drafter, copied=len(lengths) - by_drafter, skipped=len(plan.decoding) - len(lengths)
         )
         self.stats.budgets.update(1 + lengths.get(request, 0) for request in plan.decoding)
 
@@ -413,17 +376,22 @@ class StepLoop:
                 self.stats.accepted_per_position[position] += 1
 
 
-def _runs(plan: Plan, prefixes: dict[Request, list[int]]) -> list[Run]:
-    """Runs of the pass: the scheduled committed tokens, then the draft tokens to verify."""
+def _runs(plan: Plan) -> list[Run]:
+    """Runs of the scheduled committed tokens."""
     runs = []
     for entry in plan.scheduled:
-        request, prefix = entry.request, prefixes.get(entry.request, [])
+        request = entry.request
         committed = request.tokens[request.computed : request.computed + entry.count]
-        rows = 1 + len(prefix) if entry.samples else 0
-        if request.scores_prompt:
-            rows = entry.count
-        runs.append(Run(committed + prefix, request.computed, request.blocks, rows))
+        rows = entry.count if request.scores_prompt else int(entry.samples)
+        runs.append(Run(committed, request.computed, request.blocks, rows))
     return runs
+
+
+def _finite_rows(cycle: Cycle, plan: Plan) -> Sequence[int | None]:
+    """Number of leading rows of each scheduled run known to be finite; None: all, as their logits show."""
+    if all(entry.samples and entry.count == 1 for entry in plan.scheduled):
+        return [None] * len(plan.scheduled)
+    return cycle.finite_rows()
 
 
 def _score_prompts(plan: Plan, logits: Tensor, row_start: list[int]) -> tuple[Tensor, list[int]]:

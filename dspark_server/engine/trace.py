@@ -1,72 +1,46 @@
-"""Records of a step: its drafts, verification, trace and outputs, shared by the step loop and its observers."""
+"""Records of a step: its verification, trace and outputs, shared by the step loop and its observers."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
 
+from dspark_server.engine.batcher import Plan
 from dspark_server.engine.logprobs import TokenLogprob, token_logprobs
 from dspark_server.engine.request import Request
 from dspark_server.speculation.acceptance import Accepted
 from dspark_server.speculation.admission import Load
-from dspark_server.speculation.copying import Match
-from dspark_server.speculation.drafter import DraftBlock
-
-
-@dataclass(frozen=True)
-class Asked:
-    """Requests that draft, each at most `limits[i]` tokens; `matches[i]`: earlier occurrence of the end of its text.
-
-    The drafter makes the first `backbone` rows, the others are copied from their matches.
-    """
-
-    requests: list[Request]
-    limits: list[int]
-    matches: list[Match | None]
-    backbone: int
-
-
-@dataclass(frozen=True)
-class Drafted:
-    """A step's draft block: row i belongs to `requests[i]`, the first `lengths[i]` of its tokens are verified.
-
-    survival [R, gamma] float32: the estimates that selection used, of the block or from each request's history. The
-    drafter made the first `backbone` rows, the others are copies. At most `limits[i]` tokens of row i could have been
-    verified; `slots`: sum of the limits as they were before the draft.
-    """
-
-    requests: list[Request]
-    block: DraftBlock
-    survival: Tensor
-    lengths: list[int]
-    backbone: int
-    limits: list[int]
-    slots: int
-
-    def prefix_of(self) -> dict[Request, list[int]]:
-        """The draft tokens to verify, by request."""
-        rows = self.block.tokens.tolist()
-        return {r: row[:length] for r, row, length in zip(self.requests, rows, self.lengths, strict=True)}
+from dspark_server.speculation.draft_block import DraftBlock
 
 
 @dataclass(frozen=True)
 class Verification:
-    """Result of the target: rows of `requests[i]` are row_start[i] .. row_start[i+1]-1 of logits [M, V] float32."""
+    """Result of the target: rows of `requests[i]` are row_start[i] .. row_start[i+1]-1 of logits [M, V] float32.
+
+    rows[i]: the request's row of the draft block, -1 without one.
+    """
 
     requests: list[Request]
     logits: Tensor
     row_start: list[int]
+    rows: list[int]
 
 
 @dataclass(frozen=True)
 class StepTrace:
     """All data of a step that samples, before its commit: for conformance, measurements, tests and the dashboard."""
 
-    drafted: Drafted | None
+    plan: Plan
+    block: DraftBlock | None
     verified: Verification
     accepted: Accepted
     load: Load
     selection: str  # the policy's name
+
+    @property
+    def drafting(self) -> list[Request]:
+        """The request of each row of the block."""
+        return drafting(self.plan, self.block)
 
 
 class StepOutput(NamedTuple):
@@ -82,6 +56,11 @@ class StepOutput(NamedTuple):
     prompt_logprobs: list[TokenLogprob | None] | None = None
     drafted: int = 0
     accepted: int = 0
+
+
+def drafting(plan: Plan, block: DraftBlock | None) -> list[Request]:
+    """The request of each row of the block; none without one."""
+    return [plan.scheduled[asked.run].request for asked in block.requests] if block else []
 
 
 def output_of(request: Request, taken: list[int], logits: Tensor, row: int, drafted: int, accepted: int) -> StepOutput:

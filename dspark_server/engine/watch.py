@@ -17,9 +17,10 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from dspark_server.engine.request import Request
-from dspark_server.engine.trace import Drafted, StepTrace
+from dspark_server.engine.trace import StepTrace
 from dspark_server.speculation.admission import Ranked, StepCost, theta_by_count
 from dspark_server.speculation.capacity import Capacity
+from dspark_server.speculation.draft_block import DraftBlock, Source
 
 logger = logging.getLogger(__name__)
 
@@ -121,41 +122,40 @@ class StepWatch:
             self._failed = True
 
     def _look(self, trace: StepTrace, due: bool) -> None:
-        row_of = {request: row for row, request in enumerate(trace.drafted.requests)} if trace.drafted else {}
-        requests = trace.verified.requests
-        committed = [_committed(trace, index, row_of.get(request)) for index, request in enumerate(requests)]
+        requests, drafted = trace.verified.requests, trace.verified.rows
+        committed = [_committed(trace, index) for index in range(len(requests))]
         accepted = [min(*each) for each in zip(trace.accepted.count.tolist(), map(len, committed), strict=True)]
-        for request, tokens, count in zip(requests, committed, accepted, strict=True):
+        for request, row, tokens, count in zip(requests, drafted, committed, accepted, strict=True):
             blocks = self._followed.get(request.id)
             if blocks is not None and tokens:
-                blocks.append(_block(trace.drafted, row_of.get(request), count, tokens))
+                blocks.append(_block(trace.block, row, count, tokens))
         if due:
             rows = [
-                self._row(request, trace.drafted, row_of.get(request), count)
-                for request, count in zip(requests[:MAX_ROWS], accepted, strict=False)
+                self._row(request, trace.block, row, count)
+                for request, row, count in zip(requests[:MAX_ROWS], drafted, accepted, strict=False)
             ]
             self.picture = self._picture(trace, rows, sum(map(len, committed)))
 
-    def _row(self, request: Request, drafted: Drafted | None, row: int | None, accepted: int) -> Row:
+    def _row(self, request: Request, block: DraftBlock | None, row: int, accepted: int) -> Row:
         number = self._numbers.get(request)
         if number is None:
             number = self._numbers[request] = next(self._next_number)
         length = len(request.tokens)
-        if drafted is None or row is None:
+        if block is None or row < 0:
             return Row(number, length, False, [], 0, 0)
-        survival = [round(100 * chance) for chance in _chances(drafted, row)]
-        return Row(number, length, row >= drafted.backbone, survival, drafted.lengths[row], accepted)
+        survival = [round(100 * chance) for chance in _chances(block, row)]
+        return Row(number, length, _is_copy(block, row), survival, block.lengths[row], accepted)
 
     def _picture(self, trace: StepTrace, rows: list[Row], committed: int) -> Picture:
-        drafted, load = trace.drafted, trace.load
-        drafts = sum(drafted.lengths) if drafted else 0
-        theta, expected = self._theta(trace, drafted, drafts) if drafted and self._capacity else ([], None)
+        block, load = trace.block, trace.load
+        drafts = sum(block.lengths) if block else 0
+        theta, expected = self._theta(trace, block, drafts) if block and self._capacity else ([], None)
         return Picture(
             policy=trace.selection,
             tokens=load.tokens + drafts,
             prefill=load.tokens - load.sampling,
             sampling=load.sampling,
-            drafting=len(drafted.requests) if drafted else 0,
+            drafting=len(block.requests) if block else 0,
             drafts=drafts,
             committed=committed,
             expected=expected,
@@ -163,13 +163,14 @@ class StepWatch:
             rows=rows,
         )
 
-    def _theta(self, trace: StepTrace, drafted: Drafted, chosen: int) -> tuple[list[tuple[int, float]], float | None]:
+    def _theta(self, trace: StepTrace, block: DraftBlock, chosen: int) -> tuple[list[tuple[int, float]], float | None]:
         """Theta over B for this step's blocks, on the cost curve of its policy, and Theta of its choice."""
         assert self._capacity is not None
-        ranked = Ranked.of(drafted.survival, drafted.limits)
+        assert block.survival is not None
+        ranked = Ranked.of(block.survival, block.limits)
         count = len(ranked.values)
-        slots = None if trace.selection == "lagged" else drafted.slots
-        seconds = StepCost.of(self._capacity, trace.load, drafted.backbone, slots).upto(count)
+        slots = None if trace.selection == "lagged" else block.slots
+        seconds = StepCost.of(self._capacity, trace.load, block.by_drafter, slots).upto(count)
         theta = theta_by_count(ranked.values, seconds, trace.load)
         points = np.unique(np.linspace(0, count, min(count + 1, MAX_POINTS)).round().astype(int))
         # The choice lies on this curve if the policy ranks all drafts together; near it for fixed and threshold.
@@ -179,28 +180,34 @@ class StepWatch:
         )
 
 
-def _chances(drafted: Drafted, row: int) -> list[float]:
+def _chances(block: DraftBlock, row: int) -> list[float]:
     """Survivals of the slots that may be verified."""
-    chances: list[float] = drafted.survival[row, : drafted.limits[row]].nan_to_num().tolist()
+    assert block.survival is not None
+    chances: list[float] = block.survival[row, : block.limits[row]].nan_to_num().tolist()
     return chances
 
 
-def _committed(trace: StepTrace, index: int, row: int | None) -> list[int]:
-    """The tokens that commit will append to the request at `index`, whose draft is `row`; none if it failed."""
+def _is_copy(block: DraftBlock, row: int) -> bool:
+    return block.requests[row].source is Source.COPY
+
+
+def _committed(trace: StepTrace, index: int) -> list[int]:
+    """The tokens that commit will append to the request at `index`; none if it failed."""
     if bool(trace.accepted.failed[index]):
         return []
     draft: list[int] = []
-    if trace.drafted is not None and row is not None:
-        draft = trace.drafted.block.tokens[row, : int(trace.accepted.count[index])].tolist()
+    row = trace.verified.rows[index]
+    if trace.block is not None and row >= 0:
+        draft = trace.block.tokens[row, : int(trace.accepted.count[index])].tolist()
     return _until_end([*draft, int(trace.accepted.token[index])], trace.verified.requests[index].stop_ids)
 
 
-def _block(drafted: Drafted | None, row: int | None, accepted: int, committed: list[int]) -> Block:
-    if drafted is None or row is None:
+def _block(block: DraftBlock | None, row: int, accepted: int, committed: list[int]) -> Block:
+    if block is None or row < 0:
         return Block([], [], False, 0, 0, committed)
-    chances = _chances(drafted, row)
-    draft = drafted.block.tokens[row, : len(chances)].tolist()
-    return Block(draft, chances, row >= drafted.backbone, drafted.lengths[row], accepted, committed)
+    chances = _chances(block, row)
+    draft = block.tokens[row, : len(chances)].tolist()
+    return Block(draft, chances, _is_copy(block, row), block.lengths[row], accepted, committed)
 
 
 def _until_end(tokens: Sequence[int], stop_ids: frozenset[int]) -> list[int]:

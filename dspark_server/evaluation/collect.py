@@ -17,6 +17,7 @@ from dspark_server.engine.request import SamplingParams
 from dspark_server.engine.trace import StepTrace
 from dspark_server.errors import ConfigError
 from dspark_server.models.hub import resolve_model
+from dspark_server.speculation.draft_block import Source
 
 Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
@@ -103,25 +104,26 @@ class Recorder:
         self._rows: list[tuple[Any, ...]] = []
 
     def __call__(self, step: StepTrace) -> None:
-        if step.drafted is None:
+        block = step.block
+        if block is None:
             return
-        drafted, block = step.drafted, step.drafted.block
+        assert block.survival is not None
         fates = zip(step.accepted.count.tolist(), step.accepted.token.tolist(), strict=True)
         fate = dict(zip(step.verified.requests, fates, strict=True))
-        survival, usable = drafted.survival.numpy(), block.usable.tolist()
-        for row, request in enumerate(drafted.requests):
-            if drafted.lengths[row] < usable[row]:
+        survival, usable = block.survival.numpy(), block.usable.tolist()
+        for row, (request, asked) in enumerate(zip(step.drafting, block.requests, strict=True)):
+            if block.lengths[row] < usable[row]:
                 continue
             accepted, last = fate[request]
             tokens = block.tokens[row, :accepted].tolist()
             ends = next((place for place, token in enumerate(tokens, 1) if token in request.stop_ids), None)
             accepted, judged, committed = (accepted, usable[row], accepted + 1) if ends is None else (ends, ends, ends)
-            alone = row >= drafted.backbone
+            alone = asked.source is Source.COPY
             confidence, match, odds, repeated = (self._row(fill) for fill in (np.nan, 0.0, 0.0, np.nan))
             if block.confidence is not None and not alone:
                 confidence[: block.confidence.shape[1]] = block.confidence[row].numpy()
-            if alone and block.alone is not None:
-                match = int(block.alone[row - drafted.backbone]) + np.arange(self._gamma, dtype=np.float64)
+            if alone and asked.match is not None:
+                match = asked.match.length + np.arange(self._gamma, dtype=np.float64)
             elif block.copies is not None:
                 on = block.copies.on[row].numpy()
                 slots = np.arange(len(on))

@@ -17,34 +17,10 @@ import torch
 from dspark_kernels import Filters, Kernels
 from torch import Tensor
 
+from dspark_server.speculation.draft_block import DraftBlock
 from dspark_server.speculation.law import distribution, draw, draw_coupled, permitted, top
 from dspark_server.speculation.noise import Purpose, Streams
 from dspark_server.speculation.sampling import Rule, SamplingBatch
-
-
-@dataclass(frozen=True)
-class DraftTokens:
-    """Draft tokens, and the distribution q from which they were drawn.
-
-    tokens [Rd, γ] i64; q [Rd, γ, C] probabilities after temperature, filters and any shortlist, read only for ratio
-    requests; None says that every draft was greedy: q is one-hot at the token. row [R] i64: the request's index into
-    Rd, or -1 if it did not draft. columns [Rd, γ, C] i64: the token of each column of q (a token with two columns has
-    its mass in one of them); None: column v is token v.
-    """
-
-    tokens: Tensor
-    q: Tensor | None
-    row: Tensor
-    columns: Tensor | None = None
-
-    def q_of(self, row: Tensor, slot: int, token: Tensor) -> Tensor | float:
-        """q of `token` [n] at a slot of draft rows `row` [n], as [n] f64."""
-        if self.q is None:
-            return 1.0
-        q = self.q[row, slot]
-        if self.columns is None:
-            return q.gather(1, token.unsqueeze(1)).squeeze(1).double()
-        return (q * (self.columns[row, slot] == token.unsqueeze(1))).sum(1).double()
 
 
 @dataclass(frozen=True)
@@ -90,8 +66,8 @@ class _Pass:
 def accept(
     logits: Tensor,
     row_start: Sequence[int],
-    draft: DraftTokens | None,
-    lengths: Sequence[int] | Tensor,
+    draft: DraftBlock | None,
+    rows: Sequence[int] | Tensor,
     sampling: SamplingBatch,
     streams: Streams,
     kernels: Kernels | None = None,
@@ -99,19 +75,20 @@ def accept(
     """Accept or reject the drafts of a pass, and draw the token that ends each request's cycle.
 
     logits [N, V], float32 (float64 is computed in float64); row_start, R + 1 numbers: rows row_start[r] up to
-    row_start[r + 1] belong to request r, ℓ_r + 1 of them; lengths [R]: ℓ_r; sampling: R rows. ℓ_r = 0 is plain
-    sampling, and `draft` may be None if all are 0. `kernels`, if given, compute maxima, and the ratio rule except for
-    rows with controls.
+    row_start[r + 1] belong to request r, ℓ_r + 1 of them; rows [R]: its row of `draft`, -1 if it did not draft;
+    sampling: R rows. ℓ_r = 0 is plain sampling, and `draft` may be None if all are 0. `kernels`, if given, compute
+    maxima, and the ratio rule except for rows with controls.
     """
     device = logits.device
-    lengths = torch.as_tensor(lengths, dtype=torch.int64).to(device)
+    row = torch.as_tensor(rows, dtype=torch.int64).to(device)
     bounds = torch.tensor(row_start, dtype=torch.int64).to(device)
-    assert torch.equal(bounds.diff(), lengths + 1), "each request needs one row of logits more than draft tokens"
+    lengths = bounds.diff() - 1
+    assert bool(((lengths == 0) | ((lengths > 0) & (row >= 0))).all()), "a row of logits without a draft token"
     if draft is None:
-        draft = DraftTokens(lengths.new_zeros((1, 0)), None, torch.full_like(lengths, -1))
+        draft = DraftBlock.of(lengths.new_zeros((1, 0)))
     width = int(lengths.max())
     # A request that did not draft reads row 0, and the result is not used.
-    row = draft.row.clamp(min=0)
+    row = row.clamp(min=0)
     whole = _Pass(logits, bounds[:-1], lengths, draft.tokens[:, :width][row], row, sampling)
     result = Accepted(torch.empty_like(lengths), torch.empty_like(lengths), torch.empty_like(lengths, dtype=torch.bool))
     for rule, indices, part in sampling.parts:
@@ -197,14 +174,14 @@ class Noise:
 
 
 def accept_at_once(
-    logits: Tensor, start: Tensor, lengths: Tensor, draft: DraftTokens, noise: Noise, kernels: Kernels
+    logits: Tensor, start: Tensor, lengths: Tensor, draft: DraftBlock, row: Tensor, noise: Noise, kernels: Kernels
 ) -> Accepted:
     """`accept` for batches that are `SamplingBatch.at_once`, without reading anything on the host.
 
     logits [N, V] float32: request r owns rows start[r] .. start[r] + lengths[r], both [R] i64, start rising; the
-    contents of other rows do not matter.
+    contents of other rows do not matter. row [R] i64: its row of `draft`, -1 if it did not draft.
     """
-    drafted = draft.tokens[draft.row.clamp(min=0)]
+    drafted = draft.tokens[row.clamp(min=0)]
     greedy = None
     if noise.greedy is not None:
         slots = torch.arange(drafted.shape[1] + 1, device=lengths.device)
@@ -217,8 +194,8 @@ def accept_at_once(
     if noise.filters is not None:
         logits = _filtered_everywhere(logits, start, noise.inverse_temperature, noise.filters, kernels)
     # The kernel runs over all requests, and its results for greedy ones are not used: they bring no draft to it, and
-    # theirs may have rows and slots beyond the end of q (`DraftBlock.alone`).
-    row = draft.row.clamp(min=0) if draft.q is None else draft.row.clamp(0, len(draft.q) - 1)
+    # theirs may have rows and slots beyond the end of q (`DraftBlock`).
+    row = row.clamp(min=0) if draft.q is None else row.clamp(0, len(draft.q) - 1)
     count, drawn, failed = kernels.accept_by_ratio(
         logits,
         start,
@@ -252,7 +229,7 @@ def _accept_coupled(mine: _Pass, streams: Streams) -> Accepted:
     return _walk(mine, judge)
 
 
-def _accept_by_ratio(mine: _Pass, draft: DraftTokens, streams: Streams, kernels: Kernels | None) -> Accepted:
+def _accept_by_ratio(mine: _Pass, draft: DraftBlock, streams: Streams, kernels: Kernels | None) -> Accepted:
     """Accept x with probability min(1, p(x)/q(x)), else draw from the residual; after the last draft token, from p."""
     width = mine.tokens.shape[1]
     offsets = torch.arange(width + 1, device=mine.start.device)

@@ -207,7 +207,7 @@ class Capacity:
             self._build()
 
     def _learn_overhead(self, seconds: float) -> None:
-        if not math.isfinite(seconds):
+        if not seconds < LONGEST:  # nor NaN
             return
         self._overheads.append(max(0.0, seconds))
         usual = median(self._overheads)  # the median ignores a single step that was held up

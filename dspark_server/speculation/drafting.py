@@ -28,7 +28,7 @@ class Candidate(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Choice:
+class DraftPlan:
     """Indices of the candidates that draft, and of those among them that are probes.
 
     `gain`: tokens per second that they are expected to give, over those of a step without drafts.
@@ -39,7 +39,7 @@ class Choice:
     gain: float = 1.0
 
 
-class Purse:
+class ProbeBudget:
     """Probe budget in seconds: a share of the steps in which probes are due, saved until it pays for one.
 
     Without a bound, requests that come and go before their acceptance is known make a busy machine spend its time on
@@ -69,17 +69,17 @@ def choose_drafting(
     load: Load,
     capacity: Capacity,
     floor: float | None = None,
-    purse: Purse | None = None,
-) -> Choice:
+    budget: ProbeBudget | None = None,
+) -> DraftPlan:
     """The requests whose drafts are expected to pay, best histories first. Decided before any noise is drawn.
 
     Theta is predicted for growing subsets, with survivals rate^k, the draft's own cost, and the count that selection
     would keep. Requests left out for long enough draft too, if a good draft could pay at this load at all and the probe
-    budget `purse` (None: no bound) allows. Copies cost next to nothing to draft: they draft wherever a first token
+    budget `budget` (None: no bound) allows. Copies cost next to nothing to draft: they draft wherever a first token
     could pay.
     """
     if load.room <= 0 or not candidates:
-        return Choice([])
+        return DraftPlan([])
     seconds = StepCost.of(capacity, load, 0, slots=sum(candidate.limit for candidate in candidates))
     plain = best = load.sampling / seconds(0)
     drafting = 0
@@ -93,7 +93,7 @@ def choose_drafting(
     able = [index for index in there if not candidates[index].copies]
     copied = (load.sampling + sum(candidates[index].rate for index in copies)) / seconds(len(copies))
     if not able:
-        return Choice(copies, gain=copied / plain)
+        return DraftPlan(copies, gain=copied / plain)
     able.sort(key=lambda index: -candidates[index].rate)
 
     if not hopeless(candidates[able[0]].rate):
@@ -109,17 +109,17 @@ def choose_drafting(
     def cost(more: int) -> float:
         return capacity.draft(drafting + more) - capacity.draft(drafting)
 
-    if due and purse:
-        due = due[: purse.afford(len(due), seconds(0), cost)]
+    if due and budget:
+        due = due[: budget.afford(len(due), seconds(0), cost)]
     if due:
         sizes = [drafting + size for size in _sizes(len(due))]
         thetas = predicted_thetas([candidates[i] for i in chosen + due], drafting, sizes, load, capacity, floor, best)
         # As many probes as could pay together: were it all or none, a crowd of new requests would never be probed.
         probing = max((size for size, theta in zip(sizes, thetas, strict=True) if theta > best), default=drafting)
         due = due[: probing - drafting]
-        if purse:
-            purse.spend(cost(len(due)))
-    return Choice(sorted([*copies, *chosen, *due]), frozenset(due), max(best, copied) / plain)
+        if budget:
+            budget.spend(cost(len(due)))
+    return DraftPlan(sorted([*copies, *chosen, *due]), frozenset(due), max(best, copied) / plain)
 
 
 def predicted_thetas(

@@ -5,8 +5,8 @@ drafting requests, gamma = block_size, D hidden size, V vocabulary, N tokens of 
 """
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from dspark_server.runtime.kv import KVPool, LayerGroup
 from dspark_server.runtime.linear import Linear
 from dspark_server.speculation.calibration import Calibration
 from dspark_server.speculation.copying import CopyBias, CopyTables
-from dspark_server.speculation.drafter import DraftBlock, DraftRequest
+from dspark_server.speculation.draft_block import DraftBlock, DraftRequest
 from dspark_server.speculation.heads import ConfidenceHead, build_head
 from dspark_server.speculation.noise import Streams
 from dspark_server.speculation.sampling import SamplingBatch
@@ -133,7 +133,7 @@ class DSparkDrafter:
         copying: CopyTables | None,
     ) -> None:
         self.config = config
-        self.gamma = config.block_size
+        self.gamma = self.block = config.block_size
         self.taps = config.taps
         self.identity = context.digest
         self.sampler = sampler
@@ -228,16 +228,17 @@ class DSparkDrafter:
         self._context.write(taps, batch, pool.layers(1))
 
     def propose(
-        self, requests: list[DraftRequest], sampling: SamplingBatch, streams: Streams, pool: KVPool
+        self, requests: Sequence[DraftRequest], sampling: SamplingBatch, streams: Streams, pool: KVPool
     ) -> DraftBlock:
         """Backbone over [anchor, mask, ...] with attention over block and context, then the sequential head."""
         mask = [self.config.mask_token_id] * (self.gamma - 1)
         runs = [Run([r.anchor, *mask], r.position, r.block_table, self.gamma) for r in requests]
         hidden, base = self.backbone(Batch.of(runs, pool.block_size), pool)
         anchors = torch.tensor([r.anchor for r in requests])
-        return self.sampler.sample(hidden, base, anchors, sampling, streams, self.copies(requests, sampling))
+        block = self.sampler.sample(hidden, base, anchors, sampling, streams, self.copies(requests, sampling))
+        return replace(block, requests=requests)
 
-    def copies(self, requests: list[DraftRequest], sampling: SamplingBatch) -> CopyBias | None:
+    def copies(self, requests: Sequence[DraftRequest], sampling: SamplingBatch) -> CopyBias | None:
         """Copies from the requests' own texts that bias the draft; None: none."""
         if self.copying is None or all(request.match is None for request in requests):
             return None

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from dspark_server.speculation.admission import Load, StepCost
 from dspark_server.speculation.capacity import Capacity
-from dspark_server.speculation.drafting import Candidate, Choice, Purse
+from dspark_server.speculation.drafting import Candidate, DraftPlan, ProbeBudget
 
 EXPLORING = 0.005  # probe budget for steps larger than pays, as a share of the steps' seconds
 PLAIN = 0.03  # the same for steps without drafts
@@ -28,17 +28,17 @@ class Exploration:
         self.count: int | None = None
         self._capacity = capacity
         self._floor = floor
-        self._purse = Purse(EXPLORING)
-        self._plain = Purse(PLAIN)
+        self._budget = ProbeBudget(EXPLORING)
+        self._plain = ProbeBudget(PLAIN)
         self._usual = 0  # draft tokens verified by the last step that did not explore
 
-    def extend(self, choice: Choice, candidates: Sequence[Candidate], load: Load) -> Choice:
+    def extend(self, choice: DraftPlan, candidates: Sequence[Candidate], load: Load) -> DraftPlan:
         """The requests that draft in this step: `choice`, or others if it explores. Runs before any noise is drawn."""
         self.count = None
         if not choice.drafting:
             self._usual = 0
         elif self._wants_plain(choice, load):
-            return Choice([])
+            return DraftPlan([])
         chosen = set(choice.drafting)
         others = [i for i, each in enumerate(candidates) if each.limit > 0 and not each.copies and i not in chosen]
         backbone = sum(not candidates[index].copies for index in chosen)
@@ -51,13 +51,13 @@ class Exploration:
             return choice
         usual = load.tokens + self._usual
         step, price = self._prices(usual, load.tokens + count, backbone, backbone + len(more))
-        if price <= 0 or not self._purse.afford(1, step, lambda _: price):
+        if price <= 0 or not self._budget.afford(1, step, lambda _: price):
             return choice
-        self._purse.spend(price)
+        self._budget.spend(price)
         self.count = count
-        return Choice(sorted(drafting), choice.probing | frozenset(more))
+        return DraftPlan(sorted(drafting), choice.probing | frozenset(more))
 
-    def _wants_plain(self, choice: Choice, load: Load) -> bool:
+    def _wants_plain(self, choice: DraftPlan, load: Load) -> bool:
         """Whether this step does without drafts, because that could well be faster: its cost was not measured lately.
 
         Its whole time counts as the price, though it commits tokens too.

@@ -7,26 +7,17 @@ for probes and for exploring), and sees no token (DSpark §3.2.2, §5.2). The ch
 
 from collections import deque
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
 from dspark_server.errors import ConfigError
 from dspark_server.speculation.admission import Load, Ranked, StepCost, admit, best_count
 from dspark_server.speculation.capacity import Capacity
-from dspark_server.speculation.drafting import Candidate, Choice, Purse, choose_drafting
+from dspark_server.speculation.drafting import Candidate, DraftPlan, ProbeBudget, choose_drafting
 from dspark_server.speculation.exploration import Exploration
 
 POLICIES = ("causal", "lagged", "fixed", "threshold", "none")
-
-
-class Drafts(NamedTuple):
-    """Known of a step before its blocks are drafted: blocks by the drafter (the others are copies); draft tokens in
-    all.
-    """
-
-    backbone: int
-    slots: int
 
 
 class Selection(Protocol):
@@ -34,7 +25,7 @@ class Selection(Protocol):
 
     name: str
 
-    def drafting(self, candidates: Sequence[Candidate], load: Load) -> Choice:
+    def drafting(self, candidates: Sequence[Candidate], load: Load) -> DraftPlan:
         """Before the draft: choose the requests that draft."""
 
     def count(self, slots: int, load: Load, backbone: int = 0) -> int | None:
@@ -44,12 +35,20 @@ class Selection(Protocol):
         """
         return None
 
-    def lengths(self, survival: Tensor, limits: Sequence[int], load: Load, drafts: Drafts | None = None) -> list[int]:
+    def lengths(
+        self,
+        survival: Tensor,
+        limits: Sequence[int],
+        load: Load,
+        *,
+        by_drafter: int | None = None,
+        slots: int | None = None,
+    ) -> list[int]:
         """After the draft: the prefix length of each drafting request, at most its limit and `load.room` in all.
 
         `survival` [R, gamma] float32 is the calibrated probability that the prefix up to each position survives.
-        `drafts` was known before the blocks, which may have lowered limits; None: all are the drafter's, limits
-        unchanged.
+        Known before the blocks, which may have lowered limits: the number of rows that are the drafter's (None: all)
+        and of draft tokens (None: limits are unchanged).
         """
 
 
@@ -58,16 +57,24 @@ class Fixed(Selection):
 
     name = "fixed"
 
-    def drafting(self, candidates: Sequence[Candidate], load: Load) -> Choice:
+    def drafting(self, candidates: Sequence[Candidate], load: Load) -> DraftPlan:
         chosen: list[int] = []
         room = load.room
         for index, candidate in enumerate(candidates):
             if 0 < candidate.limit <= room:
                 chosen.append(index)
                 room -= candidate.limit
-        return Choice(chosen)
+        return DraftPlan(chosen)
 
-    def lengths(self, survival: Tensor, limits: Sequence[int], load: Load, drafts: Drafts | None = None) -> list[int]:
+    def lengths(
+        self,
+        survival: Tensor,
+        limits: Sequence[int],
+        load: Load,
+        *,
+        by_drafter: int | None = None,
+        slots: int | None = None,
+    ) -> list[int]:
         return list(limits)
 
 
@@ -79,10 +86,18 @@ class Threshold(Selection):
     def __init__(self, threshold: float) -> None:
         self._threshold = threshold
 
-    def drafting(self, candidates: Sequence[Candidate], load: Load) -> Choice:
-        return Choice([index for index, candidate in enumerate(candidates) if candidate.limit > 0 and load.room > 0])
+    def drafting(self, candidates: Sequence[Candidate], load: Load) -> DraftPlan:
+        return DraftPlan([index for index, candidate in enumerate(candidates) if candidate.limit > 0 and load.room > 0])
 
-    def lengths(self, survival: Tensor, limits: Sequence[int], load: Load, drafts: Drafts | None = None) -> list[int]:
+    def lengths(
+        self,
+        survival: Tensor,
+        limits: Sequence[int],
+        load: Load,
+        *,
+        by_drafter: int | None = None,
+        slots: int | None = None,
+    ) -> list[int]:
         ranked = Ranked.of(survival, limits)
         return ranked.first(min(load.room, int((ranked.values >= self._threshold).sum())))
 
@@ -92,10 +107,18 @@ class Off(Selection):
 
     name = "none"
 
-    def drafting(self, candidates: Sequence[Candidate], load: Load) -> Choice:
-        return Choice([])
+    def drafting(self, candidates: Sequence[Candidate], load: Load) -> DraftPlan:
+        return DraftPlan([])
 
-    def lengths(self, survival: Tensor, limits: Sequence[int], load: Load, drafts: Drafts | None = None) -> list[int]:
+    def lengths(
+        self,
+        survival: Tensor,
+        limits: Sequence[int],
+        load: Load,
+        *,
+        by_drafter: int | None = None,
+        slots: int | None = None,
+    ) -> list[int]:
         return [0] * len(limits)
 
 
@@ -105,11 +128,11 @@ class LoadAware(Selection):
     def __init__(self, capacity: Capacity, floor: float | None = None) -> None:
         self._capacity = capacity
         self._floor = floor
-        self._purse = Purse()
+        self._budget = ProbeBudget()
         self._exploration = Exploration(capacity, floor)
 
-    def drafting(self, candidates: Sequence[Candidate], load: Load) -> Choice:
-        choice = choose_drafting(candidates, load, self._capacity, self._floor, self._purse)
+    def drafting(self, candidates: Sequence[Candidate], load: Load) -> DraftPlan:
+        choice = choose_drafting(candidates, load, self._capacity, self._floor, self._budget)
         return self._exploration.extend(choice, candidates, load)
 
 
@@ -122,11 +145,19 @@ class Causal(LoadAware):
 
     name = "causal"
 
-    def lengths(self, survival: Tensor, limits: Sequence[int], load: Load, drafts: Drafts | None = None) -> list[int]:
+    def lengths(
+        self,
+        survival: Tensor,
+        limits: Sequence[int],
+        load: Load,
+        *,
+        by_drafter: int | None = None,
+        slots: int | None = None,
+    ) -> list[int]:
         if self._exploration.count is not None:
             return Ranked.of(survival, limits).first(self._exploration.count)
-        drafts = drafts or Drafts(len(limits), sum(limits))
-        seconds = StepCost.of(self._capacity, load, drafts.backbone, drafts.slots)
+        backbone = len(limits) if by_drafter is None else by_drafter
+        seconds = StepCost.of(self._capacity, load, backbone, sum(limits) if slots is None else slots)
         lengths = admit(survival.tolist(), limits, load.sampling, seconds.room(load, self._floor), seconds).lengths
         self._exploration.verified(lengths)
         return lengths
@@ -146,9 +177,17 @@ class Lagged(LoadAware):
         super().__init__(capacity, floor)
         self._shares: deque[float] = deque(maxlen=self.LAG)
 
-    def lengths(self, survival: Tensor, limits: Sequence[int], load: Load, drafts: Drafts | None = None) -> list[int]:
+    def lengths(
+        self,
+        survival: Tensor,
+        limits: Sequence[int],
+        load: Load,
+        *,
+        by_drafter: int | None = None,
+        slots: int | None = None,
+    ) -> list[int]:
         ranked = Ranked.of(survival, limits)
-        backbone = drafts.backbone if drafts else len(limits)
+        backbone = len(limits) if by_drafter is None else by_drafter
         seconds = StepCost.of(self._capacity, load, backbone)
         best = best_count(ranked.values, seconds.upto(len(ranked.values)), load, seconds.room(load, self._floor))
         # Counted in whole blocks, not in usable slots: whether a slot is usable is known from this block's own tokens.

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dspark_server.speculation.calibration import Calibration
 from dspark_server.speculation.copying import CopyBias
-from dspark_server.speculation.drafter import DraftBlock
+from dspark_server.speculation.draft_block import DraftBlock
 from dspark_server.speculation.heads import ConfidenceHead, SequentialHead
 from dspark_server.speculation.law import permitted, sample
 from dspark_server.speculation.noise import Purpose, Streams
@@ -144,6 +144,7 @@ class BlockSampler:
             columns=torch.stack([c for c in names if c is not None], dim=1) if names and names[0] is not None else None,
             confidence=confidence,
             survival=self._survival(confidence, sampling, copies),
+            has_confidence=confidence is not None,
             usable=usable,
             copies=copies,
             hidden=hidden if self.keep_logits else None,
@@ -191,6 +192,7 @@ class BlockSampler:
             columns=None if drawn.law is None else columns,
             confidence=confidence,
             survival=self._survival(confidence, sampling, copies),
+            has_confidence=confidence is not None,
             usable=drawn.usable,
             copies=copies,
         )
@@ -254,4 +256,4 @@ def _joined(blocks: list[DraftBlock], rows: list[Tensor], copies: CopyBias | Non
             copies.on[mine], copies.odds[mine] = block.copies.on, block.copies.odds
     names = ("tokens", "q", "columns", "confidence", "survival", "usable")
     joined: dict[str, Any] = {name: join(name) for name in names}
-    return DraftBlock(**joined, copies=copies)
+    return DraftBlock(**joined, has_confidence=blocks[0].has_confidence, copies=copies)

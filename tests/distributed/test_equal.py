@@ -10,8 +10,9 @@ import torch
 from dspark_server.engine.parallel import decode_runs, encode_runs
 from dspark_server.engine.request import SamplingParams
 from dspark_server.runtime.batch import Run
+from dspark_server.speculation.noise import CounterStreams
 
-from ..engine.support import greedy, prompts
+from ..engine.support import greedy, prompts, still
 from ..engine.test_lossless import mixed
 from ..models.support import save_tiny
 from .support import Together, one_rank, tiny_config
@@ -81,6 +82,7 @@ def test_messages_of_any_length_arrive(two: Together, length: int) -> None:
     """A pass of long block tables is longer than one frame: the other rank would hang or fail to read it."""
     with two.core(tiny_config(drafter=False)) as core:
         runs = [Run([5, 9], 0, [1] * length, 2)]
-        logits, _ = core.loop.executor.verify(runs)
-        again, _ = core.loop.executor.verify([Run([5, 9], 0, [1, 0], 2)])
+        executor = core.loop.executor
+        logits, _ = executor.cycle(runs, CounterStreams(), still).verify(None)
+        again, _ = executor.cycle([Run([5, 9], 0, [1, 0], 2)], CounterStreams(), still).verify(None)
         assert torch.equal(logits, again)

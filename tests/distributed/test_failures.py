@@ -11,7 +11,7 @@ from dspark_server.engine.parallel import LeadingExecutor
 from dspark_server.engine.request import FinishReason
 from dspark_server.errors import EngineDeadError
 
-from ..engine.support import prompts
+from ..engine.support import on_cycles, prompts
 from ..engine.test_async_engine import TOKENIZER, Listener
 from ..engine.test_supervision import until_dead
 from .support import Together, tiny_config
@@ -27,7 +27,7 @@ def fail_in_a_pass(ranks: Together, engine: AsyncEngine) -> None:
 
     leading = engine.core.loop.executor
     assert isinstance(leading, LeadingExecutor)
-    leading._executor.verify = fail  # type: ignore[method-assign, assignment]
+    on_cycles(leading._executor, lambda cycle: setattr(cycle, "verify", fail))
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import json
 import random
 import shutil
 import tempfile
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,18 @@ SMOLLM2_COSTS = Profile((1, 8, 24, 64), (0.02, 0.024, 0.04, 0.08), (1, 8), (2e-3
 def still() -> float:
     """A clock that stands still, for engines with passed costs: steps teach none, so that drafting repeats."""
     return 0.0
+
+
+def on_cycles(executor: Any, change: Callable[[Any], None]) -> None:
+    """From now on `change` gets each cycle of the executor as it begins, and may replace its methods."""
+    begin = executor.cycle
+
+    def cycle(*arguments: Any) -> Any:
+        made = begin(*arguments)
+        change(made)
+        return made
+
+    executor.cycle = cycle
 
 
 def tiny_core(

@@ -140,13 +140,13 @@ def test_a_failed_step_fails_its_requests_and_the_next_are_served(monkeypatch: p
     async def test(engine: AsyncEngine) -> None:
         victim = Listener(engine, prompts(1)[0], 500)
         await victim.changed.wait()
-        verify = engine.core.loop.executor.verify
+        begin = engine.core.loop.executor.cycle
 
-        def fail(runs: Any) -> Any:
-            monkeypatch.setattr(engine.core.loop.executor, "verify", verify)
+        def fail(*arguments: Any) -> Any:
+            monkeypatch.setattr(engine.core.loop.executor, "cycle", begin)
             raise MemoryError
 
-        monkeypatch.setattr(engine.core.loop.executor, "verify", fail)
+        monkeypatch.setattr(engine.core.loop.executor, "cycle", fail)
         last = await victim.end()
         assert last.finish_reason is FinishReason.ERROR
         assert "MemoryError" in (last.error or "")
@@ -157,10 +157,10 @@ def test_a_failed_step_fails_its_requests_and_the_next_are_served(monkeypatch: p
 
 def test_an_engine_that_keeps_failing_is_dead(monkeypatch: pytest.MonkeyPatch) -> None:
     async def test(engine: AsyncEngine) -> None:
-        def fail(runs: Any) -> Any:
+        def fail(*arguments: Any) -> Any:
             raise RuntimeError("broken")
 
-        monkeypatch.setattr(engine.core.loop.executor, "verify", fail)
+        monkeypatch.setattr(engine.core.loop.executor, "cycle", fail)
         for _ in range(3):
             assert (await Listener(engine, prompts(1)[0], 8).end()).finish_reason is FinishReason.ERROR
         for _ in range(100):

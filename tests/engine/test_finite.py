@@ -7,6 +7,7 @@ from torch import Tensor
 from dspark_server.engine.core import EngineCore
 from dspark_server.engine.executor import are_finite, leading
 from dspark_server.engine.request import Request
+from dspark_server.runtime.batch import Run
 from tests.engine.support import greedy, prompts, tiny_core
 
 
@@ -61,7 +62,7 @@ def test_whole_chunks_are_published_at_once() -> None:
 
 
 def test_leading_rows() -> None:
-    hidden = torch.zeros(9, 3)
-    assert leading(are_finite(hidden), [4, 2, 2]) == [4, 2, 2]
+    hidden, runs = torch.zeros(9, 3), [Run([5] * length, 0, [], 1) for length in (4, 2, 2)]
+    assert leading(are_finite(hidden), runs) == [4, 2, 2]
     hidden[2, 1], hidden[6, 0], hidden[8] = torch.nan, torch.inf, torch.nan  # the last is padding
-    assert leading(are_finite(hidden), [4, 2, 2]) == [2, 2, 0]
+    assert leading(are_finite(hidden), runs) == [2, 2, 0]

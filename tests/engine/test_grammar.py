@@ -12,17 +12,18 @@ from llguidance import LLParserLimits
 from transformers import PreTrainedTokenizerFast
 
 from dspark_server.engine import grammar
+from dspark_server.engine.executor import Cycle
 from dspark_server.engine.grammar import SLOW_MASKS, CompiledForm, FormError, FormMatcher, GrammarCompiler
 from dspark_server.engine.request import CompiledGrammar, FinishReason, SamplingParams
 from dspark_server.engine.trace import StepTrace
-from dspark_server.runtime.batch import Run
 from dspark_server.speculation import law
 from dspark_server.speculation.controls import Controls
+from dspark_server.speculation.draft_block import DraftBlock
 from dspark_server.speculation.sampling import SamplingBatch
 
 from .conftest import VOCABULARY
 from .forms import TOKENIZER, admits
-from .support import prompts, tiny_core
+from .support import on_cycles, prompts, tiny_core
 
 
 @pytest.fixture(scope="module")
@@ -335,19 +336,24 @@ def test_the_step_thread_computes_no_mask(
     monkeypatch.setattr(FormMatcher, "prepare", counted)
     core = tiny_core(drafter=drafter)
     core.eos_token_ids = frozenset()
-    verify, at_pass, passes = core.loop.executor.verify, 0, 0
+    at_pass = passes = 0
 
-    def watched(runs: list[Run]) -> tuple[torch.Tensor, list[int]]:
-        nonlocal at_pass
-        at_pass = begun
-        return verify(runs)
+    def watched(cycle: Cycle) -> None:
+        verify = cycle.verify
+
+        def verified(block: DraftBlock | None) -> tuple[torch.Tensor, list[int]]:
+            nonlocal at_pass
+            at_pass = begun
+            return verify(block)
+
+        cycle.verify = verified  # type: ignore[method-assign]
 
     def judged(step: StepTrace) -> None:
         nonlocal passes
         passes += 1
         assert begun == at_pass
 
-    core.loop.executor.verify = watched  # type: ignore[method-assign]
+    on_cycles(core.loop.executor, watched)
     core.loop.watch(judged)
     core.generate(prompts(4), replace(SAMPLED[kind], grammar=compiler.regex("[a-z]*x")))
     assert passes > 5

@@ -1,21 +1,22 @@
 """Greedy and seeded tokens do not depend on the drafter, the batch, chunking, preemption or the prefix cache."""
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 
-from dspark_server.engine.executor import DraftRequest
+from dspark_server.engine.executor import Cycle
 from dspark_server.engine.request import SamplingParams
-from dspark_server.engine.trace import Drafted, StepOutput, StepTrace, Verification
+from dspark_server.engine.trace import StepOutput, StepTrace, Verification
 from dspark_server.engine.watch import StepWatch
-from dspark_server.speculation.acceptance import Accepted
-from dspark_server.speculation.drafter import DraftBlock
+from dspark_server.speculation.acceptance import Accepted, accept
+from dspark_server.speculation.draft_block import DraftBlock, DraftRequest
 from dspark_server.speculation.noise import CounterStreams
 from dspark_server.speculation.sampling import SamplingBatch
 
-from .support import HEADS, REPETITIVE, greedy, prompts, seeded, tiny_core
+from .support import HEADS, REPETITIVE, greedy, on_cycles, prompts, seeded, tiny_core
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +86,7 @@ def test_a_prefix_hit_carries_the_draft_rows(drafting: bool) -> None:
         steps: list[StepTrace] = []
         core.loop.watch(steps.append)
         output = core.generate([prompt + first], greedy(40))
-        proposed.append((output, [step.drafted.block.tokens.tolist() for step in steps if step.drafted]))
+        proposed.append((output, [step.block.tokens.tolist() for step in steps if step.block]))
     assert warm.loop.stats.prefix_hits > 0
     assert len(proposed[1][1]) > 10
     assert proposed[0] == proposed[1]
@@ -95,18 +96,20 @@ def test_no_draft_reuses_the_noise_of_another(monkeypatch: pytest.MonkeyPatch) -
     """(key, position, draft number) never repeats, though blocks are discarded whole and requests preempted."""
     core = tiny_core(num_blocks=28)
     drawn: list[tuple[int, int, int]] = []
-    draft = core.loop.executor.draft
 
-    def look(
-        requests: list[DraftRequest], sampling: SamplingBatch, streams: CounterStreams, rest: object = None
-    ) -> DraftBlock:
-        drawn.extend(
-            zip(sampling.key.tolist(), sampling.position.tolist(), sampling.draft_number.tolist(), strict=True)
-        )
-        return draft(requests, sampling, streams)
+    def look(cycle: Cycle) -> None:
+        draft = cycle.draft
 
-    monkeypatch.setattr(core.loop.executor, "draft", look)
-    monkeypatch.setattr(core.loop._selection, "lengths", lambda survival, limits, *_: [0] * len(limits))
+        def drafting(requests: list[DraftRequest], sampling: SamplingBatch, budget: object) -> DraftBlock:
+            drawn.extend(
+                zip(sampling.key.tolist(), sampling.position.tolist(), sampling.draft_number.tolist(), strict=True)
+            )
+            return draft(requests, sampling)
+
+        cycle.draft = drafting  # type: ignore[method-assign, assignment]
+
+    on_cycles(core.loop.executor, look)
+    monkeypatch.setattr(core.loop._selection, "lengths", lambda survival, limits, *_, **__: [0] * len(limits))
     core.generate(prompts(9), SamplingParams(max_tokens=20, temperature=1.0, ignore_eos=True))
     assert core.loop.stats.preemptions > 0
     assert len(drawn) > 100
@@ -115,7 +118,7 @@ def test_no_draft_reuses_the_noise_of_another(monkeypatch: pytest.MonkeyPatch) -
     assert all(own == list(range(1, len(own) + 1)) for own in numbers)
 
 
-def test_what_a_block_says_does_not_move_how_much_of_it_is_verified(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_block_says_does_not_move_how_much_of_it_is_verified() -> None:
     """Tokens that end the request, or may not come yet: only the coin may throw them out."""
     stop = 7
     own = SamplingParams(max_tokens=12, min_tokens=12, temperature=1.0, stop_token_ids=frozenset({stop}))
@@ -123,15 +126,19 @@ def test_what_a_block_says_does_not_move_how_much_of_it_is_verified(monkeypatch:
     for written in (None, stop):
         core, steps = tiny_core(), list[StepTrace]()
         core.loop.watch(steps.append)
-        draft = core.loop.executor.draft
 
-        def drafted(*arguments: Any, draft: Any = draft, written: int | None = written) -> DraftBlock:
-            block = draft(*arguments)
-            return block if written is None else replace(block, tokens=torch.full_like(block.tokens, written))
+        def write(cycle: Cycle, written: int | None = written) -> None:
+            draft = cycle.draft
 
-        monkeypatch.setattr(core.loop.executor, "draft", drafted)
+            def drafted(*arguments: Any) -> DraftBlock:
+                block = draft(*arguments)
+                return block if written is None else replace(block, tokens=torch.full_like(block.tokens, written))
+
+            cycle.draft = drafted  # type: ignore[method-assign]
+
+        on_cycles(core.loop.executor, write)
         core.generate(prompts(3), own)
-        first.append(next(step.drafted.lengths for step in steps if step.drafted))
+        first.append(next(step.block.lengths for step in steps if step.block))
     assert sum(first[0]) > 0
     assert first[0] == first[1]
 
@@ -174,12 +181,12 @@ def test_draft_tokens_past_an_end_count_nowhere(monkeypatch: pytest.MonkeyPatch)
     """Every draft token is accepted, and answers end inside of blocks: what is not committed was not accepted."""
     core, seen, pictures = tiny_core(), list[StepOutput](), list[int]()
     ticks = iter(range(1_000_000))
-    watch, lossless, step = StepWatch(None, clock=lambda: float(next(ticks))), core.loop._lossless, core.loop.step
+    watch, step = StepWatch(None, clock=lambda: float(next(ticks))), core.loop.step
 
-    def accept_all(verified: Verification, drafted: Drafted | None, sampling: SamplingBatch) -> Accepted:
-        lengths = dict(zip(drafted.requests, drafted.lengths, strict=True)) if drafted else {}
-        count = torch.tensor([lengths.get(request, 0) for request in verified.requests])
-        return replace(lossless(verified, drafted, sampling), count=count)
+    def accept_all(verified: Verification, block: DraftBlock | None, sampling: SamplingBatch) -> Accepted:
+        lengths = [end - start - 1 for start, end in pairwise(verified.row_start)]
+        lossless = accept(verified.logits, verified.row_start, block, verified.rows, sampling, CounterStreams())
+        return replace(lossless, count=torch.tensor(lengths))
 
     def looked() -> list[StepOutput]:
         outputs = step()
@@ -219,7 +226,7 @@ def test_room_is_kept_for_what_the_drafter_drafts_not_for_the_longest_copy() -> 
     def look(step: StepTrace) -> None:
         decoding = [request for request in step.verified.requests if request.remaining > 7 and request.is_decoding]
         if len(decoding) == 8:
-            drafting.append(len(step.drafted.requests) if step.drafted else 0)
+            drafting.append(len(step.block.requests) if step.block else 0)
 
     core = tiny_core(max_num_batched_tokens=8 + 8 * 7, max_num_seqs=8, num_blocks=600)
     core.loop._trace = look

@@ -5,6 +5,7 @@ shared while someone writes it, found under a wrong name, lost, or kept from a r
 """
 
 import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,14 +16,16 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from dspark_server import failpoints
 from dspark_server.engine.batcher import Batcher
 from dspark_server.engine.blocks import BlockPool, chain_root
-from dspark_server.engine.executor import DraftRequest
+from dspark_server.engine.executor import with_drafts
 from dspark_server.engine.queue import LAST_PRIORITY
 from dspark_server.engine.request import FinishReason, Request, SamplingParams
 from dspark_server.engine.stats import EngineStats
 from dspark_server.engine.step import StepLoop
 from dspark_server.errors import RequestError
 from dspark_server.runtime.batch import Run
-from dspark_server.speculation.drafter import DraftBlock
+from dspark_server.speculation.acceptance import Accepted, accept
+from dspark_server.speculation.draft_block import DraftBlock, DraftRequest
+from dspark_server.speculation.noise import CounterStreams
 from dspark_server.speculation.selection import build_selection
 
 SIZE, BLOCKS, GAMMA, VOCABULARY, END = 2, 14, 3, 8, 0
@@ -57,37 +60,54 @@ class HashingExecutor:
     def _slot(self, table: list[int], position: int) -> int:
         return table[position // SIZE] * SIZE + position % SIZE
 
-    def _read(self, table: list[int], length: int) -> tuple[int | None, ...]:
+    def write(self, run: Run) -> None:
+        for index, token in enumerate(run.tokens):
+            self.rows[self._slot(run.block_table, run.context_len + index)] = token
+
+    def read(self, table: list[int], length: int) -> tuple[int | None, ...]:
         return tuple(self.rows[self._slot(table, position)] for position in range(length))
 
-    def verify(self, runs: list[Run]) -> tuple[torch.Tensor, list[int]]:
-        self.lengths = [len(run.tokens) for run in runs]
-        for run in runs:  # all are written before any is read: two that share a writable block see each other
-            for index, token in enumerate(run.tokens):
-                self.rows[self._slot(run.block_table, run.context_len + index)] = token
-        tokens, row_start = [], [0]
-        for run in runs:
-            end = run.context_len + len(run.tokens)
-            for length in range(end - run.logits_rows + 1, end + 1):
-                tokens.append(next_token(self._read(run.block_table, length)))
-            row_start.append(len(tokens))
-        return torch.nn.functional.one_hot(torch.tensor(tokens, dtype=torch.int64), VOCABULARY).float(), row_start
+    def cycle(self, runs: list[Run], streams: Any, clock: Any) -> "HashingCycle":
+        return HashingCycle(self, runs)
 
-    def finite_rows(self) -> list[int]:
-        return self.lengths
 
-    def draft(self, requests: list[DraftRequest], sampling: Any, streams: Any, rest: Any = None) -> DraftBlock:
+class HashingCycle:
+    seconds = 0.0, 0.0
+
+    def __init__(self, executor: HashingExecutor, runs: list[Run]) -> None:
+        self.executor = executor
+        self.runs = runs
+
+    def draft(self, requests: Sequence[DraftRequest], sampling: Any, budget: Any = None) -> DraftBlock:
         """Right for a while, then wrong; both, and how much of it is usable, by the context's hash."""
         blocks, usable = [], []
         for request in requests:
-            known = (*self._read(request.block_table, request.position), request.anchor)
+            known = (*self.executor.read(request.block_table, request.position), request.anchor)
             right, block = hashed(known, "right") % (GAMMA + 1), list[int]()
             for index in range(GAMMA):
                 token = next_token((*known, *block))
                 block.append(token if index < right else (token + 1) % VOCABULARY)
             blocks.append(block)
             usable.append(hashed(known, "usable") % (GAMMA + 1))
-        return DraftBlock(torch.tensor(blocks), None, None, None, None, torch.tensor(usable))
+        return DraftBlock(torch.tensor(blocks), torch.tensor(usable), requests=requests)
+
+    def verify(self, block: DraftBlock | None) -> tuple[torch.Tensor, list[int]]:
+        self.runs = with_drafts(self.runs, block)
+        for run in self.runs:  # all are written before any is read: two that share a writable block see each other
+            self.executor.write(run)
+        tokens, row_start = [], [0]
+        for run in self.runs:
+            end = run.context_len + len(run.tokens)
+            for length in range(end - run.logits_rows + 1, end + 1):
+                tokens.append(next_token(self.executor.read(run.block_table, length)))
+            row_start.append(len(tokens))
+        return torch.nn.functional.one_hot(torch.tensor(tokens, dtype=torch.int64), VOCABULARY).float(), row_start
+
+    def accept(self, logits: Any, row_start: Any, block: Any, rows: Any, sampling: Any) -> Accepted:
+        return accept(logits, row_start, block, rows, sampling, CounterStreams())
+
+    def finite_rows(self) -> list[int]:
+        return [len(run.tokens) for run in self.runs]
 
 
 class WatchedBatcher(Batcher):

@@ -171,16 +171,16 @@ def run(
     seen: Counter[str] = Counter()
 
     def look(step: StepTrace) -> None:
-        drafted = set(step.drafted.requests) if step.drafted else set()
+        drafted = set(step.drafting)
         for request in step.verified.requests:
             if request.is_decoding and request.remaining > 1:  # the last token is never a draft
                 seen["drafted" if request in drafted else "skipped"] += 1
                 seen["backed off"] += request.history.wait > 1
-        if step.drafted:
-            seen["cut"] += sum(length < 4 for length in step.drafted.lengths)
-            seen["kept"] += sum(step.drafted.lengths)
-            seen["favoured"] += int(step.drafted.block.copies.on.sum()) if step.drafted.block.copies else 0
-            seen["alone"] += len(step.drafted.requests) - step.drafted.backbone
+        if step.block:
+            seen["cut"] += sum(length < 4 for length in step.block.lengths)
+            seen["kept"] += sum(step.block.lengths)
+            seen["favoured"] += int(step.block.copies.on.sum()) if step.block.copies else 0
+            seen["alone"] += len(step.block.requests) - step.block.by_drafter
 
     core = load(pair, selection, look, dtype)
     stop = frozenset() if forbidden is None else frozenset({forbidden})

@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dspark_server.engine.executor import Executor, TorchExecutor
+from dspark_server.engine.executor import Executor, TorchCycle
 from dspark_server.engine.profile import WARM, profile
 from dspark_server.engine.simulate import SimulatedExecutor, SurvivalModel, VirtualClock
-from dspark_server.runtime.batch import Run
 from dspark_server.speculation.capacity import Capacity, Profile
 
 from .support import tiny_core
@@ -31,17 +30,8 @@ class Disturbed(SimulatedExecutor):
 
     slower: Callable[[float], float] = lambda now: 1.0
 
-    def verify(self, runs: list[Run]) -> Any:
-        began = self.clock.now
-        result = super().verify(runs)
-        self.clock.now = began + self.slower(began) * (self.clock.now - began)
-        return result
-
-    def draft(self, *asked: Any) -> Any:
-        began = self.clock.now
-        result = super().draft(*asked)
-        self.clock.now = began + self.slower(began) * (self.clock.now - began)
-        return result
+    def spend(self, seconds: float) -> float:
+        return super().spend(self.slower(self.clock.now) * seconds)
 
 
 def machine(slower: Callable[[float], float] = lambda now: 1.0) -> Disturbed:
@@ -153,18 +143,18 @@ def test_it_is_measured_again_when_asked_or_for_another_engine(tmp_path: Path) -
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     """The passes and drafts of executors from here on, each with its number of tokens or requests."""
     seen: list[tuple[str, int]] = []
-    verify, draft = TorchExecutor.verify, TorchExecutor.draft
+    verify, draft = TorchCycle.verify, TorchCycle.draft
 
-    def verified(self: TorchExecutor, runs: Any) -> Any:
-        seen.append(("verify", sum(len(run.tokens) for run in runs)))
-        return verify(self, runs)
+    def verified(self: TorchCycle, block: Any) -> Any:
+        seen.append(("verify", sum(len(run.tokens) for run in self._runs)))
+        return verify(self, block)
 
-    def drafted(self: TorchExecutor, requests: Any, *rest: Any) -> Any:
+    def drafted(self: TorchCycle, requests: Any, *rest: Any) -> Any:
         seen.append(("draft", len(requests)))
         return draft(self, requests, *rest)
 
-    monkeypatch.setattr(TorchExecutor, "verify", verified)
-    monkeypatch.setattr(TorchExecutor, "draft", drafted)
+    monkeypatch.setattr(TorchCycle, "verify", verified)
+    monkeypatch.setattr(TorchCycle, "draft", drafted)
     return seen
 
 

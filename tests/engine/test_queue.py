@@ -11,9 +11,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from dspark_server.engine import batcher as batching
 from dspark_server.engine import queue as queueing
-from dspark_server.engine import step as stepping
 from dspark_server.engine.queue import LAST_PRIORITY, WaitingQueue
 from dspark_server.engine.request import Request, SamplingParams
+from dspark_server.speculation import copy_drafter
 from dspark_server.speculation.copying import ContextIndex
 
 from .support import tiny_core
@@ -287,7 +287,7 @@ def test_the_choices_of_a_prompt_share_what_it_costs(rules: dict[str, float]) ->
 def test_copies_are_indexed_a_part_a_step_and_only_where_they_may_be_used(
     monkeypatch: pytest.MonkeyPatch, most: int | None, indexed: bool
 ) -> None:
-    monkeypatch.setattr(stepping, "INDEXED_TOKENS", 16)
+    monkeypatch.setattr(copy_drafter, "INDEXED_TOKENS", 16)
     core = tiny_core(drafter=False, method="ngram")
     spent: list[int] = []
     total = 0

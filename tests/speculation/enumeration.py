@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from dspark_server.speculation.acceptance import DraftTokens, accept
+from dspark_server.speculation.acceptance import accept
+from dspark_server.speculation.draft_block import DraftBlock
 from dspark_server.speculation.law import distribution, sample
 from dspark_server.speculation.noise import Purpose
 from tests.speculation.support import Law, State, TableStreams, World, after
@@ -114,8 +115,8 @@ class RatioProblems:
         logits, row_start = self.world.verify_logits(states, tokens, lengths)
         gamma = self.world.gamma
         streams = TableStreams({Purpose.COIN: coins, Purpose.RESIDUAL: last[:, None].expand(-1, gamma + 1)})
-        draft = DraftTokens(self.tokens, self.q, rows)
-        done = accept(logits, row_start, draft, lengths, self.world.sampling(len(rows)), streams)
+        draft = DraftBlock.of(self.tokens, self.q)
+        done = accept(logits, row_start, draft, rows, self.world.sampling(len(rows)), streams)
         assert not done.failed.any()
         drafted = tokens.gather(1, done.count.clamp(max=gamma - 1).unsqueeze(1)).squeeze(1)
         own_row = torch.tensor(row_start[:-1]) + (done.count + 1).clamp(max=lengths)
@@ -290,7 +291,7 @@ def coupled_cycles(world: World, admits: Admits | None = None) -> dict[State, La
         assert tuple(block[: len(path.drafted)]) == path.drafted, "production drafted another token in this cell"
     lengths = torch.tensor([path.length for path in paths])
     logits, row_start = world.verify_logits(states, tokens, lengths)
-    done = accept(logits, row_start, DraftTokens(tokens, None, torch.arange(n)), lengths, sampling, streams)
+    done = accept(logits, row_start, DraftBlock.of(tokens), range(n), sampling, streams)
     cycles: dict[State, Law] = {state: {} for state in world.states}
     for path, block, count, token in zip(paths, tokens.tolist(), done.count.tolist(), done.token.tolist(), strict=True):
         committed = (*block[:count], token)

@@ -8,8 +8,9 @@ import torch
 from dspark_kernels import Kernels, load
 from torch import Tensor
 
-from dspark_server.speculation.acceptance import Accepted, DraftTokens, accept, residual
+from dspark_server.speculation.acceptance import Accepted, accept, residual
 from dspark_server.speculation.controls import Forbidden
+from dspark_server.speculation.draft_block import DraftBlock
 from dspark_server.speculation.law import sample
 from dspark_server.speculation.noise import CounterStreams, Purpose
 from dspark_server.speculation.sampling import SamplingBatch
@@ -64,10 +65,10 @@ def run(
             tokens[:, k], law = sample(draft[drafting][:, k], sampling.ahead(k), uniform[:, k], streams)
             laws.append(law)
     q = torch.stack([law for law in laws if law is not None], 1) if laws and laws[0] is not None else None
-    drafts = DraftTokens(tokens, q, torch.tensor(rows)) if drafting else None
+    drafts = DraftBlock.of(tokens, q) if drafting else None
     logits = torch.cat([target[i, : length + 1] for i, length in enumerate(lengths)])
     row_start = [0, *torch.tensor([length + 1 for length in lengths]).cumsum(0).tolist()]
-    return accept(logits, row_start, drafts, lengths, batch_of(options, keys), streams, kernels), tokens
+    return accept(logits, row_start, drafts, rows, batch_of(options, keys), streams, kernels), tokens
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -114,22 +115,20 @@ def test_greedy_rows_forbid_inside_the_block() -> None:
     logits = torch.tensor([[5.0, 1.0, 0.0], [5.0, 1.0, 0.0]])
     sampling = SamplingBatch.of(position=[3], key=[0], temperature=[0.0], controls=[Forbidden((0,), 4)])
     for drafted, expected in ((1, (1, 0)), (0, (0, 1))):
-        draft = DraftTokens(torch.tensor([[drafted]]), None, torch.tensor([0]))
-        done = accept(logits, [0, 2], draft, [1], sampling, CounterStreams())
+        draft = DraftBlock.of(torch.tensor([[drafted]]))
+        done = accept(logits, [0, 2], draft, [0], sampling, CounterStreams())
         assert (done.count.item(), done.token.item()) == expected
 
 
 def judged(p: list[float], q: list[float], drafted: int, coin: float, last: float) -> tuple[int, int]:
     """One ratio request with one draft token; the bonus row permits token 0 only."""
     logits = torch.tensor([p, [1.0] + [0.0] * (len(p) - 1)], dtype=torch.float64).log()
-    draft = DraftTokens(
-        torch.tensor([[drafted]]), torch.tensor([[q]], dtype=torch.float64), torch.zeros(1, dtype=torch.int64)
-    )
+    draft = DraftBlock.of(torch.tensor([[drafted]]), torch.tensor([[q]], dtype=torch.float64))
     tables = {
         Purpose.COIN: torch.tensor([[coin]], dtype=torch.float64),
         Purpose.RESIDUAL: torch.full((1, 2), last, dtype=torch.float64),
     }
-    done = accept(logits, [0, 2], draft, [1], SamplingBatch.of(position=[0], key=[0]), TableStreams(tables))
+    done = accept(logits, [0, 2], draft, [0], SamplingBatch.of(position=[0], key=[0]), TableStreams(tables))
     return int(done.count), int(done.token)
 
 
@@ -163,8 +162,8 @@ def test_no_draft_is_plain_sampling() -> None:
     """All lengths 0: no draft tensors at all, and the same tokens as a request that sat out among drafting ones."""
     target, _, options, _, _ = mixed(14, seed=2)
     sampling = batch_of(options, list(range(14)))
-    plain = accept(target[:, 0], range(15), None, [0] * 14, sampling, CounterStreams())
-    unused = DraftTokens(torch.zeros(2, GAMMA, dtype=torch.int64), None, torch.full((14,), -1))
-    again = accept(target[:, 0], range(15), unused, torch.zeros(14, dtype=torch.int64), sampling, CounterStreams())
+    plain = accept(target[:, 0], range(15), None, [-1] * 14, sampling, CounterStreams())
+    unused = DraftBlock.of(torch.zeros(2, GAMMA, dtype=torch.int64))
+    again = accept(target[:, 0], range(15), unused, torch.full((14,), -1), sampling, CounterStreams())
     assert plain.count.tolist() == [0] * 14
     assert plain.token.tolist() == again.token.tolist()

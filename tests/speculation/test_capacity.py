@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dspark_server.errors import ConfigError
@@ -139,6 +139,8 @@ def test_few_drafts_tell_what_a_draft_costs(factor: float) -> None:
         max_size=30,
     )
 )
+@example([(0, 0, 1.0, 0.0, 8.9e307, 0.0)] * 2)
+@example([(0, 0, 1.0, 0.0, 1e308, 0.0), (0, 0, 1.0, 0.0, 1.1e308, 0.0)])
 def test_no_times_poison_the_tables(steps: list[tuple[int, int, float, float, float, float]]) -> None:
     capacity = Capacity(SERVED, 64, 8)
     for tokens, requests, verify, draft, overhead, context in steps:

@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dspark_server.speculation.acceptance import DraftTokens, accept
+from dspark_server.speculation.acceptance import accept
 from dspark_server.speculation.controls import Controls, Forbidden, Penalties
+from dspark_server.speculation.draft_block import DraftBlock
 from dspark_server.speculation.law import distribution
 from dspark_server.speculation.noise import CounterStreams
 from dspark_server.speculation.sampling import SamplingBatch
@@ -249,9 +250,9 @@ def test_a_request_is_asked_about_its_own_draft_only(temperature: float) -> None
 
     rules = [Recording(), Recording(), Recording()]
     sampling = SamplingBatch.of(position=[0] * 3, key=[0, 1, 2], temperature=[temperature] * 3, controls=rules)
-    draft = DraftTokens(torch.tensor([[3, 4, 5], [6, 7, 8]]), None, torch.tensor([0, -1, 1]))
+    draft = DraftBlock.of(torch.tensor([[3, 4, 5], [6, 7, 8]]))
     scores = torch.full((7, 9), -9.0)
     scores[[0, 1, 2, 5], [3, 4, 5, 6]] = 9.0
-    accept(scores, [0, 4, 5, 7], draft, [3, 0, 1], sampling, CounterStreams())
+    accept(scores, [0, 4, 5, 7], draft, [0, -1, 1], sampling, CounterStreams())
     own: list[set[tuple[int, ...]]] = [{(), (3,), (3, 4), (3, 4, 5)}, {()}, {(), (6,)}]
     assert [rule.asked for rule in rules] == own

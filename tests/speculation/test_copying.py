@@ -7,8 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dspark_server.speculation.copy_drafter import Copying
 from dspark_server.speculation.copying import ALONE_WEIGHT, BUCKETS, ContextIndex, CopyBias, CopyTables, Match, buckets
-from dspark_server.speculation.drafter import DraftBlock, with_copies
+from dspark_server.speculation.draft_block import DraftBlock, DraftRequest, Source
+from dspark_server.speculation.drafter import NoDrafter
 from dspark_server.speculation.history import SurvivalHistory
 
 TABLES = CopyTables()
@@ -128,20 +130,25 @@ def test_buckets_grow_with_the_block(length: int) -> None:
 
 
 def test_lone_copies_stand_below_the_drafters_rows() -> None:
-    block = DraftBlock(
-        tokens=torch.tensor([[1, 2]]), q=None, columns=None, confidence=None, survival=None, usable=torch.tensor([1])
-    )
-    both = with_copies(block, [Match(4, [7, 8, 9])], [SurvivalHistory()], 3, TABLES)
+    def asked(match: Match | None, record: SurvivalHistory | None = None) -> DraftRequest:
+        source = Source.COPY if match else Source.DRAFTER
+        return DraftRequest(0, 5, 9, [], 3, match, source, record or SurvivalHistory())
+
+    copying = Copying(NoDrafter(), TABLES)
+    copying.gamma = 3
+    block, own, copied = DraftBlock(torch.tensor([[1, 2]]), torch.tensor([1])), asked(None), Match(4, [7, 8, 9])
+    both = copying.complete(block, [own, asked(copied)])
     assert both.tokens.tolist() == [[1, 2, 0], [7, 8, 9]]
     assert both.usable.tolist() == [1, 3]
+    assert both.by_drafter == 1
     assert both.survival is not None
     assert bool(both.survival[0, :2].isnan().all())
     assert both.survival[1].tolist() == pytest.approx(torch.tensor(TABLES.alone[2:5]).cumprod(0).tolist())
-    assert with_copies(block, [], [], 3, TABLES).tokens.tolist() == [[1, 2, 0]]
+    assert copying.complete(block, [own]).tokens.tolist() == [[1, 2, 0]]
     proven = SurvivalHistory()
     for _ in range(20):
         proven.judged(3, 3)
-    alone = with_copies(None, [Match(4, [7, 8, 9])] * 2, [SurvivalHistory(), proven], 3, TABLES).survival
+    alone = copying.complete(None, [asked(copied), asked(copied, proven)]).survival
     assert alone is not None
     believed = [(proven.stood + ALONE_WEIGHT * chance) / (proven.tried + ALONE_WEIGHT) for chance in TABLES.alone[2:5]]
     assert alone[1].tolist() == pytest.approx(torch.tensor(believed).cumprod(0).tolist())

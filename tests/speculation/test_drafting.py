@@ -13,7 +13,7 @@ from dspark_server.speculation.drafting import (
     OPTIMISM,
     PROBING,
     Candidate,
-    Purse,
+    ProbeBudget,
     choose_drafting,
     predicted_thetas,
 )
@@ -78,16 +78,16 @@ def test_probes_take_their_share_of_the_time_and_no_more(policy: str) -> None:
 
 
 def test_a_probe_is_saved_for_and_no_more_than_those_due_need() -> None:
-    purse = Purse(share=0.1)
+    budget = ProbeBudget(share=0.1)
     probes = []
     for _ in range(6):
-        probes.append(purse.afford(1, 1.0, lambda n: 0.25 * n))
-        purse.spend(0.25 * probes[-1])
+        probes.append(budget.afford(1, 1.0, lambda n: 0.25 * n))
+        budget.spend(0.25 * probes[-1])
     assert probes == [0, 0, 1, 0, 0, 1]
-    purse = Purse(share=10.0)
-    assert purse.afford(3, 1.0, lambda n: float(n)) == 3
-    purse.spend(3.0)
-    assert purse.afford(3, 0.0, lambda n: float(n)) == 0  # nothing was kept but what three needed
+    budget = ProbeBudget(share=10.0)
+    assert budget.afford(3, 1.0, lambda n: float(n)) == 3
+    budget.spend(3.0)
+    assert budget.afford(3, 0.0, lambda n: float(n)) == 0  # nothing was kept but what three needed
 
 
 def test_a_crowd_of_newcomers_is_probed_in_part() -> None:

@@ -17,8 +17,9 @@ from dspark_kernels import Kernels, load
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dspark_server.speculation.acceptance import DraftTokens, accept
+from dspark_server.speculation.acceptance import accept
 from dspark_server.speculation.controls import Control
+from dspark_server.speculation.draft_block import DraftBlock
 from dspark_server.speculation.law import distribution, sample
 from dspark_server.speculation.noise import Purpose
 from dspark_server.speculation.sampling import SamplingBatch
@@ -130,9 +131,9 @@ def judge(
         row_start.append(len(rows))
     q = torch.from_numpy(np.stack([[pair.q[d[:k]] for k in range(pair.gamma)] for d in drafts]))
     precision = torch.float64 if kernels is None else torch.float32
-    block = DraftTokens(torch.tensor(drafts), q.to(precision), torch.arange(len(drafts)))
+    block = DraftBlock.of(torch.tensor(drafts), q.to(precision))
     sampling = batch(len(drafts), coupled=coupled, controls=pair.controls, filters=pair.filters)
-    result = accept(logits(rows).to(precision), row_start, block, kept, sampling, tables, kernels)
+    result = accept(logits(rows).to(precision), row_start, block, range(len(drafts)), sampling, tables, kernels)
     assert not result.failed.any()
     committed: dict[Context, float] = {}
     for draft, weight, count, token in zip(drafts, weights, result.count.tolist(), result.token.tolist(), strict=True):

@@ -6,7 +6,8 @@ import math
 import pytest
 import torch
 
-from dspark_server.speculation.acceptance import DraftTokens, accept
+from dspark_server.speculation.acceptance import accept
+from dspark_server.speculation.draft_block import DraftBlock
 from dspark_server.speculation.law import sample
 from dspark_server.speculation.noise import CounterStreams
 from dspark_server.speculation.sampling import SamplingBatch
@@ -110,7 +111,7 @@ def test_seeded_output_is_the_output_without_a_drafter(settings: dict[str, float
     plain = torch.zeros(3, wanted + 2, dtype=torch.int64)
     for at in range(2, wanted + 2):
         logits = target[plain[:, at - 2], plain[:, at - 1]]
-        done = accept(logits, [0, 1, 2, 3], None, [0, 0, 0], seeded([at] * 3, settings), CounterStreams())
+        done = accept(logits, [0, 1, 2, 3], None, [-1] * 3, seeded([at] * 3, settings), CounterStreams())
         plain[:, at] = done.token
     streams, drafts_kept = CounterStreams(), 0
     said = [[0, 0] for _ in range(3)]
@@ -129,8 +130,8 @@ def test_seeded_output_is_the_output_without_a_drafter(settings: dict[str, float
             seen = torch.tensor([*tokens[-2:], *block[:length]])
             rows.append(target[seen[:-1], seen[1:]])
         row_start = [0, *itertools.accumulate(map(len, rows))]
-        drafted = DraftTokens(blocks, None, torch.arange(3))
-        done = accept(torch.cat(rows), row_start, drafted, lengths, sampling, streams)
+        drafted = DraftBlock.of(blocks)
+        done = accept(torch.cat(rows), row_start, drafted, range(3), sampling, streams)
         for tokens, block, count, token in zip(
             said, blocks.tolist(), done.count.tolist(), done.token.tolist(), strict=True
         ):

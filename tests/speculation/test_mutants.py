@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dspark_server.speculation import acceptance
+from dspark_server.speculation.draft_block import DraftBlock
 from dspark_server.speculation.law import distribution, sample
 from dspark_server.speculation.noise import Purpose
 from dspark_server.speculation.sampling import SamplingBatch
@@ -95,11 +96,10 @@ def first_token(world: World, state: State, shared: tuple[Purpose, Purpose] | No
     context = torch.tensor([state]).expand(n, 2)
     drafted, law = sample(world.draft[context[:, 1]], world.sampling(n), noise[Purpose.DRAFT], TableStreams())
     assert law is not None
-    ones = torch.ones(n, dtype=torch.int64)
-    logits, row_start = world.verify_logits(context, drafted[:, None], ones)
-    draft = acceptance.DraftTokens(drafted[:, None], law[:, None], torch.arange(n))
+    logits, row_start = world.verify_logits(context, drafted[:, None], torch.ones(n, dtype=torch.int64))
+    draft = DraftBlock.of(drafted[:, None], law[:, None])
     streams = TableStreams({purpose: u[:, None].expand(-1, 2) for purpose, u in noise.items()})
-    done = acceptance.accept(logits, row_start, draft, ones, world.sampling(n), streams)
+    done = acceptance.accept(logits, row_start, draft, range(n), world.sampling(n), streams)
     token = torch.where(done.count == 1, drafted, done.token)
     weight = width[cell].prod(1)
     return {(each,): math.fsum(weight[token == each].tolist()) for each in range(v)}

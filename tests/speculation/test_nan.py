@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -9,11 +10,10 @@ from torch import Tensor
 
 from dspark_server.engine.core import EngineCore
 from dspark_server.engine.trace import StepTrace
-from dspark_server.runtime.batch import Run
 from dspark_server.speculation.admission import Load
+from dspark_server.speculation.draft_block import DraftBlock
 from dspark_server.speculation.heads import ConfidenceHead
-from dspark_server.speculation.selection import Drafts
-from tests.engine.support import greedy, prompts, seeded, tiny_core
+from tests.engine.support import greedy, on_cycles, prompts, seeded, tiny_core
 from tests.speculation.enumeration import ratio_cycles
 from tests.speculation.support import Joint, Law, State, distance, joint, worlds
 
@@ -33,7 +33,7 @@ def test_a_nan_at_a_slot_keeps_exactly_the_slots_before_it(
     prompt = prompts(1)[0]
     expected = tiny_core(drafter=False).generate([prompt], greedy(24))
     core = tiny_core()
-    drafter = core.loop.executor.drafter
+    drafter = core.loop.executor.drafter.inner
     calls = 0
 
     if source == "logits":
@@ -59,7 +59,7 @@ def test_a_nan_at_a_slot_keeps_exactly_the_slots_before_it(
 
     steps = traced(core)
     assert core.generate([prompt], greedy(24)) == expected
-    drafted = [step.drafted for step in steps if step.drafted is not None]
+    drafted = [step.block for step in steps if step.block is not None]
     assert drafted
     assert drafted[0].lengths == [slot]
     assert all(length <= slot for block in drafted for length in block.lengths)
@@ -72,7 +72,7 @@ def test_only_that_requests_prefix_is_cut(monkeypatch: pytest.MonkeyPatch, sourc
     made, slot, row = prompts(3), 2, 1
     expected = tiny_core(drafter=False).generate(made, greedy(24))
     core = tiny_core()
-    drafter, calls = core.loop.executor.drafter, 0
+    drafter, calls = core.loop.executor.drafter.inner, 0
     target, name = (drafter.sampler.head, "bias") if source == "logits" else (ConfidenceHead, "logit")
     real = getattr(target, name)
 
@@ -87,26 +87,26 @@ def test_only_that_requests_prefix_is_cut(monkeypatch: pytest.MonkeyPatch, sourc
     monkeypatch.setattr(target, name, broken)
     steps = traced(core)
     assert core.generate(made, greedy(24)) == expected
-    first = next(step.drafted for step in steps if step.drafted is not None and len(step.drafted.requests) == len(made))
-    assert first.lengths[:row] + first.lengths[row + 1 :] == [drafter.gamma] * 2
+    first = next(step.block for step in steps if step.block is not None and len(step.block.requests) == len(made))
+    assert [*first.lengths[:row], *first.lengths[row + 1 :]] == [drafter.gamma] * 2
     assert first.lengths[row] == (drafter.gamma if (source, value) == ("confidence", "inf") else slot)
 
 
 def test_what_a_draft_may_reach_is_counted_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """A NaN lowers limits, and only the drafted tokens may have led there: costs are not looked up by them."""
     core = tiny_core()
-    bias, real = core.loop.executor.drafter.sampler.head.bias, core.loop._selection.lengths
+    bias, real = core.loop.executor.drafter.inner.sampler.head.bias, core.loop._selection.lengths
     seen: list[tuple[int, int]] = []
 
-    def lengths(survival: Tensor, limits: list[int], load: Load, drafts: Drafts) -> list[int]:
-        seen.append((sum(limits), drafts.slots))
-        return real(survival, limits, load, drafts)
+    def lengths(survival: Tensor, limits: list[int], load: Load, *, by_drafter: int, slots: int) -> list[int]:
+        seen.append((sum(limits), slots))
+        return real(survival, limits, load, by_drafter=by_drafter, slots=slots)
 
     def broken(*arguments: Tensor) -> Tensor:
         found = bias(*arguments)
         return found.index_fill(0, torch.tensor([0]), torch.nan) if len(found) == 2 else found
 
-    monkeypatch.setattr(core.loop.executor.drafter.sampler.head, "bias", broken)
+    monkeypatch.setattr(core.loop.executor.drafter.inner.sampler.head, "bias", broken)
     monkeypatch.setattr(core.loop._selection, "lengths", lengths)
     core.generate(prompts(2), greedy(12))
     block = core.loop.executor.block
@@ -144,7 +144,7 @@ def test_requests_fail_where_plain_decoding_does(name: str, broken: list[State])
 
 def with_draft(core: EngineCore, slot: int, token: int) -> None:
     """The drafter draws `token` at `slot`, always, and says so."""
-    drafter = core.loop.executor.drafter
+    drafter = core.loop.executor.drafter.inner
     propose = drafter.propose
 
     def drafted(*arguments: object) -> object:
@@ -179,14 +179,18 @@ def test_a_draft_token_that_stands_is_kept_though_its_own_row_is_broken(params: 
     made = prompts(3)
     expected = tiny_core(drafter=False).generate(made, params)
     core = tiny_core()
-    verify = core.loop.executor.verify
 
-    def broken(runs: list[Run]) -> tuple[Tensor, list[int]]:
-        logits, row_start = verify(runs)
-        logits[[row for row in range(len(logits)) if row not in row_start]] = torch.nan
-        return logits, row_start
+    def broken(cycle: Any) -> None:
+        verify = cycle.verify
 
-    core.loop.executor.verify = broken  # type: ignore[method-assign]
+        def verified(block: DraftBlock | None) -> tuple[Tensor, list[int]]:
+            logits, row_start = verify(block)
+            logits[[row for row in range(len(logits)) if row not in row_start]] = torch.nan
+            return logits, row_start
+
+        cycle.verify = verified
+
+    on_cycles(core.loop.executor, broken)
     steps = traced(core)
     assert core.generate(made, params) == expected
     assert not any(bool(step.accepted.failed.any()) for step in steps)
@@ -200,16 +204,20 @@ def test_an_end_that_was_drafted_ends_though_its_own_row_is_broken() -> None:
     end = answer[6]
     ending = replace(greedy(20), stop_token_ids=frozenset({end}))
     core = tiny_core()
-    verify = core.loop.executor.verify
 
-    def broken(runs: list[Run]) -> tuple[Tensor, list[int]]:
-        logits, row_start = verify(runs)
-        flat = [(token, row) for run, first in zip(runs, row_start, strict=False)
-                for row, token in enumerate(run.tokens[-run.logits_rows :], first)]  # fmt: skip
-        logits[[row for token, row in flat if token == end and row not in row_start]] = torch.nan
-        return logits, row_start
+    def broken(cycle: Any) -> None:
+        verify = cycle.verify
 
-    core.loop.executor.verify = broken  # type: ignore[method-assign]
+        def verified(block: DraftBlock | None) -> tuple[Tensor, list[int]]:
+            logits, row_start = verify(block)
+            flat = [(token, row) for run, first in zip(cycle._runs, row_start, strict=False)
+                    for row, token in enumerate(run.tokens[-run.logits_rows :], first)]  # fmt: skip
+            logits[[row for token, row in flat if token == end and row not in row_start]] = torch.nan
+            return logits, row_start
+
+        cycle.verify = verified
+
+    on_cycles(core.loop.executor, broken)
     request = core.new_request(prompt, ending, nonce=0)
     core.batcher.add(request)
     while core.loop.has_work:

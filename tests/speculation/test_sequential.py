@@ -12,7 +12,7 @@ from torch import Tensor
 from dspark_server.speculation.calibration import Calibration
 from dspark_server.speculation.controls import Forbidden
 from dspark_server.speculation.copying import CopyBias, CopyTables, Match
-from dspark_server.speculation.drafter import DraftBlock
+from dspark_server.speculation.draft_block import DraftBlock
 from dspark_server.speculation.heads import ConfidenceHead, VanillaHead
 from dspark_server.speculation.noise import CounterStreams
 from dspark_server.speculation.sampling import SamplingBatch

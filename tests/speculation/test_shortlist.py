@@ -4,8 +4,9 @@ import torch
 from dspark_kernels import load
 from torch import Tensor
 
-from dspark_server.speculation.acceptance import DraftTokens, accept, residual
+from dspark_server.speculation.acceptance import accept, residual
 from dspark_server.speculation.controls import Forbidden
+from dspark_server.speculation.draft_block import DraftBlock
 from dspark_server.speculation.heads import VanillaHead
 from dspark_server.speculation.law import sample
 from dspark_server.speculation.noise import CounterStreams, Purpose
@@ -76,8 +77,8 @@ def both_ways(logits: Tensor, columns: Tensor, sampling: SamplingBatch) -> None:
     target = torch.randn(2 * n, V, generator=torch.Generator().manual_seed(10)) * 2
     outcomes = []
     for law, names in ((short_law, columns[:, None]), (full_law, None)):
-        draft = DraftTokens(short[:, None], None if law is None else law[:, None], torch.arange(n), names)
-        outcomes.append(accept(target, list(range(0, 2 * n + 1, 2)), draft, [1] * n, sampling, streams))
+        draft = DraftBlock.of(short[:, None], None if law is None else law[:, None], names)
+        outcomes.append(accept(target, list(range(0, 2 * n + 1, 2)), draft, range(n), sampling, streams))
     assert torch.equal(outcomes[0].count, outcomes[1].count)
     assert torch.equal(outcomes[0].token, outcomes[1].token)
     assert 0 < int(outcomes[0].count.sum()) < n
@@ -111,13 +112,13 @@ def test_the_law_is_the_targets_whatever_the_list() -> None:
     total = torch.zeros(4, dtype=torch.float64)
     for token, mass in zip([2, 1], [0.3, 0.7], strict=True):
         n = grid
-        draft = DraftTokens(torch.full((n, 1), token), q.expand(n, 1, 2), torch.arange(n), columns.expand(n, 1, 2))
+        draft = DraftBlock.of(torch.full((n, 1), token), q.expand(n, 1, 2), columns.expand(n, 1, 2))
         logits = p.log().expand(2 * n, 4)
         sampling = SamplingBatch.of(position=[1] * n, key=list(range(n)))
         for last in ((torch.arange(60, dtype=torch.float64) + 0.5) / 60).tolist():
             ends = torch.full((n, 3), last, dtype=torch.float64)
             streams = TableStreams({Purpose.COIN: coins[:, None].expand(n, 3), Purpose.RESIDUAL: ends})
-            done = accept(logits, list(range(0, 2 * n + 1, 2)), draft, [1] * n, sampling, streams)
+            done = accept(logits, list(range(0, 2 * n + 1, 2)), draft, range(n), sampling, streams)
             first = torch.where(done.count == 1, token, done.token)
             total += mass * torch.bincount(first, minlength=4).double() / n / 60
     torch.testing.assert_close(total, p, atol=1e-9, rtol=0)

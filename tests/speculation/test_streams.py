@@ -68,7 +68,7 @@ def test_a_nan_fails_its_own_request_and_no_other(coupled: bool, temperature: fl
     logits = torch.randn(3, 64)
     logits[1, 7] = torch.nan
     where = SamplingBatch.of(position=[1] * 3, key=[1, 2, 3], coupled=[coupled] * 3, temperature=[temperature] * 3)
-    result = accept(logits, [0, 1, 2, 3], None, [0, 0, 0], where, CounterStreams())
+    result = accept(logits, [0, 1, 2, 3], None, [-1] * 3, where, CounterStreams())
     assert result.failed.tolist() == [False, True, False]
     assert (result.token[[0, 2]] >= 0).all()
 

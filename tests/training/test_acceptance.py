@@ -58,17 +58,16 @@ def test_measured_acceptance_is_one_minus_tv(
     stood: list[bool] = []
 
     def look(step: StepTrace) -> None:
-        if step.drafted is None:
+        block = step.block
+        if block is None:
             return
-        block, row = step.drafted.block, {r: i for i, r in enumerate(step.drafted.requests)}
         assert block.q is not None
-        for request, start, count in zip(
-            step.verified.requests, step.verified.row_start, step.accepted.count.tolist(), strict=False
+        for index, start, count in zip(
+            step.verified.rows, step.verified.row_start, step.accepted.count.tolist(), strict=False
         ):
-            if request not in row:
+            if index < 0:
                 continue
-            index = row[request]
-            for slot in range(min(count + 1, step.drafted.lengths[index])):
+            for slot in range(min(count + 1, block.lengths[index])):
                 p = step.verified.logits[start + slot].double().softmax(0)
                 q = block.q[index, slot].double()
                 chances.append(

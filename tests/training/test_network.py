@@ -12,7 +12,7 @@ from dspark_server.engine.request import SamplingParams
 from dspark_server.engine.trace import StepTrace
 from dspark_server.runtime.batch import Batch, Run
 from dspark_server.runtime.kv import KVPool
-from dspark_server.speculation.drafter import DraftBlock
+from dspark_server.speculation.draft_block import DraftBlock
 from dspark_server.speculation.dspark import DSparkDrafter
 from dspark_server.training.checkpoint import load_weights
 from dspark_server.training.model import Blocks, DraftModel
@@ -27,8 +27,8 @@ def test_trained_network_is_the_engines(kind: str) -> None:
     seen: list[tuple[list[int], DraftBlock]] = []
 
     def record(trace: StepTrace) -> None:
-        if trace.drafted:
-            seen.append((list(trace.drafted.requests[0].tokens), trace.drafted.block))
+        if trace.block:
+            seen.append((list(trace.drafting[0].tokens), trace.block))
 
     speculative = SpeculativeConfig("dspark", str(directory / "draft"), selection="fixed", copying=False)
     config = EngineConfig(

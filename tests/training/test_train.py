@@ -259,8 +259,8 @@ def test_only_the_trained_vocabulary_is_drafted(run: TrainConfig) -> None:
     seen: list[int] = []
 
     def look(step: StepTrace) -> None:
-        if step.drafted:
-            seen.extend(step.drafted.block.tokens.flatten().tolist())
+        if step.block:
+            seen.extend(step.block.tokens.flatten().tolist())
 
     for shortlist in (None, 12):
         speculative = SpeculativeConfig(method="dspark", model=str(directory), selection="fixed", shortlist=shortlist)

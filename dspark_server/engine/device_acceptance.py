@@ -5,6 +5,7 @@ Shapes: R requests, L draft tokens of the longest block, V vocabulary.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 import torch
 from dspark_kernels import Filters, Kernels
@@ -12,14 +13,15 @@ from torch import Tensor
 
 from dspark_server.runtime.device import Device
 from dspark_server.runtime.staging import Staging
-from dspark_server.speculation.acceptance import Accepted, DraftTokens, Noise, accept, accept_at_once
+from dspark_server.speculation.acceptance import Accepted, Noise, accept, accept_at_once
+from dspark_server.speculation.draft_block import DraftBlock
 from dspark_server.speculation.noise import Streams
 from dspark_server.speculation.sampling import SamplingBatch
 
 I64, F32, F64, BOOL = torch.int64, torch.float32, torch.float64, torch.bool
 
 
-class DeviceJudge:
+class DeviceAcceptance:
     """Runs acceptance for passes of up to `most` requests whose blocks have up to `widest` tokens."""
 
     def __init__(self, device: Device, kernels: Kernels, most: int, widest: int) -> None:
@@ -47,22 +49,22 @@ class DeviceJudge:
         self,
         logits: Tensor,
         row_start: Sequence[int],
-        draft: DraftTokens | None,
-        lengths: Sequence[int],
+        block: DraftBlock | None,
+        rows: Sequence[int],
         sampling: SamplingBatch,
         streams: Streams,
         beside: Tensor,
     ) -> tuple[Accepted, Tensor]:
-        """`acceptance.accept`, with its outcome and `draft.tokens` on the host, and `draft.q` on the device.
+        """`acceptance.accept`, with its outcome and the block's tokens on the host, and its q on the device.
         Gives the outcome, and `beside` on the host, fetched together.
         """
         if sampling.at_once and logits.dtype == F32:
-            outcome = self._at_once(logits, row_start, draft, lengths, sampling, streams)
+            outcome = self._at_once(logits, row_start, block, rows, sampling, streams)
         else:
             where = self._device.where
-            if draft is not None:
-                draft = replace(draft, tokens=draft.tokens.to(where), row=draft.row.to(where))
-            outcome = accept(logits, row_start, draft, lengths, sampling.to(where), streams, self._kernels)
+            if block is not None:
+                block = replace(block, tokens=block.tokens.to(where))
+            outcome = accept(logits, row_start, block, rows, sampling.to(where), streams, self._kernels)
         *landed, beside = self._device.fetch([outcome.count, outcome.token, outcome.failed, beside])
         return Accepted(*landed), beside
 
@@ -71,42 +73,44 @@ class DeviceJudge:
         logits: Tensor,
         row_start: Tensor,
         drafted: Tensor,
-        draft: DraftTokens,
+        block: DraftBlock,
+        row: Tensor,
         sampled: Sequence[int],
         sampling: SamplingBatch,
         streams: Streams,
     ) -> Accepted:
         """The outcome [R], on the device, of a pass that the host has not seen.
 
-        row_start, drafted and `draft.row` cover every run of the layout; acceptance runs for the runs `sampled` [R].
+        row_start, drafted and row, the rows of the block, cover every run of the layout; acceptance runs for the runs
+        `sampled` [R].
         """
-        noise = self._stage(Noise.of(sampling, streams, draft.tokens.shape[1]), {"run": sampled}, len(sampled))
+        noise = self._stage(Noise.of(sampling, streams, block.tokens.shape[1]), {"run": sampled}, len(sampled))
         run = self.staging.there["run"][: len(sampled)]
-        draft = replace(draft, row=draft.row[run])
-        return accept_at_once(logits, row_start[run], drafted[run], draft, noise, self._kernels)
+        return accept_at_once(logits, row_start[run], drafted[run], block, row[run], noise, self._kernels)
 
     def _at_once(
         self,
         logits: Tensor,
         row_start: Sequence[int],
-        draft: DraftTokens | None,
-        lengths: Sequence[int],
+        block: DraftBlock | None,
+        rows: Sequence[int],
         sampling: SamplingBatch,
         streams: Streams,
     ) -> Accepted:
-        count, width = len(sampling), max(1, max(lengths))
-        if draft is None:
-            draft = DraftTokens(torch.zeros((1, width), dtype=I64), None, torch.full((count,), -1))
+        count, lengths = len(sampling), [end - start - 1 for start, end in pairwise(row_start)]
+        width = max(1, max(lengths))
+        if block is None:
+            block = DraftBlock.of(torch.zeros((1, width), dtype=I64))
         values: dict[str, Tensor | Sequence[int]] = {
             "start": row_start[:-1],
             "lengths": lengths,
-            "row": draft.row,
-            "tokens": draft.tokens[:, :width],
+            "row": rows,
+            "tokens": block.tokens[:, :width],
         }
         noise = self._stage(Noise.of(sampling, streams, width), values, count)
-        there = self.staging.there
-        draft = replace(draft, tokens=there["tokens"][:, :width], row=there["row"][:count])
-        return accept_at_once(logits, there["start"][:count], there["lengths"][:count], draft, noise, self._kernels)
+        there = {name: field[:count] for name, field in self.staging.there.items()}
+        block = replace(block, tokens=self.staging.there["tokens"][:, :width])
+        return accept_at_once(logits, there["start"], there["lengths"], block, there["row"], noise, self._kernels)
 
     def _stage(self, noise: Noise, values: Mapping[str, Tensor | Sequence[int]], requests: int) -> Noise:
         """Upload the fields in use; gives the noise on the device."""
