@@ -135,6 +135,8 @@ class Kernels(Protocol):
         """Identifies the kernels' code and how it was compiled: costs measured with another build do not hold."""
         ...
 
+    threads: int | None  # of a call on the CPU; None: as many as torch is set to use
+
     @property
     def reads_fp8(self) -> bool:
         """Whether caches may be float8_e4m3fn."""

@@ -33,6 +33,7 @@ class ReferenceKernels:
     name = "reference"
     build = "reference"
     reads_fp8 = True
+    threads: int | None = None
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return _rms_norm(x.float(), weight, eps).to(x.dtype)

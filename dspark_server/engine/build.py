@@ -13,10 +13,11 @@ from dspark_server.engine.profile import warm_up
 from dspark_server.models.config import read_json
 from dspark_server.models.decoder import Decoder
 from dspark_server.models.hub import resolve_model
-from dspark_server.runtime.backend import choose_kernels
+from dspark_server.runtime.backend import choose_kernels, use_threads
 from dspark_server.runtime.device import Device, find_device
 from dspark_server.runtime.graphs import default_sizes
 from dspark_server.runtime.kv import KVPool, blocks_that_fit, cache_dtype
+from dspark_server.runtime.linear import choose_backend
 from dspark_server.runtime.parallel import Group
 from dspark_server.speculation.drafter import Drafter
 
@@ -52,6 +53,10 @@ class Place:
         if device:
             device.check(dtype)
         return cls(directory, group, device, kernels, dtype, stored)
+
+    def use_threads(self, count: int) -> None:
+        """Compute with `count` threads on the CPU."""
+        use_threads(count, self.kernels, products=choose_backend(self.dtype, self.kernels) == "native")
 
     def load_target(self, max_model_len: int | None) -> Decoder:
         """This rank's share of the model's weights; see Decoder.load."""

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from dspark_kernels import Kernels
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
@@ -29,6 +28,7 @@ from dspark_server.models.config import read_json
 from dspark_server.models.decoder import Decoder
 from dspark_server.models.ends import end_tokens
 from dspark_server.models.hub import cache_dir, resolve_model, shipped_drafter
+from dspark_server.runtime.backend import threads_in_use
 from dspark_server.runtime.device import Device
 from dspark_server.runtime.parallel import ALONE, Group, TorchGroup
 from dspark_server.speculation.capacity import Capacity, Profile
@@ -47,6 +47,7 @@ class EngineCore:
     """Everything the step thread owns, and the facts that `AsyncEngine` needs to check a request."""
 
     config: EngineConfig
+    place: Place
     loop: StepLoop
     model_name: str
     max_model_len: int
@@ -95,9 +96,9 @@ class EngineCore:
         """
         failpoints.hit("engine.load")
         place = Place.choose(config, group, device, kernels)
-        threads = None if place.device or "OMP_NUM_THREADS" in os.environ else ThreadCount(torch.get_num_threads())
-        if threads:
-            torch.set_num_threads(threads.count)
+        threads = None if place.device or "OMP_NUM_THREADS" in os.environ else ThreadCount(threads_in_use())
+        if not place.device:
+            place.use_threads(threads.count if threads else threads_in_use())
         if isinstance(group, TorchGroup):
             announce(place.directory, place.dtype, config, group)
         target = place.load_target(config.max_model_len)
@@ -118,7 +119,9 @@ class EngineCore:
         cache_identity = f"{place.directory}|{place.dtype}|{place.stored}|{drafter.identity}"
         capacity = None
         if policy in ("causal", "lagged"):
-            identity = f"{cache_identity}|{backend}|{place.kernels.build}|{config.speculative.shortlist}"
+            identity = (
+                f"{cache_identity}|{backend}|{place.kernels.build}|{threads_in_use()}|{config.speculative.shortlist}"
+            )
             measured = costs or _profile(config, executor, own.pool.num_blocks, target.max_model_len, identity)
             capacity = Capacity(measured, config.max_num_batched_tokens, config.max_num_seqs)
         loop = StepLoop(
@@ -133,6 +136,7 @@ class EngineCore:
         )
         return cls(
             config=config,
+            place=place,
             loop=loop,
             model_name=config.served_model_name or config.model,
             max_model_len=target.max_model_len,
@@ -165,7 +169,7 @@ class EngineCore:
         """Adapt the number of compute threads to the usable processors. Step thread only, after a step."""
         capacity = self.loop.capacity
         if self.threads and self.threads.stepped(capacity.slowdown if capacity else 1.0):
-            torch.set_num_threads(self.threads.count)
+            self.place.use_threads(self.threads.count)
 
     def select(self, policy: str) -> None:
         """Use another policy from the next step on; it starts without any history. Step thread only."""

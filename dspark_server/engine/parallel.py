@@ -23,6 +23,7 @@ from dspark_server.engine.build import Place, build_executor
 from dspark_server.engine.executor import Budget, Clock, Cycle, Executor, with_drafts
 from dspark_server.errors import ConfigError, EngineDeadError
 from dspark_server.models.config import ModelConfig, load_config
+from dspark_server.runtime.backend import threads_in_use
 from dspark_server.runtime.batch import Run
 from dspark_server.runtime.device import Device
 from dspark_server.runtime.parallel import TorchGroup
@@ -107,6 +108,8 @@ def follow(
     place = Place.choose(config, group, device, kernels)
     if _identity(load_config(place.directory)) != identity:
         raise ConfigError(f"rank {group.rank} has another model or version than rank 0: start all with the same.")
+    if not place.device:
+        place.use_threads(threads_in_use())
     executor = build_executor(config, place.load_target(config.max_model_len), NoDrafter(), place)
     logger.info("rank %d of %d is ready", group.rank, group.size)
     while message := group.receive():

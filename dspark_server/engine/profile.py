@@ -202,7 +202,6 @@ def profile(
             max_tokens,
             max_requests,
             executor.gamma,
-            torch.get_num_threads(),
             _machine(),
         )
     )

@@ -35,3 +35,24 @@ def choose_kernels(
         return flash.over(kernels, dtype, block_size)
     except flash.FlashAttentionError as error:
         raise ConfigError(f"--attention-backend {attention}: {error} Or take --attention-backend triton.") from None
+
+
+_in_use: tuple[int, int] | None = None  # torch's threads as last set here, and those that compute
+
+
+def use_threads(count: int, kernels: Kernels, *, products: bool) -> None:
+    """Compute with `count` threads on the CPU; `products`: the kernels have the matrix products.
+
+    torch is then left with operations too small to be shared, and gets one thread. More of them sleep between these
+    operations, are woken up some ten times a step, and find the processors taken by the kernels' own.
+    """
+    global _in_use
+    kernels.threads = count
+    _in_use = (1 if products else count), count
+    torch.set_num_threads(_in_use[0])
+
+
+def threads_in_use() -> int:
+    """Number of threads that compute: as set by `use_threads`, or by torch, whichever came last."""
+    now = torch.get_num_threads()
+    return _in_use[1] if _in_use and _in_use[0] == now else now

@@ -65,7 +65,8 @@ class _Layer(ctypes.Structure):
 class NativeLayer:
     """`interface.FusedLayer`; keeps the weights it points to."""
 
-    def __init__(self, call: Callable[..., None], parts: LayerParts) -> None:
+    def __init__(self, kernels: "NativeKernels", call: Callable[..., None], parts: LayerParts) -> None:
+        self._kernels = kernels
         self._call = call
         self._parts = parts
         products = {name: getattr(parts, name) for name in ("qkv", "output", "gate_up", "down")}
@@ -111,15 +112,16 @@ class NativeLayer:
             self._address, out.data_ptr(), delta is None, residual.data_ptr(), positions.data_ptr(),
             cos_sin.data_ptr(), slots.data_ptr(), keys.data_ptr(), values.data_ptr(), query_start.data_ptr(),
             context_len.data_ptr(), block_tables.data_ptr(), tokens, runs, width, block_size, causal,
-            scratch.data_ptr(), get_num_threads(),
+            scratch.data_ptr(), self._kernels.count(),
         )  # fmt: skip
         return out
 
 
 class NativeKernels:
-    """`interface.Kernels` over the shared library at `library`, on as many threads as torch is set to use."""
+    """`interface.Kernels` over the shared library at `library`."""
 
     reads_fp8 = False
+    threads: int | None = None
 
     def __init__(self, library: Path) -> None:
         native = ctypes.CDLL(str(library))
@@ -143,13 +145,17 @@ class NativeKernels:
         self._filter_logits = native.dspark_filter_logits
         self._sequential_head = native.dspark_sequential_head
 
+    def count(self) -> int:
+        """Number of threads of a call."""
+        return self.threads or get_num_threads()
+
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         rows, features = x.shape
         dtype = x.dtype
         out = empty((rows, features), dtype=dtype)
         self._rms_norm(
             x.data_ptr(), None, weight.data_ptr(), out.data_ptr(),
-            rows, features, x.stride(0), 0, eps, _CODES[dtype], get_num_threads(),
+            rows, features, x.stride(0), 0, eps, _CODES[dtype], self.count(),
         )  # fmt: skip
         return out
 
@@ -159,7 +165,7 @@ class NativeKernels:
         out = empty((rows, features), dtype=dtype)
         self._rms_norm(
             x.data_ptr(), residual.data_ptr(), weight.data_ptr(), out.data_ptr(),
-            rows, features, x.stride(0), residual.stride(0), eps, _CODES[dtype], get_num_threads(),
+            rows, features, x.stride(0), residual.stride(0), eps, _CODES[dtype], self.count(),
         )  # fmt: skip
         return out
 
@@ -181,7 +187,7 @@ class NativeKernels:
             qkv.data_ptr(), qkv.stride(0), positions.data_ptr(), cos_sin.data_ptr(), slots.data_ptr(),
             keys.data_ptr(), values.data_ptr(), qkv.shape[0], num_q_heads, kv_heads, head_dim,
             None if q_norm is None else q_norm.data_ptr(), None if k_norm is None else k_norm.data_ptr(),
-            eps, _CODES[qkv.dtype], get_num_threads(),
+            eps, _CODES[qkv.dtype], self.count(),
         )  # fmt: skip
 
     def paged_attention(
@@ -211,7 +217,7 @@ class NativeKernels:
         self._paged_attention(
             qkv.data_ptr(), qkv.stride(0), keys.data_ptr(), values.data_ptr(), out.data_ptr(),
             query_start.data_ptr(), context_len.data_ptr(), block_tables.data_ptr(), runs, width, block_size,
-            num_q_heads, kv_heads, head_dim, scale, causal, window or 0, _CODES[dtype], get_num_threads(),
+            num_q_heads, kv_heads, head_dim, scale, causal, window or 0, _CODES[dtype], self.count(),
         )  # fmt: skip
         return out
 
@@ -220,7 +226,7 @@ class NativeKernels:
         dtype = gate_up.dtype
         out = empty((rows, columns // 2), dtype=dtype)
         self._silu_mul(
-            gate_up.data_ptr(), out.data_ptr(), rows, columns // 2, gate_up.stride(0), _CODES[dtype], get_num_threads()
+            gate_up.data_ptr(), out.data_ptr(), rows, columns // 2, gate_up.stride(0), _CODES[dtype], self.count()
         )
         return out
 
@@ -229,7 +235,7 @@ class NativeKernels:
         out = empty(rows, dtype=torch.int64)
         self._argmax(
             logits.data_ptr(), out.data_ptr(), rows, vocabulary, logits.stride(0), _CODES[logits.dtype],
-            get_num_threads(),
+            self.count(),
         )  # fmt: skip
         return out
 
@@ -239,7 +245,7 @@ class NativeKernels:
         weight = weight.contiguous()
         blocks = (out_features + _BLOCK - 1) // _BLOCK
         packed = self._arena.empty((blocks, (in_features + 1) // 2, _BLOCK, 2), torch.bfloat16)
-        self._pack_linear(weight.data_ptr(), packed.data_ptr(), in_features, out_features, get_num_threads())
+        self._pack_linear(weight.data_ptr(), packed.data_ptr(), in_features, out_features, self.count())
         padded_bias = None
         if bias is not None:
             padded_bias = torch.zeros(blocks * _BLOCK)
@@ -254,12 +260,12 @@ class NativeKernels:
         out = empty((rows, out_features), dtype=out_dtype)
         self._linear(
             x.data_ptr(), packed.weight_address, packed.bias_address, out.data_ptr(), rows, x.stride(0),
-            packed.in_features, out_features, _CODES[out_dtype], get_num_threads(),
+            packed.in_features, out_features, _CODES[out_dtype], self.count(),
         )  # fmt: skip
         return out
 
     def fuse_layer(self, parts: LayerParts) -> NativeLayer | None:
-        return None if parts.down.in_features % 32 else NativeLayer(self._decoder_layer, parts)
+        return None if parts.down.in_features % 32 else NativeLayer(self, self._decoder_layer, parts)
 
     def draft_tokens(
         self,
@@ -293,7 +299,7 @@ class NativeKernels:
             inverse_temperature.data_ptr(), None if uniforms is None else uniforms.data_ptr(),
             *limits, place, copied, named, bias, following.data_ptr(),
             x.data_ptr(), correction.data_ptr(), tokens.data_ptr(), None if law is None else law.data_ptr(),
-            on.data_ptr(), odds.data_ptr(), usable.data_ptr(), rows, slots, columns, rank, get_num_threads(),
+            on.data_ptr(), odds.data_ptr(), usable.data_ptr(), rows, slots, columns, rank, self.count(),
         )  # fmt: skip
         return DraftedTokens(tokens, law, on, odds, usable)
 
@@ -321,7 +327,7 @@ class NativeKernels:
             None if names is None else names.data_ptr(), None if coins is None else coins.data_ptr(), last.data_ptr(),
             count.data_ptr(), token.data_ptr(), failed.data_ptr(), requests, logits.shape[1], width, slots, columns,
             0 if names is None else names.stride(0), 0 if names is None else names.stride(1),
-            0 if coins is None else coins.stride(0), get_num_threads(),
+            0 if coins is None else coins.stride(0), self.count(),
         )  # fmt: skip
         return count, token, failed
 
@@ -330,7 +336,7 @@ class NativeKernels:
         out = empty(len(rows), vocabulary)
         self._filter_logits(
             logits.data_ptr(), rows.data_ptr(), inverse_temperature.data_ptr(), *_addresses(filters), out.data_ptr(),
-            len(rows), vocabulary, get_num_threads(),
+            len(rows), vocabulary, self.count(),
         )  # fmt: skip
         return out
 
@@ -350,7 +356,7 @@ class NativeKernels:
             draft.data_ptr(), target.data_ptr(), target_rows.data_ptr(), labels.data_ptr(), mass.data_ptr(),
             ce_weight.data_ptr(), tv_weight.data_ptr(),
             cross_entropy.data_ptr(), distance.data_ptr(), rows, vocabulary, _CODES[draft.dtype],
-            _CODES[target.dtype], get_num_threads(),
+            _CODES[target.dtype], self.count(),
         )  # fmt: skip
         return cross_entropy, distance
 

@@ -25,6 +25,7 @@ class TritonKernels:
 
     name = "triton"
     reads_fp8 = True
+    threads: int | None = None
 
     def __init__(self) -> None:
         self._gpu = H100  # the GPU that the interpreter simulates

@@ -5,9 +5,11 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from dspark_kernels import ReferenceKernels
 
 from dspark_server.engine import threads
 from dspark_server.engine.threads import ThreadCount
+from dspark_server.runtime.backend import threads_in_use, use_threads
 from tests.engine.support import greedy, prompts, tiny_core
 
 
@@ -120,5 +122,21 @@ def test_the_engine_computes_with_as_many(monkeypatch: pytest.MonkeyPatch) -> No
             seen.add(torch.get_num_threads())
         assert seen == {1, 2, 3}
         assert sorted(made.values()) == sorted(expected)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_torch_keeps_one_thread_where_the_kernels_multiply() -> None:
+    """An engine that is loaded after another computes with as many threads, though torch has one."""
+    before, kernels = torch.get_num_threads(), ReferenceKernels()
+    try:
+        torch.set_num_threads(3)
+        assert threads_in_use() == 3
+        use_threads(3, kernels, products=True)
+        assert (torch.get_num_threads(), kernels.threads, threads_in_use()) == (1, 3, 3)
+        use_threads(2, kernels, products=False)
+        assert (torch.get_num_threads(), kernels.threads, threads_in_use()) == (2, 2, 2)
+        torch.set_num_threads(4)
+        assert threads_in_use() == 4
     finally:
         torch.set_num_threads(before)
