@@ -2,9 +2,10 @@
 //
 // A team for machines that have other work too. A thread that waits spins for a moment, as the next piece of work is
 // mostly a few microseconds away. Then it yields its processor again and again, which costs others nothing, through the
-// gaps between steps: waking up from sleep takes longer, and comes in the middle of a step. But where another thread
-// wants the processor it sleeps after the moment: it would use up the time that the scheduler gives to the thread that
-// it waits for, and one that sleeps gets the processor back sooner than one that yielded. Work goes to the threads that
+// gaps between steps: waking up from sleep takes longer, and comes in the middle of a step. But where other threads keep
+// the processor it sleeps after the moment: it would use up the time that the scheduler gives to the thread that it waits
+// for, and one that sleeps gets the processor back sooner than one that yielded. The server's event loop and a client on
+// the same machine take the processor for some milliseconds of a step, too; yielding serves them. Work goes to those that
 // run: a region ends when its tasks are done and the threads inside have left; a thread that has not come until then is
 // not waited for.
 //
@@ -36,7 +37,10 @@ enum {
   SPIN = 50000,          // of spinning: longer than the gaps between kernels (some 10 us)
   YIELDING = 5000000,    // of spinning and yielding: longer than the gaps between steps
   LATE = 1000000,        // without the processor: longer than a kernel of another pool, shorter than a scheduler's slice
-  CAUTION = 1000000000,  // without yielding once another thread wanted the processor
+  CAUTION = 1000000000,  // without yielding once other threads have kept the processor
+  // Other threads keep the processor if more than a SHAREth of the time is lost to them, by at least this much:
+  SHARE = 8,
+  CREDIT = 30000000,
 };
 
 static struct {
@@ -46,7 +50,8 @@ static struct {
   _Alignas(64) uint32_t resting;  // the caller sleeps, or is about to
   uint32_t busy;                  // a caller has the team
   int workers;                    // started so far
-  long crowded;                   // until this time other threads want the processors
+  long crowded;                   // until this time other threads keep the processors
+  long lost, counted;             // nanoseconds lost beyond a SHAREth of the time; when that was computed
   // Of the open region:
   void (*body)(void *context);
   void *context;
@@ -69,6 +74,18 @@ static long now(void) {
   return time.tv_sec * 1000000000L + time.tv_nsec;
 }
 
+// Counts `gap` nanoseconds of a waiting thread without the processor. Threads that do so at once may miscount a little.
+static void count_lost(long time, long gap) {
+  long before = __atomic_exchange_n(&team.counted, time, __ATOMIC_RELAXED);
+  long lost = __atomic_load_n(&team.lost, __ATOMIC_RELAXED) - (time - before) / SHARE;
+  lost = (lost > 0 ? lost : 0) + gap;
+  if (lost > CREDIT) {
+    __atomic_store_n(&team.crowded, time + CAUTION, __ATOMIC_RELAXED);
+    lost = 0;
+  }
+  __atomic_store_n(&team.lost, lost, __ATOMIC_RELAXED);
+}
+
 typedef struct {
   long begun, last;  // times of the first look at the clock and of the last
   int looks;
@@ -80,7 +97,7 @@ static int linger(Wait *wait) {
   if (++wait->looks % LOOKS) return 1;
   long time = now();
   if (!wait->begun) wait->begun = wait->last = time;
-  if (time - wait->last > LATE) __atomic_store_n(&team.crowded, time + CAUTION, __ATOMIC_RELAXED);
+  if (time - wait->last > LATE) count_lost(time, time - wait->last);
   wait->last = time;
   long waited = time - wait->begun;
   if (waited < SPIN) return 1;
