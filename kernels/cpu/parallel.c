@@ -37,11 +37,13 @@ enum {
   SPIN = 50000,          // of spinning: longer than the gaps between kernels (some 10 us)
   YIELDING = 5000000,    // of spinning and yielding: longer than the gaps between steps
   LATE = 1000000,        // without the processor: longer than a kernel of another pool, shorter than a scheduler's slice
-  CAUTION = 1000000000,  // without yielding once other threads have kept the processor
+  CAUTION = 1000000000,  // without yielding once other threads have kept the processor; twice as long if they still do
   // Other threads keep the processor if more than a SHAREth of the time is lost to them, by at least this much:
   SHARE = 8,
-  CREDIT = 30000000,
+  CREDIT = 20000000,
 };
+
+static const long MOST_CAUTION = 16 * (long)CAUTION;
 
 static struct {
   _Alignas(64) uint32_t gate;
@@ -51,6 +53,7 @@ static struct {
   uint32_t busy;                  // a caller has the team
   int workers;                    // started so far
   long crowded;                   // until this time other threads keep the processors
+  long caution;                   // nanoseconds until then, when it was set
   long lost, counted;             // nanoseconds lost beyond a SHAREth of the time; when that was computed
   // Of the open region:
   void (*body)(void *context);
@@ -80,7 +83,11 @@ static void count_lost(long time, long gap) {
   long lost = __atomic_load_n(&team.lost, __ATOMIC_RELAXED) - (time - before) / SHARE;
   lost = (lost > 0 ? lost : 0) + gap;
   if (lost > CREDIT) {
-    __atomic_store_n(&team.crowded, time + CAUTION, __ATOMIC_RELAXED);
+    long caution = __atomic_load_n(&team.caution, __ATOMIC_RELAXED);
+    int again = time - __atomic_load_n(&team.crowded, __ATOMIC_RELAXED) < CAUTION;
+    caution = again ? smaller(2 * caution, MOST_CAUTION) : CAUTION;
+    __atomic_store_n(&team.caution, caution, __ATOMIC_RELAXED);
+    __atomic_store_n(&team.crowded, time + caution, __ATOMIC_RELAXED);
     lost = 0;
   }
   __atomic_store_n(&team.lost, lost, __ATOMIC_RELAXED);
