@@ -28,7 +28,7 @@ from dspark_server.models.config import read_json
 from dspark_server.models.decoder import Decoder
 from dspark_server.models.ends import end_tokens
 from dspark_server.models.hub import cache_dir, resolve_model, shipped_drafter
-from dspark_server.runtime.backend import threads_in_use
+from dspark_server.runtime.backend import threads_in_use, use_threads
 from dspark_server.runtime.device import Device
 from dspark_server.runtime.parallel import ALONE, Group, TorchGroup
 from dspark_server.speculation.capacity import Capacity, Profile
@@ -97,13 +97,16 @@ class EngineCore:
         failpoints.hit("engine.load")
         place = Place.choose(config, group, device, kernels)
         threads = None if place.device or "OMP_NUM_THREADS" in os.environ else ThreadCount(threads_in_use())
+        count = threads.count if threads else threads_in_use()
         if not place.device:
-            place.use_threads(threads.count if threads else threads_in_use())
+            use_threads(count, place.kernels, products=False)  # torch reads the weights
         if isinstance(group, TorchGroup):
             announce(place.directory, place.dtype, config, group)
         target = place.load_target(config.max_model_len)
         tokenizer = _tokenizer(config, place.directory, target.config.vocab_size)
         drafter = _drafter(config.speculative, target, place)
+        if not place.device:
+            place.use_threads(count)
         own = build_executor(config, target, drafter, place)
         _check_pool(config, own.pool.num_blocks, own.gamma)
         executor = LeadingExecutor(own, group) if isinstance(group, TorchGroup) else own

@@ -108,9 +108,11 @@ def follow(
     place = Place.choose(config, group, device, kernels)
     if _identity(load_config(place.directory)) != identity:
         raise ConfigError(f"rank {group.rank} has another model or version than rank 0: start all with the same.")
+    count = threads_in_use()
+    target = place.load_target(config.max_model_len)
     if not place.device:
-        place.use_threads(threads_in_use())
-    executor = build_executor(config, place.load_target(config.max_model_len), NoDrafter(), place)
+        place.use_threads(count)
+    executor = build_executor(config, target, NoDrafter(), place)
     logger.info("rank %d of %d is ready", group.rank, group.size)
     while message := group.receive():
         executor.cycle(decode_runs(message), CounterStreams(), time.perf_counter).verify(None)
