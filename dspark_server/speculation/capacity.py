@@ -25,7 +25,7 @@ Floats = npt.NDArray[np.float64]
 
 STALE = 0.02  # a cost that corrections have moved by this share makes the tables be built again
 OVERHEAD_GAIN = 0.1  # of a step's overhead in their average
-LONGEST = 1e6  # seconds: a measured step longer than this is an error of the clock
+SHORTEST, LONGEST = 1e-9, 1e6  # seconds: a measured draft or pass outside of these is an error of the clock
 
 
 @dataclass(frozen=True)
@@ -233,4 +233,4 @@ class Capacity:
 
 
 def _measured(seconds: float) -> bool:
-    return 0 < seconds < LONGEST  # False for NaN
+    return SHORTEST < seconds < LONGEST  # False for NaN

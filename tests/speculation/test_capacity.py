@@ -140,6 +140,7 @@ def test_few_drafts_tell_what_a_draft_costs(factor: float) -> None:
     )
 )
 @example([(0, 0, 1.0, 0.0, 8.9e307, 0.0)] * 2)
+@example([(0, 0, 5e-324, 0.0, 0.0, 1e8)])
 @example([(0, 0, 1.0, 0.0, 1e308, 0.0), (0, 0, 1.0, 0.0, 1.1e308, 0.0)])
 def test_no_times_poison_the_tables(steps: list[tuple[int, int, float, float, float, float]]) -> None:
     capacity = Capacity(SERVED, 64, 8)
