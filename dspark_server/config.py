@@ -95,6 +95,12 @@ class EngineConfig:
     max_model_len: int | None = setting(
         None, "Longest sequence, in tokens; default: what the model can.", group="Model", minimum=1
     )
+    generation_config: str = setting(
+        "auto",
+        "Sampling where a request leaves it out (temperature, top_p, top_k, min_p, repetition_penalty): that of the "
+        "model's generation_config.json (auto), of one in another directory, or OpenAI's defaults (vllm).",
+        group="Model",
+    )
     device: str = setting(
         "auto",
         "Where the model runs; auto: on the GPU that torch sees, else on the CPU.",

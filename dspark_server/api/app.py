@@ -138,11 +138,12 @@ def _add_models(app: FastAPI, engine: AsyncEngine) -> None:
             "root": engine.model_name,
             "parent": None,
             "max_model_len": engine.max_model_len,
+            "sampling_defaults": engine.sampling_defaults,
         }
 
     @app.get("/v1/models", response_class=Response)
     async def models(request: Request) -> Response:
-        """The model served."""
+        """The model served; `sampling_defaults` hold where a request leaves a field out (--generation-config)."""
         return json_response({"object": "list", "data": [card()]})
 
     @app.get("/v1/models/{name:path}", response_class=Response)

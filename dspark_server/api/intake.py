@@ -141,7 +141,7 @@ class Intake:
 
     async def params(self, body: GenerationRequest, max_tokens: int, tenant: str) -> SamplingParams:
         """Return the engine's sampling parameters. Raises RequestError."""
-        params = body.sampling(max_tokens)
+        params = body.sampling(max_tokens, self.engine.sampling_defaults)
         if any(not 0 <= token < self.engine.vocab_size for token, _ in params.logit_bias):
             raise RequestError(
                 f"A token id in `logit_bias` is outside the vocabulary (0 to {self.engine.vocab_size - 1}).",

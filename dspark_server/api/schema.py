@@ -5,6 +5,8 @@ every list and string has a cap. A field that would change the output but has no
 """
 
 import logging
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import orjson
@@ -138,7 +140,7 @@ class GenerationRequest(Body):
     min_tokens: int = Field(0, ge=0, le=LARGEST_COUNT)
     """Tokens before which neither end of sequence nor a stop ends the answer."""
     temperature: float = Field(1.0, ge=0, le=2)
-    """0 is greedy: always the likeliest token."""
+    """0 is greedy: always the likeliest token. The model's generation_config.json may set another default."""
     top_p: float = Field(1.0, gt=0, le=1)
     """Sample from the likeliest tokens that together have this probability."""
     top_k: int = Field(0, ge=-1, le=LARGEST_COUNT)
@@ -239,9 +241,13 @@ class GenerationRequest(Body):
             return None
         return self.speculation.max_draft_tokens if self.speculation.enabled else 0
 
-    def sampling(self, max_tokens: int) -> SamplingParams:
-        """The engine's parameters, equal for all choices; without what needs the tokenizer (bad words, grammar)."""
-        return SamplingParams(
+    def sampling(self, max_tokens: int, defaults: Mapping[str, float | int]) -> SamplingParams:
+        """The engine's parameters, equal for all choices; without what needs the tokenizer (bad words, grammar).
+
+        `defaults` hold for fields that the request leaves out.
+        """
+        left_out: dict[str, Any] = {k: value for k, value in defaults.items() if k not in self.model_fields_set}
+        params = SamplingParams(
             max_tokens=max_tokens,
             min_tokens=self.min_tokens,
             temperature=self.temperature,
@@ -261,6 +267,7 @@ class GenerationRequest(Body):
             max_draft_tokens=self.max_draft_tokens,
             priority=self.priority,
         )
+        return replace(params, **left_out) if left_out else params
 
 
 class CompletionRequest(GenerationRequest):

@@ -1,6 +1,7 @@
 """Builds an engine from its configuration: model, drafter, KV pool, batcher, step loop."""
 
 import importlib.util
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from dspark_server.errors import CheckpointError, ConfigError
 from dspark_server.models.config import read_json
 from dspark_server.models.decoder import Decoder
 from dspark_server.models.ends import end_tokens
+from dspark_server.models.generation import Defaults, sampling_defaults
 from dspark_server.models.hub import cache_dir, resolve_model, shipped_drafter
 from dspark_server.runtime.backend import threads_in_use, use_threads
 from dspark_server.runtime.device import Device
@@ -37,6 +39,8 @@ from dspark_server.speculation.copying import ContextIndex, CopyTables
 from dspark_server.speculation.drafter import Drafter, NoDrafter
 from dspark_server.speculation.dspark import DSparkDrafter
 from dspark_server.speculation.selection import POLICIES, Selection, build_selection
+
+logger = logging.getLogger(__name__)
 
 # A tokenizer has at least one of these.
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -54,6 +58,7 @@ class EngineCore:
     vocab_size: int
     tokenizer: PreTrainedTokenizerBase | None  # None: the checkpoint has none, prompts can only be token ids
     eos_token_ids: frozenset[int]  # of the checkpoint's configuration and of the tokenizer
+    sampling_defaults: Defaults  # of requests that leave these fields out
     cache_identity: str
     cache_dtype: str
     backend: str
@@ -104,6 +109,7 @@ class EngineCore:
             announce(place.directory, place.dtype, config, group)
         target = place.load_target(config.max_model_len)
         tokenizer = _tokenizer(config, place.directory, target.config.vocab_size)
+        defaults = _sampling_defaults(config, place.directory)
         drafter = _drafter(config.speculative, target, place)
         if not place.device:
             place.use_threads(count)
@@ -146,6 +152,7 @@ class EngineCore:
             vocab_size=target.config.vocab_size,
             tokenizer=tokenizer,
             eos_token_ids=end_tokens(tokenizer, target.config.eos_token_ids),
+            sampling_defaults=defaults,
             cache_identity=cache_identity,
             cache_dtype=str(place.stored).removeprefix("torch."),
             backend=backend,
@@ -286,6 +293,16 @@ def _tokenizer(config: EngineConfig, directory: Path, vocab_size: int) -> PreTra
             "to another model."
         )
     return tokenizer
+
+
+def _sampling_defaults(config: EngineConfig, directory: Path) -> Defaults:
+    defaults = sampling_defaults(config.generation_config, directory)
+    if defaults:
+        logger.info(
+            "generation_config.json: requests get %s where they say nothing else (not so: --generation-config vllm)",
+            ", ".join(f"{name} {value:g}" for name, value in defaults.items()),
+        )
+    return defaults
 
 
 def _drafter(config: SpeculativeConfig, target: Decoder, place: Place) -> Drafter:

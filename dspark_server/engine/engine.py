@@ -49,6 +49,7 @@ class AsyncEngine:
         self.model_name = core.model_name
         self.max_model_len = core.max_model_len
         self.vocab_size = core.vocab_size
+        self.sampling_defaults = core.sampling_defaults
         self.backend = core.backend
         self.speculation = core.speculation
         self.max_num_seqs = core.config.max_num_seqs

@@ -128,6 +128,7 @@ class FakeEngine:
         self.selection = "none"
         self.tokenizer = tokenizer or build_tokenizer()
         self.vocab_size = len(self.tokenizer)
+        self.sampling_defaults: dict[str, float | int] = {}
         self.tokenizer.chat_template = chat_template
         self.stats = EngineStats(accepted_per_position=[3, 1])
         self.capacity = capacity

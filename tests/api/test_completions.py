@@ -194,6 +194,20 @@ def test_echo_alone(server: Running, streaming: bool) -> None:
     assert server.engine.stats.generation_tokens == generated
 
 
+def test_what_a_request_leaves_out_is_as_the_model_has_it(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    defaults = {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "min_p": 0.0, "repetition_penalty": 1.05}
+    monkeypatch.setattr(server.engine, "sampling_defaults", defaults)
+    assert server.http.get("/v1/models").json()["data"][0]["sampling_defaults"] == defaults
+    server.complete("say x")
+    params = server.engine.submitted[-1].params
+    assert {name: getattr(params, name) for name in defaults} == defaults
+    server.complete("say x", temperature=1, top_k=0, top_p=None, repetition_penalty=1)
+    params = server.engine.submitted[-1].params
+    assert {name: getattr(params, name) for name in defaults} == defaults | {
+        "temperature": 1.0, "top_k": 0, "repetition_penalty": 1.0
+    }  # fmt: skip
+
+
 def test_a_prompt_is_scored_once_for_all_its_choices(server: Running) -> None:
     server.complete(["say a", "say b"], n=3, echo=True, logprobs=1)
     asked = [handle.params.prompt_logprobs for handle in server.engine.submitted[-6:]]
