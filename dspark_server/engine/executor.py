@@ -165,7 +165,7 @@ def with_drafts(runs: list[Run], block: DraftBlock | None) -> list[Run]:
 
 
 def row_starts(runs: list[Run]) -> list[int]:
-    """Where each run's rows of logits start, and where the last ends."""
+    """Start of each run's rows of logits, and the end of the last run's."""
     return list(accumulate((run.logits_rows for run in runs), initial=0))
 
 

@@ -52,7 +52,7 @@ def one_rank(config: EngineConfig) -> EngineCore:
 
 def load(two: Together, device: TwinDevice, config: EngineConfig, **others: Any) -> AbstractContextManager[EngineCore]:
     """An engine on both ranks, rank 0 on `device`, whose times teach no costs; `others` as in `Together.load`."""
-    device.seconds = lambda first, last: 0.0  # type: ignore[method-assign]
+    device.launch_seconds = 0.0
     return two.core(config, costs=COSTS, device=device, kernels=TwinKernels(), **STILL | others)
 
 

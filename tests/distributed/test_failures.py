@@ -35,7 +35,7 @@ def fail_in_a_pass(ranks: Together, engine: AsyncEngine) -> None:
     [(kill_the_other, "another rank is gone"), (fail_in_a_pass, "a pass that other ranks share failed: MemoryError")],
 )
 def test_the_first_failure_is_the_last(fault: Callable[[Together, AsyncEngine], None], reason: str) -> None:
-    """Where one rank could fail its requests and go on, the other would still be in the middle of the pass."""
+    """One rank cannot fail its requests and go on: the other would still be in the middle of the pass."""
 
     async def test(ranks: Together, engine: AsyncEngine) -> None:
         await engine.start()

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 
-from dspark_server.engine.executor import Cycle
 from dspark_server.engine.request import SamplingParams
 from dspark_server.engine.trace import StepOutput, StepTrace, Verification
 from dspark_server.engine.watch import StepWatch
@@ -97,7 +96,7 @@ def test_no_draft_reuses_the_noise_of_another(monkeypatch: pytest.MonkeyPatch) -
     core = tiny_core(num_blocks=28)
     drawn: list[tuple[int, int, int]] = []
 
-    def look(cycle: Cycle) -> None:
+    def look(cycle: Any) -> None:
         draft = cycle.draft
 
         def drafting(requests: list[DraftRequest], sampling: SamplingBatch, budget: object) -> DraftBlock:
@@ -106,7 +105,7 @@ def test_no_draft_reuses_the_noise_of_another(monkeypatch: pytest.MonkeyPatch) -
             )
             return draft(requests, sampling)
 
-        cycle.draft = drafting  # type: ignore[method-assign, assignment]
+        cycle.draft = drafting
 
     on_cycles(core.loop.executor, look)
     monkeypatch.setattr(core.loop._selection, "lengths", lambda survival, limits, *_, **__: [0] * len(limits))
@@ -127,14 +126,14 @@ def test_what_a_block_says_does_not_move_how_much_of_it_is_verified() -> None:
         core, steps = tiny_core(), list[StepTrace]()
         core.loop.watch(steps.append)
 
-        def write(cycle: Cycle, written: int | None = written) -> None:
+        def write(cycle: Any, written: int | None = written) -> None:
             draft = cycle.draft
 
             def drafted(*arguments: Any) -> DraftBlock:
                 block = draft(*arguments)
                 return block if written is None else replace(block, tokens=torch.full_like(block.tokens, written))
 
-            cycle.draft = drafted  # type: ignore[method-assign]
+            cycle.draft = drafted
 
         on_cycles(core.loop.executor, write)
         core.generate(prompts(3), own)

@@ -40,7 +40,7 @@ def next_token(tokens: tuple[int | None, ...]) -> int:
 
 
 def reference(prompt: list[int], max_tokens: int) -> list[int]:
-    """What the model says to a prompt, without any engine."""
+    """The model's answer to a prompt, without any engine."""
     tokens = list(prompt)
     while len(tokens) < len(prompt) + max_tokens:
         tokens.append(next_token(tuple(tokens)))

@@ -149,6 +149,7 @@ class TwinDevice(TorchDispatchMode):
         self.syncs = 0
         self.surprises: list[str] = []  # looks at results that no `fetch` made
         self.launches = 0
+        self.launch_seconds = 1e-5  # between two marks, for each launch
         self._memory, self._working = (free, total), working
         self._recording: list[Operation] | None = None
         self._in_flight: set[int] = set()
@@ -194,7 +195,7 @@ class TwinDevice(TorchDispatchMode):
         return self.launches
 
     def seconds(self, first: int, last: int) -> float:
-        return (last - first) * 1e-5
+        return (last - first) * self.launch_seconds
 
     def memory(self) -> tuple[int, int]:
         return self._memory

@@ -93,7 +93,7 @@ def test_mixed_batches_equal_lone_calls(seed: int) -> None:
 @pytest.mark.parametrize("kernels", [None, "native", "reference"])
 @pytest.mark.parametrize("options", [{"temperature": 0.0}, {}, {"coupled": True}])
 def test_a_broken_row_ends_the_cycle_before_it(options: dict[str, Any], kernels: str | None) -> None:
-    """What stands before row k stands as ever; only the anchor's own row can fail a request."""
+    """Tokens before row k are accepted as ever; only the anchor's own row can fail a request."""
     count = 24
     target, draft, _, _, _ = mixed(count, seed=9)
     lengths, rows, keys = [GAMMA] * count, list(range(count)), list(range(count))

@@ -67,7 +67,7 @@ def test_a_loop_is_continued_past_its_end() -> None:
 
 
 def ends_of(index: ContextIndex) -> list[dict[tuple[int, ...], int]]:
-    """What an index knows: where each n-gram ended last."""
+    """Last end of each n-gram that an index knows."""
     return [shared | own for shared, own in zip(index.prompt.ends, index._own.ends, strict=True)]
 
 

@@ -91,7 +91,7 @@ def test_a_probe_is_saved_for_and_no_more_than_those_due_need() -> None:
 
 
 def test_a_crowd_of_newcomers_is_probed_in_part() -> None:
-    """Where all of them together would not pay, some do."""
+    """Some of them probe even if all of them together would not pay."""
     sizes = tuple(range(1, 400))
     verify = tuple(1.0 + 0.08 * max(0, tokens - 20) for tokens in sizes)
     costs = Capacity(Profile(sizes, verify, (1, 64), (0.01, 2.0), 0.0, 0.0), 399, 64)
