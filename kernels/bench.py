@@ -79,8 +79,7 @@ def attention(kernels: Kernels, repeats: int) -> None:
     for runs, queries, context in cases:
         width = -(-(context + queries) // BLOCK_SIZE)
         tables = torch.randperm(runs * width).reshape(runs, width).int()
-        slots = runs * width * BLOCK_SIZE
-        caches = torch.randn(LAYERS, 2, slots, KV_HEADS, HEAD_DIM).bfloat16()
+        caches = torch.randn(LAYERS, 2, runs * width, BLOCK_SIZE, KV_HEADS, HEAD_DIM).bfloat16()
         qkv = torch.randn(runs * queries, (Q_HEADS + 2 * KV_HEADS) * HEAD_DIM).bfloat16()
         starts = torch.arange(0, runs * queries + 1, queries, dtype=torch.int32)
         lengths = torch.full((runs,), context, dtype=torch.int32)
@@ -93,7 +92,7 @@ def attention(kernels: Kernels, repeats: int) -> None:
             tables: Tensor = tables,
         ) -> None:
             for keys, values in caches:
-                kernels.paged_attention(qkv, Q_HEADS, keys, values, starts, lengths, tables, BLOCK_SIZE, HEAD_DIM**-0.5)
+                kernels.paged_attention(qkv, Q_HEADS, keys, values, starts, lengths, tables, HEAD_DIM**-0.5)
 
         (seconds,) = seconds_of([call], repeats)
         read = LAYERS * 4 * runs * (context + queries) * KV_HEADS * HEAD_DIM
@@ -114,7 +113,7 @@ def small(kernels: Kernels, rows: Sequence[int], repeats: int) -> None:
         x, residual = torch.randn(2, m, HIDDEN).bfloat16()
         gate_up = torch.randn(m, 2 * FF).bfloat16()
         qkv = torch.randn(m, (Q_HEADS + 2 * KV_HEADS) * HEAD_DIM).bfloat16()
-        keys, values = torch.zeros(2, m, KV_HEADS, HEAD_DIM).bfloat16()
+        keys, values = torch.zeros(2, -(-m // BLOCK_SIZE), BLOCK_SIZE, KV_HEADS, HEAD_DIM).bfloat16()
         index = torch.arange(m, dtype=torch.int32)
         table = torch.randn(m, HEAD_DIM)
         logits = torch.randn(m, VOCABULARY)

@@ -65,7 +65,6 @@ class FlashKernels:
         query_start: Tensor,
         context_len: Tensor,
         block_tables: Tensor,
-        block_size: int,
         scale: float,
         causal: bool = True,
         window: int | None = None,
@@ -77,14 +76,14 @@ class FlashKernels:
         known on the host.
         """
         rows, width = qkv.shape[0], block_tables.shape[1]
-        head_dim = keys.shape[2]
+        _, block_size, _, head_dim = keys.shape
         lengths = context_len + query_start.diff()
         # Our window counts the keys a query sees, itself included; flash-attn's counts those to its left.
         left = -1 if window is None else window - 1
         out = self._attend(
             qkv[:, : num_q_heads * head_dim].unflatten(1, (num_q_heads, head_dim)),
-            keys.unflatten(0, (-1, block_size)),
-            values.unflatten(0, (-1, block_size)),
+            keys,
+            values,
             cu_seqlens_q=query_start,
             cu_seqlens_k=torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0)),
             max_seqlen_q=rows,

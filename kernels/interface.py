@@ -1,8 +1,8 @@
 """The contract of a kernel set. Everything above `kernels/` depends on this and on nothing else in the package.
 
 Shapes: N tokens in the step, R runs, D hidden size, Hq/Hkv query and key/value heads, d head size, F feed-forward size,
-S = num_blocks * block_size KV slots, W block-table width, P rows of the rotary table, V vocabulary size, M rows of a
-matrix product, K/Nout its input and output features.
+C tokens of a block of the cache, W block-table width, P rows of the rotary table, V vocabulary size, M rows of a matrix
+product, K/Nout its input and output features.
 
 Activations and caches are bfloat16 or float32 (on a GPU also float16), all of one dtype in one call, except that a
 cache may be float8_e4m3fn where the set `reads_fp8`: rows are clamped to its range when written, and widened when read.
@@ -95,12 +95,11 @@ class FusedLayer(Protocol):
         query_start: Tensor,
         context_len: Tensor,
         block_tables: Tensor,
-        block_size: int,
         causal: bool,
     ) -> Tensor:
         """The layer's delta [N, D] (which may be `delta`, written over); `residual` [N, D] is updated in place.
 
-        Everything else as in `Kernels`; all contiguous.
+        Everything else as in `Kernels`; all but the caches contiguous.
         """
         ...
 
@@ -166,8 +165,9 @@ class Kernels(Protocol):
         """Rotate q in place; write rotated k, and v, to the cache.
 
         qkv [N, (Hq + 2 Hkv) * d], positions [N] int32, cos_sin [P, d] float32 (d/2 cosines, then d/2 sines; element i
-        is paired with i + d/2), slots [N] int32, keys and values [S, Hkv, d] contiguous. `num_q_heads` may be 0: the
-        rows then hold k and v alone. With q_norm or k_norm [d], each head of q or k is RMS-normalised first.
+        is paired with i + d/2), slots [N] int32 (block * C + offset), keys and values as in `paged_attention`.
+        `num_q_heads` may be 0: the rows then hold k and v alone. With q_norm or k_norm [d], each head of q or k is
+        RMS-normalised first.
         """
         ...
 
@@ -180,7 +180,6 @@ class Kernels(Protocol):
         query_start: Tensor,
         context_len: Tensor,
         block_tables: Tensor,
-        block_size: int,
         scale: float,
         causal: bool = True,
         window: int | None = None,
@@ -188,8 +187,9 @@ class Kernels(Protocol):
     ) -> Tensor:
         """Attention of every run's queries over its own paged keys and values -> [N, Hq * d].
 
-        qkv [N, at least Hq * d] (queries come first in a row), keys and values [S, Hkv, d] contiguous, query_start
-        [R+1] int32, context_len [R] int32, block_tables [R, W] int32. The run's own tokens are already in the cache:
+        qkv [N, at least Hq * d] (queries come first in a row), keys and values [blocks, C, Hkv, d], contiguous but for
+        the blocks, whose distance is the same in both; query_start [R+1] int32, context_len [R] int32, block_tables
+        [R, W] int32. The run's own tokens are already in the cache:
         run r has context_len[r] + q_len keys. Causal: query i sees keys 0 .. context_len + i. Not causal (a DSpark
         draft block): each query sees all keys of its run. `window` further hides keys at or before position - window.
         With `softcap`, a scaled score becomes softcap * tanh(score / softcap).

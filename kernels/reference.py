@@ -55,7 +55,7 @@ class ReferenceKernels:
         k_norm: Tensor | None = None,
         eps: float = 1e-6,
     ) -> None:
-        _, kv_heads, head_dim = keys.shape
+        _, _, kv_heads, head_dim = keys.shape
         heads = qkv.unflatten(1, (num_q_heads + 2 * kv_heads, head_dim))
         q, k, v = heads.split([num_q_heads, kv_heads, kv_heads], dim=1)
         table = cos_sin[positions.long()].unsqueeze(1)  # [N, 1, d]
@@ -72,13 +72,12 @@ class ReferenceKernels:
         query_start: Tensor,
         context_len: Tensor,
         block_tables: Tensor,
-        block_size: int,
         scale: float,
         causal: bool = True,
         window: int | None = None,
         softcap: float | None = None,
     ) -> Tensor:
-        _, kv_heads, head_dim = keys.shape
+        _, block_size, kv_heads, head_dim = keys.shape
         out = torch.empty(qkv.shape[0], num_q_heads * head_dim, dtype=qkv.dtype)
         starts = query_start.tolist()
         for run, context in enumerate(context_len.tolist()):
@@ -258,7 +257,7 @@ class ReferenceKernels:
 
 
 def write_rows(cache: Tensor, slots: Tensor, rows: Tensor) -> None:
-    """cache[slots] = rows, in the cache's dtype. cache [S, Hkv, d], slots [N] int32, rows [N, Hkv, d].
+    """Store rows [N, Hkv, d] at slots [N] int32 of cache [blocks, C, Hkv, d], in its dtype.
 
     An e4m3 cache stores values clamped to +-448: a cast alone would turn larger ones into NaN.
     """
@@ -266,14 +265,18 @@ def write_rows(cache: Tensor, slots: Tensor, rows: Tensor) -> None:
         largest = torch.finfo(cache.dtype).max
         stored = rows.float().clamp(-largest, largest).to(cache.dtype)
         cache, rows = cache.view(torch.uint8), stored.view(torch.uint8)  # torch copies no e4m3 by index
-    cache[slots.long()] = rows.to(cache.dtype)
+    cache[_places(cache, slots)] = rows.to(cache.dtype)
 
 
 def read_rows(cache: Tensor, slots: Tensor) -> Tensor:
-    """cache[slots] in float32. cache [S, Hkv, d], slots [...] int64 -> [..., Hkv, d]."""
+    """Rows at slots [...] of cache [blocks, C, Hkv, d], float32 [..., Hkv, d]."""
     if cache.dtype == torch.float8_e4m3fn:
-        return cache.view(torch.uint8)[slots].view(cache.dtype).float()
-    return cache[slots].float()
+        return cache.view(torch.uint8)[_places(cache, slots)].view(cache.dtype).float()
+    return cache[_places(cache, slots)].float()
+
+
+def _places(cache: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+    return slots.long() // cache.shape[1], slots.long() % cache.shape[1]
 
 
 def _weighted(weights: Tensor, values: Tensor, hidden: Tensor) -> Tensor:

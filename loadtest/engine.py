@@ -30,6 +30,7 @@ from dspark_server.models.decoder import Decoder
 from dspark_server.models.hub import resolve_model
 from dspark_server.runtime.batch import Batch, Run
 from dspark_server.runtime.kv import KVPool
+from dspark_server.runtime.paging import BlockTable, CacheLayout
 
 MODEL = "SmolLM2-135M-Instruct"
 BLOCK = 16
@@ -45,10 +46,11 @@ def passes(sizes: list[int], context: int, repeats: int) -> None:
     """Median milliseconds of a whole target pass, greedy choice included, and of its matrix products alone."""
     decoder = Decoder.load(resolve_model(MODEL), torch.bfloat16, kernels := dspark_kernels.load("native"), 4096)
     width = -(-(context + 1) // BLOCK)
-    pool = KVPool(max(sizes) * width, BLOCK, [decoder.kv_group], torch.bfloat16)
+    pool = KVPool(max(sizes) * width, CacheLayout.of([decoder.caches], BLOCK, 2), torch.bfloat16)
     print(f"| B, context {context} | pass, ms | products alone, ms | ratio |\n| --- | --- | --- | --- |")
     for size in sizes:
-        runs = [Run([index], context, list(range(index * width, (index + 1) * width)), 1) for index in range(size)]
+        tables = [[BlockTable(0, list(range(index * width, (index + 1) * width)))] for index in range(size)]
+        runs = [Run([index], context, tables[index], 1) for index in range(size)]
         wide = {
             linear.in_features: torch.randn(size, linear.in_features).bfloat16()
             for layer in decoder.layers
@@ -59,7 +61,7 @@ def passes(sizes: list[int], context: int, repeats: int) -> None:
         floor: list[float] = []
         for _ in range(repeats):
             started = time.perf_counter()
-            batch = Batch.of(runs, BLOCK)
+            batch = Batch.of(runs, pool.groups)
             hidden, _ = decoder.forward(batch, pool.layers(0))
             kernels.argmax(decoder.logits(hidden)).tolist()
             middle = time.perf_counter()

@@ -114,8 +114,8 @@ LOSSLESS = (
          "tests/engine/test_lossless.py::test_no_draft_reuses_the_noise_of_another"),
     _one("lagged count from one step ago", SELECTION, "    LAG = 2\n", "    LAG = 1\n",
          "tests/speculation/test_selection.py::test_lagged_counts_by_the_survivals_of_two_steps_ago"),
-    _one("draft context one row short", DSPARK, "Run([r.anchor, *mask], r.position, r.block_table, self.gamma)",
-         "Run([r.anchor, *mask], r.position - 1, r.block_table, self.gamma)", CONFORMANCE),
+    _one("draft context one row short", DSPARK, "Run([r.anchor, *mask], r.position, r.tables, self.gamma)",
+         "Run([r.anchor, *mask], r.position - 1, r.tables, self.gamma)", CONFORMANCE),
     _one("steps without drafts write no draft rows, and a prefix hit finds none", "dspark_server/engine/executor.py",
          "        drafter.observe(taps, batch, pool)",
          "        if any(len(run.tokens) > 1 for run in self._runs):\n"

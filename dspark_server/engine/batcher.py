@@ -4,18 +4,22 @@ The plan is made between commit and the next draft, the only point where a reque
 exists, only selection may drop it (DSPARK, "No value-dependent drop").
 """
 
-from bisect import bisect_left
+import sys
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
 from math import ceil
 from time import monotonic
 
-from dspark_server.engine.blocks import BlockKey, BlockPool
+from dspark_server.engine.blocks import BlockPool, PrefixKey
 from dspark_server.engine.prefill import prefill_chunks
 from dspark_server.engine.queue import WaitingQueue, is_last, rank
 from dspark_server.engine.request import Request, Status
 from dspark_server.engine.stats import EngineStats
 from dspark_server.errors import RequestError
+from dspark_server.runtime.paging import BlockTable, CacheGroup
 from dspark_server.speculation.admission import Load
 from dspark_server.words import counted
 
@@ -66,12 +70,12 @@ KEYED_TOKENS = 16384  # tokens of prompts hashed in one step while others run: a
 class Shortage:
     """The first request of the queue does not fit until `given_back` of the pool reaches the value here.
 
-    Or until a block with the key `next`, which continues the cached prefix that was found, is published.
+    Or until a segment with the key `next`, which continues the cached prefix that was found, is published.
     """
 
     request: Request
     given_back: int
-    next: BlockKey | None
+    next: PrefixKey | None
 
 
 class Batcher:
@@ -104,10 +108,29 @@ class Batcher:
 
     # -- arrival and departure ---------------------------------------------------------------------------------------
 
-    @property
+    @cached_property
     def capacity(self) -> int:
         """Tokens, prompt and answer together, of the longest request that an empty pool can hold."""
-        return self.pool.num_blocks * self.pool.block_size - self.gamma
+
+        def fits(length: int) -> bool:
+            return self._most_blocks(length) <= self.pool.num_blocks
+
+        longest = self.pool.num_blocks * max(group.block_size for group in self.pool.groups)
+        if fits(longest + 1):  # no layer keeps more than its window
+            return sys.maxsize
+        return max(0, bisect_right(range(1, longest + 1), False, key=lambda length: not fits(length)))
+
+    def _most_blocks(self, length: int) -> int:
+        """Most blocks that a request of `length` tokens holds at a time."""
+        blocks, end = 0, length + self.gamma
+        for group in self.pool.groups:
+            whole = group.blocks_between(0, end)
+            if group.reach is not None:
+                # What is kept may begin anywhere within its first block.
+                run = group.reach - 1 + self.max_num_batched_tokens + self.gamma
+                whole = min(whole, group.blocks_between(0, run) + 1)
+            blocks += whole
+        return blocks
 
     def check_fits(self, prompt_length: int, max_tokens: int) -> None:
         """Raise RequestError for a request that could not finish even alone on an empty pool."""
@@ -141,8 +164,8 @@ class Batcher:
     def _stop(self, request: Request) -> None:
         self.running.remove(request)
         self.waiting.call_back(request)
-        self.pool.release(request.blocks)
-        request.blocks = []
+        self.pool.release(request.tables)
+        request.tables = []
         request.computed = request.finite = request.published = 0
 
     def begin(self) -> None:
@@ -158,7 +181,7 @@ class Batcher:
         self.running.clear()
         self.pool.reset()
         for request in self._touched:
-            request.blocks = []
+            request.tables = []
             request.computed = request.finite = request.published = 0
         for request in lost:
             request.status = Status.FINISHED
@@ -212,16 +235,29 @@ class Batcher:
         return max(own, key=rank)
 
     def _reserve(self, request: Request) -> bool:
+        self.pool.release_behind(request.tables, request.computed)
         missing = self._missing(request)
-        if missing > self.pool.available:
+        if sum(missing) > self.pool.available:
             return False
-        if missing > 0:
-            request.blocks += self.pool.allocate(missing)
+        if any(missing):
+            blocks = iter(self.pool.allocate(sum(missing)))
+            for table, count in zip(request.tables, missing, strict=True):
+                table.blocks += islice(blocks, count)
         return True
 
-    def _missing(self, request: Request) -> int:
-        """Blocks that the request lacks for its tokens and a draft block."""
-        return self.pool.blocks_for(len(request.tokens) + self.gamma) - len(request.blocks)
+    def _missing(self, request: Request) -> list[int]:
+        """Blocks in each group that the request lacks for its tokens and a draft block.
+
+        In a group that keeps a window, for the tokens of the next step: blocks behind the window will be free then.
+        """
+        length = len(request.tokens)
+        near = min(length, request.computed + self.max_num_batched_tokens)
+
+        def lacking(group: CacheGroup, table: BlockTable) -> int:
+            end = (length if group.reach is None else near) + self.gamma
+            return max(0, group.blocks_between(table.first, end) - len(table.blocks))
+
+        return list(map(lacking, self.pool.groups, request.tables))
 
     def _admit_newcomers(self, room: int, under_way: int) -> list[Request]:
         """Admit from the queue as long as prompts leave some of `room`, but always until newcomers fill half of it.
@@ -230,21 +266,21 @@ class Batcher:
         queue, and no other is admitted. A request whose prefix another request is running now is set aside.
         """
         admitted: list[Request] = []
-        brought, left = 0, max(1, KEYED_TOKENS // self.pool.block_size)
+        brought, left = 0, max(1, KEYED_TOKENS // self.pool.segment_size)
         while len(self.running) < self.max_num_seqs and (under_way + brought < room or brought < room // 2):
             request = self.waiting.first()
             if request is None or self._is_short(request):
                 break
             known = len(request.keys)
-            keys = request.full_block_keys(self.pool.block_size, left if self.running else None)
+            keys = request.prefix_keys(self.pool.segment_size, left if self.running else None)
             left -= len(keys) - known
             if left <= 0 and self.running:
                 break  # the rest of its keys is computed in the next step
             prefix = self._reusable(request)
-            found = self.pool.lookup(prefix)
-            if len(found) < len(prefix) and (runner := self._runner_of(request, len(found))):
+            found, tables = self.pool.lookup(prefix)
+            if found < len(prefix) and (runner := self._runner_of(request, found)):
                 self.waiting.set_aside(request, runner, _common(request.keys, runner.keys))
-            elif self._admit(request, found):
+            elif self._admit(request, found, tables):
                 admitted.append(request)
                 brought += request.pending
             else:
@@ -261,43 +297,45 @@ class Batcher:
             and (short.next is None or not self.pool.names(short.next))
         )
 
-    def _reusable(self, request: Request) -> list[BlockKey]:
-        """Keys of the blocks that may be taken from the cache."""
+    def _reusable(self, request: Request) -> list[PrefixKey]:
+        """Keys of the segments that may be taken from the cache."""
         # The last token always runs: its row gives the next token's logits.
-        usable = (len(request.tokens) - 1) // self.pool.block_size
+        usable = (len(request.tokens) - 1) // self.pool.segment_size
         if request.scores_prompt:
             # Cached rows have no logits; the row before the first token not scored yet must run again.
-            usable = min(usable, max(0, len(request.prompt_logprobs) - 1) // self.pool.block_size)
+            usable = min(usable, max(0, len(request.prompt_logprobs) - 1) // self.pool.segment_size)
         return request.keys[:usable]
 
-    def _runner_of(self, request: Request, block: int) -> Request | None:
-        """A request not behind this one in rank whose prefill will publish the prefix that ends with block `block`."""
+    def _runner_of(self, request: Request, segment: int) -> Request | None:
+        """A request not behind this one in rank whose prefill will publish the prefix that ends with `segment`."""
         if not self.pool.prefix_caching:
             return None
-        key = request.keys[block]
+        key = request.keys[segment]
         for each in self.running:
-            ahead = each.published <= block < len(each.keys) and not each.is_decoding and rank(each) <= rank(request)
+            ahead = each.published <= segment < len(each.keys) and not each.is_decoding and rank(each) <= rank(request)
             publishes = each.finite == each.computed
-            if ahead and publishes and each.keys[block].digest == key.digest:
+            if ahead and publishes and each.keys[segment].digest == key.digest:
                 return each
         return None
 
-    def _admit(self, request: Request, found: list[int]) -> bool:
-        """Start a waiting request, with the cached prefix `found`, if all its tokens and a draft block fit."""
+    def _admit(self, request: Request, found: int, tables: list[BlockTable]) -> bool:
+        """Start a waiting request, its first `found` segments in `tables`, if all its tokens and a draft block fit."""
         self._touched[request] = None
-        self.pool.hold(found)
-        request.blocks = list(found)
+        self.pool.hold(tables)
+        request.tables, request.computed = tables, found * self.pool.segment_size
         if not self._reserve(request):
-            missing = self._missing(request) - self.pool.available
-            self.pool.release(found)
-            request.blocks = []
+            missing = sum(self._missing(request)) - self.pool.available
+            self.pool.release(tables)
+            request.tables, request.computed = [], 0
             prefix = self._reusable(request)
-            following = prefix[len(found)] if len(found) < len(prefix) else None
+            following = prefix[found] if found < len(prefix) else None
+            if following is not None and self.pool.names(following):
+                following = None  # some group has it, but not all: only more blocks can help
             self._shortage = Shortage(request, self.pool.given_back + missing, following)
             return False
         self.waiting.pop()
-        request.computed = request.finite = len(found) * self.pool.block_size
-        request.published = len(found)
+        request.finite = request.computed
+        request.published = found
         request.status = Status.RUNNING
         self.running.append(request)
         self.stats.prefix_queries += len(request.tokens)
@@ -314,17 +352,17 @@ class Batcher:
     def advance(self, request: Request, rows: int, finite: int | None = None) -> None:
         """Count KV rows of `rows` more committed tokens; the first `finite` (None: all) are known to hold no NaN.
 
-        Blocks full of such rows are published. Blocks behind one that may hold a NaN are not, as they attend to it.
+        Segments full of such rows are published. Those behind one that may hold a NaN are not, as they attend to it.
         """
         if request.finite == request.computed:
             request.finite += rows if finite is None else min(rows, finite)
         request.computed += rows
         assert request.computed <= len(request.tokens)
-        full = request.finite // self.pool.block_size
+        full = request.finite // self.pool.segment_size
         if full > request.published:
-            keys = request.full_block_keys(self.pool.block_size)
+            keys = request.prefix_keys(self.pool.segment_size)
             while request.published < full and self.pool.publish(
-                request.blocks[request.published], keys[request.published]
+                request.tables, request.published, keys[request.published]
             ):
                 request.published += 1
             self.waiting.call_back(request, request.published)
@@ -339,13 +377,13 @@ class Batcher:
 
     def check(self) -> None:
         """Check block conservation and request status, for tests and the debug flag."""
-        self.pool.check([request.blocks for request in self.running])
+        self.pool.check([request.tables for request in self.running])
         assert all(request.status is Status.RUNNING for request in self.running)
-        assert all(request.status is Status.WAITING and not request.blocks for request in self.waiting)
+        assert all(request.status is Status.WAITING and not request.tables for request in self.waiting)
 
 
-def _common(mine: Sequence[BlockKey], other: Sequence[BlockKey]) -> int:
-    """Number of blocks that two chains have in common: equal digests mean equal prefixes."""
+def _common(mine: Sequence[PrefixKey], other: Sequence[PrefixKey]) -> int:
+    """Number of segments that two chains have in common: equal digests mean equal prefixes."""
     return bisect_left(
-        range(min(len(mine), len(other))), True, key=lambda block: mine[block].digest != other[block].digest
+        range(min(len(mine), len(other))), True, key=lambda segment: mine[segment].digest != other[segment].digest
     )

@@ -3,14 +3,16 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import orjson
 import torch
 from dspark_kernels import Kernels
+from dspark_kernels.flash import LARGEST_HEAD
 
 from dspark_server.config import DEFAULT_CACHE_BYTES, UTILIZATION, EngineConfig
 from dspark_server.engine.device_executor import DeviceExecutor, working_bytes
 from dspark_server.engine.executor import TorchExecutor
 from dspark_server.engine.profile import warm_up
-from dspark_server.models.config import read_json
+from dspark_server.models.config import ModelConfig, load_config, read_json
 from dspark_server.models.decoder import Decoder
 from dspark_server.models.hub import resolve_model
 from dspark_server.runtime.backend import choose_kernels, use_threads
@@ -18,7 +20,8 @@ from dspark_server.runtime.device import Device, find_device
 from dspark_server.runtime.graphs import default_sizes
 from dspark_server.runtime.kv import KVPool, blocks_that_fit, cache_dtype
 from dspark_server.runtime.linear import choose_backend
-from dspark_server.runtime.parallel import Group
+from dspark_server.runtime.paging import CacheLayout
+from dspark_server.runtime.parallel import Group, TorchGroup
 from dspark_server.speculation.drafter import Drafter
 
 
@@ -47,7 +50,12 @@ class Place:
         directory = resolve_model(config.model, revision=config.revision)
         dtype = _dtype(config.dtype, directory)
         kernels = kernels or choose_kernels(
-            config.attention_backend, device, dtype, config.block_size, config.kv_cache_dtype
+            config.attention_backend,
+            device,
+            dtype,
+            config.block_size,
+            config.kv_cache_dtype,
+            _flash_obstacle(load_config(directory)),
         )
         stored = cache_dtype(config.kv_cache_dtype, dtype, kernels, device)
         if device:
@@ -72,12 +80,11 @@ def build_executor(
     Its KV pool has the number of blocks that fits on every rank: the configured one, or what device memory leaves.
     Raises ConfigError if this rank has room for none.
     """
-    groups = [target.kv_group] + ([drafter.kv_group] if drafter.kv_group else [])
-    block_bytes = KVPool.bytes_per_block(config.block_size, groups, place.stored)
+    layout = _cache_layout(config, target, drafter, place)
     device = place.device
 
     def over(num_blocks: int) -> TorchExecutor | DeviceExecutor:
-        pool = KVPool(num_blocks, config.block_size, groups, place.stored, device)
+        pool = KVPool(num_blocks, layout, place.stored, device)
         if device is None:
             return TorchExecutor(target, drafter, pool, place.kernels)
         sizes = () if config.enforce_eager else config.cuda_graph_sizes or default_sizes(config.max_num_batched_tokens)
@@ -87,17 +94,38 @@ def build_executor(
     if config.num_blocks:
         fitting = config.num_blocks
     elif device is None or config.kv_cache_memory_bytes is not None:
-        fitting = (config.kv_cache_memory_bytes or DEFAULT_CACHE_BYTES) // block_bytes
+        fitting = (config.kv_cache_memory_bytes or DEFAULT_CACHE_BYTES) // layout.block_bytes
     else:
         working = working_bytes(over, config, target)
-        fitting = blocks_that_fit(device, config.gpu_memory_utilization or UTILIZATION, working, block_bytes)
+        fitting = blocks_that_fit(device, config.gpu_memory_utilization or UTILIZATION, working, layout.block_bytes)
     executor = over(place.group.least(fitting))
     if isinstance(executor, DeviceExecutor):
         executor.capture()
     else:
-        blocks, longest = executor.pool.num_blocks, target.max_model_len
-        warm_up(executor, blocks, config.block_size, longest, config.max_num_batched_tokens)
+        pool, longest = executor.pool, target.max_model_len
+        warm_up(executor, pool.num_blocks, pool.groups, longest, config.max_num_batched_tokens)
     return executor
+
+
+def _flash_obstacle(model: ModelConfig) -> str | None:
+    """Why flash-attn cannot serve a model; None: it can."""
+    if model.head_dim > LARGEST_HEAD:
+        return f"The model's heads have {model.head_dim} channels, and flash-attn takes up to {LARGEST_HEAD}."
+    if len(set(model.sliding_windows)) > 1:  # and so blocks of other sizes than flash-attn's multiples
+        return "Some of the model's layers see a window and some the whole context, which it does not serve here."
+    return None
+
+
+def _cache_layout(config: EngineConfig, target: Decoder, drafter: Drafter, place: Place) -> CacheLayout:
+    """The layout of caches on this rank. Block sizes are those of rank 0, which alone has the drafter's layers."""
+    owners, itemsize, group = [target.caches, drafter.caches], place.stored.itemsize, place.group
+    layout = CacheLayout.of(owners, config.block_size, itemsize)
+    if isinstance(group, TorchGroup):
+        if group.rank == 0:
+            group.send(orjson.dumps([each.block_size for each in layout.groups]))
+        else:
+            layout = CacheLayout.of(owners, config.block_size, itemsize, orjson.loads(group.receive()))
+    return layout
 
 
 def _dtype(name: str, directory: Path) -> torch.dtype:

@@ -32,6 +32,7 @@ from dspark_server.models.generation import Defaults, sampling_defaults
 from dspark_server.models.hub import cache_dir, resolve_model, shipped_drafter
 from dspark_server.runtime.backend import threads_in_use, use_threads
 from dspark_server.runtime.device import Device
+from dspark_server.runtime.kv import KVPool
 from dspark_server.runtime.parallel import ALONE, Group, TorchGroup
 from dspark_server.speculation.capacity import Capacity, Profile
 from dspark_server.speculation.copy_drafter import Copying
@@ -75,7 +76,7 @@ class EngineCore:
         """Facts about the KV cache, under vLLM's names (`num_gpu_blocks` also on a CPU)."""
         pool = self.batcher.pool
         return {
-            "block_size": str(pool.block_size),
+            "block_size": str(pool.segment_size),
             "cache_dtype": self.cache_dtype,
             "enable_prefix_caching": str(self.config.enable_prefix_caching),
             "num_gpu_blocks": str(pool.num_blocks),
@@ -114,16 +115,16 @@ class EngineCore:
         if not place.device:
             place.use_threads(count)
         own = build_executor(config, target, drafter, place)
-        _check_pool(config, own.pool.num_blocks, own.gamma)
         executor = LeadingExecutor(own, group) if isinstance(group, TorchGroup) else own
         backend = _backend(own, place)
         batcher = Batcher(
-            BlockPool(own.pool.num_blocks, config.block_size, prefix_caching=config.enable_prefix_caching),
+            BlockPool(own.pool.num_blocks, own.pool.groups, prefix_caching=config.enable_prefix_caching),
             EngineStats(),
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             gamma=executor.gamma,
         )
+        _check_pool(batcher)
         policy = config.speculative.selection if executor.gamma else "none"
         cache_identity = f"{place.directory}|{place.dtype}|{place.stored}|{drafter.identity}"
         capacity = None
@@ -131,7 +132,7 @@ class EngineCore:
             identity = (
                 f"{cache_identity}|{backend}|{place.kernels.build}|{threads_in_use()}|{config.speculative.shortlist}"
             )
-            measured = costs or _profile(config, executor, own.pool.num_blocks, target.max_model_len, identity)
+            measured = costs or _profile(config, executor, own.pool, target.max_model_len, identity)
             capacity = Capacity(measured, config.max_num_batched_tokens, config.max_num_seqs)
         loop = StepLoop(
             batcher,
@@ -336,12 +337,12 @@ def _drafter(config: SpeculativeConfig, target: Decoder, place: Place) -> Drafte
     return Copying(drafter, drafter.copying) if drafter.copying else drafter
 
 
-def _profile(config: EngineConfig, executor: Executor, num_blocks: int, max_model_len: int, identity: str) -> Profile:
+def _profile(config: EngineConfig, executor: Executor, pool: KVPool, max_model_len: int, identity: str) -> Profile:
     """The cost profile of this machine, measured or kept."""
     return profile(
         executor,
-        num_blocks=num_blocks,
-        block_size=config.block_size,
+        num_blocks=pool.num_blocks,
+        groups=pool.groups,
         max_model_len=max_model_len,
         max_tokens=config.max_num_batched_tokens,
         max_requests=config.max_num_seqs,
@@ -370,9 +371,10 @@ def _selection(policy: str, capacity: Capacity | None, config: SpeculativeConfig
     return build_selection(policy, capacity, threshold=config.threshold, floor=config.min_user_tokens_per_second)
 
 
-def _check_pool(config: EngineConfig, num_blocks: int, gamma: int) -> None:
-    if num_blocks * config.block_size <= gamma + 1:
+def _check_pool(batcher: Batcher) -> None:
+    if batcher.capacity <= 1:
+        sizes = " and ".join(str(group.block_size) for group in batcher.pool.groups)
         raise ConfigError(
-            f"The KV cache has room for {num_blocks} blocks of {config.block_size} tokens, too few for one request; "
+            f"The KV cache has room for {batcher.pool.num_blocks} blocks of {sizes} tokens, too few for one request; "
             "raise kv_cache_memory_bytes."
         )

@@ -9,6 +9,7 @@ of them are the same functions over the same buffers.
 Shapes: R requests of a step, at most Rd; gamma draft tokens of the drafter; N token slots of a pass, T at most.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -28,7 +29,8 @@ from dspark_server.runtime.device import Device
 from dspark_server.runtime.graphs import Graphs, Results, up_to
 from dspark_server.runtime.kv import KVPool
 from dspark_server.runtime.layout import lay_out, lay_out_blocks
-from dspark_server.runtime.staging import Staging
+from dspark_server.runtime.paging import BlockTable, CacheGroup, tables_for
+from dspark_server.runtime.staging import Field, Staging
 from dspark_server.speculation.acceptance import Accepted
 from dspark_server.speculation.admission import keep_likeliest
 from dspark_server.speculation.calibration import survival_from
@@ -73,8 +75,7 @@ class DeviceExecutor:
         self.drafts = Graphs(device, up_to(sizes, max_requests))
 
         wide, most = max(1, drafter.block), max_requests
-        blocks = -(-(target.max_model_len + self.gamma + 1) // pool.block_size) + 1
-        tables = {"tables": ((most, blocks), I32)}
+        tables = _table_fields(pool, most, target.max_model_len + self.gamma + 1, max_tokens)
         self.draft_tokens = device.zeros((most, wide), I64)
         self.survival = device.zeros((most, wide), F32)
         self.usable = device.zeros((most,), I64)
@@ -137,17 +138,19 @@ class DeviceExecutor:
 
         All ranks do it together; only rank 0 drafts and samples.
         """
-        table = list(range(-(-tokens // self.pool.block_size)))
-        runs = [Run([0] * tokens, 0, table, tokens)]
+        runs = [Run([0] * tokens, 0, self._some_tables(tokens), tokens)]
         sampling = SamplingBatch.of(position=[1] * requests, key=[0] * requests, top_k=[1] * requests)
         cycle = self.cycle(runs, CounterStreams(), perf_counter)
         if isinstance(self.model, DSparkDrafter):
-            reach = list(range(-(-(self.gamma + 2) // self.pool.block_size)))
-            cycle.draft([DraftRequest(0, 0, 0, reach, self.block)] * requests, sampling)
+            tables = self._some_tables(self.gamma + 2)
+            cycle.draft([DraftRequest(0, 0, 0, tables, self.block)] * requests, sampling)
         logits, _ = cycle.verify(None)
         if self.target.group.rank == 0:
             few = min(requests, tokens)
             cycle.accept(logits, range(few + 1), None, [-1] * few, sampling.select(torch.arange(few)))
+
+    def _some_tables(self, tokens: int) -> list[BlockTable]:
+        return tables_for(self.pool.groups, itertools.cycle(range(self.pool.num_blocks)), 0, tokens)
 
     # -- draft -------------------------------------------------------------------------------------------------------
 
@@ -188,7 +191,7 @@ class DeviceExecutor:
                 "copied": nothing if favour is None else favour.tokens,
                 "bias": nothing if favour is None else favour.bias,
                 "following": nothing if favour is None else favour.following,
-                "tables": _tables([request.block_table for request in requests]),
+                **_tables(self.pool.groups, [request.tables for request in requests]),
             },
             rows=len(requests),
         )
@@ -196,7 +199,7 @@ class DeviceExecutor:
     def backbone(self, size: int) -> tuple[Tensor, Tensor]:
         drafter, pool = self.dspark, self.pool
         mask = drafter.config.mask_token_id
-        batch = lay_out_blocks(size, drafter.gamma, self.asked.there, mask, pool.block_size, pool.scratch)
+        batch = lay_out_blocks(size, drafter.gamma, self.asked.there, mask, pool.groups, pool.scratch)
         return drafter.backbone(batch, pool)
 
     def whole_blocks(self, sampled: bool) -> Callable[[int], Results]:
@@ -250,7 +253,7 @@ class DeviceExecutor:
                 "keep": [budget.count if budget else 0],
                 "limits": [request.limit for request in requests],
                 "recorded": budget.recorded[:, : self.survival.shape[1]] if budget else [],
-                "tables": _tables([run.block_table for run in runs]),
+                **_tables(self.pool.groups, [run.tables for run in runs]),
             },
             rows=len(runs),
         )
@@ -262,7 +265,7 @@ class DeviceExecutor:
         staged, pool = self.runs.there, self.pool
         survival = torch.where(self.survival.isnan(), staged["recorded"], self.survival)
         kept = keep_likeliest(survival, self.usable.minimum(staged["limits"]), staged["keep"])
-        layout = lay_out(size, staged, self.draft_tokens, kept, pool.block_size, pool.scratch)
+        layout = lay_out(size, staged, self.draft_tokens, kept, pool.groups, pool.scratch)
         taps_and_last = (*self.drafter.taps, self.target.config.num_layers - 1)
         hidden, (*taps, last) = self.target.forward(layout.batch, pool.layers(0), taps_and_last)
         # For every token of every request, speculating or not: a later prefix hit must find its draft rows.
@@ -453,10 +456,26 @@ class DeviceCycle:
 HOST = ("tokens", "confidence", "survival", "usable", "hidden", "base_logits", "logits")  # of a DraftBlock
 
 
-def _tables(tables: list[list[int]]) -> Tensor:
-    """Block tables as one [R, W] int32, padded with zeros."""
-    width = max(map(len, tables), default=0)
-    return torch.tensor([table + [0] * (width - len(table)) for table in tables], dtype=I32).view(len(tables), width)
+def _table_fields(pool: KVPool, most: int, longest: int, max_tokens: int) -> dict[str, Field]:
+    """Staged fields of the block tables of `most` requests: up to `longest` tokens, steps of up to `max_tokens`."""
+    fields: dict[str, Field] = {}
+    for index, group in reversed(list(enumerate(pool.groups))):  # the longest table last: only its used rows are sent
+        reach = longest if group.reach is None else min(longest, group.reach + max_tokens)
+        fields[f"first{index}"] = ((most,), I64)
+        fields[f"tables{index}"] = ((most, group.blocks_between(0, reach) + 2), I32)
+    return fields
+
+
+def _tables(groups: Sequence[CacheGroup], tables: Sequence[Sequence[BlockTable]]) -> dict[str, Any]:
+    """Block tables of R runs, in each group [R, W] padded with zeros, and the first token of each."""
+    fields: dict[str, Any] = {}
+    for index in reversed(range(len(groups))):
+        own = [each[index] for each in tables]
+        width = max((len(table.blocks) for table in own), default=0)
+        rows = [table.blocks + [0] * (width - len(table.blocks)) for table in own]
+        fields[f"first{index}"] = [table.first for table in own]
+        fields[f"tables{index}"] = torch.tensor(rows, dtype=I32).view(len(own), width)
+    return fields
 
 
 def working_bytes(executor_of: Callable[[int], Any], config: EngineConfig, target: Decoder) -> int:

@@ -89,7 +89,7 @@ class Executor(Protocol):
 
 
 class TorchExecutor:
-    """Target and drafter over one paged KV pool: layer group 0 is the target's, group 1 the drafter's."""
+    """Target and drafter over one paged KV pool; its owner 0 is the target, owner 1 the drafter."""
 
     def __init__(self, target: Decoder, drafter: Drafter, pool: KVPool, kernels: Kernels | None = None) -> None:
         self.gamma = drafter.gamma
@@ -130,7 +130,7 @@ class TorchCycle:
         began = self._clock()
         target, drafter, pool = self._executor.target, self._executor.drafter, self._executor.pool
         self._runs = with_drafts(self._runs, block)
-        batch = Batch.of(self._runs, pool.block_size)
+        batch = Batch.of(self._runs, pool.groups)
         last = target.config.num_layers - 1
         hidden, (*taps, self._last) = target.forward(batch, pool.layers(0), (*drafter.taps, last))
         # For every token of every request, speculating or not: a later prefix hit must find its draft rows.

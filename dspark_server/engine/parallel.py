@@ -26,6 +26,7 @@ from dspark_server.models.config import ModelConfig, load_config
 from dspark_server.runtime.backend import threads_in_use
 from dspark_server.runtime.batch import Run
 from dspark_server.runtime.device import Device
+from dspark_server.runtime.paging import BlockTable
 from dspark_server.runtime.parallel import TorchGroup
 from dspark_server.speculation.draft_block import DraftBlock, DraftRequest
 from dspark_server.speculation.drafter import NoDrafter
@@ -120,12 +121,20 @@ def follow(
 
 def encode_runs(runs: list[Run]) -> bytes:
     """Encode runs as JSON, for `decode_runs`."""
-    return orjson.dumps([[run.tokens, run.context_len, run.block_table, run.logits_rows] for run in runs])
+    return orjson.dumps(
+        [
+            [run.tokens, run.context_len, [[table.first, table.blocks] for table in run.tables], run.logits_rows]
+            for run in runs
+        ]
+    )
 
 
 def decode_runs(message: bytes) -> list[Run]:
     """Decode the runs of `encode_runs`."""
-    return [Run(*fields) for fields in orjson.loads(message)]
+    return [
+        Run(tokens, context_len, [BlockTable(*table) for table in tables], logits_rows)
+        for tokens, context_len, tables, logits_rows in orjson.loads(message)
+    ]
 
 
 def _identity(config: ModelConfig) -> str:

@@ -4,6 +4,7 @@ Profiles are kept in the user's cache per machine, model, drafter and version, s
 """
 
 import hashlib
+import itertools
 import logging
 import math
 import os
@@ -19,6 +20,7 @@ from tqdm import tqdm
 from dspark_server.engine.executor import Executor
 from dspark_server.errors import ConfigError
 from dspark_server.runtime.batch import Run
+from dspark_server.runtime.paging import BlockTable, CacheGroup, tables_for
 from dspark_server.speculation.capacity import Profile
 from dspark_server.speculation.curves import isotonic
 from dspark_server.speculation.draft_block import DraftRequest
@@ -45,7 +47,7 @@ class Work(NamedTuple):
 
 
 class Profiler:
-    """Times an executor on a KV pool not in use yet: `num_blocks` blocks of `block_size` tokens.
+    """Times an executor on a KV pool not in use yet: `num_blocks` blocks of the sizes of `groups`.
 
     No sequence is longer than `max_model_len`.
     """
@@ -54,15 +56,15 @@ class Profiler:
         self,
         executor: Executor,
         num_blocks: int,
-        block_size: int,
+        groups: Sequence[CacheGroup],
         max_model_len: int,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._executor = executor
         self._clock = clock
         self._num_blocks = num_blocks
-        self._block_size = block_size
-        self._longest = min(max_model_len, num_blocks * block_size)
+        self._groups = groups
+        self._longest = min(max_model_len, self._fitting(num_blocks))
         self._run_length = executor.gamma + 1
 
     def warm_up(self, max_tokens: int) -> None:
@@ -82,7 +84,7 @@ class Profiler:
 
         Context costs are the slope between `near` and `far` tokens of context, limited by the pool and the model.
         """
-        share = max(1, self._num_blocks // -(-max_tokens // self._run_length)) * self._block_size
+        share = self._fitting(max(1, self._num_blocks // -(-max_tokens // self._run_length)))
         near = max(1, min(near, min(share, self._longest) - self._run_length))
         far = min(far, self._longest - self._run_length)
         sizes = _sizes(max_tokens)
@@ -153,27 +155,35 @@ class Profiler:
         """A target pass as in decoding: runs of an anchor and its drafts, a row of logits for each token."""
         lengths = [self._run_length] * (tokens // self._run_length)
         lengths += [tokens % self._run_length] if tokens % self._run_length else []
-        tables = self._tables(len(lengths), context + self._run_length)
-        runs = [Run([1] * length, context, table, length) for length, table in zip(lengths, tables, strict=True)]
+        tables = self._tables(len(lengths), context)
+        runs = [Run([1] * length, context, each, length) for length, each in zip(lengths, tables, strict=True)]
         # Reading a number waits for the pass on a device that is not done when `verify` returns.
         return lambda: float(self._executor.cycle(runs, CounterStreams(), time.perf_counter).verify(None)[0][-1, -1])
 
     def _draft(self, requests: int, context: int) -> Callable[[], object]:
-        tables = self._tables(requests, context + self._run_length)
-        rows = [DraftRequest(0, 1, context, table, self._executor.block) for table in tables]
+        rows = [DraftRequest(0, 1, context, each, self._executor.block) for each in self._tables(requests, context)]
         sampling = SamplingBatch.of(position=[context + 1] * requests, key=list(range(requests)))
         return lambda: self._executor.cycle([], CounterStreams(), time.perf_counter).draft(rows, sampling)
 
-    def _tables(self, runs: int, length: int) -> list[list[int]]:
-        """A block table per run; runs share blocks only if the pool has too few. Block contents do not matter."""
-        each = -(-length // self._block_size)
-        return [[(run * each + index) % self._num_blocks for index in range(each)] for run in range(runs)]
+    def _fitting(self, blocks: int) -> int:
+        """Tokens of a sequence whose rows, all of them in every group, take `blocks` blocks."""
+        return int(blocks / sum(1 / group.block_size for group in self._groups))
+
+    def _tables(self, runs: int, context: int) -> list[list[BlockTable]]:
+        """Block tables of runs after `context` tokens. Runs share blocks only if the pool has too few.
+
+        Block contents do not matter.
+        """
+        blocks = (index % self._num_blocks for index in itertools.count())
+        return [tables_for(self._groups, blocks, context, context + self._run_length) for _ in range(runs)]
 
 
 @torch.inference_mode()
-def warm_up(executor: Executor, num_blocks: int, block_size: int, max_model_len: int, max_tokens: int) -> None:
+def warm_up(
+    executor: Executor, num_blocks: int, groups: Sequence[CacheGroup], max_model_len: int, max_tokens: int
+) -> None:
     """Warm up the serving path on a KV pool not in use yet; no step has more than `max_tokens` tokens."""
-    Profiler(executor, num_blocks, block_size, max_model_len).warm_up(max_tokens)
+    Profiler(executor, num_blocks, groups, max_model_len).warm_up(max_tokens)
 
 
 @torch.inference_mode()
@@ -181,7 +191,7 @@ def profile(
     executor: Executor,
     *,
     num_blocks: int,
-    block_size: int,
+    groups: Sequence[CacheGroup],
     max_model_len: int,
     max_tokens: int,
     max_requests: int,
@@ -206,7 +216,7 @@ def profile(
         )
     )
     path = directory / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.json"
-    profiler = Profiler(executor, num_blocks, block_size, max_model_len, clock)
+    profiler = Profiler(executor, num_blocks, groups, max_model_len, clock)
     if not again and (kept := _kept(path, profiler)):
         return kept
     measured = profiler.measure(max_tokens, max_requests)

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 from typing import Protocol
 
-from dspark_server.engine.blocks import BlockKey, chain
+from dspark_server.engine.blocks import PrefixKey, chain
 from dspark_server.engine.logprobs import TokenLogprob
+from dspark_server.runtime.paging import BlockTable
 from dspark_server.speculation.controls import Control, Controls, Forbidden, Grammar, Penalties
 from dspark_server.speculation.copying import ContextIndex
 from dspark_server.speculation.history import SurvivalHistory
@@ -121,10 +122,10 @@ class Request:
     error: str | None = None
     impossible: bool = False  # the error is the request's own fault
     computed: int = 0
-    blocks: list[int] = field(default_factory=list)
-    keys: list[BlockKey] = field(default_factory=list)
-    finite: int = 0  # leading tokens whose KV rows are known to hold no NaN: only those blocks are published
-    published: int = 0
+    tables: list[BlockTable] = field(default_factory=list)  # one for each group of caches while it runs
+    keys: list[PrefixKey] = field(default_factory=list)
+    finite: int = 0  # leading tokens whose KV rows are known to hold no NaN: only those segments are published
+    published: int = 0  # segments
     cached_tokens: int | None = None  # prompt tokens found in the prefix cache at first admission
     draft_number: int = 0  # number of drafts of the request, discarded ones included; survives preemption
     history: SurvivalHistory = field(default_factory=SurvivalHistory)
@@ -170,18 +171,18 @@ class Request:
         """The grammar that the answer must follow; None if there is none."""
         return self.controls.grammar if isinstance(self.controls, Controls) else None
 
-    def full_block_keys(self, block_size: int, most: int | None = None) -> list[BlockKey]:
-        """Keys of all full blocks of committed tokens, computed once each, and once for the choices of a prompt.
+    def prefix_keys(self, segment_size: int, most: int | None = None) -> list[PrefixKey]:
+        """Keys of all whole segments of committed tokens, computed once each, and once for the choices of a prompt.
 
         At most `most` of them are computed in this call (None: all).
         """
         if self.leader is not None:
-            self.keys = self.leader.keys[: self.prompt_length // block_size]
+            self.keys = self.leader.keys[: self.prompt_length // segment_size]
             self.leader = None
-        full = len(self.tokens) // block_size
-        for block in range(len(self.keys), full if most is None else min(full, len(self.keys) + max(most, 0))):
+        whole = len(self.tokens) // segment_size
+        for segment in range(len(self.keys), whole if most is None else min(whole, len(self.keys) + max(most, 0))):
             parent = self.keys[-1].digest if self.keys else self.chain_root
-            self.keys.append(chain(parent, self.tokens[block * block_size : (block + 1) * block_size]))
+            self.keys.append(chain(parent, self.tokens[segment * segment_size : (segment + 1) * segment_size]))
         return self.keys
 
     def commit(self, tokens: Sequence[int]) -> list[int]:

@@ -190,7 +190,7 @@ class StepLoop:
         def asked(index: int) -> DraftRequest:
             request = candidates[index]
             source = Source.COPY if request in alone else Source.DRAFTER
-            place = run_of[request], request.tokens[-1], len(request.tokens) - 1, request.blocks, limits[index]
+            place = run_of[request], request.tokens[-1], len(request.tokens) - 1, request.tables, limits[index]
             return DraftRequest(*place, matches.get(request), source, request.copied)
 
         return list(map(asked, sorted(choice.drafting, key=lambda index: candidates[index] in alone)))
@@ -341,7 +341,7 @@ class StepLoop:
                     request.error, request.impossible = too_costly or CONTRADICTION, True
                 else:
                     request.error = "The model produced no valid probabilities for this request (NaN in its logits)."
-                    self.batcher.pool.distrust(request.blocks)  # rows that were finite may no longer be
+                    self.batcher.pool.distrust(request.tables)  # rows that were finite may no longer be
                 ended.append(request)
                 outputs.append(StepOutput(request, []))
                 continue
@@ -383,7 +383,7 @@ def _runs(plan: Plan) -> list[Run]:
         request = entry.request
         committed = request.tokens[request.computed : request.computed + entry.count]
         rows = entry.count if request.scores_prompt else int(entry.samples)
-        runs.append(Run(committed, request.computed, request.blocks, rows))
+        runs.append(Run(committed, request.computed, request.tables, rows))
     return runs
 
 

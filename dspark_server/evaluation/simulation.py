@@ -19,6 +19,7 @@ from dspark_server.engine.stats import EngineStats
 from dspark_server.engine.step import StepLoop
 from dspark_server.errors import ConfigError
 from dspark_server.evaluation.roofline import MAX_REQUESTS, MAX_TOKENS, Machine
+from dspark_server.runtime.paging import CacheGroup
 from dspark_server.speculation.capacity import Capacity, Profile
 from dspark_server.speculation.selection import POLICIES, build_selection
 
@@ -115,7 +116,11 @@ class Simulation:
         # Blocks beyond all requests' needs would only take our own memory.
         each = -(-(workload.prompt_tokens + workload.output_tokens + self.executor.gamma) // BLOCK_SIZE)
         self.batcher = Batcher(
-            BlockPool(min(machine.kv_tokens // BLOCK_SIZE, 2 * concurrency * each), BLOCK_SIZE, prefix_caching=True),
+            BlockPool(
+                min(machine.kv_tokens // BLOCK_SIZE, 2 * concurrency * each),
+                [CacheGroup(BLOCK_SIZE)],
+                prefix_caching=True,
+            ),
             EngineStats(),
             max_num_seqs=concurrency,
             max_num_batched_tokens=workload.max_batched_tokens,

@@ -1,7 +1,7 @@
 """The decoder-only target model: Llama, Mistral, Qwen2 and Qwen3 are one layer with a few options.
 
 Shapes: N query tokens in the pass, M rows whose logits are wanted, D hidden size, Hq/Hkv query and key/value heads,
-d head size, F feed-forward size, V vocabulary, S KV slots, P rotary positions. With tensor parallelism each rank has
+d head size, F feed-forward size, V vocabulary, P rotary positions. With tensor parallelism each rank has
 its share of Hq, Hkv, F and of the head's V; D is whole on all of them.
 
 The residual stream is explicit: a layer takes and returns (delta, residual), the stream being residual + delta, so
@@ -9,6 +9,7 @@ that each addition is fused with the norm after it.
 """
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,8 +23,9 @@ from dspark_server.models.config import ModelConfig, load_config
 from dspark_server.models.loading import WeightReader, open_checkpoint
 from dspark_server.models.rope import rotary_table
 from dspark_server.runtime.batch import Batch
-from dspark_server.runtime.kv import LayerGroup
+from dspark_server.runtime.kv import LayerCache
 from dspark_server.runtime.linear import Linear
+from dspark_server.runtime.paging import CacheRows
 from dspark_server.runtime.parallel import ALONE, Group
 
 logger = logging.getLogger(__name__)
@@ -165,30 +167,30 @@ class DecoderLayer:
         delta: Tensor | None,
         residual: Tensor,
         batch: Batch,
-        keys: Tensor,
-        values: Tensor,
+        cache: LayerCache,
         cos_sin: Tensor,
         causal: bool = True,
     ) -> Tensor:
         """Run the layer and return its delta [N, D]; the layer's output is `residual` + the returned delta.
 
         `residual` [N, D] is updated in place; `delta` [N, D] is the previous layer's result (it may be overwritten),
-        None for the first layer. keys and values [S, Hkv, d] receive the rows of this batch's tokens at `batch.slots`;
-        cos_sin [P, d] float32. With causal=False each token sees all tokens of its run (a draft block).
+        None for the first layer. `cache` receives the rows of this batch's tokens; cos_sin [P, d] float32. With
+        causal=False each token sees all tokens of its run (a draft block).
         """
+        keys, values, group = cache
+        paging = batch.paging[group]
         if self._fused is not None:
             return self._fused(
                 delta,
                 residual,
                 batch.positions,
                 cos_sin,
-                batch.slots,
+                paging.slots,
                 keys,
                 values,
                 batch.query_start,
-                batch.context_len,
-                batch.block_tables,
-                batch.block_size,
+                paging.context_len,
+                paging.block_tables,
                 causal,
             )
         kernels, eps = self._kernels, self._eps
@@ -201,7 +203,7 @@ class DecoderLayer:
             qkv,
             batch.positions,
             cos_sin,
-            batch.slots,
+            paging.slots,
             keys,
             values,
             self._num_heads,
@@ -215,9 +217,8 @@ class DecoderLayer:
             keys,
             values,
             batch.query_start,
-            batch.context_len,
-            batch.block_tables,
-            batch.block_size,
+            paging.context_len,
+            paging.block_tables,
             self._scale,
             causal,
             self._window,
@@ -300,28 +301,28 @@ class Decoder:
         return cls(config, layers, embedding, final_norm, Linear(head, None, kernels), cos_sin, kernels, length, group)
 
     @property
-    def kv_group(self) -> LayerGroup:
-        """The layers this model needs in the KV pool, with the heads of this rank."""
-        return LayerGroup(self.config.num_layers, self.config.num_kv_heads // self.group.size, self.config.head_dim)
+    def caches(self) -> list[CacheRows]:
+        """What each layer keeps, with the heads of this rank."""
+        return cache_rows(self.config, self.max_model_len, self.config.num_kv_heads // self.group.size)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Token ids [N] int64 -> their embeddings [N, D], a fresh tensor."""
         return F.embedding(tokens, self.embedding)
 
     def forward(
-        self, batch: Batch, kv_layers: list[tuple[Tensor, Tensor]], taps: tuple[int, ...] = ()
+        self, batch: Batch, caches: Sequence[LayerCache], taps: tuple[int, ...] = ()
     ) -> tuple[Tensor, list[Tensor]]:
         """Run one pass over the batch and write its tokens' KV rows.
 
-        kv_layers: (keys, values) of each layer, each [S, Hkv, d]. Returns the hidden rows of `batch.logits_index` after
-        the final norm [M, D], and for each tap the output of that decoder layer before any norm [N, D] (HF
-        hidden_states[tap + 1]; -1 = the embeddings), in the order of `taps`, none of them a view of another.
+        Returns the hidden rows of `batch.logits_index` after the final norm [M, D], and for each tap the output of that
+        decoder layer before any norm [N, D] (HF hidden_states[tap + 1]; -1 = the embeddings), in the order of `taps`,
+        none of them a view of another.
         """
         residual = self.embed(batch.tokens)
         tapped = {-1: residual.clone()} if -1 in taps else {}
         delta: Tensor | None = None
-        for index, (layer, (keys, values)) in enumerate(zip(self.layers, kv_layers, strict=True)):
-            delta = layer.forward(delta, residual, batch, keys, values, self.cos_sin)
+        for index, (layer, cache) in enumerate(zip(self.layers, caches, strict=True)):
+            delta = layer.forward(delta, residual, batch, cache, self.cos_sin)
             if index in taps:
                 # The same sum, rounded the same way, as the next norm computes in place.
                 tapped[index] = residual + delta
@@ -348,6 +349,14 @@ def _is_tied(reader: WeightReader, embedding: Tensor, directory: Path) -> bool:
         directory,
     )
     return False
+
+
+def cache_rows(config: ModelConfig, max_model_len: int, kv_heads: int) -> list[CacheRows]:
+    """What each layer keeps. A window as long as the longest sequence is none."""
+    return [
+        CacheRows(kv_heads, config.head_dim, None if window is None or window >= max_model_len else window)
+        for window in config.sliding_windows
+    ]
 
 
 def check_length(config: ModelConfig, max_model_len: int | None) -> int:

@@ -9,11 +9,17 @@ from dspark_server.runtime.device import Device
 
 
 def choose_kernels(
-    attention: str, device: Device | None, dtype: torch.dtype, block_size: int, cache: str = "auto"
+    attention: str,
+    device: Device | None,
+    dtype: torch.dtype,
+    block_size: int,
+    cache: str = "auto",
+    obstacle: str | None = None,
 ) -> Kernels:
     """Return the CPU's kernels, or a GPU's Triton kernels, with flash-attn's attention if that is requested.
 
     `attention` is "auto", "flash-attn" or "triton"; `cache` names the KV cache's dtype; for fp8, auto takes Triton.
+    `obstacle` says why flash-attn cannot serve the model, None: it can.
     Raises ConfigError for an attention that is not installed, or does not support `dtype` or `block_size`.
     """
     if device is None:
@@ -29,9 +35,11 @@ def choose_kernels(
         return kernels
     from dspark_kernels import flash
 
-    if attention == "auto" and (not flash.installed() or dtype == torch.float32 or cache == "fp8"):
+    if attention == "auto" and (not flash.installed() or dtype == torch.float32 or cache == "fp8" or obstacle):
         return kernels
     try:
+        if obstacle:
+            raise flash.FlashAttentionError(obstacle)
         return flash.over(kernels, dtype, block_size)
     except flash.FlashAttentionError as error:
         raise ConfigError(f"--attention-backend {attention}: {error} Or take --attention-backend triton.") from None

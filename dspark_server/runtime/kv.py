@@ -1,7 +1,6 @@
-"""KV pool tensors: the target's and the drafter's layers under one block table (ARCHITECTURE, decision 2)."""
+"""KV pool tensors: the blocks of all layers, target's and drafter's, laid out as runtime/paging.py says."""
 
-from dataclasses import dataclass
-from math import prod
+from typing import NamedTuple
 
 import torch
 from dspark_kernels import Kernels, huge_zeros
@@ -9,52 +8,53 @@ from torch import Tensor
 
 from dspark_server.errors import ConfigError
 from dspark_server.runtime.device import Device
+from dspark_server.runtime.paging import CacheLayout, CachePlace
 
 
-@dataclass(frozen=True)
-class LayerGroup:
-    """Layers of one shape: the target's, or the drafter's."""
+class LayerCache(NamedTuple):
+    """A layer's rows: keys and values, each [blocks, C, Hkv, d], C the tokens per block of its group.
 
-    layers: int
-    kv_heads: int
-    head_dim: int
+    A layer's part of a block is contiguous; the other layers' parts lie between one block and the next.
+    """
+
+    keys: Tensor
+    values: Tensor
+    group: int
 
 
 class KVPool:
-    """Key and value rows by slot. Each layer's tensors are [S, Hkv, d] with S = num_blocks * block_size.
+    """The blocks of every layer.
 
-    On a device there is one block more, which belongs to no request: padding writes to its first slot, `scratch`.
+    On a device there is one block more, which belongs to no request: padding writes to its first slot (`scratch`).
     """
 
-    def __init__(
-        self,
-        num_blocks: int,
-        block_size: int,
-        groups: list[LayerGroup],
-        dtype: torch.dtype,
-        device: Device | None = None,
-    ) -> None:
+    def __init__(self, num_blocks: int, layout: CacheLayout, dtype: torch.dtype, device: Device | None = None) -> None:
         self.num_blocks = num_blocks
-        self.block_size = block_size
-        self.scratch = num_blocks * block_size
-        slots = self.scratch + (block_size if device else 0)
-        self._layers: list[list[tuple[Tensor, Tensor]]] = []
-        for group in groups:
-            shape = (group.layers, 2, slots, group.kv_heads, group.head_dim)
-            size = prod(shape) * dtype.itemsize
-            memory = device.zeros((size,), torch.uint8) if device else huge_zeros(size)
-            rows = memory.view(dtype).view(shape)
-            self._layers.append([(rows[i, 0], rows[i, 1]) for i in range(group.layers)])
+        self.groups = layout.groups
+        blocks = num_blocks + (1 if device else 0)
+        size = blocks * layout.block_bytes
+        memory = (device.zeros((size,), torch.uint8) if device else huge_zeros(size)).view(dtype)
+        stride = layout.block_bytes // dtype.itemsize
 
-    def layers(self, group: int) -> list[tuple[Tensor, Tensor]]:
-        """(keys, values) of each layer of a group, each [S, Hkv, d]."""
-        return self._layers[group]
+        def cache(place: CachePlace) -> LayerCache:
+            heads, head_dim, _ = place.rows
+            shape = (blocks, self.groups[place.group].block_size, heads, head_dim)
+            keys, values = (
+                memory.as_strided(shape, (stride, heads * head_dim, head_dim, 1), start // dtype.itemsize)
+                for start in (place.keys, place.values)
+            )
+            return LayerCache(keys, values, place.group)
 
-    @staticmethod
-    def bytes_per_block(block_size: int, groups: list[LayerGroup], dtype: torch.dtype) -> int:
-        """Bytes that one block of `block_size` tokens takes over all layers of all groups."""
-        per_token = sum(2 * g.layers * g.kv_heads * g.head_dim for g in groups)
-        return block_size * per_token * dtype.itemsize
+        self._layers = [list(map(cache, places)) for places in layout.places]
+
+    def layers(self, owner: int) -> list[LayerCache]:
+        """The caches of an owner's layers: 0 the target, 1 the drafter."""
+        return self._layers[owner]
+
+    @property
+    def scratch(self) -> list[int]:
+        """For each group a slot that no request has, on a device."""
+        return [self.num_blocks * group.block_size for group in self.groups]
 
 
 def cache_dtype(name: str, dtype: torch.dtype, kernels: Kernels, device: Device | None) -> torch.dtype:

@@ -4,14 +4,15 @@ Shapes: N token slots of the bucket, of which the first n are real, R run slots,
 each, W block-table width, T committed tokens.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dspark_server.runtime.batch import Batch
+from dspark_server.runtime.batch import Batch, Paging
+from dspark_server.runtime.paging import CacheGroup
 
 
 @dataclass(frozen=True)
@@ -28,21 +29,22 @@ def lay_out(
     staged: Mapping[str, Tensor],
     draft_tokens: Tensor,
     draft_lengths: Tensor,
-    block_size: int,
-    scratch: int,
+    groups: Sequence[CacheGroup],
+    scratch: Sequence[int],
 ) -> Layout:
     """Lay out the first R = min(size, run slots) staged runs as a batch of N = `size` tokens, without host reads.
 
     staged: tokens [T] int64, the committed ones of all runs; count [.] int64, the number of a run's own; context [.];
-    rows [.], its rows of logits before any draft; draft_row [.], its row of the drafts plus one, 0: none; tables [., W]
-    int32. A run is its committed tokens and the first draft_lengths[row] of draft_tokens[row]. draft_tokens [Rd, gamma]
-    and draft_lengths [Rd] are int64.
+    rows [.], its rows of logits before any draft; draft_row [.], its row of the drafts plus one, 0: none; for each
+    group G of caches tablesG [., W] int32, its block table, and firstG [.] int64, the table's first token. A run is its
+    committed tokens and the first draft_lengths[row] of draft_tokens[row]. draft_tokens [Rd, gamma] and draft_lengths
+    [Rd] are int64.
 
-    Unused run slots are empty runs after the others. Token slots n .. N belong to no run and write to slot `scratch`.
+    Unused run slots are empty runs after the others. Token slots n .. N belong to no run and write to slot scratch[G].
     Row j of logits is wanted for j < row_start[R]; rows beyond repeat the first token's.
     """
     runs = min(size, len(staged["count"]))
-    count, context, tables = staged["count"][:runs], staged["context"][:runs], staged["tables"][:runs]
+    count, context = staged["count"][:runs], staged["context"][:runs]
     row = staged["draft_row"][:runs]
     drafted = torch.where(row > 0, draft_lengths[(row - 1).clamp(min=0)], 0)
     query_start = F.pad((count + drafted).cumsum(0), (1, 0))
@@ -60,8 +62,6 @@ def lay_out(
         draft_tokens[(row[run] - 1).clamp(min=0), beyond],
     )
     positions = torch.where(real, context[run] + offset, 0)
-    block = tables[run, (positions // block_size).clamp(max=tables.shape[1] - 1)].long()
-    slots = torch.where(real, block * block_size + positions % block_size, scratch)
 
     asker = _owner(row_start, slot)
     from_end = row_start[asker + 1] - slot
@@ -69,11 +69,8 @@ def lay_out(
     batch = Batch(
         tokens=torch.where(real, tokens, 0),
         positions=positions.int(),
-        slots=slots.int(),
         query_start=query_start.int(),
-        context_len=context.int(),
-        block_tables=tables,
-        block_size=block_size,
+        paging=_paging(staged, groups, scratch, context, run, positions, real),
         logits_index=logits_index,
         row_start=[],
     )
@@ -81,32 +78,53 @@ def lay_out(
 
 
 def lay_out_blocks(
-    size: int, gamma: int, staged: Mapping[str, Tensor], mask_token: int, block_size: int, scratch: int
+    size: int,
+    gamma: int,
+    staged: Mapping[str, Tensor],
+    mask_token: int,
+    groups: Sequence[CacheGroup],
+    scratch: Sequence[int],
 ) -> Batch:
     """Lay out `size` draft blocks of gamma tokens, [anchor, mask, ...]; the first staged["requests"] [1] are real.
 
-    staged: anchors [.] int64, positions [.] int64 of the anchors, tables [., W] int32. As above: the others are empty
+    staged: anchors [.] int64, positions [.] int64 of the anchors, firstG and tablesG. As above: the others are empty
     runs, and their tokens belong to none.
     """
-    anchors, first, tables = staged["anchors"][:size], staged["positions"][:size], staged["tables"][:size]
+    anchors, anchored = staged["anchors"][:size], staged["positions"][:size]
     requests, row = staged["requests"], torch.arange(size, device=anchors.device)
-    real = (row < requests).unsqueeze(1)
-    slot = torch.arange(gamma, device=anchors.device)
-    positions = torch.where(real, first.unsqueeze(1) + slot, 0)
-    block = tables.gather(1, (positions // block_size).clamp(max=tables.shape[1] - 1)).long()
-    slots = torch.where(real, block * block_size + positions % block_size, scratch)
+    slot, run = torch.arange(gamma, device=anchors.device), row.repeat_interleave(gamma)
+    real = run < requests
+    positions = torch.where(real, (anchored.unsqueeze(1) + slot).flatten(), 0)
     starts = torch.arange(size + 1, device=anchors.device).minimum(requests) * gamma
     return Batch(
         tokens=torch.where(slot == 0, anchors.unsqueeze(1), mask_token).flatten(),
-        positions=positions.flatten().int(),
-        slots=slots.flatten().int(),
+        positions=positions.int(),
         query_start=starts.int(),
-        context_len=first.int(),
-        block_tables=tables,
-        block_size=block_size,
+        paging=_paging(staged, groups, scratch, anchored, run, positions, real),
         logits_index=slot[:0],
         row_start=[],
     )
+
+
+def _paging(
+    staged: Mapping[str, Tensor],
+    groups: Sequence[CacheGroup],
+    scratch: Sequence[int],
+    context: Tensor,
+    run: Tensor,
+    positions: Tensor,
+    real: Tensor,
+) -> tuple[Paging, ...]:
+    """Where the rows of `real` tokens [N], of runs `run` [N] with `context` [R] rows before them, are in each group."""
+
+    def of(index: int, size: int) -> Paging:
+        first, tables = staged[f"first{index}"][: len(context)], staged[f"tables{index}"][: len(context)]
+        place = torch.where(real, positions - first[run], 0)
+        block = tables[run, (place // size).clamp(max=tables.shape[1] - 1)].long()
+        slots = torch.where(real, block * size + place % size, scratch[index])
+        return Paging(slots.int(), (context - first).int(), tables)
+
+    return tuple(of(index, group.block_size) for index, group in enumerate(groups))
 
 
 def _owner(starts: Tensor, slot: Tensor) -> Tensor:

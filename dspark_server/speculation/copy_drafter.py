@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dspark_server.runtime.batch import Batch
-from dspark_server.runtime.kv import KVPool, LayerGroup
+from dspark_server.runtime.kv import KVPool
+from dspark_server.runtime.paging import CacheRows
 from dspark_server.speculation.copying import ALONE_WEIGHT, WIDTH, ContextIndex, CopyTables, Match
 from dspark_server.speculation.draft_block import DraftBlock, DraftRequest, Source
 from dspark_server.speculation.drafter import Drafter
@@ -35,9 +36,9 @@ class Copying:
         self._may_index = INDEXED_TOKENS  # tokens left to index in this step
 
     @property
-    def kv_group(self) -> LayerGroup | None:
+    def caches(self) -> list[CacheRows]:
         """The layers of `inner`."""
-        return self.inner.kv_group
+        return self.inner.caches
 
     def begin_step(self) -> None:
         """Allow INDEXED_TOKENS more tokens to be indexed."""

@@ -11,6 +11,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from dspark_server.runtime.paging import BlockTable
 from dspark_server.speculation.copying import CopyBias, Match
 from dspark_server.speculation.history import SurvivalHistory
 
@@ -26,7 +27,7 @@ class Source(Enum):
 class DraftRequest:
     """A block to draft: it continues run `run` of the pass after the anchor, its last token, at 0-based `position`.
 
-    The block table reaches gamma tokens past the anchor; at most `limit` draft tokens can be verified. `match`: an
+    The block tables reach gamma tokens past the anchor; at most `limit` draft tokens can be verified. `match`: an
     earlier occurrence of the last tokens, if there is one, which a row of Source.COPY needs; `copied` is the record of
     the request's earlier copies.
     """
@@ -34,7 +35,7 @@ class DraftRequest:
     run: int
     anchor: int
     position: int
-    block_table: list[int]
+    tables: Sequence[BlockTable]
     limit: int
     match: Match | None = None
     source: Source = Source.DRAFTER

@@ -9,7 +9,8 @@ from typing import Protocol
 from torch import Tensor
 
 from dspark_server.runtime.batch import Batch
-from dspark_server.runtime.kv import KVPool, LayerGroup
+from dspark_server.runtime.kv import KVPool
+from dspark_server.runtime.paging import CacheRows
 from dspark_server.speculation.draft_block import DraftBlock, DraftRequest
 from dspark_server.speculation.noise import Streams
 from dspark_server.speculation.sampling import SamplingBatch
@@ -24,8 +25,8 @@ class Drafter(Protocol):
     identity: str  # part of the prefix hash: the rows of one drafter are useless to another
 
     @property
-    def kv_group(self) -> LayerGroup | None:
-        """Its layers in the KV pool, group 1."""
+    def caches(self) -> list[CacheRows]:
+        """What each of its layers keeps; owner 1 of the KV pool."""
 
     def propose(
         self, requests: Sequence[DraftRequest], sampling: SamplingBatch, streams: Streams, pool: KVPool
@@ -45,9 +46,9 @@ class NoDrafter:
     identity = "none"
 
     @property
-    def kv_group(self) -> LayerGroup | None:
+    def caches(self) -> list[CacheRows]:
         """No layers."""
-        return None
+        return []
 
     def propose(
         self, requests: Sequence[DraftRequest], sampling: SamplingBatch, streams: Streams, pool: KVPool

@@ -16,12 +16,13 @@ from torch import Tensor
 
 from dspark_server.errors import CheckpointError
 from dspark_server.models.config import ModelConfig, parse_decoder, read_json
-from dspark_server.models.decoder import Decoder, DecoderLayer, LayerWeights
+from dspark_server.models.decoder import Decoder, DecoderLayer, LayerWeights, cache_rows
 from dspark_server.models.loading import WeightReader, open_checkpoint
 from dspark_server.models.rope import rotary_table
 from dspark_server.runtime.batch import Batch, Run
-from dspark_server.runtime.kv import KVPool, LayerGroup
+from dspark_server.runtime.kv import KVPool, LayerCache
 from dspark_server.runtime.linear import Linear
+from dspark_server.runtime.paging import CacheRows
 from dspark_server.speculation.calibration import Calibration
 from dspark_server.speculation.copying import CopyBias, CopyTables
 from dspark_server.speculation.draft_block import DraftBlock, DraftRequest
@@ -117,7 +118,7 @@ def _taps(fields: Mapping[str, Any], target_layers: int) -> tuple[int, ...]:
 
 
 class DSparkDrafter:
-    """Drafts blocks of gamma tokens. Its context K/V are layer group 1 of the pool, written by `observe`."""
+    """Drafts blocks of gamma tokens. Its context K/V are owner 1 of the pool, written by `observe`."""
 
     def __init__(
         self,
@@ -147,10 +148,10 @@ class DSparkDrafter:
         self._kernels = kernels
 
     @property
-    def kv_group(self) -> LayerGroup:
-        """Its layers in the KV pool."""
+    def caches(self) -> list[CacheRows]:
+        """What each of its layers keeps."""
         decoder = self.config.decoder
-        return LayerGroup(decoder.num_layers, decoder.num_kv_heads, decoder.head_dim)
+        return cache_rows(decoder, len(self._cos_sin) - self.gamma, decoder.num_kv_heads)
 
     @classmethod
     def load(
@@ -232,8 +233,8 @@ class DSparkDrafter:
     ) -> DraftBlock:
         """Backbone over [anchor, mask, ...] with attention over block and context, then the sequential head."""
         mask = [self.config.mask_token_id] * (self.gamma - 1)
-        runs = [Run([r.anchor, *mask], r.position, r.block_table, self.gamma) for r in requests]
-        hidden, base = self.backbone(Batch.of(runs, pool.block_size), pool)
+        runs = [Run([r.anchor, *mask], r.position, r.tables, self.gamma) for r in requests]
+        hidden, base = self.backbone(Batch.of(runs, pool.groups), pool)
         anchors = torch.tensor([r.anchor for r in requests])
         block = self.sampler.sample(hidden, base, anchors, sampling, streams, self.copies(requests, sampling))
         return replace(block, requests=requests)
@@ -251,8 +252,8 @@ class DSparkDrafter:
         """
         residual = self._embedding[batch.tokens]
         delta: Tensor | None = None
-        for layer, (keys, values) in zip(self._layers, pool.layers(1), strict=True):
-            delta = layer.forward(delta, residual, batch, keys, values, self._cos_sin, causal=False)
+        for layer, cache in zip(self._layers, pool.layers(1), strict=True):
+            delta = layer.forward(delta, residual, batch, cache, self._cos_sin, causal=False)
         assert delta is not None
         hidden = self._kernels.add_rms_norm(delta, residual, self._final_norm, self.config.decoder.rms_norm_eps)
         base = self._lm_head(hidden, out_float32=True)
@@ -290,18 +291,18 @@ class ContextProjection:
             digest.update(tensor.contiguous().view(torch.uint8).cpu().numpy().tobytes())
         self.digest = digest.hexdigest()
 
-    def write(self, taps: list[Tensor], batch: Batch, layers: list[tuple[Tensor, Tensor]]) -> None:
-        """Rows at batch.slots of each draft layer, rotated at the tokens' own positions. taps: m times [N, D]."""
+    def write(self, taps: list[Tensor], batch: Batch, caches: Sequence[LayerCache]) -> None:
+        """Write each token's rows in each draft layer, rotated at its own position. taps: m times [N, D]."""
         eps = self._decoder.rms_norm_eps
         features = self._features(torch.cat(taps, dim=-1))
         key_values = self._key_values(self._kernels.rms_norm(features, self._norm, eps))
         width = 2 * self._decoder.num_kv_heads * self._decoder.head_dim
-        for index, (keys, values) in enumerate(layers):
+        for index, (keys, values, group) in enumerate(caches):
             self._kernels.rotary_kv_write(
                 key_values[:, index * width : (index + 1) * width],
                 batch.positions,
                 self._cos_sin,
-                batch.slots,
+                batch.paging[group].slots,
                 keys,
                 values,
                 num_q_heads=0,

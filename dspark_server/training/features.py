@@ -12,6 +12,7 @@ from torch import Tensor
 from dspark_server.models.decoder import Decoder
 from dspark_server.runtime.batch import Batch, Run
 from dspark_server.runtime.kv import KVPool
+from dspark_server.runtime.paging import CacheLayout, tables_for
 from dspark_server.training.corpus import Corpus
 
 BLOCK = 16
@@ -28,9 +29,11 @@ class TargetFeatures:
         self._taps = taps
         self._corpus = corpus
         self._width = (len(taps) + 1) * target.config.hidden_size
-        blocks = -(-int(np.diff(corpus.start).max()) // BLOCK)
-        self._pool = KVPool(blocks, BLOCK, [target.kv_group], torch.bfloat16)
-        self._tables = list(range(blocks))
+        longest = int(np.diff(corpus.start).max())
+        layout = CacheLayout.of([target.caches], BLOCK, torch.bfloat16.itemsize)
+        blocks = sum(group.blocks_between(0, longest) for group in layout.groups)
+        self._pool = KVPool(blocks, layout, torch.bfloat16)
+        self._tables = tables_for(layout.groups, iter(range(blocks)), 0, longest)
         kept = int(np.searchsorted(corpus.start, cache_gib * 2**30 / (2 * self._width), side="right")) - 1
         self._cached = max(0, min(kept, corpus.size)) if directory else 0
         if directory and self._cached:
@@ -70,7 +73,7 @@ class TargetFeatures:
         return torch.cat([self._target.logits(rows).logsumexp(-1) for rows in hidden.split(SLICE)])
 
     def _compute(self, tokens: list[int]) -> Tensor:
-        batch = Batch.of([Run(tokens, 0, self._tables, len(tokens))], BLOCK)
+        batch = Batch.of([Run(tokens, 0, self._tables, len(tokens))], self._pool.groups)
         hidden, taps = self._target.forward(batch, self._pool.layers(0), self._taps)
         return torch.cat([*taps, hidden], dim=1)
 

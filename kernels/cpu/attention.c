@@ -24,7 +24,9 @@ typedef struct {
   void *out;
   const int32_t *query_start, *context_len, *block_tables;
   const long *tile_start;  // [runs + 1] query tiles before each run
-  long runs, table_width, block_size, q_heads, kv_heads, head_dim, tile_queries, task_heads;
+  long runs, table_width, block_size;
+  long block_stride;  // bytes from one block of keys or values to the next
+  long q_heads, kv_heads, head_dim, tile_queries, task_heads;
   long window;  // 0: none
   float scale;
   int causal, dtype, threads;
@@ -96,7 +98,7 @@ static void locate_keys(const Attention *attention, long run, long head, long po
   long row = attention->head_dim * element_size(attention->dtype), token = attention->kv_heads * row;
   long block = position / attention->block_size, within = position % attention->block_size, i = 0;
   while (i < count) {
-    long offset = (table[block++] * attention->block_size + within) * token + head * row;
+    long offset = table[block++] * attention->block_stride + within * token + head * row;
     for (; within < attention->block_size && i < count; within++, offset += token) offsets[i++] = offset;
     within = 0;
   }
@@ -269,11 +271,11 @@ static void attend(void *context) {
   }
 }
 
-// Shapes as in interface.py; window 0 means none. Groups of query heads follow their key/value head.
+// Shapes as in interface.py; block_stride is in elements; window 0 means none. Groups of query heads follow their key/value head.
 EXPORT void dspark_paged_attention(const void *queries, long stride, const void *keys, const void *values, void *out,
                                    const int32_t *query_start, const int32_t *context_len,
                                    const int32_t *block_tables, long runs, long table_width, long block_size,
-                                   long q_heads, long kv_heads, long head_dim, float scale, int causal, long window,
+                                   long block_stride, long q_heads, long kv_heads, long head_dim, float scale, int causal, long window,
                                    int dtype, int threads) {
   long group = q_heads / kv_heads, tile_queries = larger(1, TASK_ROWS / group);
   long *tile_start = malloc((runs + 1) * sizeof(long)), work = 0;
@@ -290,7 +292,7 @@ EXPORT void dspark_paged_attention(const void *queries, long stride, const void 
   const long worth_a_thread = 65536;  // multiplications of scores; waking the pool costs a few microseconds
   threads = (int)larger(1, smaller(threads, work / worth_a_thread));
   Attention attention = {tasks,       queries,      stride,     keys,   values,      out,        query_start,
-                         context_len, block_tables, tile_start, runs,   table_width, block_size, q_heads,
+                         context_len, block_tables, tile_start, runs,   table_width, block_size, block_stride * element_size(dtype), q_heads,
                          kv_heads,    head_dim,     tile_queries, task_heads, window, scale,     causal,
                          dtype,       threads};
   run_parallel(attend, &attention, threads);

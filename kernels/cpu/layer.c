@@ -19,12 +19,12 @@ void dspark_rms_norm(const void *x, void *residual, const void *weight, void *ou
 void dspark_linear(const uint16_t *x, const uint16_t *weight, const float *bias, void *out, long rows, long x_stride,
                    long in_features, long out_features, int out_dtype, int threads);
 void dspark_rotary_kv_write(void *qkv, long stride, const int32_t *positions, const float *cos_sin,
-                            const int32_t *slots, void *keys, void *values, long tokens, long q_heads, long kv_heads,
-                            long head_dim, const void *q_norm, const void *k_norm, float eps, int dtype, int threads);
+                            const int32_t *slots, void *keys, void *values, long block_size, long block_stride,
+                            long tokens, long q_heads, long kv_heads, long head_dim, const void *q_norm, const void *k_norm, float eps, int dtype, int threads);
 void dspark_paged_attention(const void *queries, long stride, const void *keys, const void *values, void *out,
                             const int32_t *query_start, const int32_t *context_len, const int32_t *block_tables,
-                            long runs, long table_width, long block_size, long q_heads, long kv_heads, long head_dim,
-                            float scale, int causal, long window, int dtype, int threads);
+                            long runs, long table_width, long block_size, long block_stride, long q_heads,
+                            long kv_heads, long head_dim, float scale, int causal, long window, int dtype, int threads);
 void dspark_gated_linear(const uint16_t *x, const uint16_t *weight, const float *bias, uint16_t *out, long rows,
                          long x_stride, long in_features, long features, int threads);
 
@@ -47,6 +47,7 @@ typedef struct {
   const int32_t *positions, *slots;
   const float *cos_sin;
   void *keys, *values;
+  long block_size, block_stride;
   long tokens;
   int first;
 } Pass;
@@ -65,7 +66,7 @@ static void project(const Pass *pass, long start, long count, int threads) {
                   hidden, hidden, layer->eps, BFLOAT16, threads);
   dspark_linear(x, layer->qkv, layer->qkv_bias, wide, count, hidden, hidden, width, BFLOAT16, threads);
   dspark_rotary_kv_write(wide, width, pass->positions + start, pass->cos_sin, pass->slots + start, pass->keys,
-                         pass->values, count, layer->q_heads, layer->kv_heads, layer->head_dim, layer->q_norm,
+                         pass->values, pass->block_size, pass->block_stride, count, layer->q_heads, layer->kv_heads, layer->head_dim, layer->q_norm,
                          layer->k_norm, layer->eps, BFLOAT16, threads);
 }
 
@@ -114,12 +115,13 @@ EXPORT void dspark_decoder_layer(const Layer *layer, uint16_t *delta, int first,
                                  const int32_t *positions, const float *cos_sin, const int32_t *slots, void *keys,
                                  void *values, const int32_t *query_start, const int32_t *context_len,
                                  const int32_t *block_tables, long tokens, long runs, long table_width,
-                                 long block_size, int causal, uint16_t *scratch, int threads) {
+                                 long block_size, long block_stride, int causal, uint16_t *scratch, int threads) {
   uint16_t *wide = scratch + tokens * larger(layer->hidden, queries_of(layer));
-  Pass pass = {{0}, layer, delta, residual, scratch, wide, positions, slots, cos_sin, keys, values, tokens, first};
+  Pass pass = {{0}, layer, delta, residual, scratch, wide, positions, slots, cos_sin, keys, values, block_size,
+               block_stride, tokens, first};
   run_stage(&pass, project, project_slices, threads);
   dspark_paged_attention(wide, qkv_of(layer), keys, values, pass.x, query_start, context_len, block_tables, runs,
-                         table_width, block_size, layer->q_heads, layer->kv_heads, layer->head_dim, layer->scale,
+                         table_width, block_size, block_stride, layer->q_heads, layer->kv_heads, layer->head_dim, layer->scale,
                          causal, layer->window, BFLOAT16, threads);
   run_stage(&pass, transform, transform_slices, threads);
 }

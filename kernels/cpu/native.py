@@ -22,9 +22,9 @@ _BLOCK = 32  # output features are packed in blocks of this many, as in gemm.c
 
 _SIGNATURES = {
     "dspark_rms_norm": [c_void_p] * 4 + [c_long] * 4 + [c_float, c_int, c_int],
-    "dspark_rotary_kv_write": [c_void_p, c_long] + [c_void_p] * 5 + [c_long] * 4 + [c_void_p] * 2
+    "dspark_rotary_kv_write": [c_void_p, c_long] + [c_void_p] * 5 + [c_long] * 6 + [c_void_p] * 2
     + [c_float, c_int, c_int],
-    "dspark_paged_attention": [c_void_p, c_long] + [c_void_p] * 6 + [c_long] * 6
+    "dspark_paged_attention": [c_void_p, c_long] + [c_void_p] * 6 + [c_long] * 7
     + [c_float, c_int, c_long, c_int, c_int],
     "dspark_silu_mul": [c_void_p] * 2 + [c_long] * 3 + [c_int, c_int],
     "dspark_argmax": [c_void_p] * 2 + [c_long] * 3 + [c_int, c_int],
@@ -34,7 +34,7 @@ _SIGNATURES = {
     "dspark_accept_by_ratio": [c_void_p] * 13 + [c_long] * 8 + [c_int],
     "dspark_filter_logits": [c_void_p] * 7 + [c_long] * 2 + [c_int],
     "dspark_pack_linear": [c_void_p] * 2 + [c_long] * 2 + [c_int],
-    "dspark_decoder_layer": [c_void_p] * 2 + [c_int] + [c_void_p] * 9 + [c_long] * 4 + [c_int, c_void_p, c_int],
+    "dspark_decoder_layer": [c_void_p] * 2 + [c_int] + [c_void_p] * 9 + [c_long] * 5 + [c_int, c_void_p, c_int],
 }  # fmt: skip
 
 
@@ -101,7 +101,6 @@ class NativeLayer:
         query_start: Tensor,
         context_len: Tensor,
         block_tables: Tensor,
-        block_size: int,
         causal: bool,
     ) -> Tensor:
         tokens = residual.shape[0]
@@ -111,7 +110,7 @@ class NativeLayer:
         self._call(
             self._address, out.data_ptr(), delta is None, residual.data_ptr(), positions.data_ptr(),
             cos_sin.data_ptr(), slots.data_ptr(), keys.data_ptr(), values.data_ptr(), query_start.data_ptr(),
-            context_len.data_ptr(), block_tables.data_ptr(), tokens, runs, width, block_size, causal,
+            context_len.data_ptr(), block_tables.data_ptr(), tokens, runs, width, keys.shape[1], keys.stride(0), causal,
             scratch.data_ptr(), self._kernels.count(),
         )  # fmt: skip
         return out
@@ -182,11 +181,11 @@ class NativeKernels:
         k_norm: Tensor | None = None,
         eps: float = 1e-6,
     ) -> None:
-        _, kv_heads, head_dim = keys.shape
+        _, block_size, kv_heads, head_dim = keys.shape
         self._rotary_kv_write(
             qkv.data_ptr(), qkv.stride(0), positions.data_ptr(), cos_sin.data_ptr(), slots.data_ptr(),
-            keys.data_ptr(), values.data_ptr(), qkv.shape[0], num_q_heads, kv_heads, head_dim,
-            None if q_norm is None else q_norm.data_ptr(), None if k_norm is None else k_norm.data_ptr(),
+            keys.data_ptr(), values.data_ptr(), block_size, keys.stride(0), qkv.shape[0], num_q_heads, kv_heads,
+            head_dim, None if q_norm is None else q_norm.data_ptr(), None if k_norm is None else k_norm.data_ptr(),
             eps, _CODES[qkv.dtype], self.count(),
         )  # fmt: skip
 
@@ -199,7 +198,6 @@ class NativeKernels:
         query_start: Tensor,
         context_len: Tensor,
         block_tables: Tensor,
-        block_size: int,
         scale: float,
         causal: bool = True,
         window: int | None = None,
@@ -207,17 +205,16 @@ class NativeKernels:
     ) -> Tensor:
         if softcap is not None:  # no served model caps its scores, so this need not be fast
             return ReferenceKernels().paged_attention(
-                qkv, num_q_heads, keys, values, query_start, context_len, block_tables, block_size, scale, causal,
-                window, softcap,
+                qkv, num_q_heads, keys, values, query_start, context_len, block_tables, scale, causal, window, softcap,
             )  # fmt: skip
-        _, kv_heads, head_dim = keys.shape
+        _, block_size, kv_heads, head_dim = keys.shape
         runs, width = block_tables.shape
         dtype = qkv.dtype
         out = empty((qkv.shape[0], num_q_heads * head_dim), dtype=dtype)
         self._paged_attention(
             qkv.data_ptr(), qkv.stride(0), keys.data_ptr(), values.data_ptr(), out.data_ptr(),
             query_start.data_ptr(), context_len.data_ptr(), block_tables.data_ptr(), runs, width, block_size,
-            num_q_heads, kv_heads, head_dim, scale, causal, window or 0, _CODES[dtype], self.count(),
+            keys.stride(0), num_q_heads, kv_heads, head_dim, scale, causal, window or 0, _CODES[dtype], self.count(),
         )  # fmt: skip
         return out
 

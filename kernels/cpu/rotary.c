@@ -10,6 +10,7 @@ typedef struct {
   const int32_t *positions, *slots;
   const float *cos_sin;
   void *keys, *values;
+  long block_size, block_stride;  // tokens of a block; elements from one block to the next
   long q_heads, kv_heads, head_dim;
   const void *q_norm, *k_norm;  // null: no norm
   float eps;
@@ -59,23 +60,24 @@ static void rotate_tokens(void *context) {
         void *q = mutable_element(row, dtype, h * head_dim);
         rotate_head(rotary, q, q, cos, head, q_norm);
       }
-      long slot = rotary->slots[i] * kv_heads * head_dim;
+      long block = rotary->slots[i] / rotary->block_size, within = rotary->slots[i] % rotary->block_size;
+      long at = block * rotary->block_stride + within * kv_heads * head_dim;
       for (long h = 0; h < kv_heads; h++) {
         const void *k = element(row, dtype, (q_heads + h) * head_dim);
-        rotate_head(rotary, mutable_element(rotary->keys, dtype, slot + h * head_dim), k, cos, head, k_norm);
+        rotate_head(rotary, mutable_element(rotary->keys, dtype, at + h * head_dim), k, cos, head, k_norm);
       }
-      memcpy(mutable_element(rotary->values, dtype, slot), element(row, dtype, (q_heads + kv_heads) * head_dim),
+      memcpy(mutable_element(rotary->values, dtype, at), element(row, dtype, (q_heads + kv_heads) * head_dim),
              kv_heads * head_dim * element_size(dtype));
     }
   }
 }
 
 EXPORT void dspark_rotary_kv_write(void *qkv, long stride, const int32_t *positions, const float *cos_sin,
-                                   const int32_t *slots, void *keys, void *values, long tokens, long q_heads,
-                                   long kv_heads, long head_dim, const void *q_norm, const void *k_norm, float eps,
+                                   const int32_t *slots, void *keys, void *values, long block_size,
+                                   long block_stride, long tokens, long q_heads, long kv_heads, long head_dim, const void *q_norm, const void *k_norm, float eps,
                                    int dtype, int threads) {
   Tasks tasks = tasks_of_rows(tokens, (q_heads + 2 * kv_heads) * head_dim, &threads);
-  Rotary rotary = {tasks,   qkv,      stride,   positions, slots,  cos_sin, keys, values,
+  Rotary rotary = {tasks,   qkv,      stride,   positions, slots,  cos_sin, keys, values, block_size, block_stride,
                    q_heads, kv_heads, head_dim, q_norm,    k_norm, eps,     dtype};
   run_parallel(rotate_tokens, &rotary, threads);
 }

@@ -73,7 +73,7 @@ def _run_of(query_start, tile, runs, TILE: tl.constexpr):
 @triton.jit(do_not_specialize=["runs", "tokens", "table_stride"])
 def attend(
     queries, keys, values, out, peaks, masses, query_start, context_len, block_tables, scale, softcap, runs,
-    tokens, query_stride, table_stride,
+    tokens, query_stride, table_stride, block_stride,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SPLITS: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
@@ -136,8 +136,7 @@ def attend(
         column = start + tl.arange(0, KEYS)
         inside = column < end
         block = tl.load(table + column // BLOCK_SIZE, mask=inside, other=0)
-        slot = block.to(tl.int64) * BLOCK_SIZE + column % BLOCK_SIZE
-        at = (slot * KV_HEADS + head) * HEAD_DIM
+        at = block.to(tl.int64) * block_stride + (column % BLOCK_SIZE * KV_HEADS + head) * HEAD_DIM
         key = tl.load(
             keys + at[None, :] + depth[:, None], mask=inside[None, :] & (depth < HEAD_DIM)[:, None], other=0.0
         )
@@ -214,7 +213,6 @@ def launches(
     query_start: Tensor,
     context_len: Tensor,
     block_tables: Tensor,
-    block_size: int,
     scale: float,
     causal: bool,
     window: int | None,
@@ -223,7 +221,7 @@ def launches(
     gpu: Gpu,
 ) -> Iterator[Launch]:
     """The one or two launches of `Kernels.paged_attention` into `out` [N, Hq * d]; nothing is read from the device."""
-    tokens, (_, kv_heads, head_dim), (runs, width) = qkv.shape[0], keys.shape, block_tables.shape
+    tokens, (_, block_size, kv_heads, head_dim), (runs, width) = qkv.shape[0], keys.shape, block_tables.shape
     group = num_q_heads // kv_heads
     tile = tiles(-(-tokens // max(runs, 1)), group, head_dim, qkv.dtype, gpu.capability)
     grid = tokens // (tile.rows // group) + runs
@@ -242,7 +240,7 @@ def launches(
             queries=qkv, keys=for_launch(keys), values=for_launch(values), out=into, peaks=peaks, masses=masses,
             query_start=query_start, context_len=context_len, block_tables=block_tables, scale=float(scale),
             softcap=float(softcap or 0.0), runs=runs, tokens=tokens, query_stride=qkv.stride(0),
-            table_stride=block_tables.stride(0),
+            table_stride=block_tables.stride(0), block_stride=keys.stride(0),
         ),
         tile.warps,
         tile.stages,

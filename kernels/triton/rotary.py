@@ -43,9 +43,9 @@ def _rotate(low, high, table, norm, half, eps, HEAD_DIM: tl.constexpr):
 
 @triton.jit
 def rotary_kv_write(
-    qkv, positions, cos_sin, slots, keys, values, q_norm, k_norm, qkv_stride, eps,
-    Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
-    BITS: tl.constexpr,
+    qkv, positions, cos_sin, slots, keys, values, q_norm, k_norm, qkv_stride, block_stride, eps,
+    BLOCK_SIZE: tl.constexpr, Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    HEADS: tl.constexpr, HALF: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
     """Grid (N, ceil(Q_HEADS / HEADS) + ceil(KV_HEADS / HEADS)), q's parts first. A negative slot is not written.
 
@@ -66,13 +66,14 @@ def rotary_kv_write(
         _store_halves(row, head, half, inside, low, high, HEAD_DIM, False)
     else:
         slot = tl.load(slots + token).to(tl.int64)
+        at = slot // BLOCK_SIZE * block_stride + slot % BLOCK_SIZE * (KV_HEADS * HEAD_DIM)
         head = (part - Q_PARTS) * HEADS + tl.arange(0, HEADS)
         inside = (head < tl.where(slot >= 0, KV_HEADS, 0))[:, None] & there
         low, high = _load_halves(row + Q_HEADS * HEAD_DIM, head, half, inside, HEAD_DIM)
         low, high = _rotate(low, high, table, k_norm, half, eps, HEAD_DIM)
-        _store_halves(keys + slot * (KV_HEADS * HEAD_DIM), head, half, inside, low, high, HEAD_DIM, BITS)
+        _store_halves(keys + at, head, half, inside, low, high, HEAD_DIM, BITS)
         low, high = _load_halves(row + (Q_HEADS + KV_HEADS) * HEAD_DIM, head, half, inside, HEAD_DIM)
-        _store_halves(values + slot * (KV_HEADS * HEAD_DIM), head, half, inside, low, high, HEAD_DIM, BITS)
+        _store_halves(values + at, head, half, inside, low, high, HEAD_DIM, BITS)
 
 
 def launch(
@@ -88,18 +89,19 @@ def launch(
     eps: float,
 ) -> Launch:
     """`Kernels.rotary_kv_write`."""
-    _, kv_heads, head_dim = keys.shape
+    _, block_size, kv_heads, head_dim = keys.shape
     heads = min(HEADS, power_of_two(kv_heads))
     return Launch(
         rotary_kv_write,
         (qkv.shape[0], -(-num_q_heads // heads) + -(-kv_heads // heads)),
         dict(
             qkv=qkv, positions=positions, cos_sin=cos_sin, slots=slots, keys=for_launch(keys),
-            values=for_launch(values), q_norm=q_norm, k_norm=k_norm, qkv_stride=qkv.stride(0), eps=float(eps),
+            values=for_launch(values), q_norm=q_norm, k_norm=k_norm, qkv_stride=qkv.stride(0),
+            block_stride=keys.stride(0), eps=float(eps),
         ),
         heads,
         constants=dict(
-            Q_HEADS=num_q_heads, KV_HEADS=kv_heads, HEAD_DIM=head_dim, HEADS=heads, HALF=power_of_two(head_dim // 2),
-            BITS=by_hand(keys),
+            BLOCK_SIZE=block_size, Q_HEADS=num_q_heads, KV_HEADS=kv_heads, HEAD_DIM=head_dim, HEADS=heads,
+            HALF=power_of_two(head_dim // 2), BITS=by_hand(keys),
         ),
     )  # fmt: skip

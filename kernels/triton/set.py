@@ -75,15 +75,14 @@ class TritonKernels:
         query_start: Tensor,
         context_len: Tensor,
         block_tables: Tensor,
-        block_size: int,
         scale: float,
         causal: bool = True,
         window: int | None = None,
         softcap: float | None = None,
     ) -> Tensor:
-        out = empty(qkv.shape[0], num_q_heads * keys.shape[2], dtype=qkv.dtype, device=qkv.device)
+        out = empty(qkv.shape[0], num_q_heads * keys.shape[3], dtype=qkv.dtype, device=qkv.device)
         for launch in attention.launches(
-            qkv, num_q_heads, keys, values, query_start, context_len, block_tables, block_size, scale, causal, window,
+            qkv, num_q_heads, keys, values, query_start, context_len, block_tables, scale, causal, window,
             softcap, out, self._gpu,
         ):  # fmt: skip
             launch.run()

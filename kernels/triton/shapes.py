@@ -110,11 +110,11 @@ def attention_cases(model: Model, gpu: Gpu, cache: torch.dtype) -> Iterator[Case
         tokens, width = runs * queries, -(-(context + queries) // BLOCK_SIZE)
         heads = model.q_heads + 2 * model.kv_heads
         qkv = _empty(model.dtype, tokens, heads * model.head_dim)
-        keys, values = _on_meta(cache, *[(4096, model.kv_heads, model.head_dim)] * 2)
+        keys, values = _on_meta(cache, *[(4096 // BLOCK_SIZE, BLOCK_SIZE, model.kv_heads, model.head_dim)] * 2)
         starts, lengths = _empty(torch.int32, runs + 1), _empty(torch.int32, runs)
         out = _empty(model.dtype, tokens, model.q_heads * model.head_dim)
         for launch in attention.launches(
-            qkv, model.q_heads, keys, values, starts, lengths, _empty(torch.int32, runs, width), BLOCK_SIZE,
+            qkv, model.q_heads, keys, values, starts, lengths, _empty(torch.int32, runs, width),
             model.head_dim**-0.5, causal, model.window, model.softcap, out, gpu,
         ):  # fmt: skip
             chosen = launch.constants
@@ -136,7 +136,7 @@ def _norm(model: Model, rows: int, residual: bool) -> tuple[Tensor, Tensor | Non
 
 def _rotary(model: Model, rows: int, cache: torch.dtype) -> Launch:
     qkv = _empty(model.dtype, rows, (model.q_heads + 2 * model.kv_heads) * model.head_dim)
-    keys, values = _on_meta(cache, *[(4096, model.kv_heads, model.head_dim)] * 2)
+    keys, values = _on_meta(cache, *[(4096 // BLOCK_SIZE, BLOCK_SIZE, model.kv_heads, model.head_dim)] * 2)
     norm = _empty(model.dtype, model.head_dim) if model.qk_norm else None
     table, index = _empty(torch.float32, 4096, model.head_dim), _empty(torch.int32, rows)
     return rotary.launch(qkv, index, table, index, keys, values, model.q_heads, norm, norm, 1e-6)

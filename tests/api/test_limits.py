@@ -15,6 +15,7 @@ from dspark_server.engine.request import FinishReason, Request, SamplingParams
 from dspark_server.engine.stats import EngineStats
 from dspark_server.engine.thread import TokenEvent
 from dspark_server.errors import CapacityError, DeadlineError, LimitError
+from dspark_server.runtime.paging import CacheGroup
 
 from .conftest import tiny_engine
 from .support import Running, start
@@ -111,7 +112,7 @@ def request(tenant: str, *, priority: int = 0) -> Request:
 
 
 def queue(*arrivals: Request) -> Batcher:
-    made = Batcher(BlockPool(64, 4), EngineStats(), max_num_seqs=2, max_num_batched_tokens=32, gamma=3)
+    made = Batcher(BlockPool(64, [CacheGroup(4)]), EngineStats(), max_num_seqs=2, max_num_batched_tokens=32, gamma=3)
     for each in arrivals:
         made.add(each)
     return made

@@ -10,6 +10,7 @@ import torch
 from dspark_server.engine.parallel import decode_runs, encode_runs
 from dspark_server.engine.request import SamplingParams
 from dspark_server.runtime.batch import Run
+from dspark_server.runtime.paging import BlockTable
 from dspark_server.speculation.noise import CounterStreams
 
 from ..engine.support import greedy, prompts, still
@@ -72,7 +73,7 @@ def test_architectures(two: Together, variant: str, tmp_path: Path) -> None:
 
 
 def test_runs_travel_as_plain_data() -> None:
-    runs = [Run([5, 7], 12, [3, 1, 2], 2), Run([9], 0, [0], 0)]
+    runs = [Run([5, 7], 12, [BlockTable(0, [3, 1]), BlockTable(4, [2])], 2), Run([9], 0, [BlockTable(0, [0])], 0)]
     assert decode_runs(encode_runs(runs)) == runs
     assert encode_runs(runs).startswith(b"[[[5,7]")
 
@@ -81,8 +82,8 @@ def test_runs_travel_as_plain_data() -> None:
 def test_messages_of_any_length_arrive(two: Together, length: int) -> None:
     """A pass of long block tables is longer than one frame: the other rank would hang or fail to read it."""
     with two.core(tiny_config(drafter=False)) as core:
-        runs = [Run([5, 9], 0, [1] * length, 2)]
+        runs = [Run([5, 9], 0, [BlockTable(0, [1] * length)], 2)]
         executor = core.loop.executor
         logits, _ = executor.cycle(runs, CounterStreams(), still).verify(None)
-        again, _ = executor.cycle([Run([5, 9], 0, [1, 0], 2)], CounterStreams(), still).verify(None)
+        again, _ = executor.cycle([Run([5, 9], 0, [BlockTable(0, [1, 0])], 2)], CounterStreams(), still).verify(None)
         assert torch.equal(logits, again)

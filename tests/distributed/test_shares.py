@@ -55,7 +55,7 @@ def test_ranks_hold_shares_and_no_more(tmp_path: Path) -> None:
     whole = Decoder.load(tmp_path, torch.float32, load("reference"))
     shares = [Decoder.load(tmp_path, torch.float32, load("reference"), group=Share(rank, 2)) for rank in range(2)]
     for share in shares:
-        assert share.kv_group.kv_heads * 2 == whole.kv_group.kv_heads
+        assert [each.heads * 2 for each in share.caches] == [each.heads for each in whole.caches]
         for mine, all_of_it in zip(share.layers[0].products, whole.layers[0].products, strict=True):
             assert mine.in_features * mine.out_features * 2 == all_of_it.in_features * all_of_it.out_features
     hidden = torch.randn(3, 64)

@@ -180,7 +180,7 @@ def test_blocks_of_an_aborted_request_are_free_before_the_next_step() -> None:
         steps = engine.stats.steps
         engine.abort(victim.handle)
         request = victim.handle.request
-        while request.blocks:
+        while request.tables:
             await asyncio.sleep(0)
         # The step under way when the message was sent may end first.
         assert engine.stats.steps <= steps + 2

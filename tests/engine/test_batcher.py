@@ -8,10 +8,13 @@ from dspark_server.engine.queue import LAST_PRIORITY
 from dspark_server.engine.request import Request, SamplingParams
 from dspark_server.engine.stats import EngineStats
 from dspark_server.errors import RequestError
+from dspark_server.runtime.paging import CacheGroup
 
 
 def batcher(blocks: int = 16, *, seqs: int = 4, tokens: int = 32, gamma: int = 3) -> Batcher:
-    return Batcher(BlockPool(blocks, 4), EngineStats(), max_num_seqs=seqs, max_num_batched_tokens=tokens, gamma=gamma)
+    return Batcher(
+        BlockPool(blocks, [CacheGroup(4)]), EngineStats(), max_num_seqs=seqs, max_num_batched_tokens=tokens, gamma=gamma
+    )
 
 
 def request(length: int, *, first: int = 0, max_tokens: int = 8, priority: int = 0, tenant: str = "") -> Request:
@@ -198,7 +201,7 @@ def test_choices_for_one_prompt_share_its_blocks() -> None:
     run(batch)
     assert batch.running == [leader, *followers]
     assert {made.cached_tokens for made in followers} == {16}
-    assert leader.blocks[:4] == followers[0].blocks[:4] == followers[1].blocks[:4]
+    assert leader.tables[0].blocks[:4] == followers[0].tables[0].blocks[:4] == followers[1].tables[0].blocks[:4]
 
     orphan, gone = request(18, first=500), request(18, first=500)
     orphan.leader = gone

@@ -62,7 +62,7 @@ def test_whole_chunks_are_published_at_once() -> None:
 
 
 def test_leading_rows() -> None:
-    hidden, runs = torch.zeros(9, 3), [Run([5] * length, 0, [], 1) for length in (4, 2, 2)]
+    hidden, runs = torch.zeros(9, 3), [Run([5] * length, 0, (), 1) for length in (4, 2, 2)]
     assert leading(are_finite(hidden), runs) == [4, 2, 2]
     hidden[2, 1], hidden[6, 0], hidden[8] = torch.nan, torch.inf, torch.nan  # the last is padding
     assert leading(are_finite(hidden), runs) == [2, 2, 0]

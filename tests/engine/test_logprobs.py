@@ -10,6 +10,7 @@ from dspark_server.engine.logprobs import TokenLogprob, token_logprobs
 from dspark_server.engine.request import Request, SamplingParams
 from dspark_server.runtime.batch import Batch, Run
 from dspark_server.runtime.kv import KVPool
+from dspark_server.runtime.paging import BlockTable, CacheLayout
 from tests.engine.support import prompts, tiny_core
 
 
@@ -35,8 +36,9 @@ def run(
 def laws(core: EngineCore, tokens: list[int]) -> torch.Tensor:
     """What the target alone says of each next token: log-probabilities [n, V] from one pass over everything."""
     target = core.loop.executor.target  # type: ignore[attr-defined]
-    pool = KVPool(64, 16, [target.kv_group], target.embedding.dtype)
-    batch = Batch.of([Run(tokens, 0, list(range(64)), len(tokens))], 16)
+    dtype = target.embedding.dtype
+    pool = KVPool(64, CacheLayout.of([target.caches], 16, dtype.itemsize), dtype)
+    batch = Batch.of([Run(tokens, 0, [BlockTable(0, list(range(64)))], len(tokens))], pool.groups)
     return target.logits(target.forward(batch, pool.layers(0), ())[0]).log_softmax(-1)
 
 

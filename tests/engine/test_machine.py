@@ -23,12 +23,15 @@ from dspark_server.engine.stats import EngineStats
 from dspark_server.engine.step import StepLoop
 from dspark_server.errors import RequestError
 from dspark_server.runtime.batch import Run
+from dspark_server.runtime.paging import BlockTable, CacheGroup
 from dspark_server.speculation.acceptance import Accepted, accept
 from dspark_server.speculation.draft_block import DraftBlock, DraftRequest
 from dspark_server.speculation.noise import CounterStreams
 from dspark_server.speculation.selection import build_selection
 
-SIZE, BLOCKS, GAMMA, VOCABULARY, END = 2, 14, 3, 8, 0
+BLOCKS, GAMMA, VOCABULARY, END = 14, 3, 8, 0
+ONE = (CacheGroup(2),)
+WINDOWED = CacheGroup(4), CacheGroup(2, reach=3)  # a segment is two blocks of the second group
 
 
 def hashed(tokens: tuple[int | None, ...], kind: str = "") -> int:
@@ -50,22 +53,36 @@ def reference(prompt: list[int], max_tokens: int) -> list[int]:
 
 
 class HashingExecutor:
-    """Rows of the KV pool are the tokens written there; nothing else is known to it."""
+    """Rows of the KV pool are the tokens written there, by group; nothing else is known to it."""
 
     gamma = block = GAMMA
 
-    def __init__(self) -> None:
-        self.rows: list[int | None] = [None] * (BLOCKS * SIZE)
+    def __init__(self, groups: Sequence[CacheGroup]) -> None:
+        self.groups = groups
+        self.rows: dict[tuple[int, int], tuple[int, int]] = {}  # by block and offset: the group that wrote, the token
 
-    def _slot(self, table: list[int], position: int) -> int:
-        return table[position // SIZE] * SIZE + position % SIZE
+    def _slot(self, group: int, table: BlockTable, position: int) -> tuple[int, int]:
+        size = self.groups[group].block_size
+        assert position >= table.first, "a row behind the window is used"
+        return table.blocks[(position - table.first) // size], (position - table.first) % size
 
     def write(self, run: Run) -> None:
-        for index, token in enumerate(run.tokens):
-            self.rows[self._slot(run.block_table, run.context_len + index)] = token
+        for group, table in enumerate(run.tables):
+            for index, token in enumerate(run.tokens):
+                self.rows[self._slot(group, table, run.context_len + index)] = group, token
 
-    def read(self, table: list[int], length: int) -> tuple[int | None, ...]:
-        return tuple(self.rows[self._slot(table, position)] for position in range(length))
+    def read(self, tables: Sequence[BlockTable], length: int) -> tuple[int | None, ...]:
+        """The tokens as the last of them sees them: where a group within reach has another one, it sees none."""
+        seen: list[int | None] = []
+        for position in range(length):
+            found = {
+                self.rows.get(self._slot(number, table, position)) == (number, token)
+                for number, (group, table) in enumerate(zip(self.groups, tables, strict=True))
+                if group.reach is None or position > length - 1 - group.reach
+                for token in [self.rows.get(self._slot(0, tables[0], position), (0, None))[1]]
+            }
+            seen.append(None if False in found else self.rows[self._slot(0, tables[0], position)][1])
+        return tuple(seen)
 
     def cycle(self, runs: list[Run], streams: Any, clock: Any) -> "HashingCycle":
         return HashingCycle(self, runs)
@@ -82,7 +99,7 @@ class HashingCycle:
         """Right for a while, then wrong; both, and how much of it is usable, by the context's hash."""
         blocks, usable = [], []
         for request in requests:
-            known = (*self.executor.read(request.block_table, request.position), request.anchor)
+            known = (*self.executor.read(request.tables, request.position), request.anchor)
             right, block = hashed(known, "right") % (GAMMA + 1), list[int]()
             for index in range(GAMMA):
                 token = next_token((*known, *block))
@@ -99,7 +116,7 @@ class HashingCycle:
         for run in self.runs:
             end = run.context_len + len(run.tokens)
             for length in range(end - run.logits_rows + 1, end + 1):
-                tokens.append(next_token(self.executor.read(run.block_table, length)))
+                tokens.append(next_token(self.executor.read(run.tables, length)))
             row_start.append(len(tokens))
         return torch.nn.functional.one_hot(torch.tensor(tokens, dtype=torch.int64), VOCABULARY).float(), row_start
 
@@ -129,13 +146,15 @@ def rank(request: Request) -> tuple[int, float]:
 class EngineMachine(RuleBasedStateMachine):
     """Prompts over two tokens, so that prefixes coincide; a pool that holds two or three requests."""
 
+    groups: Sequence[CacheGroup] = ONE
+
     def __init__(self) -> None:
         super().__init__()
         self.stats = EngineStats()
-        pool = BlockPool(BLOCKS, SIZE)
+        pool = BlockPool(BLOCKS, self.groups)
         self.batcher = WatchedBatcher(pool, self.stats, max_num_seqs=4, max_num_batched_tokens=12, gamma=GAMMA)
         selection = build_selection("fixed", None, threshold=0.5, floor=None)
-        self.loop = StepLoop(self.batcher, HashingExecutor(), selection, check_invariants=True)
+        self.loop = StepLoop(self.batcher, HashingExecutor(self.groups), selection, check_invariants=True)
         self.live: dict[Request, list[int]] = {}  # and what each must say
         self.arrivals = 0
 
@@ -232,5 +251,13 @@ class EngineMachine(RuleBasedStateMachine):
         assert self.batcher.pool.usage == 0.0
 
 
+class WindowedMachine(EngineMachine):
+    """Layers that see all tokens beside layers that see three: each request has two block tables."""
+
+    groups = WINDOWED
+
+
 TestEngine = EngineMachine.TestCase
 TestEngine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestWindowed = WindowedMachine.TestCase
+TestWindowed.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)

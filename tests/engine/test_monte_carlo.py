@@ -22,6 +22,7 @@ from dspark_server.engine.request import SamplingParams
 from dspark_server.engine.trace import StepTrace
 from dspark_server.runtime.batch import Batch, Run
 from dspark_server.runtime.kv import KVPool
+from dspark_server.runtime.paging import BlockTable, CacheLayout
 from dspark_server.speculation.capacity import Profile
 from dspark_server.speculation.noise import CounterStreams, Purpose
 from dspark_server.speculation.sampling import SamplingBatch
@@ -57,9 +58,12 @@ def exact_laws(
     assert isinstance(executor, TorchExecutor)
     target = executor.target
     block = len(PROMPT) + TOKENS
-    pool = KVPool(len(answers), block, [target.kv_group], target.embedding.dtype)
-    runs = [Run([*PROMPT, *answer[:-1]], 0, [place], len(answer)) for place, answer in enumerate(answers)]
-    logits = target.logits(target.forward(Batch.of(runs, block), pool.layers(0), ())[0])
+    dtype = target.embedding.dtype
+    pool = KVPool(len(answers), CacheLayout.of([target.caches], block, dtype.itemsize), dtype)
+    runs = [
+        Run([*PROMPT, *answer[:-1]], 0, [BlockTable(0, [place])], len(answer)) for place, answer in enumerate(answers)
+    ]
+    logits = target.logits(target.forward(Batch.of(runs, pool.groups), pool.layers(0), ())[0])
     if ruled:
         told = {}  # by what has been said: answers begin alike
         for row, said in zip(

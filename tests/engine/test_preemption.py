@@ -8,6 +8,7 @@ import pytest
 from dspark_server import failpoints
 from dspark_server.engine.core import EngineCore
 from dspark_server.engine.request import Request
+from dspark_server.runtime.paging import BlockTable
 
 from ..runtime.twin import TwinDevice
 from .support import greedy, prompts, seeded, tiny_core
@@ -49,7 +50,7 @@ class Pressure:
         return value
 
     def give_back(self) -> None:
-        self._core.batcher.pool.release(self.taken)
+        self._core.batcher.pool.release([BlockTable(0, self.taken)])
         self.taken = []
 
 
@@ -69,7 +70,9 @@ def run(core: EngineCore, point: str, monkeypatch: pytest.MonkeyPatch) -> list[l
             core.loop.step()
             steps += 1
             assert steps < 500, "it goes on for ever"
-            core.batcher.pool.check([*(request.blocks for request in core.batcher.running), pressure.taken])
+            core.batcher.pool.check(
+                [*(request.tables for request in core.batcher.running), [BlockTable(0, pressure.taken)]]
+            )
             if pressure.running is not None and not asked and point not in PLANNING:
                 left = [request for request in pressure.running if request.finish_reason is None]
                 assert core.batcher.running == left, "somebody gave way in the step under way"

@@ -14,6 +14,7 @@ import pytest
 from dspark_server.engine.executor import Executor, TorchCycle
 from dspark_server.engine.profile import WARM, profile
 from dspark_server.engine.simulate import SimulatedExecutor, SurvivalModel, VirtualClock
+from dspark_server.runtime.paging import CacheGroup
 from dspark_server.speculation.capacity import Capacity, Profile
 
 from .support import tiny_core
@@ -45,7 +46,7 @@ def measure(
     return profile(
         executor,
         num_blocks=256,
-        block_size=4,
+        groups=[CacheGroup(4)],
         max_model_len=128,
         max_tokens=64,
         max_requests=4,

@@ -280,7 +280,7 @@ def test_the_choices_of_a_prompt_share_what_it_costs(rules: dict[str, float]) ->
     assert torch.equal(seen[0], seen[1])
     assert torch.equal(seen[0], seen[2])
     assert list(prompt) == list(range(5, 100))
-    assert others[0].full_block_keys(4) == alone.full_block_keys(4)
+    assert others[0].prefix_keys(4) == alone.prefix_keys(4)
 
 
 @pytest.mark.parametrize(("most", "indexed"), [(None, True), (0, False)])

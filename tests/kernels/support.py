@@ -29,12 +29,11 @@ class Paged:
     query_start: Tensor
     context_len: Tensor
     tables: Tensor
-    block_size: int
 
     def attend(
         self, kernels: dspark_kernels.Kernels, causal: bool, window: int | None, softcap: float | None = None
     ) -> Tensor:
-        where = (self.query_start, self.context_len, self.tables, self.block_size)
+        where = (self.query_start, self.context_len, self.tables)
         return kernels.paged_attention(
             self.qkv, self.heads, self.keys, self.values, *where, 0.2, causal, window, softcap
         )
@@ -59,18 +58,18 @@ def paged(
     for row, count in enumerate(need):
         tables[row, :count] = order[start : start + count]
         start += count
-    slots = len(order) * block
     tokens = sum(q for q, _ in runs)
     heads = groups * kv_heads
+    # As in a pool: other layers' rows lie between one block and the next.
+    caches = torch.randn(len(order), 3, block, kv_heads, size).to(cache or dtype)
     return Paged(
         qkv=torch.randn(tokens, (heads + 2 * kv_heads) * size).to(dtype),
         heads=heads,
-        keys=torch.randn(slots, kv_heads, size).to(cache or dtype),
-        values=torch.randn(slots, kv_heads, size).to(cache or dtype),
+        keys=caches[:, 0],
+        values=caches[:, 1],
         query_start=torch.tensor([0, *torch.tensor([q for q, _ in runs]).cumsum(0).tolist()], dtype=torch.int32),
         context_len=torch.tensor([c for _, c in runs], dtype=torch.int32),
         tables=tables,
-        block_size=block,
     )
 
 
@@ -81,7 +80,7 @@ def check_hidden_rows_stay_hidden(
 
     Bit for bit. Who sees a value that is not finite is not finite, and a NaN among the keys breaks as a NaN does.
     """
-    clean, (_, kv_heads, size) = case.attend(kernels, causal, window), case.keys.shape
+    clean, (_, block_size, kv_heads, size) = case.attend(kernels, causal, window), case.keys.shape
     for run, context in enumerate(case.context_len.tolist()):
         first, last = case.query_start[run : run + 2].tolist()
         queries, edge = context + torch.arange(last - first), context - (window or 0)
@@ -96,12 +95,12 @@ def check_hidden_rows_stay_hidden(
                 seen &= position > queries - window
             sees = mine.clone()
             sees[first:last] = seen
-            slot = int(case.tables[run, position // case.block_size]) * case.block_size + position % case.block_size
+            block, within = int(case.tables[run, position // block_size]), position % block_size
             for cache in (case.keys, case.values):
-                kept = cache[slot, -1, size // 2].clone()
-                cache[slot, -1, size // 2] = value
+                kept = cache[block, within, -1, size // 2].clone()
+                cache[block, within, -1, size // 2] = value
                 heads = case.attend(kernels, causal, window).unflatten(1, (kv_heads, -1))
-                cache[slot, -1, size // 2] = kept
+                cache[block, within, -1, size // 2] = kept
                 assert torch.equal(heads[:, :-1], clean.unflatten(1, (kv_heads, -1))[:, :-1]), "another head"
                 assert torch.equal(heads[~sees, -1], clean.unflatten(1, (kv_heads, -1))[~sees, -1]), (position, seen)
                 if cache is case.values or value != value:

@@ -93,10 +93,10 @@ def test_attention_is_the_references(
     lengths, context = [3, 1, 0, 8], [0, 517, 0, 250]  # an empty run among them, and two rows of no run
     rows, q_heads, kv_heads, head_dim = sum(lengths) + 2, 4, 2, 16
     qkv = torch.randn(rows, (q_heads + 2 * kv_heads) * head_dim).to(dtype)
-    keys, values = torch.randn(2, 6 * PAGE, kv_heads, head_dim).to(dtype)
+    keys, values = torch.randn(6, 2, PAGE, kv_heads, head_dim).to(dtype).unbind(1)
     tables = torch.tensor([[5, 0, 0], [0, 3, 1], [0, 0, 0], [2, 4, 0]], dtype=torch.int32)
     start = torch.tensor([0, 3, 4, 4, 12], dtype=torch.int32)
-    about = (keys, values, start, torch.tensor(context, dtype=torch.int32), tables, PAGE, 0.3, causal, window, softcap)
+    about = (keys, values, start, torch.tensor(context, dtype=torch.int32), tables, 0.3, causal, window, softcap)
     reference = ReferenceKernels()
     wanted = reference.paged_attention(qkv, q_heads, *about)
     kernels = flash.over(reference, dtype, PAGE)

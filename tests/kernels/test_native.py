@@ -107,7 +107,6 @@ def test_a_row_of_attention_does_not_depend_on_its_batch() -> None:
                 torch.tensor([0, 1], dtype=torch.int32),
                 case.context_len[run : run + 1] + (row - first),
                 case.tables[run : run + 1],
-                case.block_size,
             )
             assert torch.equal(single.attend(native, True, None)[0], together[row])
 
@@ -139,7 +138,7 @@ def test_rotary_and_kv_write(native: NativeKernels, size: int, heads: int, norme
     results = []
     for kernels in (native, REFERENCE):
         qkv = wide.clone()[:, : (heads + 2 * kv_heads) * size]  # strided rows
-        keys, values = torch.zeros(40, kv_heads, size, dtype=dtype), torch.zeros(40, kv_heads, size, dtype=dtype)
+        keys, values = torch.zeros(8, 2, 5, kv_heads, size, dtype=dtype).unbind(1)
         kernels.rotary_kv_write(qkv, positions, cos_sin, slots, keys, values, heads, norm, norm, 1e-6)
         results.append((qkv[:, : heads * size].contiguous(), keys, values))
     for ours, theirs in zip(*results, strict=True):
@@ -221,9 +220,9 @@ def test_what_an_earlier_request_left_in_the_cache_is_not_seen(native: NativeKer
             for run, length in enumerate((13, 71))
             for at in range(length)
         }
-        stale = [slot for slot in range(len(case.keys)) if slot not in used]
-        case.keys[stale] = torch.nan
-        case.values[stale] = torch.inf
+        for slot in set(range(16 * len(case.keys))) - used:
+            case.keys[slot // 16, slot % 16] = torch.nan
+            case.values[slot // 16, slot % 16] = torch.inf
         assert torch.equal(case.attend(native, False, None), expected)
 
 

@@ -74,7 +74,7 @@ def test_keys_split_between_programs(
     """One of the runs is so short that most of its splits have no keys."""
     monkeypatch.setattr(attention, "LEAST_KEYS", 16)
     case = paged([(1, 150), (2, 0), *runs], groups=2, kv_heads=1, size=16, block=4, dtype=torch.bfloat16)
-    longest = case.tables.shape[1] * case.block_size
+    longest = case.tables.shape[1] * case.keys.shape[1]
     assert attention.splits(len(runs) + 2, min(longest, (window or longest) + 10), H100.processors) > 1
     close(case.attend(TRITON, causal, window, 3.0), case.attend(REFERENCE, causal, window, 3.0))
 
@@ -87,8 +87,8 @@ def test_a_nan_reaches_its_own_rows_only_and_nothing_stale_is_seen(monkeypatch: 
         used = {
             int(case.tables[run, at // 16]) * 16 + at % 16 for run, end in enumerate((13, 172)) for at in range(end)
         }
-        stale = [slot for slot in range(len(case.keys)) if slot not in used]
-        case.keys[stale], case.values[stale] = torch.nan, torch.inf
+        for slot in set(range(16 * len(case.keys))) - used:
+            case.keys[slot // 16, slot % 16], case.values[slot // 16, slot % 16] = torch.nan, torch.inf
         assert torch.equal(case.attend(TRITON, False, None), expected)
         case.qkv[4] = torch.nan
         attended = case.attend(TRITON, True, None)

@@ -50,20 +50,20 @@ def test_every_code_is_read_as_the_number_it_is(dtype: torch.dtype) -> None:
     expected = torch.arange(256, dtype=torch.uint8).view(E4M3).to(dtype).unsqueeze(0)
     assert torch.equal(expected.isnan().nonzero(), torch.tensor([[0, 0x7F], [0, 0xFF]]))
     assert torch.equal(case.attend(TRITON, True, None).nan_to_num(999.0), expected.nan_to_num(999.0))
-    case.keys.view(torch.uint8)[:, 0, 3] = 0x7F
+    case.keys.view(torch.uint8)[..., 0, 3] = 0x7F
     assert bool(case.attend(TRITON, True, None).isnan().all())
 
 
 def written(kernels: object, rows: Tensor, kv_heads: int, size: int, normed: bool) -> tuple[Tensor, Tensor]:
     """The cache after k and v `rows` [N, 2 kv_heads size] are written to scattered slots, widened to float32."""
     noise = torch.Generator().manual_seed(1)
-    slots = torch.randperm(len(rows) + 7, generator=noise)[: len(rows)].int()
+    slots = torch.randperm(4 * len(rows), generator=noise)[: len(rows)].int()
     positions = torch.randint(0, 50, (len(rows),), generator=noise, dtype=torch.int32)
     cos_sin = torch.randn(50, size, generator=noise)
     k_norm = torch.randn(size, generator=noise).to(rows.dtype) if normed else None
-    keys, values = torch.zeros(2, len(rows) + 7, kv_heads, size, dtype=E4M3)
+    keys, values = torch.zeros(len(rows), 2, 4, kv_heads, size, dtype=E4M3).unbind(1)
     kernels.rotary_kv_write(rows.clone(), positions, cos_sin, slots, keys, values, 0, None, k_norm, 1e-6)  # type: ignore[attr-defined]
-    everything = torch.arange(len(keys))
+    everything = torch.arange(4 * len(keys))
     return read_rows(keys, everything), read_rows(values, everything)
 
 

@@ -55,7 +55,7 @@ def test_rotary_and_kv_write(heads: int, kv_heads: int, size: int, normed: bool,
     results = []
     for kernels in (TRITON, REFERENCE):
         qkv = wide.clone()[:, :width]  # strided rows
-        keys, values = torch.zeros(2, 20, kv_heads, size, dtype=dtype)
+        keys, values = torch.zeros(4, 2, 5, kv_heads, size, dtype=dtype).unbind(1)
         kernels.rotary_kv_write(qkv, positions, cos_sin, slots, keys, values, heads, q_norm, k_norm, 1e-6)
         results.append((qkv[:, : heads * size].contiguous(), keys, values))
     for ours, theirs in zip(*results, strict=True):
@@ -63,10 +63,10 @@ def test_rotary_and_kv_write(heads: int, kv_heads: int, size: int, normed: bool,
 
 
 def test_a_negative_slot_is_not_written() -> None:
-    keys, values = torch.zeros(2, 4, 1, 16)
+    keys, values = torch.zeros(2, 2, 2, 1, 16)
     slots = torch.tensor([-1, 2], dtype=torch.int32)
     TRITON.rotary_kv_write(torch.ones(2, 32), slots * 0, torch.ones(1, 16), slots, keys, values, 0)
-    assert [keys.any(2).flatten().tolist(), values.any(2).flatten().tolist()] == [[False, False, True, False]] * 2
+    assert [keys.any(3).flatten().tolist(), values.any(3).flatten().tolist()] == [[False, False, True, False]] * 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -20,6 +20,7 @@ from transformers import (
 from dspark_server.models.decoder import Decoder
 from dspark_server.runtime.batch import Batch, Run
 from dspark_server.runtime.kv import KVPool
+from dspark_server.runtime.paging import BlockTable, CacheLayout
 
 ARCHITECTURES: dict[str, tuple[Any, Any]] = {
     "llama": (LlamaConfig, LlamaForCausalLM),
@@ -98,9 +99,10 @@ class PagedRunner:
         self.done = [0] * len(sequences)
         needed = [-(-(len(tokens) + reserve) // BLOCK_SIZE) for tokens in sequences]
         order = torch.randperm(sum(needed), generator=torch.Generator().manual_seed(5)).tolist()
-        self.tables = [[order.pop() for _ in range(count)] for count in needed]
-        self.layers = KVPool(sum(needed), BLOCK_SIZE, [decoder.kv_group], dtype).layers(0)
-        for keys, values in self.layers:  # what a slot held before must not matter
+        self.tables = [[BlockTable(0, [order.pop() for _ in range(count)])] for count in needed]
+        layout = CacheLayout.of([decoder.caches], BLOCK_SIZE, dtype.itemsize)
+        self.groups, self.layers = layout.groups, KVPool(sum(needed), layout, dtype).layers(0)
+        for keys, values, _ in self.layers:  # what a slot held before must not matter
             keys.fill_(1e3)
             values.fill_(-1e3)
 
@@ -113,5 +115,5 @@ class PagedRunner:
                 tokens = self.sequences[i][self.done[i] : self.done[i] + count]
                 runs.append(Run(tokens, self.done[i], self.tables[i], count if all_logits else 1))
                 self.done[i] += count
-        hidden, tapped = self.decoder.forward(Batch.of(runs, BLOCK_SIZE), self.layers, taps)
+        hidden, tapped = self.decoder.forward(Batch.of(runs, self.groups), self.layers, taps)
         return self.decoder.logits(hidden), tapped

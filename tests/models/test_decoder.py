@@ -156,7 +156,7 @@ def test_a_pass_without_logits_rows_gives_none(kernels: Kernels, tmp_path: Path)
     save_tiny(tmp_path)
     decoder = Decoder.load(tmp_path, torch.float32, kernels)
     runner = PagedRunner(decoder, sequences(), 0, torch.float32)
-    batch = Batch.of([Run(sequences()[0], 0, runner.tables[0], 0)], 16)
+    batch = Batch.of([Run(sequences()[0], 0, runner.tables[0], 0)], runner.groups)
     hidden, _ = decoder.forward(batch, runner.layers)
     assert hidden.shape == (0, 64)
 
@@ -182,7 +182,7 @@ def test_a_layer_that_is_not_causal_sees_its_whole_run(kernels: Kernels, tmp_pat
 
     def first_row(last_token: int, causal: bool) -> Tensor:
         runner = PagedRunner(decoder, [[3, 4, 5, last_token]], 0, torch.float32)
-        batch = Batch.of([Run([3, 4, 5, last_token], 0, runner.tables[0], 1)], 16)
+        batch = Batch.of([Run([3, 4, 5, last_token], 0, runner.tables[0], 1)], runner.groups)
         residual = decoder.embed(batch.tokens)
         keys, values = runner.layers[0]
         delta = decoder.layers[0].forward(None, residual, batch, keys, values, decoder.cos_sin, causal)

@@ -8,12 +8,30 @@ from torch import Tensor
 
 from dspark_server.runtime.batch import Batch, Run
 from dspark_server.runtime.layout import lay_out, lay_out_blocks
+from dspark_server.runtime.paging import BlockTable, CacheGroup, tables_for
 from dspark_server.speculation.admission import Ranked, keep_likeliest
 
 from .twin import AWAY, Far, TwinDevice, TwinError
 
-GAMMA, BLOCK, BLOCKS, MOST = 3, 4, 64, 6
-SCRATCH = BLOCK * BLOCKS
+GAMMA, BLOCKS, MOST = 3, 64, 6
+GROUPS = CacheGroup(4), CacheGroup(2, reach=7)
+SCRATCH = [group.block_size * BLOCKS for group in GROUPS]
+
+
+def random_tables(source: random.Random, context: int, end: int) -> list[BlockTable]:
+    return tables_for(GROUPS, iter(source.sample(range(BLOCKS), BLOCKS)), context, end)
+
+
+def stale_tables(tables: list[list[BlockTable]], most: int, width: int = 20) -> dict[str, Tensor]:
+    """Staged tables; the rows and columns that are not used hold those of a step before."""
+    fields = {}
+    for index in range(len(GROUPS)):
+        fields[f"first{index}"] = torch.tensor([each[index].first for each in tables] + [0] * (most - len(tables)))
+        rows = torch.full((most, width), BLOCKS - 1, dtype=torch.int32)
+        for row, each in zip(rows, tables, strict=False):
+            row[: len(each[index].blocks)] = torch.tensor(each[index].blocks, dtype=torch.int32)
+        fields[f"tables{index}"] = rows
+    return fields
 
 
 def random_runs(source: random.Random) -> tuple[list[Run], list[int], list[int], Tensor]:
@@ -25,28 +43,25 @@ def random_runs(source: random.Random) -> tuple[list[Run], list[int], list[int],
     runs = []
     for index in range(count):
         length, context = source.randint(1, 5), source.randint(0, 20)
-        table = source.sample(range(BLOCKS), -(-(context + length + GAMMA) // BLOCK) + source.randint(0, 2))
+        tables = random_tables(source, context, context + length + GAMMA + source.randint(0, 8))
         wanted = source.choice([0, 1, 1, length])
         if wanted != 1 or source.random() < 0.3:
             rows[index] = -1
-        runs.append(Run([source.randrange(100) for _ in range(length)], context, table, wanted))
+        runs.append(Run([source.randrange(100) for _ in range(length)], context, tables, wanted))
     return runs, rows, lengths, drafts
 
 
-def staged(runs: list[Run], rows: list[int], width: int = 12) -> dict[str, Tensor]:
+def staged(runs: list[Run], rows: list[int]) -> dict[str, Tensor]:
     def column(values: list[int], size: int = MOST) -> Tensor:
         return torch.tensor(values + [0] * (size - len(values)))
 
-    tables = torch.full((MOST, width), BLOCKS - 1, dtype=torch.int32)  # stale rows and columns of a step before
-    for index, run in enumerate(runs):
-        tables[index, : len(run.block_table)] = torch.tensor(run.block_table, dtype=torch.int32)
     return {
         "tokens": column([token for run in runs for token in run.tokens], 40),
         "count": column([len(run.tokens) for run in runs]),
         "context": column([run.context_len for run in runs]),
         "rows": column([run.logits_rows for run in runs]),
         "draft_row": column([row + 1 for row in rows]),
-        "tables": tables,
+        **stale_tables([list(run.tables) for run in runs], MOST),
     }
 
 
@@ -58,24 +73,27 @@ def test_a_layout_is_that_of_the_host(seed: int) -> None:
         Run(
             run.tokens + (drafts[row, : lengths[row]].tolist() if row >= 0 else []),
             run.context_len,
-            run.block_table,
+            run.tables,
             run.logits_rows + (lengths[row] if row >= 0 else 0),
         )
         for run, row in zip(runs, rows, strict=True)
     ]
-    wanted = Batch.of(whole, BLOCK)
+    wanted = Batch.of(whole, GROUPS)
     real, count = len(wanted.tokens), len(runs)
     size = real + source.randint(0, 9)
-    made = lay_out(size, staged(runs, rows), drafts, torch.tensor(lengths), BLOCK, SCRATCH)
+    made = lay_out(size, staged(runs, rows), drafts, torch.tensor(lengths), GROUPS, SCRATCH)
     batch = made.batch
-    for name in ("tokens", "positions", "slots"):
+    for name in ("tokens", "positions"):
         mine, its = getattr(batch, name), getattr(wanted, name)
         assert mine.dtype == its.dtype
         assert mine[:real].tolist() == its.tolist(), name
-    assert batch.slots[real:].tolist() == [SCRATCH] * (size - real)
     slots = min(size, MOST)
+    for own, theirs, scratch in zip(batch.paging, wanted.paging, SCRATCH, strict=True):
+        assert own.slots.dtype == theirs.slots.dtype
+        assert own.slots.tolist() == theirs.slots.tolist() + [scratch] * (size - real)
+        assert own.context_len.tolist() == theirs.context_len.tolist() + [0] * (slots - count)
+        assert own.block_tables[:count, : theirs.block_tables.shape[1]].shape == theirs.block_tables.shape
     assert batch.query_start.tolist() == wanted.query_start.tolist() + [real] * (slots - count)
-    assert batch.context_len.tolist() == wanted.context_len.tolist() + [0] * (slots - count)
     asked = wanted.row_start[-1]
     assert made.row_start.tolist() == wanted.row_start + [asked] * (slots - count)
     assert batch.logits_index.tolist() == wanted.logits_index.tolist() + [0] * (size - asked)
@@ -86,24 +104,26 @@ def test_a_layout_is_that_of_the_host(seed: int) -> None:
 def test_blocks_are_laid_out_as_on_the_host(requests: int) -> None:
     source = random.Random(requests)
     positions = [source.randint(0, 20) for _ in range(requests)]
-    tables = [source.sample(range(BLOCKS), 8) for _ in range(requests)]
+    tables = [random_tables(source, position, position + GAMMA) for position in positions]
     runs = [
-        Run([7 + i, *[99] * (GAMMA - 1)], position, table, GAMMA)
-        for i, (position, table) in enumerate(zip(positions, tables, strict=True))
+        Run([7 + i, *[99] * (GAMMA - 1)], position, each, GAMMA)
+        for i, (position, each) in enumerate(zip(positions, tables, strict=True))
     ]
-    wanted = Batch.of(runs, BLOCK)
+    wanted = Batch.of(runs, GROUPS)
     rest = [0] * (4 - requests)
     fields = {
         "requests": torch.tensor([requests]),
         "anchors": torch.tensor([7 + i for i in range(requests)] + rest),
         "positions": torch.tensor(positions + rest),
-        "tables": torch.tensor(tables + [[BLOCKS - 1] * 8] * len(rest), dtype=torch.int32),
+        **stale_tables(tables, 4),
     }
-    batch = lay_out_blocks(4, GAMMA, fields, 99, BLOCK, SCRATCH)
+    batch = lay_out_blocks(4, GAMMA, fields, 99, GROUPS, SCRATCH)
     real = requests * GAMMA
-    for name in ("tokens", "positions", "slots"):
+    for name in ("tokens", "positions"):
         assert getattr(batch, name)[:real].tolist() == getattr(wanted, name).tolist(), name
-    assert batch.slots[real:].tolist() == [SCRATCH] * (4 * GAMMA - real)
+    for own, theirs, scratch in zip(batch.paging, wanted.paging, SCRATCH, strict=True):
+        assert own.slots.tolist() == theirs.slots.tolist() + [scratch] * (4 * GAMMA - real)
+        assert own.context_len.tolist()[:requests] == theirs.context_len.tolist()
     assert batch.query_start.tolist() == wanted.query_start.tolist() + [real] * len(rest)
 
 

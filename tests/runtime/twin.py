@@ -363,13 +363,12 @@ class TwinKernels(ReferenceKernels):
         query_start: Tensor,
         context_len: Tensor,
         block_tables: Tensor,
-        block_size: int,
         scale: float,
         causal: bool = True,
         window: int | None = None,
         softcap: float | None = None,
     ) -> Tensor:
-        rows, (_, kv_heads, head_dim) = qkv.shape[0], keys.shape
+        rows, (_, block_size, kv_heads, head_dim) = qkv.shape[0], keys.shape
         index = torch.arange(rows, device=qkv.device)
         run = torch.searchsorted(query_start[1:], index.int(), right=True).clamp(max=len(context_len) - 1)
         key = torch.arange(block_tables.shape[1] * block_size, device=qkv.device)

@@ -132,7 +132,7 @@ def test_buckets_grow_with_the_block(length: int) -> None:
 def test_lone_copies_stand_below_the_drafters_rows() -> None:
     def asked(match: Match | None, record: SurvivalHistory | None = None) -> DraftRequest:
         source = Source.COPY if match else Source.DRAFTER
-        return DraftRequest(0, 5, 9, [], 3, match, source, record or SurvivalHistory())
+        return DraftRequest(0, 5, 9, (), 3, match, source, record or SurvivalHistory())
 
     copying = Copying(NoDrafter(), TABLES)
     copying.gamma = 3

@@ -12,6 +12,7 @@ from dspark_server.engine.request import SamplingParams
 from dspark_server.engine.trace import StepTrace
 from dspark_server.runtime.batch import Batch, Run
 from dspark_server.runtime.kv import KVPool
+from dspark_server.runtime.paging import BlockTable, CacheLayout
 from dspark_server.speculation.draft_block import DraftBlock
 from dspark_server.speculation.dspark import DSparkDrafter
 from dspark_server.training.checkpoint import load_weights
@@ -45,11 +46,11 @@ def test_trained_network_is_the_engines(kind: str) -> None:
 
     model = DraftModel(drafter.config, 256)
     load_weights(model, None, directory / "target", directory / "draft")
-    pool = KVPool(8, 16, [target.kv_group], torch.float32)
+    pool = KVPool(8, CacheLayout.of([target.caches], 16, 4), torch.float32)
     for tokens, block in seen:
         context, anchor = tokens[:-1], tokens[-1]
         with torch.inference_mode():
-            batch = Batch.of([Run(context, 0, list(range(8)), 0)], 16)
+            batch = Batch.of([Run(context, 0, [BlockTable(0, list(range(8)))], 0)], pool.groups)
             taps = torch.cat(target.forward(batch, pool.layers(0), drafter.config.taps)[1], dim=1)
             inputs = target.embed(torch.tensor([anchor, *[drafter.config.mask_token_id] * (drafter.gamma - 1)]))
             hidden, latent, confidence = model(

@@ -1,0 +1,75 @@
+"""Block sizes of groups of caches, and the memory that they share."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dspark_server.runtime.kv import KVPool
+from dspark_server.runtime.paging import CacheGroup, CacheLayout, CacheRows, segment_size, tables_for
+
+ROWS = st.builds(CacheRows, st.integers(1, 8), st.sampled_from([1, 20, 64, 256]), st.sampled_from([None, 1, 7, 1024]))
+
+
+@given(st.lists(ROWS, min_size=1, max_size=6), st.lists(ROWS, max_size=3), st.integers(1, 64))
+def test_no_layers_rows_share_a_byte(target: list[CacheRows], drafter: list[CacheRows], block_size: int) -> None:
+    """Every layer writes its own number everywhere; all of them read it back."""
+    layout = CacheLayout.of([target, drafter], block_size, 2)
+    pool = KVPool(2, layout, torch.bfloat16)
+    own, theirs = pool.layers(0), pool.layers(1)
+    by_group: dict[int, list[torch.Tensor]] = {}
+    for rows, cache in zip(target + drafter, own + theirs, strict=True):
+        assert cache.keys.shape == cache.values.shape == (2, pool.groups[cache.group].block_size, *rows[:2])
+        assert pool.groups[cache.group].reach == rows.reach
+        assert cache.keys.stride() == cache.values.stride()
+        by_group.setdefault(cache.group, []).extend([cache.keys, cache.values])
+    for tensors in by_group.values():
+        for number, tensor in enumerate(tensors):
+            tensor.fill_(number)
+        assert all(bool((tensor == number).all()) for number, tensor in enumerate(tensors))
+    # A block belongs to one group at a time: what one group writes to block 0 leaves block 1 of the others alone.
+    for tensors in by_group.values():
+        for tensor in tensors:
+            tensor[1].fill_(3)
+    for number, tensors in by_group.items():
+        for tensor in tensors:
+            tensor[0].fill_(number)
+    last = [tensor[1] for tensor in by_group[max(by_group)]]
+    assert all(bool((rows == 3).all()) for rows in last)
+
+
+@pytest.mark.parametrize(
+    ("layers", "sizes", "wasted"),
+    [
+        ([CacheRows(3, 64)] * 30, [16], 0.0),  # SmolLM2-135M
+        # Gemma4-12B with its drafter: 40 layers with a window, 8 without, 5 of the drafter.
+        ([CacheRows(8, 256, 1024)] * 40 + [CacheRows(1, 512)] * 13, [48, 4], 0.03),
+        ([CacheRows(8, 64, 128)] * 12 + [CacheRows(8, 64)] * 12, [16, 16], 0.0),  # every other layer has a window
+        ([CacheRows(8, 128, 4096)] * 10 + [CacheRows(8, 128)] * 18, None, 0.1),
+    ],
+)
+def test_blocks_waste_little_and_segments_are_short(
+    layers: list[CacheRows], sizes: list[int] | None, wasted: float
+) -> None:
+    layout = CacheLayout.of([layers], 16, 2)
+    assert sizes is None or [group.block_size for group in layout.groups] == sizes
+    for group in layout.groups:
+        used = sum(4 * rows.heads * rows.head_dim for rows in layers if rows.reach == group.reach) * group.block_size
+        assert layout.block_bytes * (1 - wasted) <= used <= layout.block_bytes
+    assert segment_size(layout.groups) <= 64
+
+
+@given(st.integers(1, 9), st.integers(1, 20) | st.none())
+def test_a_window_moves_on_by_whole_blocks_and_keeps_what_is_read(size: int, reach: int | None) -> None:
+    group = CacheGroup(size, reach)
+    firsts = [group.first_needed(computed) for computed in range(60)]
+    assert all(first % size == 0 for first in firsts)
+    assert all(before <= after for before, after in pairwise(firsts))
+    for computed, first in enumerate(firsts):
+        oldest = 0 if reach is None else max(0, computed - reach + 1)  # that the token at `computed` reads
+        assert first <= oldest < first + size or reach is None
+        (table,) = tables_for([group], iter(range(99)), computed, computed + 1)
+        assert table.first == first
+        assert table.first + size * len(table.blocks) > computed
