@@ -19,6 +19,7 @@ from dspark_kernels.interface import (
     FusedLayer,
     Kernels,
     LayerParts,
+    PackedExperts,
     PackedLinear,
 )
 from dspark_kernels.reference import ReferenceKernels
@@ -32,6 +33,7 @@ __all__ = [
     "KernelBuildError",
     "Kernels",
     "LayerParts",
+    "PackedExperts",
     "PackedLinear",
     "huge_zeros",
     "load",

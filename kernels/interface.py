@@ -32,6 +32,13 @@ class PackedLinear(Protocol):
     def out_features(self) -> int: ...
 
 
+class PackedExperts(Protocol):
+    """The feed-forwards of E experts in a kernel set's own layout."""
+
+    @property
+    def count(self) -> int: ...
+
+
 @dataclass(frozen=True)
 class Favour:
     """A token of each slot of R draft blocks whose logit gets a bias, as long as the block has taken those before it.
@@ -161,13 +168,15 @@ class Kernels(Protocol):
         q_norm: Tensor | None = None,
         k_norm: Tensor | None = None,
         eps: float = 1e-6,
+        value_norm: bool = False,
     ) -> None:
         """Rotate q in place; write rotated k, and v, to the cache.
 
-        qkv [N, (Hq + 2 Hkv) * d], positions [N] int32, cos_sin [P, d] float32 (d/2 cosines, then d/2 sines; element i
-        is paired with i + d/2), slots [N] int32 (block * C + offset), keys and values as in `paged_attention`.
-        `num_q_heads` may be 0: the rows then hold k and v alone. With q_norm or k_norm [d], each head of q or k is
-        RMS-normalised first.
+        qkv [N, (Hq + 2 Hkv) * d], or [N, (Hq + Hkv) * d] where v is k before norm and rotation; positions [N] int32,
+        cos_sin [P, d] float32 (d/2 cosines, then d/2 sines; element i is paired with i + d/2), slots [N] int32 (block *
+        C + offset), keys and values as in `paged_attention`. `num_q_heads` may be 0: the rows then hold k and v alone.
+        With q_norm or k_norm [d], each head of q or k is RMS-normalised first; with `value_norm` each head of v,
+        without a weight.
         """
         ...
 
@@ -203,6 +212,14 @@ class Kernels(Protocol):
         """silu(gate) * up. gate_up [N, 2F], the gate first -> [N, F]."""
         ...
 
+    def gelu_tanh_mul(self, gate_up: Tensor) -> Tensor:
+        """gelu(gate) * up, by the approximation with tanh. gate_up [N, 2F], the gate first -> [N, F]."""
+        ...
+
+    def norm_add(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, scale: float = 1.0) -> None:
+        """`residual` = (residual + rms_norm(x)) * scale in place; each step is rounded. x and residual [N, D]."""
+        ...
+
     def argmax(self, logits: Tensor) -> Tensor:
         """The lowest index of each row's maximum; a NaN counts as the maximum. logits [M, V] -> [M] int64."""
         ...
@@ -215,6 +232,19 @@ class Kernels(Protocol):
         """x weight^T + bias, accumulated in float32. x [M, K] bfloat16 -> [M, Nout] bfloat16 or float32.
 
         A row's result does not depend on M, nor on the other rows.
+        """
+        ...
+
+    def pack_experts(self, gate_up: Tensor, down: Tensor) -> PackedExperts:
+        """Copy gate_up [E, 2F, D], the gates first, and down [E, D, F] once into this kernel set's own layout."""
+        ...
+
+    def experts(self, x: Tensor, packed: PackedExperts, chosen: Tensor, shares: Tensor) -> Tensor:
+        """Sum of the outputs of each token's experts, times their shares -> [N, D].
+
+        x [N, D]; chosen [N, K] int32: a token's experts, each another; shares [N, K] float32. An expert is
+        down(silu(gate x) * up x); gate, up and what goes into down are rounded, the K outputs are not. A token's result
+        does not depend on N, nor on the other tokens.
         """
         ...
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from dspark_kernels.interface import UNNAMED, DraftedTokens, Favour, Filters, LayerParts, PackedLinear
+from dspark_kernels.interface import UNNAMED, DraftedTokens, Favour, Filters, LayerParts, PackedExperts, PackedLinear
 from torch import Tensor
 
 
@@ -25,6 +25,18 @@ class PlainLinear:
     @property
     def out_features(self) -> int:
         return self.weight.shape[0]
+
+
+@dataclass(frozen=True)
+class PlainExperts:
+    """gate_up [E, 2F, D] and down [E, D, F] as they are."""
+
+    gate_up: Tensor
+    down: Tensor
+
+    @property
+    def count(self) -> int:
+        return self.gate_up.shape[0]
 
 
 class ReferenceKernels:
@@ -54,14 +66,15 @@ class ReferenceKernels:
         q_norm: Tensor | None = None,
         k_norm: Tensor | None = None,
         eps: float = 1e-6,
+        value_norm: bool = False,
     ) -> None:
         _, _, kv_heads, head_dim = keys.shape
-        heads = qkv.unflatten(1, (num_q_heads + 2 * kv_heads, head_dim))
-        q, k, v = heads.split([num_q_heads, kv_heads, kv_heads], dim=1)
+        heads = qkv.unflatten(1, (-1, head_dim))
+        q, k, v = heads[:, :num_q_heads], heads[:, num_q_heads : num_q_heads + kv_heads], heads[:, -kv_heads:]
         table = cos_sin[positions.long()].unsqueeze(1)  # [N, 1, d]
         q.copy_(_rotate(q.float(), table, q_norm, eps))
         write_rows(keys, slots, _rotate(k.float(), table, k_norm, eps))
-        write_rows(values, slots, v)
+        write_rows(values, slots, _rms_norm(v.float(), None, eps) if value_norm else v)
 
     def paged_attention(
         self,
@@ -102,6 +115,15 @@ class ReferenceKernels:
         gate, up = gate_up.float().chunk(2, dim=1)
         return (F.silu(gate) * up).to(gate_up.dtype)
 
+    def gelu_tanh_mul(self, gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.float().chunk(2, dim=1)
+        return (F.gelu(gate, approximate="tanh") * up).to(gate_up.dtype)
+
+    def norm_add(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, scale: float = 1.0) -> None:
+        residual.copy_(residual.float() + self.rms_norm(x, weight, eps).float())
+        if scale != 1.0:
+            residual.mul_(scale)
+
     def argmax(self, logits: Tensor) -> Tensor:
         return logits.argmax(-1)
 
@@ -112,6 +134,19 @@ class ReferenceKernels:
         assert isinstance(packed, PlainLinear)
         bias = None if packed.bias is None else packed.bias.float()
         return F.linear(x.float(), packed.weight.float(), bias).to(out_dtype)
+
+    def pack_experts(self, gate_up: Tensor, down: Tensor) -> PlainExperts:
+        return PlainExperts(gate_up.clone(), down.clone())
+
+    def experts(self, x: Tensor, packed: PackedExperts, chosen: Tensor, shares: Tensor) -> Tensor:
+        assert isinstance(packed, PlainExperts)
+        out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+        for token, (row, own, share) in enumerate(zip(x, chosen.tolist(), shares, strict=True)):
+            for place, expert in enumerate(own):
+                gate_up = F.linear(row.float(), packed.gate_up[expert].float()).to(x.dtype)
+                inner = self.silu_mul(gate_up.unsqueeze(0))[0]
+                out[token] += share[place] * F.linear(inner.float(), packed.down[expert].float())
+        return out.to(x.dtype)
 
     def fuse_layer(self, parts: LayerParts) -> None:
         return None
@@ -292,8 +327,9 @@ def _weighted(weights: Tensor, values: Tensor, hidden: Tensor) -> Tensor:
     return sums.masked_fill(broken.unsqueeze(2), torch.nan)
 
 
-def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.float()
+def _rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    return normed if weight is None else normed * weight.float()
 
 
 def _rotate(x: Tensor, cos_sin: Tensor, norm: Tensor | None, eps: float) -> Tensor:

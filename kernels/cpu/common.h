@@ -117,6 +117,11 @@ ALWAYS_INLINE floats exp2_lanes(floats x) {
 
 ALWAYS_INLINE floats silu_lanes(floats x) { return x / (1.0f + exp2_lanes(x * -1.44269504f)); }
 
+// x / 2 * (1 + tanh(z)) = x / (1 + exp(-2 z)), z = sqrt(2 / pi) * (x + 0.044715 x^3).
+ALWAYS_INLINE floats gelu_lanes(floats x) {
+  return x / (1.0f + exp2_lanes((x + 0.044715f * x * x * x) * -2.30220818f));
+}
+
 // row[0..padded) = exp(row - max); returns the sum, and the maximum through `max`. The padding holds -infinity.
 ALWAYS_INLINE float exponentials(float *row, long padded, float *max) {
   const float log2_e = 1.44269504f;
@@ -158,6 +163,12 @@ ALWAYS_INLINE void read_floats(float *restrict dst, const void *restrict src, in
   } else {
     memcpy(dst, src, count * sizeof(float));
   }
+}
+
+// x[0..count) as if stored in dtype and read again.
+ALWAYS_INLINE void round_floats(float *x, int dtype, long count) {
+  if (dtype == BFLOAT16)
+    for (long i = 0; i < count; i++) x[i] = from_bfloat16(to_bfloat16(x[i]));
 }
 
 // dst[0..count) = src[0..count) rounded to dtype. The processor's own conversion makes subnormal numbers zero.

@@ -1,4 +1,4 @@
-// silu(gate) * up, and argmax over the vocabulary.
+// activation(gate) * up, and argmax over the vocabulary.
 #include "common.h"
 
 #include <math.h>
@@ -9,34 +9,38 @@ typedef struct {
   const void *gate_up;
   void *out;
   long features, stride;
-  int dtype;
-} Silu;
+  int dtype, gelu;
+} Gate;
 
-static void silu_rows(void *context) {
+static void gate_rows(void *context) {
   enum { CHUNK = 1024 };
-  Silu *silu = context;
-  int dtype = silu->dtype;
+  Gate *rows = context;
+  int dtype = rows->dtype;
   long first, last;
   float *gate = thread_scratch(2 * CHUNK), *up = gate + CHUNK;
   memset(gate, 0, 2 * CHUNK * sizeof(float));
-  while (take_tasks(&silu->tasks, &first, &last)) {
+  while (take_tasks(&rows->tasks, &first, &last)) {
     for (long i = first; i < last; i++) {
-      for (long j = 0; j < silu->features; j += CHUNK) {
-        long count = smaller(CHUNK, silu->features - j);
-        read_floats(gate, element(silu->gate_up, dtype, i * silu->stride + j), dtype, count);
-        read_floats(up, element(silu->gate_up, dtype, i * silu->stride + silu->features + j), dtype, count);
-        for (long c = 0; c < count; c += LANES) store(gate + c, silu_lanes(load(gate + c)) * load(up + c));
-        write_floats(mutable_element(silu->out, dtype, i * silu->features + j), gate, dtype, count);
+      for (long j = 0; j < rows->features; j += CHUNK) {
+        long count = smaller(CHUNK, rows->features - j);
+        read_floats(gate, element(rows->gate_up, dtype, i * rows->stride + j), dtype, count);
+        read_floats(up, element(rows->gate_up, dtype, i * rows->stride + rows->features + j), dtype, count);
+        if (rows->gelu)
+          for (long c = 0; c < count; c += LANES) store(gate + c, gelu_lanes(load(gate + c)) * load(up + c));
+        else
+          for (long c = 0; c < count; c += LANES) store(gate + c, silu_lanes(load(gate + c)) * load(up + c));
+        write_floats(mutable_element(rows->out, dtype, i * rows->features + j), gate, dtype, count);
       }
     }
   }
 }
 
-// gate_up [rows, 2 * features] with the gate first -> out [rows, features].
-EXPORT void dspark_silu_mul(const void *gate_up, void *out, long rows, long features, long stride, int dtype,
+// gate_up [rows, 2 * features] with the gate first -> out [rows, features]: silu, or gelu by its approximation with
+// tanh.
+EXPORT void dspark_gate_mul(const void *gate_up, void *out, long rows, long features, long stride, int gelu, int dtype,
                             int threads) {
-  Silu silu = {tasks_of_rows(rows, 4 * features, &threads), gate_up, out, features, stride, dtype};
-  run_parallel(silu_rows, &silu, threads);
+  Gate gate = {tasks_of_rows(rows, 4 * features, &threads), gate_up, out, features, stride, dtype, gelu};
+  run_parallel(gate_rows, &gate, threads);
 }
 
 enum {

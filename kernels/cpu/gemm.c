@@ -95,6 +95,11 @@ static const tile tiles[TILE_ROWS + 1] = {
 #endif
 };
 
+// Rows that are multiplied by the same matrix: of `rows` rows, from `start` on, matrix number `expert`.
+typedef struct {
+  long expert, start, rows;
+} Part;
+
 typedef struct {
   Tasks tasks;  // of packed blocks
   const uint16_t *x, *weight;
@@ -104,6 +109,8 @@ typedef struct {
   long out_features;  // columns of `out`
   int out_dtype, threads;
   int gated;  // W has as many rows again: out = silu(x times the first of them) * (x times the others)
+  const Part *parts;       // null: all rows are multiplied by one W; else weight holds one W after another
+  const int32_t *sources;  // null: row i is row i of x; else the row of x that it is
 } Linear;
 
 // Rows of x that a thread goes through at a time, copied or converted unless they can be read where they lie: they stay
@@ -161,32 +168,45 @@ static void multiply_block(const Linear *linear, const input *x, long rows, long
   }
 }
 
+static Part part_of(const Linear *linear, long number, long chunk) {
+  if (linear->parts) return linear->parts[number];
+  return (Part){0, number * chunk, smaller(chunk, linear->rows - number * chunk)};
+}
+
 static void multiply_blocks(void *context) {
   Linear *linear = context;
   long padded = round_up(linear->in_features, 2), chunk = rows_of_chunk(padded);
-  int as_it_is = DOT && linear->in_features == padded && linear->x_stride == padded;
+  int as_it_is = DOT && linear->in_features == padded && linear->x_stride == padded && !linear->sources;
   input *scratch = as_it_is ? 0 : (input *)thread_scratch(smaller(chunk, linear->rows) * padded);
   long converted = -1, task, upcoming;
-  long blocks = (linear->out_features + BLOCK - 1) / BLOCK;
+  long blocks = (linear->out_features + BLOCK - 1) / BLOCK, blocks_of_matrix = linear->gated ? 2 * blocks : blocks;
   for (task = take_task(&linear->tasks); task >= 0; task = upcoming >= 0 ? upcoming : take_task(&linear->tasks)) {
     upcoming = take_early(&linear->tasks, linear->threads);  // its weights are fetched early
-    long part = task / blocks, start = part * chunk, rows = smaller(chunk, linear->rows - start);
-    const input *x = as_it_is ? (const input *)linear->x + start * padded : scratch;
-    if (!as_it_is && part != converted) {
-      for (long i = 0; i < rows; i++) {
+    long number = task / blocks;
+    Part part = part_of(linear, number, chunk);
+    const input *x = as_it_is ? (const input *)linear->x + part.start * padded : scratch;
+    if (!as_it_is && number != converted) {
+      for (long i = 0; i < part.rows; i++) {
         scratch[(i + 1) * padded - 1] = 0;  // overwritten unless K is odd
-        const uint16_t *from = linear->x + (start + i) * linear->x_stride;
+        long source = linear->sources ? linear->sources[part.start + i] : part.start + i;
+        const uint16_t *from = linear->x + source * linear->x_stride;
 #if DOT
         memcpy(scratch + i * padded, from, linear->in_features * sizeof *from);
 #else
         read_floats(scratch + i * padded, from, BFLOAT16, linear->in_features);
 #endif
       }
-      converted = part;
+      converted = number;
     }
-    long corner = start * linear->out_features + task % blocks * BLOCK;
-    long block = task % blocks, later = upcoming >= 0 ? upcoming % blocks : block;
-    multiply_block(linear, x, rows, block, later, mutable_element(linear->out, linear->out_dtype, corner));
+    long corner = part.start * linear->out_features + task % blocks * BLOCK;
+    long block = task % blocks, later = block;
+    if (upcoming >= 0) later = upcoming % blocks;
+    Linear own = *linear;
+    if (linear->parts) {  // a block of another matrix has a number counted from this one's first
+      own.weight += part.expert * blocks_of_matrix * BLOCK * padded;
+      if (upcoming >= 0) later += (linear->parts[upcoming / blocks].expert - part.expert) * blocks_of_matrix;
+    }
+    multiply_block(&own, x, part.rows, block, later, mutable_element(linear->out, linear->out_dtype, corner));
   }
 }
 
@@ -199,14 +219,77 @@ static void run_linear(Linear linear) {
 // x [rows, K] bfloat16, weight packed, bias float32 -> out [rows, Nout] float32 or bfloat16.
 EXPORT void dspark_linear(const uint16_t *x, const uint16_t *weight, const float *bias, void *out, long rows,
                           long x_stride, long in_features, long out_features, int out_dtype, int threads) {
-  run_linear((Linear){{0}, x, weight, bias, out, rows, x_stride, in_features, out_features, out_dtype, threads, 0});
+  run_linear((Linear){{0}, x, weight, bias, out, rows, x_stride, in_features, out_features, out_dtype, threads, 0, 0, 0});
 }
 
 // The same and `silu_mul` of it: weight [2 * features, K] with the gate first -> out [rows, features] bfloat16, where
 // features is a multiple of BLOCK. The halves never leave the caches of the core that made them.
 void dspark_gated_linear(const uint16_t *x, const uint16_t *weight, const float *bias, uint16_t *out, long rows,
                          long x_stride, long in_features, long features, int threads) {
-  run_linear((Linear){{0}, x, weight, bias, out, rows, x_stride, in_features, features, BFLOAT16, threads, 1});
+  run_linear((Linear){{0}, x, weight, bias, out, rows, x_stride, in_features, features, BFLOAT16, threads, 1, 0, 0});
+}
+
+typedef struct {
+  Tasks tasks;  // of tokens
+  const float *rows, *shares;
+  const int32_t *places;
+  uint16_t *out;
+  long chosen, hidden;
+} Combine;
+
+static void combine_tokens(void *context) {
+  Combine *combine = context;
+  long hidden = combine->hidden, first, last;
+  float *sum = thread_scratch(hidden);
+  while (take_tasks(&combine->tasks, &first, &last)) {
+    for (long token = first; token < last; token++) {
+      memset(sum, 0, hidden * sizeof(float));
+      for (long slot = token * combine->chosen; slot < (token + 1) * combine->chosen; slot++) {
+        const float *row = combine->rows + combine->places[slot] * hidden;
+        for (long j = 0; j < hidden; j++) sum[j] += combine->shares[slot] * row[j];
+      }
+      write_floats(combine->out + token * hidden, sum, BFLOAT16, hidden);
+    }
+  }
+}
+
+// Each of `chosen` experts of a token, by their shares: out [tokens, hidden] = sum of share * down(silu(gate x) * up x).
+// experts and shares [tokens, chosen]; gate_up and down hold one packed matrix after another, features is a multiple of
+// BLOCK. Rows are sorted by expert, so that each matrix is read once; a row's result depends on no other row.
+// activated [tokens * chosen, features], rows [tokens * chosen, hidden] and index [2 * tokens * chosen + count + 1] are
+// scratch; count is the number of experts.
+EXPORT void dspark_experts(const uint16_t *x, long x_stride, const uint16_t *gate_up, const uint16_t *down,
+                           const int32_t *experts, const float *shares, uint16_t *out, long tokens, long chosen,
+                           long count, long hidden, long features, uint16_t *activated, float *rows, int32_t *index,
+                           int threads) {
+  long slots = tokens * chosen, parts_in = 0, parts_down = 0;
+  int32_t *sources = index, *places = sources + slots, *starts = places + slots;
+  memset(starts, 0, (count + 1) * sizeof *starts);
+  for (long slot = 0; slot < slots; slot++) starts[experts[slot] + 1]++;
+  for (long expert = 0; expert < count; expert++) starts[expert + 1] += starts[expert];
+  long wide = rows_of_chunk(round_up(hidden, 2)), narrow = rows_of_chunk(round_up(features, 2));
+  Part *parts = malloc(2 * (slots + 1) * sizeof *parts), *later = parts + slots + 1;
+  if (!parts) abort();
+  for (long expert = 0; expert < count; expert++) {
+    for (long at = starts[expert]; at < starts[expert + 1]; at += wide)
+      parts[parts_in++] = (Part){expert, at, smaller(wide, starts[expert + 1] - at)};
+    for (long at = starts[expert]; at < starts[expert + 1]; at += narrow)
+      later[parts_down++] = (Part){expert, at, smaller(narrow, starts[expert + 1] - at)};
+  }
+  for (long slot = 0; slot < slots; slot++) {  // in order of the slots: the sort is stable
+    long place = starts[experts[slot]]++;
+    sources[place] = (int32_t)(slot / chosen);
+    places[slot] = (int32_t)place;
+  }
+  Linear in = {{0, parts_in * (features / BLOCK), 1}, x, gate_up, 0, activated, slots, x_stride, hidden, features,
+               BFLOAT16, threads, 1, parts, sources};
+  run_parallel(multiply_blocks, &in, threads);
+  Linear back = {{0, parts_down * ((hidden + BLOCK - 1) / BLOCK), 1}, activated, down, 0, rows, slots, features,
+                 features, hidden, FLOAT32, threads, 0, later, 0};
+  run_parallel(multiply_blocks, &back, threads);
+  free(parts);
+  Combine combine = {tasks_of_rows(tokens, chosen * hidden, &threads), rows, shares, places, out, chosen, hidden};
+  run_parallel(combine_tokens, &combine, threads);
 }
 
 typedef struct {

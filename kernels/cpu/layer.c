@@ -20,7 +20,8 @@ void dspark_linear(const uint16_t *x, const uint16_t *weight, const float *bias,
                    long in_features, long out_features, int out_dtype, int threads);
 void dspark_rotary_kv_write(void *qkv, long stride, const int32_t *positions, const float *cos_sin,
                             const int32_t *slots, void *keys, void *values, long block_size, long block_stride,
-                            long tokens, long q_heads, long kv_heads, long head_dim, const void *q_norm, const void *k_norm, float eps, int dtype, int threads);
+                            long tokens, long q_heads, long kv_heads, long head_dim, const void *q_norm, const void *k_norm, float eps, int shared_values, int value_norm,
+                            int dtype, int threads);
 void dspark_paged_attention(const void *queries, long stride, const void *keys, const void *values, void *out,
                             const int32_t *query_start, const int32_t *context_len, const int32_t *block_tables,
                             long runs, long table_width, long block_size, long block_stride, long q_heads,
@@ -67,7 +68,7 @@ static void project(const Pass *pass, long start, long count, int threads) {
   dspark_linear(x, layer->qkv, layer->qkv_bias, wide, count, hidden, hidden, width, BFLOAT16, threads);
   dspark_rotary_kv_write(wide, width, pass->positions + start, pass->cos_sin, pass->slots + start, pass->keys,
                          pass->values, pass->block_size, pass->block_stride, count, layer->q_heads, layer->kv_heads, layer->head_dim, layer->q_norm,
-                         layer->k_norm, layer->eps, BFLOAT16, threads);
+                         layer->k_norm, layer->eps, 0, 0, BFLOAT16, threads);
 }
 
 // What comes after it, of the same tokens.

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from dspark_kernels.cpu.memory import Arena
-from dspark_kernels.interface import DraftedTokens, Favour, Filters, LayerParts, PackedLinear
+from dspark_kernels.interface import DraftedTokens, Favour, Filters, LayerParts, PackedExperts, PackedLinear
 from dspark_kernels.reference import ReferenceKernels
 from torch import Tensor, empty, get_num_threads
 
@@ -23,16 +23,18 @@ _BLOCK = 32  # output features are packed in blocks of this many, as in gemm.c
 _SIGNATURES = {
     "dspark_rms_norm": [c_void_p] * 4 + [c_long] * 4 + [c_float, c_int, c_int],
     "dspark_rotary_kv_write": [c_void_p, c_long] + [c_void_p] * 5 + [c_long] * 6 + [c_void_p] * 2
-    + [c_float, c_int, c_int],
+    + [c_float] + [c_int] * 4,
     "dspark_paged_attention": [c_void_p, c_long] + [c_void_p] * 6 + [c_long] * 7
     + [c_float, c_int, c_long, c_int, c_int],
-    "dspark_silu_mul": [c_void_p] * 2 + [c_long] * 3 + [c_int, c_int],
+    "dspark_gate_mul": [c_void_p] * 2 + [c_long] * 3 + [c_int] * 3,
+    "dspark_norm_add": [c_void_p] * 3 + [c_long] * 4 + [c_float, c_float, c_int, c_int],
     "dspark_argmax": [c_void_p] * 2 + [c_long] * 3 + [c_int, c_int],
     "dspark_linear": [c_void_p] * 4 + [c_long] * 4 + [c_int, c_int],
     "dspark_draft_loss": [c_void_p] * 9 + [c_long] * 2 + [c_int] * 3,
     "dspark_sequential_head": [c_void_p] * 22 + [c_long] * 4 + [c_int],
     "dspark_accept_by_ratio": [c_void_p] * 13 + [c_long] * 8 + [c_int],
     "dspark_filter_logits": [c_void_p] * 7 + [c_long] * 2 + [c_int],
+    "dspark_experts": [c_void_p, c_long] + [c_void_p] * 5 + [c_long] * 5 + [c_void_p] * 3 + [c_int],
     "dspark_pack_linear": [c_void_p] * 2 + [c_long] * 2 + [c_int],
     "dspark_decoder_layer": [c_void_p] * 2 + [c_int] + [c_void_p] * 9 + [c_long] * 5 + [c_int, c_void_p, c_int],
 }  # fmt: skip
@@ -48,6 +50,17 @@ class NativeLinear:
     out_features: int
     weight_address: int
     bias_address: int
+
+
+@dataclass(frozen=True, slots=True)
+class NativeExperts:
+    """One packed matrix after another, as `NativeLinear` holds them; features are rounded up to whole blocks."""
+
+    gate_up: Tensor
+    down: Tensor
+    count: int
+    hidden: int
+    features: int
 
 
 class _Layer(ctypes.Structure):
@@ -134,10 +147,12 @@ class NativeKernels:
         self._rms_norm = native.dspark_rms_norm
         self._rotary_kv_write = native.dspark_rotary_kv_write
         self._paged_attention = native.dspark_paged_attention
-        self._silu_mul = native.dspark_silu_mul
+        self._gate_mul = native.dspark_gate_mul
+        self._norm_add = native.dspark_norm_add
         self._argmax = native.dspark_argmax
         self._linear = native.dspark_linear
         self._pack_linear = native.dspark_pack_linear
+        self._experts = native.dspark_experts
         self._draft_loss = native.dspark_draft_loss
         self._decoder_layer = native.dspark_decoder_layer
         self._accept_by_ratio = native.dspark_accept_by_ratio
@@ -180,13 +195,14 @@ class NativeKernels:
         q_norm: Tensor | None = None,
         k_norm: Tensor | None = None,
         eps: float = 1e-6,
+        value_norm: bool = False,
     ) -> None:
         _, block_size, kv_heads, head_dim = keys.shape
         self._rotary_kv_write(
             qkv.data_ptr(), qkv.stride(0), positions.data_ptr(), cos_sin.data_ptr(), slots.data_ptr(),
             keys.data_ptr(), values.data_ptr(), block_size, keys.stride(0), qkv.shape[0], num_q_heads, kv_heads,
             head_dim, None if q_norm is None else q_norm.data_ptr(), None if k_norm is None else k_norm.data_ptr(),
-            eps, _CODES[qkv.dtype], self.count(),
+            eps, qkv.shape[1] < (num_q_heads + 2 * kv_heads) * head_dim, value_norm, _CODES[qkv.dtype], self.count(),
         )  # fmt: skip
 
     def paged_attention(
@@ -219,13 +235,26 @@ class NativeKernels:
         return out
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
+        return self._gate(gate_up, False)
+
+    def gelu_tanh_mul(self, gate_up: Tensor) -> Tensor:
+        return self._gate(gate_up, True)
+
+    def _gate(self, gate_up: Tensor, gelu: bool) -> Tensor:
         rows, columns = gate_up.shape
         dtype = gate_up.dtype
         out = empty((rows, columns // 2), dtype=dtype)
-        self._silu_mul(
-            gate_up.data_ptr(), out.data_ptr(), rows, columns // 2, gate_up.stride(0), _CODES[dtype], self.count()
+        self._gate_mul(
+            gate_up.data_ptr(), out.data_ptr(), rows, columns // 2, gate_up.stride(0), gelu, _CODES[dtype], self.count()
         )
         return out
+
+    def norm_add(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, scale: float = 1.0) -> None:
+        rows, features = x.shape
+        self._norm_add(
+            x.data_ptr(), residual.data_ptr(), weight.data_ptr(), rows, features, x.stride(0), residual.stride(0),
+            eps, scale, _CODES[x.dtype], self.count(),
+        )  # fmt: skip
 
     def argmax(self, logits: Tensor) -> Tensor:
         rows, vocabulary = logits.shape
@@ -258,6 +287,29 @@ class NativeKernels:
         self._linear(
             x.data_ptr(), packed.weight_address, packed.bias_address, out.data_ptr(), rows, x.stride(0),
             packed.in_features, out_features, _CODES[out_dtype], self.count(),
+        )  # fmt: skip
+        return out
+
+    def pack_experts(self, gate_up: Tensor, down: Tensor) -> NativeExperts:
+        count, _, hidden = gate_up.shape
+        features = -(-down.shape[2] // _BLOCK) * _BLOCK
+        more = features - down.shape[2]  # units whose gate and weights are 0
+        halves = torch.nn.functional.pad(gate_up.unflatten(1, (2, -1)), (0, 0, 0, more)).flatten(1, 2)
+        wide = [self.pack_linear(each).weight for each in halves]
+        narrow = [self.pack_linear(each.contiguous()).weight for each in torch.nn.functional.pad(down, (0, more))]
+        return NativeExperts(torch.stack(wide), torch.stack(narrow), count, hidden, features)
+
+    def experts(self, x: Tensor, packed: PackedExperts, chosen: Tensor, shares: Tensor) -> Tensor:
+        assert isinstance(packed, NativeExperts)
+        (tokens, each), hidden, features = chosen.shape, packed.hidden, packed.features
+        out = empty((tokens, hidden), dtype=torch.bfloat16)
+        activated = empty((tokens * each, features), dtype=torch.bfloat16)
+        rows = empty((tokens * each, hidden), dtype=torch.float32)
+        index = empty(2 * tokens * each + packed.count + 1, dtype=torch.int32)
+        self._experts(
+            x.data_ptr(), x.stride(0), packed.gate_up.data_ptr(), packed.down.data_ptr(), chosen.data_ptr(),
+            shares.data_ptr(), out.data_ptr(), tokens, each, packed.count, hidden, features, activated.data_ptr(),
+            rows.data_ptr(), index.data_ptr(), self.count(),
         )  # fmt: skip
         return out
 

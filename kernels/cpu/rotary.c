@@ -14,8 +14,27 @@ typedef struct {
   long q_heads, kv_heads, head_dim;
   const void *q_norm, *k_norm;  // null: no norm
   float eps;
-  int dtype;
+  int shared_values, value_norm, dtype;  // v is k as it came; v is normalised without a weight
 } Rotary;
+
+// 1 / rms of a head; behind it stand zeros up to a multiple of OCTET.
+static float inverse_rms(const float *head, long head_dim, float eps) {
+  float squares = 0;
+  for (long j = 0; j < head_dim; j += OCTET) {
+    float part[OCTET];
+    for (int i = 0; i < OCTET; i++) part[i] = head[j + i] * head[j + i];
+    squares += ((part[0] + part[4]) + (part[1] + part[5])) + ((part[2] + part[6]) + (part[3] + part[7]));
+  }
+  return 1.0f / __builtin_sqrtf(squares / head_dim + eps);
+}
+
+// dst = norm(src) of one head, without a weight.
+static void normalise_head(const Rotary *rotary, void *dst, const void *src, float *head) {
+  read_floats(head, src, rotary->dtype, rotary->head_dim);
+  float scale = inverse_rms(head, rotary->head_dim, rotary->eps);
+  for (long j = 0; j < rotary->head_dim; j++) head[j] *= scale;
+  write_floats(dst, head, rotary->dtype, rotary->head_dim);
+}
 
 // dst = rotate(norm(src)) of one head; `head` and `norm_weight` are float scratch of head_dim, and behind `head` stand
 // zeros up to a multiple of OCTET.
@@ -25,13 +44,7 @@ static void rotate_head(const Rotary *rotary, void *dst, const void *src, const 
   const float *sin = cos + half;
   read_floats(head, src, rotary->dtype, head_dim);
   if (norm_weight) {
-    float squares = 0;
-    for (long j = 0; j < head_dim; j += OCTET) {
-      float part[OCTET];
-      for (int i = 0; i < OCTET; i++) part[i] = head[j + i] * head[j + i];
-      squares += ((part[0] + part[4]) + (part[1] + part[5])) + ((part[2] + part[6]) + (part[3] + part[7]));
-    }
-    float scale = 1.0f / __builtin_sqrtf(squares / head_dim + rotary->eps);
+    float scale = inverse_rms(head, head_dim, rotary->eps);
     for (long j = 0; j < head_dim; j++) head[j] = head[j] * scale * norm_weight[j];
   }
   float *restrict high = head + half;
@@ -66,8 +79,13 @@ static void rotate_tokens(void *context) {
         const void *k = element(row, dtype, (q_heads + h) * head_dim);
         rotate_head(rotary, mutable_element(rotary->keys, dtype, at + h * head_dim), k, cos, head, k_norm);
       }
-      memcpy(mutable_element(rotary->values, dtype, at), element(row, dtype, (q_heads + kv_heads) * head_dim),
-             kv_heads * head_dim * element_size(dtype));
+      const void *v = element(row, dtype, (q_heads + (rotary->shared_values ? 0 : kv_heads)) * head_dim);
+      if (rotary->value_norm)
+        for (long h = 0; h < kv_heads; h++)
+          normalise_head(rotary, mutable_element(rotary->values, dtype, at + h * head_dim),
+                         element(v, dtype, h * head_dim), head);
+      else
+        memcpy(mutable_element(rotary->values, dtype, at), v, kv_heads * head_dim * element_size(dtype));
     }
   }
 }
@@ -75,9 +93,9 @@ static void rotate_tokens(void *context) {
 EXPORT void dspark_rotary_kv_write(void *qkv, long stride, const int32_t *positions, const float *cos_sin,
                                    const int32_t *slots, void *keys, void *values, long block_size,
                                    long block_stride, long tokens, long q_heads, long kv_heads, long head_dim, const void *q_norm, const void *k_norm, float eps,
-                                   int dtype, int threads) {
+                                   int shared_values, int value_norm, int dtype, int threads) {
   Tasks tasks = tasks_of_rows(tokens, (q_heads + 2 * kv_heads) * head_dim, &threads);
   Rotary rotary = {tasks,   qkv,      stride,   positions, slots,  cos_sin, keys, values, block_size, block_stride,
-                   q_heads, kv_heads, head_dim, q_norm,    k_norm, eps,     dtype};
+                   q_heads, kv_heads, head_dim, q_norm,    k_norm, eps,     shared_values, value_norm, dtype};
   run_parallel(rotate_tokens, &rotary, threads);
 }

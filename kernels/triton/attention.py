@@ -45,7 +45,7 @@ def tiles(queries: int, group: int, head_dim: int, dtype: torch.dtype, capabilit
     """
     if dtype == torch.float32:
         return Tiles(max(16, power_of_two(group)), 32, 4, 1)
-    most = 128 if head_dim <= 128 else 64
+    most = 128 if head_dim <= 128 else 64 if head_dim <= 256 else 16
     rows = max(min(power_of_two(queries * group), most), power_of_two(group), 16)
     wide = head_dim <= 64 or (head_dim <= 128 and (rows <= 32 or capability >= 90))
     return Tiles(rows, 64 if wide else 32, 8 if rows == most >= 64 else 4, 2)

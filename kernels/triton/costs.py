@@ -51,7 +51,7 @@ def step_costs(
     written = 2 * model.kv_heads * cache.itemsize
     yield Cost("rotary_kv_write", layers, layers, layers * tokens * (heads * size + written) * model.head_dim)
     yield Cost("add_rms_norm", norms, norms, norms * (4 * tokens + 1) * model.hidden * size)
-    yield Cost("silu_mul", layers, layers, layers * 3 * tokens * model.features * size)
+    yield Cost("gate_mul", layers, layers, layers * 3 * tokens * model.features * size)
     if filtered:
         moved = 4 * tokens * model.vocabulary * (1 + _reads(4 * model.vocabulary, tokens, gpu))
         yield Cost("filter_logits", 1, 1, moved)

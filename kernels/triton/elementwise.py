@@ -1,4 +1,4 @@
-"""The operations between matrix products: RMSNorm, with and without the residual's addition, SiLU * mul, argmax.
+"""The operations between matrix products: RMSNorm and the residual's addition, gates, argmax.
 
 Each reads and writes device memory once and computes next to nothing: a row (or a piece of one) is a program.
 """
@@ -11,7 +11,7 @@ import triton.language as tl
 from dspark_kernels.triton.launch import Launch, power_of_two
 from torch import Tensor
 
-SILU_COLUMNS = 1024
+GATE_COLUMNS = 1024
 ARGMAX_COLUMNS = 8192
 NO_RANK = tl.constexpr(-0x7FFFFFFFFFFFFFFF)  # below the rank of any number
 
@@ -34,15 +34,38 @@ def rms_norm(x, residual, weight, out, x_stride, residual_stride, eps, COLUMNS: 
 
 
 @triton.jit
-def silu_mul(gate_up, out, stride, FEATURES: tl.constexpr, BLOCK: tl.constexpr):
-    """Grid (N, FEATURES / BLOCK): out [N, FEATURES] = silu(gate) * up of gate_up [N, 2 FEATURES]."""
+def gate_mul(gate_up, out, stride, FEATURES: tl.constexpr, BLOCK: tl.constexpr, GELU: tl.constexpr):
+    """Grid (N, FEATURES / BLOCK): out [N, FEATURES] = silu(gate) * up of gate_up [N, 2 FEATURES].
+
+    With GELU, gelu by its approximation with tanh: x / 2 * (1 + tanh(z)) = x / (1 + exp(-2 z)).
+    """
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < FEATURES
     at = gate_up + row * stride + column
     gate = tl.load(at, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(at + FEATURES, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + row * FEATURES + column, (gate / (1.0 + tl.exp(-gate)) * up).to(out.dtype.element_ty), mask=inside)
+    exponent = -gate
+    if GELU:
+        exponent = -1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)
+    tl.store(
+        out + row * FEATURES + column, (gate / (1.0 + tl.exp(exponent)) * up).to(out.dtype.element_ty), mask=inside
+    )
+
+
+@triton.jit
+def norm_add(x, residual, weight, x_stride, residual_stride, eps, factor, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+    """Grid (N): residual = (residual + rms_norm(x)) * factor, each step as it would be stored."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < COLUMNS
+    value = tl.load(x + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(value * value, 0) / COLUMNS + eps)
+    normed = value * scale * tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    at = residual + row * residual_stride + column
+    TYPE: tl.constexpr = residual.dtype.element_ty
+    total = tl.load(at, mask=inside, other=0.0).to(tl.float32) + normed.to(TYPE).to(tl.float32)
+    tl.store(at, (total.to(TYPE).to(tl.float32) * factor).to(TYPE), mask=inside)
 
 
 @triton.jit
@@ -96,15 +119,31 @@ def norm_launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, 
     )  # fmt: skip
 
 
-def silu_launch(gate_up: Tensor, out: Tensor) -> Launch:
-    """silu(gate) * up into out [N, F]."""
-    rows, features = out.shape
-    block = min(power_of_two(features), SILU_COLUMNS)
+def norm_add_launch(x: Tensor, residual: Tensor, weight: Tensor, eps: float, scale: float) -> Launch:
+    """`Kernels.norm_add`."""
+    rows, columns = x.shape
+    block = power_of_two(columns)
     return Launch(
-        silu_mul,
+        norm_add,
+        (rows,),
+        dict(
+            x=x, residual=residual, weight=weight, x_stride=x.stride(0), residual_stride=residual.stride(0),
+            eps=float(eps), factor=float(scale),
+        ),
+        min(max(block // 512, 1), 16),
+        constants=dict(COLUMNS=columns, BLOCK=block),
+    )  # fmt: skip
+
+
+def gate_launch(gate_up: Tensor, out: Tensor, gelu: bool = False) -> Launch:
+    """silu(gate) * up, or gelu(gate) * up, into out [N, F]."""
+    rows, features = out.shape
+    block = min(power_of_two(features), GATE_COLUMNS)
+    return Launch(
+        gate_mul,
         (rows, -(-features // block)),
         dict(gate_up=gate_up, out=out, stride=gate_up.stride(0)),
-        constants=dict(FEATURES=features, BLOCK=block),
+        constants=dict(FEATURES=features, BLOCK=block, GELU=gelu),
     )
 
 

@@ -45,7 +45,8 @@ def _rotate(low, high, table, norm, half, eps, HEAD_DIM: tl.constexpr):
 def rotary_kv_write(
     qkv, positions, cos_sin, slots, keys, values, q_norm, k_norm, qkv_stride, block_stride, eps,
     BLOCK_SIZE: tl.constexpr, Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
-    HEADS: tl.constexpr, HALF: tl.constexpr, BITS: tl.constexpr,
+    HEADS: tl.constexpr, HALF: tl.constexpr, BITS: tl.constexpr, SHARED_VALUES: tl.constexpr,
+    VALUE_NORM: tl.constexpr,
 ):  # fmt: skip
     """Grid (N, ceil(Q_HEADS / HEADS) + ceil(KV_HEADS / HEADS)), q's parts first. A negative slot is not written.
 
@@ -72,7 +73,12 @@ def rotary_kv_write(
         low, high = _load_halves(row + Q_HEADS * HEAD_DIM, head, half, inside, HEAD_DIM)
         low, high = _rotate(low, high, table, k_norm, half, eps, HEAD_DIM)
         _store_halves(keys + at, head, half, inside, low, high, HEAD_DIM, BITS)
-        low, high = _load_halves(row + (Q_HEADS + KV_HEADS) * HEAD_DIM, head, half, inside, HEAD_DIM)
+        from_head: tl.constexpr = Q_HEADS if SHARED_VALUES else Q_HEADS + KV_HEADS
+        low, high = _load_halves(row + from_head * HEAD_DIM, head, half, inside, HEAD_DIM)
+        if VALUE_NORM:
+            scale = tl.rsqrt((tl.sum(low * low, 1) + tl.sum(high * high, 1)) / HEAD_DIM + eps)
+            low *= scale[:, None]
+            high *= scale[:, None]
         _store_halves(values + at, head, half, inside, low, high, HEAD_DIM, BITS)
 
 
@@ -87,6 +93,7 @@ def launch(
     q_norm: Tensor | None,
     k_norm: Tensor | None,
     eps: float,
+    value_norm: bool,
 ) -> Launch:
     """`Kernels.rotary_kv_write`."""
     _, block_size, kv_heads, head_dim = keys.shape
@@ -102,6 +109,7 @@ def launch(
         heads,
         constants=dict(
             BLOCK_SIZE=block_size, Q_HEADS=num_q_heads, KV_HEADS=kv_heads, HEAD_DIM=head_dim, HEADS=heads,
-            HALF=power_of_two(head_dim // 2), BITS=by_hand(keys),
+            HALF=power_of_two(head_dim // 2), BITS=by_hand(keys), VALUE_NORM=value_norm,
+            SHARED_VALUES=qkv.shape[1] < (num_q_heads + 2 * kv_heads) * head_dim,
         ),
     )  # fmt: skip

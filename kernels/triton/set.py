@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 import triton
 from dspark_kernels.cpu.build import KernelBuildError
-from dspark_kernels.interface import DraftedTokens, Favour, Filters, LayerParts, PackedLinear
-from dspark_kernels.reference import PlainLinear, ReferenceKernels
-from dspark_kernels.triton import accept, attention, elementwise, filter, rotary, sequential
+from dspark_kernels.interface import DraftedTokens, Favour, Filters, LayerParts, PackedExperts, PackedLinear
+from dspark_kernels.reference import PlainExperts, PlainLinear, ReferenceKernels
+from dspark_kernels.triton import accept, attention, elementwise, experts, filter, rotary, sequential
 from dspark_kernels.triton.launch import H100, Gpu
 from torch import Tensor, empty, empty_like
 
@@ -63,8 +63,9 @@ class TritonKernels:
         q_norm: Tensor | None = None,
         k_norm: Tensor | None = None,
         eps: float = 1e-6,
+        value_norm: bool = False,
     ) -> None:
-        rotary.launch(qkv, positions, cos_sin, slots, keys, values, num_q_heads, q_norm, k_norm, eps).run()
+        rotary.launch(qkv, positions, cos_sin, slots, keys, values, num_q_heads, q_norm, k_norm, eps, value_norm).run()
 
     def paged_attention(
         self,
@@ -90,8 +91,16 @@ class TritonKernels:
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         out = empty(gate_up.shape[0], gate_up.shape[1] // 2, dtype=gate_up.dtype, device=gate_up.device)
-        elementwise.silu_launch(gate_up, out).run()
+        elementwise.gate_launch(gate_up, out).run()
         return out
+
+    def gelu_tanh_mul(self, gate_up: Tensor) -> Tensor:
+        out = empty(gate_up.shape[0], gate_up.shape[1] // 2, dtype=gate_up.dtype, device=gate_up.device)
+        elementwise.gate_launch(gate_up, out, gelu=True).run()
+        return out
+
+    def norm_add(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, scale: float = 1.0) -> None:
+        elementwise.norm_add_launch(x, residual, weight, eps, scale).run()
 
     def argmax(self, logits: Tensor) -> Tensor:
         out = empty(logits.shape[0], dtype=torch.int64, device=logits.device)
@@ -110,6 +119,16 @@ class TritonKernels:
         if x.is_cuda:
             return F.linear(x, packed.weight, packed.bias).to(out_dtype)
         return ReferenceKernels().linear(x, packed, out_dtype)
+
+    def pack_experts(self, gate_up: Tensor, down: Tensor) -> PlainExperts:
+        return PlainExperts(gate_up.contiguous(), down.contiguous())
+
+    def experts(self, x: Tensor, packed: PackedExperts, chosen: Tensor, shares: Tensor) -> Tensor:
+        assert isinstance(packed, PlainExperts)
+        out = empty(x.shape, dtype=x.dtype, device=x.device)
+        for launch in experts.launches(x, packed.gate_up, packed.down, chosen, shares, out):
+            launch.run()
+        return out
 
     def fuse_layer(self, parts: LayerParts) -> None:
         return None

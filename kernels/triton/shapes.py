@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from dspark_kernels.interface import DraftedTokens, Favour, Filters
-from dspark_kernels.triton import accept, attention, elementwise, filter, rotary, sequential, vocabulary
+from dspark_kernels.triton import accept, attention, elementwise, experts, filter, rotary, sequential, vocabulary
 from dspark_kernels.triton.launch import Gpu, Launch
 from torch import Tensor
 
@@ -32,12 +32,18 @@ class Model:
     window: int | None = None
     softcap: float | None = None
     dtype: torch.dtype = torch.bfloat16
+    mixture: tuple[int, int, int] = (8, 2, 768)  # experts, those of a token, their features
 
 
-QWEN3_8B = Model("Qwen3-8B", 36, 5, 4096, 32, 8, 128, 12288, 151936, 151936, 256, 7, qk_norm=True)
+QWEN3_8B = Model(
+    "Qwen3-8B", 36, 5, 4096, 32, 8, 128, 12288, 151936, 151936, 256, 7, qk_norm=True, mixture=(128, 8, 768)
+)
 SMOLLM2 = Model("SmolLM2-135M", 30, 2, 576, 9, 3, 64, 1536, 49152, 8192, 128, 5, qk_norm=False)
-# Head sizes of models that are not served yet: their attention only.
+# Other head sizes: their attention only.
+GEMMA4 = Model("Gemma4-12B, full layers", 8, 5, 3840, 16, 1, 512, 15360, 262144, 262144, 256, 7, qk_norm=True)
 OTHERS = (
+    GEMMA4,
+    Model("Gemma4-12B, sliding layers", 40, 0, 3840, 16, 8, 256, 15360, 262144, 0, 0, 7, qk_norm=True, window=1024),
     Model("d 96, group 1", 1, 0, 3072, 32, 32, 96, 8192, 32064, 0, 0, 7, qk_norm=False),
     Model(
         "d 256, group 2, window, soft-cap",
@@ -79,7 +85,11 @@ def cases(model: Model, gpu: Gpu) -> Iterator[Case]:
     yield Case("norm", "add + RMSNorm", elementwise.norm_launch(*_norm(model, rows, True)))
     features = model.features
     gate_up, activated = _on_meta(dtype, (rows, 2 * features), (rows, features))
-    yield Case("silu_mul", "", elementwise.silu_launch(gate_up, activated))
+    yield Case("gate_mul", "silu", elementwise.gate_launch(gate_up, activated))
+    yield Case("gate_mul", "gelu", elementwise.gate_launch(gate_up, activated, gelu=True))
+    x, residual, weight = _on_meta(dtype, (rows, model.hidden), (rows, model.hidden), (model.hidden,))
+    yield Case("norm_add", "", elementwise.norm_add_launch(x, residual, weight, 1e-6, 0.5))
+    yield from _experts(model)
     logits = _empty(torch.float32, rows, model.vocabulary)
     for part, launch in zip(
         ("parts", "whole"), elementwise.argmax_launches(logits, _empty(torch.int64, rows)), strict=True
@@ -87,6 +97,7 @@ def cases(model: Model, gpu: Gpu) -> Iterator[Case]:
         yield Case("argmax", part, launch)
     for family, cache in (("rotary", dtype), ("rotary, e4m3", torch.float8_e4m3fn)):
         yield Case(family, "q, k with norm" if model.qk_norm else "q, k", _rotary(model, rows, cache))
+        yield Case(family, "normalised values, the keys'", _rotary(model, rows, cache, values=True))
     yield from _drafting(model, None)
     of_all, index = _on_meta(torch.float32, (rows,), (rows,)), _empty(torch.int64, rows)
     filters = Filters(index, *of_all)
@@ -134,12 +145,24 @@ def _norm(model: Model, rows: int, residual: bool) -> tuple[Tensor, Tensor | Non
     return x, other if residual else None, _empty(model.dtype, model.hidden), 1e-6, out
 
 
-def _rotary(model: Model, rows: int, cache: torch.dtype) -> Launch:
-    qkv = _empty(model.dtype, rows, (model.q_heads + 2 * model.kv_heads) * model.head_dim)
-    keys, values = _on_meta(cache, *[(4096 // BLOCK_SIZE, BLOCK_SIZE, model.kv_heads, model.head_dim)] * 2)
+def _experts(model: Model) -> Iterator[Case]:
+    """A decode step's few rows to an expert, and a prompt's many."""
+    count, each, features = model.mixture
+    gate_up, down = _on_meta(model.dtype, (count, 2 * features, model.hidden), (count, model.hidden, features))
+    for tokens in (8, 2048):
+        x, out = _on_meta(model.dtype, (tokens, model.hidden), (tokens, model.hidden))
+        chosen, shares = _empty(torch.int32, tokens, each), _empty(torch.float32, tokens, each)
+        for launch in experts.launches(x, gate_up, down, chosen, shares, out):
+            gated = {True: ", gated", False: ""}[bool(launch.constants.get("GATED"))]
+            yield Case("experts", f"{launch.kernel.__name__}{gated}, {tokens} tokens", launch)
+
+
+def _rotary(model: Model, rows: int, cache: torch.dtype, values: bool = False) -> Launch:
+    qkv = _empty(model.dtype, rows, (model.q_heads + (1 if values else 2) * model.kv_heads) * model.head_dim)
+    keys, stored = _on_meta(cache, *[(4096 // BLOCK_SIZE, BLOCK_SIZE, model.kv_heads, model.head_dim)] * 2)
     norm = _empty(model.dtype, model.head_dim) if model.qk_norm else None
     table, index = _empty(torch.float32, 4096, model.head_dim), _empty(torch.int32, rows)
-    return rotary.launch(qkv, index, table, index, keys, values, model.q_heads, norm, norm, 1e-6)
+    return rotary.launch(qkv, index, table, index, keys, stored, model.q_heads, norm, norm, 1e-6, values)
 
 
 def _drafting(model: Model, filters: Filters | None) -> Iterator[Case]:

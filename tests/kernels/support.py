@@ -73,6 +73,34 @@ def paged(
     )
 
 
+@dataclass
+class Mixture:
+    """Tokens and their experts; expert 1 has no token, as far as there are others."""
+
+    x: Tensor
+    gate_up: Tensor
+    down: Tensor
+    chosen: Tensor
+    shares: Tensor
+
+    def run(self, kernels: dspark_kernels.Kernels) -> Tensor:
+        return kernels.experts(self.x, kernels.pack_experts(self.gate_up, self.down), self.chosen, self.shares)
+
+
+def mixture(tokens: int, experts: int, each: int, hidden: int, features: int, dtype: torch.dtype) -> Mixture:
+    noise = torch.Generator().manual_seed(tokens * experts + each)
+    odds = torch.rand(tokens, experts, generator=noise)
+    if experts > each:
+        odds[:, 1] = -1.0
+    return Mixture(
+        torch.randn(tokens, hidden + 8, generator=noise).to(dtype)[:, :hidden],  # strided rows
+        (torch.randn(experts, 2 * features, hidden, generator=noise) * hidden**-0.5).to(dtype),
+        (torch.randn(experts, hidden, features, generator=noise) * features**-0.5).to(dtype),
+        odds.topk(each).indices.int(),
+        torch.rand(tokens, each, generator=noise),
+    )
+
+
 def check_hidden_rows_stay_hidden(
     kernels: dspark_kernels.Kernels, case: Paged, causal: bool, window: int | None, value: float
 ) -> None:

@@ -12,7 +12,8 @@ from dspark_kernels.reference import ReferenceKernels
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.kernels.support import Paged, check_hidden_rows_stay_hidden, close, paged
+from dspark_server.runtime.linear import Experts
+from tests.kernels.support import Paged, check_hidden_rows_stay_hidden, close, mixture, paged
 
 REFERENCE = ReferenceKernels()
 
@@ -69,8 +70,8 @@ RUNS = [[(1, 0)], [(7, 0), (1, 15)], [(1, 16), (8, 33), (3, 0), (1, 1)], [(40, 5
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("groups", "kv_heads", "size"),
-    [(3, 3, 64), (1, 2, 16), (4, 1, 32), (2, 2, 40), (2, 1, 128), (7, 1, 96), (1, 1, 256), (3, 2, 20), (2, 1, 100),
-     (1, 3, 36), (2, 2, 2)],
+    [(3, 3, 64), (1, 2, 16), (4, 1, 32), (2, 2, 40), (2, 1, 128), (7, 1, 96), (1, 1, 256), (2, 1, 512),
+     (3, 2, 20), (2, 1, 100), (1, 3, 36), (2, 2, 2)],
 )  # fmt: skip
 @pytest.mark.parametrize("runs", RUNS, ids=range(len(RUNS)))
 def test_attention(
@@ -143,6 +144,76 @@ def test_rotary_and_kv_write(native: NativeKernels, size: int, heads: int, norme
         results.append((qkv[:, : heads * size].contiguous(), keys, values))
     for ours, theirs in zip(*results, strict=True):
         close(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize(("size", "heads"), [(32, 4), (20, 0), (512, 1)])
+def test_values_that_are_normalised_or_are_the_keys(
+    native: NativeKernels, size: int, heads: int, shared: bool, dtype: torch.dtype
+) -> None:
+    kv_heads, rows = 2, 9
+    qkv = torch.randn(rows, (heads + (1 if shared else 2) * kv_heads) * size).to(dtype)
+    positions, slots = torch.randint(0, 50, (rows,), dtype=torch.int32), torch.randperm(40)[:rows].int()
+    cos_sin, norm = torch.randn(50, size), torch.randn(size).to(dtype)
+    for value_norm in (False, True):
+        results = []
+        for kernels in (native, REFERENCE):
+            own = qkv.clone()
+            keys, values = torch.zeros(8, 2, 5, kv_heads, size, dtype=dtype).unbind(1)
+            kernels.rotary_kv_write(own, positions, cos_sin, slots, keys, values, heads, norm, norm, 1e-6, value_norm)
+            results.append((own[:, : heads * size].contiguous(), keys, values))
+        for ours, theirs in zip(*results, strict=True):
+            close(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "features"), [(1, 576), (5, 64), (70, 37)])
+def test_gelu_and_the_sum_with_a_norm(native: NativeKernels, rows: int, features: int, dtype: torch.dtype) -> None:
+    gate_up = torch.randn(rows, 2 * features).to(dtype) * 4
+    gate_up[0, 0], gate_up[-1, 1] = -60.0, 60.0  # where the cube overflows the exponent
+    close(native.gelu_tanh_mul(gate_up), REFERENCE.gelu_tanh_mul(gate_up))
+    x, residual = (torch.randn(rows, features + 8).to(dtype)[:, :features] for _ in range(2))  # strided rows
+    weight = torch.randn(features).to(dtype)
+    for scale in (1.0, 0.37):
+        ours, theirs = residual.clone(), residual.clone()
+        native.norm_add(x, ours, weight, 1e-6, scale)
+        REFERENCE.norm_add(x, theirs, weight, 1e-6, scale)
+        close(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "experts", "each", "hidden", "features"),
+    [(1, 1, 1, 32, 32), (1, 8, 2, 64, 96), (7, 8, 3, 576, 40), (50, 4, 4, 37, 33), (300, 128, 8, 64, 32)],
+)
+def test_experts_and_their_batch_invariance(
+    native: NativeKernels, tokens: int, experts: int, each: int, hidden: int, features: int
+) -> None:
+    case = mixture(tokens, experts, each, hidden, features, torch.bfloat16)
+    together = case.run(native)
+    close(together, case.run(REFERENCE))
+    packed = native.pack_experts(case.gate_up, case.down)
+    for token in {0, tokens // 2, tokens - 1}:
+        one = slice(token, token + 1)
+        assert torch.equal(native.experts(case.x[one], packed, case.chosen[one], case.shares[one])[0], together[token])
+
+
+def test_a_nan_reaches_its_own_token_only(native: NativeKernels) -> None:
+    case = mixture(9, 4, 2, 64, 32, torch.bfloat16)
+    clean = case.run(native)
+    case.x[4, 3] = torch.nan
+    broken = case.run(native)
+    assert broken[4].isnan().all()
+    assert torch.equal(broken[[0, 1, 2, 3, 5, 6, 7, 8]], clean[[0, 1, 2, 3, 5, 6, 7, 8]])
+
+
+@pytest.mark.parametrize(("tokens", "each"), [(1, 2), (9, 3), (40, 8)])
+def test_plain_experts_are_the_same(tokens: int, each: int) -> None:
+    """Of float32, by torch's batched products: the kernels have none."""
+    case = mixture(tokens, 8, each, 24, 20, torch.float32)
+    plain = Experts(case.gate_up, case.down, dspark_kernels.load("native"))
+    assert plain.backend == "plain"
+    close(plain(case.x, case.chosen, case.shares), case.run(REFERENCE))
 
 
 @pytest.mark.parametrize(("out_features", "in_features"), [(96, 64), (960, 576), (37, 51), (1, 2)])

@@ -10,7 +10,7 @@ from dspark_kernels import KernelBuildError, load
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.kernels.support import close, triton_kernels
+from tests.kernels.support import close, mixture, triton_kernels
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 
@@ -30,6 +30,12 @@ def test_norms_and_silu(rows: int, features: int, dtype: torch.dtype) -> None:
     close(ours, theirs)
     gate_up = torch.randn(rows, 2 * features + 8).to(dtype)[:, : 2 * features] * 4
     close(TRITON.silu_mul(gate_up), REFERENCE.silu_mul(gate_up))
+    close(TRITON.gelu_tanh_mul(gate_up), REFERENCE.gelu_tanh_mul(gate_up))
+    for scale in (1.0, 0.37):
+        ours, theirs = residual.clone(), residual.clone()
+        TRITON.norm_add(x, ours, weight, 1e-5, scale)
+        REFERENCE.norm_add(x, theirs, weight, 1e-5, scale)
+        close(ours, theirs)
 
 
 def test_the_residual_is_normalised_as_it_is_stored() -> None:
@@ -60,6 +66,37 @@ def test_rotary_and_kv_write(heads: int, kv_heads: int, size: int, normed: bool,
         results.append((qkv[:, : heads * size].contiguous(), keys, values))
     for ours, theirs in zip(*results, strict=True):
         close(ours, theirs)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize(("size", "heads", "dtype"), [(16, 3, torch.bfloat16), (48, 0, torch.float32)])
+def test_values_that_are_normalised_or_are_the_keys(size: int, heads: int, dtype: torch.dtype, shared: bool) -> None:
+    kv_heads, rows = 2, 3
+    qkv = torch.randn(rows, (heads + (1 if shared else 2) * kv_heads) * size).to(dtype)
+    positions, slots = torch.randint(0, 50, (rows,), dtype=torch.int32), torch.randperm(20)[:rows].int()
+    cos_sin, norm = torch.randn(50, size), torch.randn(size).to(dtype)
+    for value_norm in (False, True):
+        results = []
+        for kernels in (TRITON, REFERENCE):
+            own = qkv.clone()
+            keys, values = torch.zeros(4, 2, 5, kv_heads, size, dtype=dtype).unbind(1)
+            kernels.rotary_kv_write(own, positions, cos_sin, slots, keys, values, heads, norm, norm, 1e-6, value_norm)
+            results.append((own[:, : heads * size].contiguous(), keys, values))
+        for ours, theirs in zip(*results, strict=True):
+            close(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("tokens", "experts", "each", "hidden", "features"), [(1, 8, 2, 64, 96), (7, 4, 3, 80, 40), (40, 3, 2, 37, 33)]
+)
+def test_experts(tokens: int, experts: int, each: int, hidden: int, features: int, dtype: torch.dtype) -> None:
+    case = mixture(tokens, experts, each, hidden, features, dtype)
+    together = case.run(TRITON)
+    close(together, case.run(REFERENCE))
+    packed = TRITON.pack_experts(case.gate_up, case.down)
+    one = slice(tokens // 2, tokens // 2 + 1)
+    close(TRITON.experts(case.x[one], packed, case.chosen[one], case.shares[one]), together[one])
 
 
 def test_a_negative_slot_is_not_written() -> None:

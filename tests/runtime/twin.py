@@ -349,6 +349,8 @@ class TwinKernels(ReferenceKernels):
     add_rms_norm = kernel(ReferenceKernels.add_rms_norm)
     rotary_kv_write = kernel(ReferenceKernels.rotary_kv_write)
     silu_mul = kernel(ReferenceKernels.silu_mul)
+    gelu_tanh_mul = kernel(ReferenceKernels.gelu_tanh_mul)
+    norm_add = kernel(ReferenceKernels.norm_add)
     argmax = kernel(ReferenceKernels.argmax)
     linear = kernel(ReferenceKernels.linear)
     draft_tokens = kernel(ReferenceKernels.draft_tokens)
