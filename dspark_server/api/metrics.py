@@ -205,6 +205,15 @@ def speculation_families(labels: Sequence[str], stats: EngineStats) -> Iterator[
     ):
         values = [(middle, float(getattr(each, name))) for middle, each in bins]
         yield counters("survival_" + name, documentation, "predicted", values)
+    for name, documentation, counts in (
+        (
+            "context_judged",
+            "The drafter's tokens verified, by the context's length, rounded up.",
+            stats.judged_by_context,
+        ),
+        ("context_accepted", "The drafter's tokens accepted, likewise.", stats.accepted_by_context),
+    ):
+        yield counters(name, documentation, "context", [(str(upto), n) for upto, n in sorted(dict(counts).items())])
     yield counters(
         "step_seconds",
         "Time of steps: draft with how much of it is verified, verify, host with who drafts.",
@@ -230,6 +239,16 @@ def speculation_families(labels: Sequence[str], stats: EngineStats) -> Iterator[
             "step_slowdown",
             "Seconds that steps lately took, by those of the cost profile of the start.",
             stats.step_slowdown,
+        ),
+        (
+            "calibration_ratio",
+            "Draft tokens that survived for each that calibration predicted, of the last thousands.",
+            stats.trust.ratio,
+        ),
+        (
+            "calibration_low",
+            "1 while far fewer draft tokens survive than calibration predicts.",
+            stats.trust.low,
         ),
         (
             "slow_steps",

@@ -4,6 +4,7 @@ from collections import Counter, deque
 from dataclasses import dataclass, field
 
 from dspark_server.engine.gain import Gain
+from dspark_server.speculation.trust import Trust
 
 SURVIVAL_BINS = 10  # of the predicted survival of verified draft tokens
 
@@ -37,6 +38,9 @@ class EngineStats:
     accepted_per_position: list[int] = field(default_factory=list)
     # Of the requests that could draft, each step: "drafted", "copied" from their own context or "skipped".
     drafting: Counter[str] = field(default_factory=Counter)
+    # Verified and accepted tokens of the drafter, by the least power of two that the context does not exceed.
+    judged_by_context: Counter[int] = field(default_factory=Counter)
+    accepted_by_context: Counter[int] = field(default_factory=Counter)
     budgets: Counter[int] = field(default_factory=Counter)  # of them, number with 1 + l tokens verified
     survival: list[SurvivalBin] = field(default_factory=lambda: [SurvivalBin() for _ in range(SURVIVAL_BINS)])
     seconds: dict[str, float] = field(default_factory=lambda: {"draft": 0.0, "verify": 0.0, "host": 0.0})  # of steps
@@ -44,6 +48,7 @@ class EngineStats:
     verify_seconds: dict[int, float] = field(default_factory=dict)  # selection's estimate of a pass over B tokens
     step_slowdown: float = 1.0  # recent seconds of steps, relative to the profile measured at start
     slow_steps: bool = False  # the slowdown has been above 5 for some seconds
+    trust: Trust = field(default_factory=Trust)  # live acceptance against calibration
     # Drained by the metrics reader; bounded so that an unread server does not grow.
     queue_times: deque[float] = field(default_factory=lambda: deque(maxlen=100_000))
     iteration_tokens: deque[int] = field(default_factory=lambda: deque(maxlen=100_000))
