@@ -53,11 +53,12 @@ def conformance(
     They are of a target and drafter pair; the exit code is 1 if any is out of bounds.
     """
     with clear_errors():
-        from dspark_server.conformance import TOLERANCE, replay
+        from dspark_server.conformance import replay
 
         report = replay(directory, progress=lambda line: typer.echo(line, err=True))
         for kind, error in report.largest.items():
-            typer.echo(f"{kind:20} largest error {error:.2e}  {'ok' if error <= TOLERANCE else 'OUT OF BOUNDS'}")
+            verdict = "ok" if error <= report.tolerance(kind) else "OUT OF BOUNDS"
+            typer.echo(f"{kind:20} largest error {error:.2e}  {verdict}")
         for mismatch in report.mismatches:
             typer.echo(f"differs: {mismatch}")
         typer.echo(f"{report.rounds} rounds: {'passed' if report.passed else 'FAILED'}")

@@ -14,7 +14,6 @@ from dspark_server.cli.options import takes_settings
 from dspark_server.cli.ranks import EXIT_DEAD, Ranks
 from dspark_server.config import EngineConfig
 from dspark_server.errors import CheckpointError, EngineDeadError
-from dspark_server.models.config import load_config
 from dspark_server.models.hub import resolve_model
 from dspark_server.resolve import Resolution
 
@@ -30,6 +29,8 @@ def serve(resolution: Resolution) -> None:
     # Until the server handles it: the first process of a container ignores SIGTERM by default.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     if config.tensor_parallel_size > 1:  # before the other ranks exist, which would repeat the errors
+        from dspark_server.models.registry import load_config
+
         load_config(resolve_model(config.model, revision=config.revision)).shared_by(config.tensor_parallel_size)
     # From here on torch is imported, which takes seconds; wrong settings are reported before.
     with Ranks.start(config.tensor_parallel_size, config.device) as ranks:

@@ -30,11 +30,11 @@ class PrefixKey:
 
 
 class Part(NamedTuple):
-    """A block's part of the segment with `digest`: number `index` of its blocks in a group."""
+    """A block's part of the segment with `digest`: number `place` of its blocks in a group."""
 
     digest: bytes
     group: int
-    index: int
+    place: int
 
 
 def chain(parent: bytes, tokens: Sequence[int]) -> PrefixKey:

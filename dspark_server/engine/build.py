@@ -12,9 +12,11 @@ from dspark_server.config import DEFAULT_CACHE_BYTES, UTILIZATION, EngineConfig
 from dspark_server.engine.device_executor import DeviceExecutor, working_bytes
 from dspark_server.engine.executor import TorchExecutor
 from dspark_server.engine.profile import warm_up
-from dspark_server.models.config import ModelConfig, load_config, read_json
+from dspark_server.models.config import ModelConfig
 from dspark_server.models.decoder import Decoder
+from dspark_server.models.fields import read_json
 from dspark_server.models.hub import resolve_model
+from dspark_server.models.registry import load_config
 from dspark_server.runtime.backend import choose_kernels, use_threads
 from dspark_server.runtime.device import Device, find_device
 from dspark_server.runtime.graphs import default_sizes
@@ -103,15 +105,19 @@ def build_executor(
         executor.capture()
     else:
         pool, longest = executor.pool, target.max_model_len
-        warm_up(executor, pool.num_blocks, pool.groups, longest, config.max_num_batched_tokens)
+        vocabulary = target.config.vocab_size
+        warm_up(executor, pool.num_blocks, pool.groups, longest, vocabulary, config.max_num_batched_tokens)
     return executor
 
 
 def _flash_obstacle(model: ModelConfig) -> str | None:
     """Why flash-attn cannot serve a model; None: it can."""
-    if model.head_dim > LARGEST_HEAD:
-        return f"The model's heads have {model.head_dim} channels, and flash-attn takes up to {LARGEST_HEAD}."
-    if len(set(model.sliding_windows)) > 1:  # and so blocks of other sizes than flash-attn's multiples
+    widest = max(layer.attention.head_dim for layer in model.layers)
+    if widest > LARGEST_HEAD:
+        return f"The model's heads have {widest} channels, and flash-attn takes up to {LARGEST_HEAD}."
+    if (
+        len({layer.attention.window for layer in model.layers}) > 1
+    ):  # and so blocks of other sizes than flash-attn's multiples
         return "Some of the model's layers see a window and some the whole context, which it does not serve here."
     return None
 

@@ -25,9 +25,9 @@ from dspark_server.engine.step import StepLoop
 from dspark_server.engine.threads import ThreadCount
 from dspark_server.engine.trace import StepOutput
 from dspark_server.errors import CheckpointError, ConfigError
-from dspark_server.models.config import read_json
 from dspark_server.models.decoder import Decoder
 from dspark_server.models.ends import end_tokens
+from dspark_server.models.fields import read_json
 from dspark_server.models.generation import Defaults, sampling_defaults
 from dspark_server.models.hub import cache_dir, resolve_model, shipped_drafter
 from dspark_server.runtime.backend import threads_in_use, use_threads
@@ -132,7 +132,7 @@ class EngineCore:
             identity = (
                 f"{cache_identity}|{backend}|{place.kernels.build}|{threads_in_use()}|{config.speculative.shortlist}"
             )
-            measured = costs or _profile(config, executor, own.pool, target.max_model_len, identity)
+            measured = costs or _profile(config, executor, own.pool, target, identity)
             capacity = Capacity(measured, config.max_num_batched_tokens, config.max_num_seqs)
         loop = StepLoop(
             batcher,
@@ -337,13 +337,14 @@ def _drafter(config: SpeculativeConfig, target: Decoder, place: Place) -> Drafte
     return Copying(drafter, drafter.copying) if drafter.copying else drafter
 
 
-def _profile(config: EngineConfig, executor: Executor, pool: KVPool, max_model_len: int, identity: str) -> Profile:
+def _profile(config: EngineConfig, executor: Executor, pool: KVPool, target: Decoder, identity: str) -> Profile:
     """The cost profile of this machine, measured or kept."""
     return profile(
         executor,
         num_blocks=pool.num_blocks,
         groups=pool.groups,
-        max_model_len=max_model_len,
+        max_model_len=target.max_model_len,
+        vocab_size=target.config.vocab_size,
         max_tokens=config.max_num_batched_tokens,
         max_requests=config.max_num_seqs,
         directory=cache_dir() / "profiles",
@@ -355,7 +356,7 @@ def _profile(config: EngineConfig, executor: Executor, pool: KVPool, max_model_l
 def _backend(executor: TorchExecutor | DeviceExecutor, place: Place) -> str:
     """Description of the backend, for people and for the identity of profiles."""
     dtype = str(place.dtype).removeprefix("torch.")
-    backend = f"{place.kernels.name}, {executor.target.lm_head.backend} linear, {dtype}"
+    backend = f"{place.kernels.name}, {executor.target.head.linear.backend} linear, {dtype}"
     if isinstance(executor, DeviceExecutor):
         backend = f"{executor.device.label}, {backend}, {len(executor.passes.sizes)} graph sizes"
     return f"{backend}, {place.group.size} ranks" if place.group.size > 1 else backend

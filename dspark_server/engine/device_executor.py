@@ -460,20 +460,23 @@ def _table_fields(pool: KVPool, most: int, longest: int, max_tokens: int) -> dic
     """Staged fields of the block tables of `most` requests: up to `longest` tokens, steps of up to `max_tokens`."""
     fields: dict[str, Field] = {}
     for index, group in reversed(list(enumerate(pool.groups))):  # the longest table last: only its used rows are sent
-        reach = longest if group.reach is None else min(longest, group.reach + max_tokens)
-        fields[f"first{index}"] = ((most,), I64)
+        reach = longest
+        if group.reach is not None:
+            reach = min(longest, group.reach + max_tokens)
+            fields[f"first{index}"] = ((most,), I64)
         fields[f"tables{index}"] = ((most, group.blocks_between(0, reach) + 2), I32)
     return fields
 
 
 def _tables(groups: Sequence[CacheGroup], tables: Sequence[Sequence[BlockTable]]) -> dict[str, Any]:
-    """Block tables of R runs, in each group [R, W] padded with zeros, and the first token of each."""
+    """Block tables of R runs in each group, [R, W] padded with zeros; in groups with a reach each one's first token."""
     fields: dict[str, Any] = {}
     for index in reversed(range(len(groups))):
         own = [each[index] for each in tables]
         width = max((len(table.blocks) for table in own), default=0)
         rows = [table.blocks + [0] * (width - len(table.blocks)) for table in own]
-        fields[f"first{index}"] = [table.first for table in own]
+        if groups[index].reach is not None:
+            fields[f"first{index}"] = [table.first for table in own]
         fields[f"tables{index}"] = torch.tensor(rows, dtype=I32).view(len(own), width)
     return fields
 

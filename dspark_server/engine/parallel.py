@@ -22,7 +22,8 @@ from dspark_server.config import EngineConfig
 from dspark_server.engine.build import Place, build_executor
 from dspark_server.engine.executor import Budget, Clock, Cycle, Executor, with_drafts
 from dspark_server.errors import ConfigError, EngineDeadError
-from dspark_server.models.config import ModelConfig, load_config
+from dspark_server.models.fields import read_json
+from dspark_server.models.registry import load_config
 from dspark_server.runtime.backend import threads_in_use
 from dspark_server.runtime.batch import Run
 from dspark_server.runtime.device import Device
@@ -92,7 +93,7 @@ def announce(directory: Path, dtype: torch.dtype, config: EngineConfig, group: T
     model = load_config(directory)
     model.shared_by(group.size)
     settings = {name: getattr(config, name) for name in SHARED} | {"dtype": str(dtype).removeprefix("torch.")}
-    group.send(orjson.dumps([_identity(model), settings]))
+    group.send(orjson.dumps([_identity(directory), settings]))
 
 
 @torch.inference_mode()
@@ -107,7 +108,7 @@ def follow(
     identity, settings = orjson.loads(group.receive())
     config = replace(config, **settings | {"cuda_graph_sizes": tuple(settings["cuda_graph_sizes"])})
     place = Place.choose(config, group, device, kernels)
-    if _identity(load_config(place.directory)) != identity:
+    if _identity(place.directory) != identity:
         raise ConfigError(f"rank {group.rank} has another model or version than rank 0: start all with the same.")
     count = threads_in_use()
     target = place.load_target(config.max_model_len)
@@ -137,5 +138,6 @@ def decode_runs(message: bytes) -> list[Run]:
     ]
 
 
-def _identity(config: ModelConfig) -> str:
-    return f"{__version__} {config}"
+def _identity(directory: Path) -> str:
+    """Description of version and model, for comparison between ranks."""
+    return f"{__version__} {read_json(directory / 'config.json')['architectures']} {load_config(directory)}"

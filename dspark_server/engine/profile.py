@@ -29,13 +29,14 @@ from dspark_server.speculation.sampling import SamplingBatch
 
 logger = logging.getLogger(__name__)
 
-VERSION = 4  # of the measurement; a change makes every kept profile stale
+VERSION = 5  # of the measurement; a change makes every kept profile stale
 ROUNDS = 5  # over all sizes
 FEWEST = 3  # minimum number of rounds, however long they take
 PATIENCE = 10.0  # seconds after which no further round begins
 WARM = (1, 16, 256)  # tokens of the passes that are run before the first request, as far as a step may have them
 PROBED = (1, 8, 32)  # tokens of the passes that check a kept profile
 TRIALS = 3  # of each
+VARIOUS = 128  # ids of tokens in a pass
 TOLERANCE = 1.5  # factor between kept and present seconds beyond which a profile is measured again
 
 
@@ -58,12 +59,14 @@ class Profiler:
         num_blocks: int,
         groups: Sequence[CacheGroup],
         max_model_len: int,
+        vocab_size: int,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._executor = executor
         self._clock = clock
         self._num_blocks = num_blocks
         self._groups = groups
+        self._various = range(min(VARIOUS, vocab_size))
         self._longest = min(max_model_len, self._fitting(num_blocks))
         self._run_length = executor.gamma + 1
 
@@ -156,7 +159,12 @@ class Profiler:
         lengths = [self._run_length] * (tokens // self._run_length)
         lengths += [tokens % self._run_length] if tokens % self._run_length else []
         tables = self._tables(len(lengths), context)
-        runs = [Run([1] * length, context, each, length) for length, each in zip(lengths, tables, strict=True)]
+        # Different tokens, as in serving: in a mixture of experts, equal ones would all go to the same few experts.
+        various = itertools.cycle(self._various)
+        runs = [
+            Run(list(itertools.islice(various, length)), context, each, length)
+            for length, each in zip(lengths, tables, strict=True)
+        ]
         # Reading a number waits for the pass on a device that is not done when `verify` returns.
         return lambda: float(self._executor.cycle(runs, CounterStreams(), time.perf_counter).verify(None)[0][-1, -1])
 
@@ -180,10 +188,15 @@ class Profiler:
 
 @torch.inference_mode()
 def warm_up(
-    executor: Executor, num_blocks: int, groups: Sequence[CacheGroup], max_model_len: int, max_tokens: int
+    executor: Executor,
+    num_blocks: int,
+    groups: Sequence[CacheGroup],
+    max_model_len: int,
+    vocab_size: int,
+    max_tokens: int,
 ) -> None:
     """Warm up the serving path on a KV pool not in use yet; no step has more than `max_tokens` tokens."""
-    Profiler(executor, num_blocks, groups, max_model_len).warm_up(max_tokens)
+    Profiler(executor, num_blocks, groups, max_model_len, vocab_size).warm_up(max_tokens)
 
 
 @torch.inference_mode()
@@ -193,6 +206,7 @@ def profile(
     num_blocks: int,
     groups: Sequence[CacheGroup],
     max_model_len: int,
+    vocab_size: int,
     max_tokens: int,
     max_requests: int,
     directory: Path,
@@ -216,7 +230,7 @@ def profile(
         )
     )
     path = directory / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.json"
-    profiler = Profiler(executor, num_blocks, groups, max_model_len, clock)
+    profiler = Profiler(executor, num_blocks, groups, max_model_len, vocab_size, clock)
     if not again and (kept := _kept(path, profiler)):
         return kept
     measured = profiler.measure(max_tokens, max_requests)

@@ -311,6 +311,12 @@ class StepLoop:
                 if length:
                     request.copied.judged(length, stood)
                 continue
+            if length:
+                context = 1 << max(8, (asked.position - 1).bit_length())
+                self.stats.judged_by_context[context] += length
+                self.stats.accepted_by_context[context] += min(stood, length)
+                if confident:
+                    self.stats.trust.observe(sum(chances[:length]), min(stood, length), length)
             for record in (request.history, self._everyone):
                 if confident:
                     record.expected(chances[: self._block])

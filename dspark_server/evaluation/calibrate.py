@@ -16,8 +16,8 @@ from dspark_server.evaluation import measures
 from dspark_server.evaluation.collect import Blocks, Floats, collect
 from dspark_server.evaluation.evaluate import uncalibrated, without_nan
 from dspark_server.evaluation.plots import plot_reliability
-from dspark_server.models.config import load_config
 from dspark_server.models.hub import resolve_model
+from dspark_server.models.registry import load_config
 from dspark_server.speculation.calibration import Calibration
 from dspark_server.speculation.copying import BUCKETS, CopyTables
 from dspark_server.speculation.dspark import DSparkConfig

@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 
 from dspark_server.errors import CheckpointError, ConfigError
-from dspark_server.models.config import read_json
+from dspark_server.models.fields import read_json
 
 FILE = "generation_config.json"
 # Least and greatest value; the first is excluded where 0 is.

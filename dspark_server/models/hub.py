@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 from dspark_server.errors import CheckpointError, ConfigError
-from dspark_server.models.config import GGUF_IS_NOT_READ
+from dspark_server.models.fields import GGUF_IS_NOT_READ
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 _DEFAULT_ALIASES = {DEFAULT_MODEL.lower(), "smollm2", f"huggingfacetb/{DEFAULT_MODEL}".lower()}

@@ -5,7 +5,7 @@ tensor of a checkpoint must be requested. Only safetensors are read: pickle runs
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dspark_server.errors import CheckpointError
-from dspark_server.models.config import GGUF_IS_NOT_READ, ModelConfig, read_json
-from dspark_server.models.rope import may_be_frequencies
+from dspark_server.models.fields import GGUF_IS_NOT_READ, read_json
+from dspark_server.models.layers.rope import RopeConfig, may_be_frequencies
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -132,7 +132,7 @@ class WeightReader:
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, where: torch.device | None = None) -> None:
         self.dtype = dtype
-        self._where = where or torch.device("cpu")
+        self.where = where or torch.device("cpu")
         self._checkpoint = checkpoint
         self._taken: set[str] = set()
 
@@ -153,7 +153,7 @@ class WeightReader:
                 "quantized weights are not"
             )
         tensor = self._checkpoint.read(name)[rows]
-        tensor = (tensor if columns == EVERY else tensor[:, columns]).to(self._where).to(self.dtype)
+        tensor = (tensor if columns == EVERY else tensor[:, columns]).to(self.where).to(self.dtype)
         if not all(bound.isfinite() for bound in tensor.aminmax()):  # either bound is NaN if any element is
             raise CheckpointError(f"{info.file}: tensor {name} holds NaN or infinity; download or export it again")
         return tensor
@@ -163,7 +163,7 @@ class WeightReader:
         info = self._find(name, shape)
         if info.dtype not in _INTEGERS:
             raise CheckpointError(f"{info.file}: tensor {name} has dtype {info.dtype}, where integers are expected")
-        return self._checkpoint.read(name).long().to(self._where)
+        return self._checkpoint.read(name).long().to(self.where)
 
     def _find(self, name: str, shape: Sequence[int]) -> TensorInfo:
         info = self._checkpoint.tensors.get(name)
@@ -180,13 +180,17 @@ class WeightReader:
         self._taken.add(name)
         return info
 
-    def finish(self, config: ModelConfig | None = None) -> None:
-        """Raise CheckpointError if a tensor was never requested, except the rotary frequencies of `config`."""
+    def finish(self, ropes: Iterable[tuple[RopeConfig, int]] = (), unused: tuple[str, ...] = ()) -> None:
+        """Raise CheckpointError if a tensor was never requested, except those whose names begin with one of `unused`.
+
+        Buffers of rotary frequencies are passed over if they hold those of `ropes`, each with its head size.
+        """
         left = sorted(self._checkpoint.tensors.keys() - self._taken)
-        frequencies = [name for name in left if config and re.fullmatch(_FREQUENCIES, name)]
+        left = [name for name in left if not name.startswith(unused or "\0")]
+        frequencies = [name for name in left if ropes and re.fullmatch(_FREQUENCIES, name)]
         for name in frequencies:
-            assert config is not None
-            if not may_be_frequencies(self._checkpoint.read(name), config):
+            stored = self._checkpoint.read(name)
+            if not any(may_be_frequencies(stored, *rope) for rope in ropes):
                 raise CheckpointError(
                     f"{self._checkpoint.tensors[name].file}: {name} holds other rotary frequencies than config.json's "
                     "rope settings give; weights and config.json must come from the same model"

@@ -36,9 +36,9 @@ def lay_out(
 
     staged: tokens [T] int64, the committed ones of all runs; count [.] int64, the number of a run's own; context [.];
     rows [.], its rows of logits before any draft; draft_row [.], its row of the drafts plus one, 0: none; for each
-    group G of caches tablesG [., W] int32, its block table, and firstG [.] int64, the table's first token. A run is its
-    committed tokens and the first draft_lengths[row] of draft_tokens[row]. draft_tokens [Rd, gamma] and draft_lengths
-    [Rd] are int64.
+    group G of caches tablesG [., W] int32, its block table, and in one with a reach firstG [.] int64, the table's first
+    token. A run is its committed tokens and the first draft_lengths[row] of draft_tokens[row]. draft_tokens [Rd, gamma]
+    and draft_lengths [Rd] are int64.
 
     Unused run slots are empty runs after the others. Token slots n .. N belong to no run and write to slot scratch[G].
     Row j of logits is wanted for j < row_start[R]; rows beyond repeat the first token's.
@@ -91,8 +91,8 @@ def lay_out_blocks(
     runs, and their tokens belong to none.
     """
     anchors, anchored = staged["anchors"][:size], staged["positions"][:size]
-    requests, row = staged["requests"], torch.arange(size, device=anchors.device)
-    slot, run = torch.arange(gamma, device=anchors.device), row.repeat_interleave(gamma)
+    requests = staged["requests"]
+    slot, run = torch.arange(gamma, device=anchors.device), torch.arange(size * gamma, device=anchors.device) // gamma
     real = run < requests
     positions = torch.where(real, (anchored.unsqueeze(1) + slot).flatten(), 0)
     starts = torch.arange(size + 1, device=anchors.device).minimum(requests) * gamma
@@ -117,14 +117,17 @@ def _paging(
 ) -> tuple[Paging, ...]:
     """Where the rows of `real` tokens [N], of runs `run` [N] with `context` [R] rows before them, are in each group."""
 
-    def of(index: int, size: int) -> Paging:
-        first, tables = staged[f"first{index}"][: len(context)], staged[f"tables{index}"][: len(context)]
-        place = torch.where(real, positions - first[run], 0)
+    def of(index: int, group: CacheGroup) -> Paging:
+        tables, size = staged[f"tables{index}"][: len(context)], group.block_size
+        kept, place = context, positions
+        if group.reach is not None:
+            first = staged[f"first{index}"][: len(context)]
+            kept, place = context - first, torch.where(real, positions - first[run], 0)
         block = tables[run, (place // size).clamp(max=tables.shape[1] - 1)].long()
         slots = torch.where(real, block * size + place % size, scratch[index])
-        return Paging(slots.int(), (context - first).int(), tables)
+        return Paging(slots.int(), kept.int(), tables)
 
-    return tuple(of(index, group.block_size) for index, group in enumerate(groups))
+    return tuple(of(index, group) for index, group in enumerate(groups))
 
 
 def _owner(starts: Tensor, slot: Tensor) -> Tensor:

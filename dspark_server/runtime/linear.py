@@ -42,6 +42,48 @@ class Linear:
         return self._multiply(x, out_float32)
 
 
+class Experts:
+    """The gated feed-forwards of a layer's experts: gate_up [E, 2F, D], the gates first, and down [E, D, F].
+
+    As with `Linear` only a packed copy is kept. `backend` names the products in use: "grouped" of the kernels, or
+    "plain", torch's batched ones over the experts that are touched.
+    """
+
+    def __init__(self, gate_up: Tensor, down: Tensor, kernels: Kernels) -> None:
+        on_cpu = gate_up.device.type == "cpu"
+        grouped = kernels.name.startswith("native") and gate_up.dtype == torch.bfloat16 if on_cpu else True
+        self.backend = "grouped" if grouped else "plain"
+        self._kernels = kernels
+        self._packed = kernels.pack_experts(gate_up, down) if grouped else None
+        self._plain = None if grouped else (gate_up, down)
+
+    def __call__(self, x: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
+        """See `Kernels.experts`."""
+        if self._packed is not None:
+            return self._kernels.experts(x, self._packed, chosen, shares)
+        assert self._plain is not None
+        return _plain_experts(x, *self._plain, chosen, shares, self._kernels)
+
+
+def _plain_experts(
+    x: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, shares: Tensor, kernels: Kernels
+) -> Tensor:
+    """`Kernels.experts` by batched products: the rows of each touched expert, padded to the most that one has."""
+    (tokens, each), of_slot = chosen.shape, chosen.flatten().long()
+    touched, number, counts = of_slot.unique(return_inverse=True, return_counts=True)
+    order = number.argsort(stable=True)
+    sorted_number = number[order]
+    place = torch.arange(len(order)) - (counts.cumsum(0) - counts)[sorted_number]
+    rows = x.new_zeros(len(touched), int(counts.max()), x.shape[1])
+    rows[sorted_number, place] = x[order // each]
+    inner = kernels.silu_mul(torch.bmm(rows, gate_up[touched].transpose(1, 2)).flatten(0, 1))
+    outputs = torch.bmm(inner.unflatten(0, rows.shape[:2]), down[touched].transpose(1, 2)).float()
+    of_slots = torch.empty(tokens * each, x.shape[1])
+    of_slots[order] = outputs[sorted_number, place]
+    outputs = of_slots.view(tokens, each, -1) * shares.unsqueeze(2)
+    return outputs.sum(1).to(x.dtype)
+
+
 def choose_backend(dtype: torch.dtype, kernels: Kernels) -> str:
     """Return the matrix product for weights of `dtype` on this machine; DSPARK_LINEAR overrides it for bfloat16.
 

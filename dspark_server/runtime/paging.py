@@ -115,7 +115,7 @@ def _sizes(row_bytes: Sequence[int], block_size: int) -> list[int]:
     """Tokens per block of groups with `row_bytes` for a token, where a block has the same bytes in all.
 
     The group with the widest rows has between a quarter of `block_size` and twice as many. Of these the sizes are
-    chosen that waste few bytes and have a short segment.
+    chosen that waste few bytes and have a short segment, of equals the largest.
     """
     if len(row_bytes) == 1:
         return [block_size]
@@ -123,10 +123,10 @@ def _sizes(row_bytes: Sequence[int], block_size: int) -> list[int]:
 
     def cost(sizes: Sequence[int]) -> float:
         used = [size * own for size, own in zip(sizes, row_bytes, strict=True)]
-        return 1 - min(used) / max(used) + 0.01 * lcm(*sizes) / block_size
+        return 1 - min(used) / max(used) + 0.01 * max(1.0, lcm(*sizes) / block_size)
 
     candidates = []
-    for size in range(max(1, block_size // 4), 2 * block_size + 1):
+    for size in range(2 * block_size, max(0, block_size // 4 - 1), -1):
         most = [size * widest // own for own in row_bytes]
         candidates += [most, [each // size * size for each in most]]  # the latter have the shortest segments
     return min(candidates, key=cost)

@@ -30,6 +30,13 @@ class Group:
         """Return this rank's slice of `total` rows, columns or heads: equal shares, the last cut short."""
         return slice(None)
 
+    def share_of_heads(self, heads: int, channels: int) -> slice:
+        """Return this rank's rows of `heads` times `channels`; with fewer heads than ranks, several have the same."""
+        if heads % self.size == 0:
+            return self.share(heads * channels)
+        first = self.rank * heads // self.size * channels
+        return slice(first, first + channels)
+
     def all_reduce(self, x: Tensor) -> Tensor:
         """Return the sum of all ranks' x on every rank; x is overwritten."""
         return x

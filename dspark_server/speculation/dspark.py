@@ -5,7 +5,8 @@ drafting requests, gamma = block_size, D hidden size, V vocabulary, N tokens of 
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,15 @@ from dspark_kernels import Kernels
 from torch import Tensor
 
 from dspark_server.errors import CheckpointError
-from dspark_server.models.config import ModelConfig, parse_decoder, read_json
-from dspark_server.models.decoder import Decoder, DecoderLayer, LayerWeights, cache_rows
+from dspark_server.models.config import ModelConfig
+from dspark_server.models.decoder import Decoder
+from dspark_server.models.family import Layer
+from dspark_server.models.fields import read_json
+from dspark_server.models.layers.attention import ContextAttention
+from dspark_server.models.layers.embedding import Embedding, Head
+from dspark_server.models.layers.parts import Parts
 from dspark_server.models.loading import WeightReader, open_checkpoint
-from dspark_server.models.rope import rotary_table
+from dspark_server.models.registry import DRAFT_LAYERS
 from dspark_server.runtime.batch import Batch, Run
 from dspark_server.runtime.kv import KVPool, LayerCache
 from dspark_server.runtime.linear import Linear
@@ -31,13 +37,58 @@ from dspark_server.speculation.noise import Streams
 from dspark_server.speculation.sampling import SamplingBatch
 from dspark_server.speculation.sequential import BlockSampler
 
-ARCHITECTURE = "Qwen3DSparkModel"
+logger = logging.getLogger(__name__)
+
+DIGESTED = 256  # rows of a matrix in `head_digest`
+
+# Fields of a drafter's config that say nothing about its computation, or repeat what its architecture implies.
+HARMLESS = frozenset(
+    {
+        *(
+            "_name_or_path",
+            "architectures",
+            "attention_dropout",
+            "auto_map",
+            "dtype",
+            "initializer_range",
+            "model_type",
+        ),
+        *("num_anchors", "pad_token_id", "target_model_type", "target_text_model_type", "torch_dtype"),
+        *("transformers_version", "use_cache"),
+        *("layer_types", "max_window_layers", "sliding_window", "use_sliding_window"),  # read where they count
+        *("head_dim", "num_global_key_value_heads", "global_head_dim", "per_layer_config"),
+        *("markov_head_type", "confidence_head_with_markov", "tie_word_embeddings", "target_digest"),
+    }
+)
+
+
+class Noted(Mapping[str, Any]):
+    """Fields of a config that remember which of them were `read`."""
+
+    def __init__(self, fields: Mapping[str, Any]) -> None:
+        self._fields = fields
+        self.read: set[str] = set()
+
+    def __getitem__(self, name: str) -> Any:
+        self.read.add(name)
+        return self._fields[name]
+
+    def __contains__(self, name: object) -> bool:
+        self.read.add(str(name))
+        return name in self._fields
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._fields)
+
+    def __len__(self) -> int:
+        return len(self._fields)
 
 
 @dataclass(frozen=True)
 class DSparkConfig:
     """A format-A config: the backbone's decoder fields, and the drafter's own."""
 
+    architecture: str
     decoder: ModelConfig
     block_size: int
     mask_token_id: int
@@ -47,6 +98,7 @@ class DSparkConfig:
     confidence: bool
     confidence_with_markov: bool
     share_target_embeddings: bool  # ours: the checkpoint leaves embedding and head out
+    target_digest: str | None  # ours: `head_digest` of the target it was trained for
     # Ours, as in speculators' format: number of draftable tokens, named by d2t, one row of W2 each; None: all.
     draft_vocab_size: int | None
 
@@ -58,13 +110,17 @@ class DSparkConfig:
     @classmethod
     def parse(cls, fields: Mapping[str, Any], target: ModelConfig) -> "DSparkConfig":
         """The same from the file's fields."""
-        if fields.get("architectures") != [ARCHITECTURE]:
+        given, fields = fields, Noted(fields)
+        architectures = fields.get("architectures") or []
+        family = DRAFT_LAYERS.get(architectures[0]) if len(architectures) == 1 else None
+        if family is None:
             raise CheckpointError(
-                f"architectures {fields.get('architectures')} is not a drafter this server runs; [{ARCHITECTURE!r}] is."
+                f"architectures {architectures} is not a drafter this server runs; {', '.join(DRAFT_LAYERS)} are."
             )
-        decoder = parse_decoder(fields, "qwen3")
+        decoder = family.parse(fields, {})
         rank = _whole(fields, "markov_rank", minimum=0)
         config = cls(
+            architecture=architectures[0],
             decoder=decoder,
             block_size=_whole(fields, "block_size", minimum=1),
             mask_token_id=_whole(fields, "mask_token_id", minimum=0),
@@ -74,9 +130,16 @@ class DSparkConfig:
             confidence=bool(fields.get("enable_confidence_head", False)),
             confidence_with_markov=bool(fields.get("confidence_head_with_markov", False)),
             share_target_embeddings=bool(fields.get("share_target_embeddings", False)),
+            target_digest=fields.get("target_digest"),
             draft_vocab_size=_whole(fields, "draft_vocab_size", minimum=1) if "draft_vocab_size" in fields else None,
         )
         config._check(target)
+        # A field that nobody reads may say how slots are counted, or what they see.
+        if unknown := sorted(set(given) - fields.read - HARMLESS):
+            raise CheckpointError(
+                f"The drafter's config.json has {', '.join(unknown)}, which this server does not know: it could change "
+                "what the drafter computes. If it does not, remove it."
+            )
         return config
 
     def _check(self, target: ModelConfig) -> None:
@@ -123,14 +186,14 @@ class DSparkDrafter:
     def __init__(
         self,
         config: DSparkConfig,
-        layers: list[DecoderLayer],
-        context: "ContextProjection",
+        layers: list[Layer],
+        context: "ContextFeatures",
         sampler: BlockSampler,
         final_norm: Tensor,
-        embedding: Tensor,
-        lm_head: Linear,
-        cos_sin: Tensor,
+        embed: Embedding,
+        head: Head,
         kernels: Kernels,
+        max_model_len: int,
         copying: CopyTables | None,
     ) -> None:
         self.config = config
@@ -142,16 +205,15 @@ class DSparkDrafter:
         self._layers = layers
         self._context = context
         self._final_norm = final_norm
-        self._embedding = embedding
-        self._lm_head = lm_head
-        self._cos_sin = cos_sin
+        self._embed = embed
+        self._head = head
         self._kernels = kernels
+        self._max_model_len = max_model_len
 
     @property
     def caches(self) -> list[CacheRows]:
         """What each of its layers keeps."""
-        decoder = self.config.decoder
-        return cache_rows(decoder, len(self._cos_sin) - self.gamma, decoder.num_kv_heads)
+        return [layer.attention.config.caches(self._max_model_len) for layer in self._layers]
 
     @classmethod
     def load(
@@ -172,22 +234,13 @@ class DSparkDrafter:
         Raises CheckpointError if a tensor is missing, unexpected or misshapen, or the pair does not fit.
         """
         config = DSparkConfig.load(directory, target.config)
-        decoder = config.decoder
-        reader = WeightReader(open_checkpoint(directory), dtype, target.embedding.device)
+        decoder, length = config.decoder, target.max_model_len
+        reader = WeightReader(open_checkpoint(directory), dtype, target.embed.weight.device)
         hidden = decoder.hidden_size
+        parts = Parts(reader, kernels, hidden, decoder.rms_norm_eps, length, length + config.block_size)
+        _warn_of_mismatch(config, target, target_directory)
         draft_tokens = read_draft_tokens(reader, config)
-        embedding, lm_head = _embeddings(reader, config, draft_tokens, target, target_directory, dtype, kernels)
-        weights = [LayerWeights.read(reader, decoder, f"layers.{i}.") for i in range(decoder.num_layers)]
-        positions = target.max_model_len + config.block_size
-        cos_sin = rotary_table(decoder, target.max_model_len, positions).to(target.embedding.device)
-        context = ContextProjection(
-            features=reader.take("fc.weight", (hidden, len(config.taps) * hidden)),
-            norm=reader.take("hidden_norm.weight", (hidden,)),
-            weights=weights,
-            decoder=decoder,
-            cos_sin=cos_sin,
-            kernels=kernels,
-        )
+        embed, lm_head = _embeddings(reader, config, draft_tokens, target, target_directory, dtype, kernels)
         head = build_head(
             config.markov_head_type,
             reader,
@@ -205,22 +258,24 @@ class DSparkDrafter:
                 reader.take("confidence_head.proj.bias", (1,)),
                 with_markov=config.confidence_with_markov,
             )
-        final_norm = reader.take("norm.weight", (hidden,))
-        reader.finish(decoder)
+        family = DRAFT_LAYERS[config.architecture]
+        layers = [family.layer(parts, layer, f"layers.{i}.") for i, layer in enumerate(decoder.layers)]
+        context, final_norm = ContextFeatures(parts, config), parts.norm("norm")
+        reader.finish(decoder.ropes)
         calibration = Calibration.load(directory, config.block_size)
         vocabulary = decoder.vocab_size
         return cls(
             config,
-            [DecoderLayer(decoder, i, layer, kernels) for i, layer in enumerate(weights)],
+            layers,
             context,
             BlockSampler(
                 config.block_size, vocabulary, head, confidence, calibration, draft_tokens, kernels, shortlist
             ),
             final_norm,
-            embedding,
+            embed,
             lm_head,
-            cos_sin,
             kernels,
+            length,
             copying=calibration.copying if copying else None,
         )
 
@@ -250,65 +305,44 @@ class DSparkDrafter:
 
         `batch` holds R runs of gamma tokens: the anchor, then mask tokens.
         """
-        residual = self._embedding[batch.tokens]
+        residual = self._embed(batch.tokens)
         delta: Tensor | None = None
         for layer, cache in zip(self._layers, pool.layers(1), strict=True):
-            delta = layer.forward(delta, residual, batch, cache, self._cos_sin, causal=False)
-        assert delta is not None
-        hidden = self._kernels.add_rms_norm(delta, residual, self._final_norm, self.config.decoder.rms_norm_eps)
-        base = self._lm_head(hidden, out_float32=True)
+            delta = layer.forward(delta, residual, batch, cache, causal=False)
+        eps = self.config.decoder.rms_norm_eps
+        if delta is None:
+            hidden = self._kernels.rms_norm(residual, self._final_norm, eps)
+        else:
+            hidden = self._kernels.add_rms_norm(delta, residual, self._final_norm, eps)
+        base = self._head(hidden)
         return hidden.unflatten(0, (-1, self.gamma)), base.unflatten(0, (-1, self.gamma))
 
 
-class ContextProjection:
-    """H_ctx = RMSNorm(W_c [H_l1; ...; H_lm]) and its K and V for all draft layers, in one product.
+class ContextFeatures:
+    """H_ctx = RMSNorm(W_c [H_l1; ...; H_lm]) and its keys and values for all draft layers (DSpark §3.1).
 
-    `digest` names the weights that shape the rows, for the prefix cache.
+    H_ctx does not pass the layers' input norms, so one stacked projection serves all of them. `digest` names the
+    weights that shape the rows, for the prefix cache.
     """
 
-    def __init__(
-        self,
-        features: Tensor,
-        norm: Tensor,
-        weights: list[LayerWeights],
-        decoder: ModelConfig,
-        cos_sin: Tensor,
-        kernels: Kernels,
-    ) -> None:
-        self._features = Linear(features, None, kernels)
-        self._norm = norm
-        self._decoder = decoder
-        self._cos_sin = cos_sin
-        self._kernels = kernels
-        self._k_norms = [layer.k_norm for layer in weights]
-        rows = [layer.key_value_rows(decoder) for layer in weights]
-        biases = [bias for _, bias in rows if bias is not None]
-        # H_ctx does not pass the layers' input norms, so one stacked projection serves all of them.
-        stacked = torch.cat([weight for weight, _ in rows])
-        self._key_values = Linear(stacked, torch.cat(biases) if biases else None, kernels)
+    def __init__(self, parts: Parts, config: DSparkConfig) -> None:
+        features = parts.reader.take("fc.weight", (parts.hidden, len(config.taps) * parts.hidden))
+        self._features = Linear(features, None, parts.kernels)
+        self._norm = parts.norm("hidden_norm")
+        self._kernels, self._eps = parts.kernels, parts.eps
+        layers = config.decoder.layers
+        prefixes = [f"layers.{i}.self_attn." for i in range(len(layers))]
+        self._rows = ContextAttention(parts, [layer.attention for layer in layers], prefixes)
         digest = hashlib.sha256()
-        for tensor in (features, norm, stacked, *biases):
+        for tensor in (features, self._norm, *self._rows.tensors):
             digest.update(tensor.contiguous().view(torch.uint8).cpu().numpy().tobytes())
+        self._rows.tensors.clear()
         self.digest = digest.hexdigest()
 
-    def write(self, taps: list[Tensor], batch: Batch, caches: Sequence[LayerCache]) -> None:
+    def write(self, taps: list[Tensor], batch: Batch, caches: list[LayerCache]) -> None:
         """Write each token's rows in each draft layer, rotated at its own position. taps: m times [N, D]."""
-        eps = self._decoder.rms_norm_eps
         features = self._features(torch.cat(taps, dim=-1))
-        key_values = self._key_values(self._kernels.rms_norm(features, self._norm, eps))
-        width = 2 * self._decoder.num_kv_heads * self._decoder.head_dim
-        for index, (keys, values, group) in enumerate(caches):
-            self._kernels.rotary_kv_write(
-                key_values[:, index * width : (index + 1) * width],
-                batch.positions,
-                self._cos_sin,
-                batch.paging[group].slots,
-                keys,
-                values,
-                num_q_heads=0,
-                k_norm=self._k_norms[index],
-                eps=eps,
-            )
+        self._rows.write(self._kernels.rms_norm(features, self._norm, self._eps), batch, caches)
 
 
 def read_draft_tokens(reader: WeightReader, config: DSparkConfig) -> Tensor | None:
@@ -322,6 +356,34 @@ def read_draft_tokens(reader: WeightReader, config: DSparkConfig) -> Tensor | No
     return tokens
 
 
+def head_digest(directory: Path) -> str:
+    """Digest of a target's embedding and head, of some rows each: enough to tell one training from another."""
+    checkpoint, digest = open_checkpoint(directory), hashlib.sha256()
+    names = [name for name in checkpoint.tensors if name.endswith(("embed_tokens.weight", "lm_head.weight"))]
+    for name in sorted(names):
+        tensor = checkpoint.read(name)
+        rows = tensor[:: max(1, len(tensor) // DIGESTED)].bfloat16().contiguous()
+        digest.update(rows.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _warn_of_mismatch(config: DSparkConfig, target: Decoder, directory: Path) -> None:
+    """Log what suggests that a drafter was trained for something else than what is served."""
+    if config.target_digest not in (None, head_digest(directory)):
+        logger.warning(
+            "the drafter was trained for other weights than this target's (their digests differ): its drafts may be "
+            "accepted less often; the output is the target's all the same"
+        )
+    longest = config.decoder.max_length
+    if longest < target.max_model_len:
+        logger.warning(
+            "the drafter's positions end at %d, and sequences of up to %d tokens are served: beyond its end, drafts "
+            "will hardly be accepted (dspark:context_accepted_total shows it)",
+            longest,
+            target.max_model_len,
+        )
+
+
 def _embeddings(
     reader: WeightReader,
     config: DSparkConfig,
@@ -330,22 +392,24 @@ def _embeddings(
     target_directory: Path,
     dtype: torch.dtype,
     kernels: Kernels,
-) -> tuple[Tensor, Linear]:
+) -> tuple[Embedding, Head]:
     """The drafter's embedding and head: the target's own where the checkpoint has none or its copies are equal.
 
     Where ranks share the target, only rank 0 drafts, and its head is whole: gathering gamma rows of logits for each
     request from the others would take as long as computing them (docs/parallel.md).
     """
     shape = (target.config.vocab_size, target.config.hidden_size)
-    name = "model.embed_tokens.weight" if target.config.tie_word_embeddings else "lm_head.weight"
-    embedding, head = target.embedding, open_checkpoint(target_directory).read(name)
-    head, own = head.to(embedding.device).to(dtype), target.group.size > 1
+    weight = head = target.embed.weight
+    if not target.config.tie_word_embeddings:
+        head = open_checkpoint(target_directory).read("lm_head.weight").to(weight.device).to(dtype)
+    own = target.group.size > 1
     if not config.share_target_embeddings:
         theirs, their_head = reader.take("embed_tokens.weight", shape), reader.take("lm_head.weight", shape)
-        if not torch.equal(theirs, embedding):
-            embedding = theirs
+        if not torch.equal(theirs, weight):
+            weight = theirs
         if not torch.equal(their_head, head):
             own, head = True, their_head
     if draft_tokens is not None:
-        return embedding, Linear(head[draft_tokens], None, kernels)
-    return embedding, Linear(head, None, kernels) if own else target.lm_head
+        own, head = True, head[draft_tokens]
+    linear = Linear(head, None, kernels) if own else target.head.linear
+    return Embedding(weight, config.decoder.embedding_scale), Head(linear, config.decoder.softcap)

@@ -10,9 +10,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dspark_server.errors import CheckpointError
-from dspark_server.models.config import load_config, read_json
+from dspark_server.models.fields import read_json
 from dspark_server.models.loading import WeightReader, open_checkpoint
-from dspark_server.speculation.dspark import ARCHITECTURE, DSparkConfig, read_draft_tokens
+from dspark_server.models.registry import load_config
+from dspark_server.speculation.dspark import DSparkConfig, head_digest, read_draft_tokens
 from dspark_server.training.config import TrainConfig
 from dspark_server.training.model import DraftModel
 
@@ -40,9 +41,9 @@ def draft_fields(run: TrainConfig, target_directory: Path) -> dict[str, Any]:
         {name: theirs[name] for name in _FROM_TARGET if name in theirs}
         | drafted
         | {
-            "architectures": [ARCHITECTURE],
+            "architectures": ["Qwen3DSparkModel"],
             "model_type": "qwen3",
-            "head_dim": shape.head_dim,
+            "head_dim": shape.layers[0].attention.head_dim,
             "attention_bias": False,
             "tie_word_embeddings": False,
             "dtype": "bfloat16",
@@ -57,6 +58,7 @@ def draft_fields(run: TrainConfig, target_directory: Path) -> dict[str, Any]:
             "markov_rank": run.markov_rank,
             "markov_head_type": run.markov_head_type,
             "share_target_embeddings": True,
+            "target_digest": head_digest(target_directory),
         }
     )
 
@@ -103,7 +105,7 @@ def load_weights(model: DraftModel, draft_tokens: Tensor | None, target_director
         )
         state[_W2] = rows[every if draft_tokens is None else draft_tokens]
     _check_copies(reader, target_directory, directory)
-    reader.finish(config.decoder)
+    reader.finish(config.decoder.ropes)
     model.load_state_dict(state)
 
 

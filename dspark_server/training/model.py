@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dspark_server.models.config import ModelConfig
-from dspark_server.models.rope import rotary_table
+from dspark_server.models.config import LayerConfig
+from dspark_server.models.layers.rope import rotary_table
 from dspark_server.speculation.dspark import DSparkConfig
 
 
@@ -35,11 +35,11 @@ class Blocks:
 class DraftLayer(nn.Module):
     """A Qwen3-style layer whose queries see their sequence's context before the anchor, and their whole block."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: LayerConfig, hidden: int, eps: float) -> None:
         super().__init__()
-        hidden, head_dim, eps = config.hidden_size, config.head_dim, config.rms_norm_eps
-        queries, keys = config.num_heads * head_dim, config.num_kv_heads * head_dim
-        self._heads, self._kv_heads, self._head_dim = config.num_heads, config.num_kv_heads, head_dim
+        attention, features = config.attention, config.mlp.features
+        head_dim, queries, keys = attention.head_dim, attention.queries, attention.keys
+        self._heads, self._kv_heads, self._head_dim = attention.heads, attention.kv_heads, head_dim
         self.input_layernorm = nn.RMSNorm(hidden, eps)
         self.post_attention_layernorm = nn.RMSNorm(hidden, eps)
         self.self_attn = nn.ModuleDict(
@@ -54,9 +54,9 @@ class DraftLayer(nn.Module):
         )
         self.mlp = nn.ModuleDict(
             {
-                "gate_proj": nn.Linear(hidden, config.intermediate_size, bias=False),
-                "up_proj": nn.Linear(hidden, config.intermediate_size, bias=False),
-                "down_proj": nn.Linear(config.intermediate_size, hidden, bias=False),
+                "gate_proj": nn.Linear(hidden, features, bias=False),
+                "up_proj": nn.Linear(hidden, features, bias=False),
+                "down_proj": nn.Linear(features, hidden, bias=False),
             }
         )
 
@@ -117,7 +117,7 @@ class DraftModel(nn.Module):
         self.config = config
         self.fc = nn.Linear(len(config.taps) * hidden, hidden, bias=False)
         self.hidden_norm = nn.RMSNorm(hidden, decoder.rms_norm_eps)
-        self.layers = nn.ModuleList(DraftLayer(decoder) for _ in range(decoder.num_layers))
+        self.layers = nn.ModuleList(DraftLayer(each, hidden, decoder.rms_norm_eps) for each in decoder.layers)
         self.norm = nn.RMSNorm(hidden, decoder.rms_norm_eps)
         if rank:
             self.markov_head = nn.ModuleDict(
@@ -136,7 +136,9 @@ class DraftModel(nn.Module):
             width = hidden + (rank if config.confidence_with_markov else 0)
             self.confidence_head = nn.ModuleDict({"proj": nn.Linear(width, 1)})
             nn.init.zeros_(_weight(self.confidence_head["proj"]))
-        table = rotary_table(decoder, max_length, positions=max_length + config.block_size)
+        attention = decoder.layers[0].attention
+        positions = max_length + config.block_size
+        table = rotary_table(attention.rope, attention.head_dim, max_length, positions)
         self.register_buffer("_table", table, persistent=False)
 
     def forward(self, blocks: Blocks) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -94,7 +94,7 @@ class Trainer:
         self.features = TargetFeatures(
             target, self.config.taps, corpus, cache_dir() / "features" / self._features_key(), run.cache_gib
         )
-        self._embedding = target.embedding.float()
+        self._embedding = target.embed.weight.float()
         self._head = self._embedding
         if not target.config.tie_word_embeddings:
             self._head = open_checkpoint(self.target_directory).read("lm_head.weight").float()

@@ -20,7 +20,7 @@ from transformers import (
 from dspark_server.models.decoder import Decoder
 from dspark_server.runtime.batch import Batch, Run
 from dspark_server.runtime.kv import KVPool
-from dspark_server.runtime.paging import BlockTable, CacheLayout
+from dspark_server.runtime.paging import CacheLayout, tables_for
 
 ARCHITECTURES: dict[str, tuple[Any, Any]] = {
     "llama": (LlamaConfig, LlamaForCausalLM),
@@ -91,20 +91,36 @@ def expected(model: PreTrainedModel, tokens: list[int]) -> tuple[Tensor, list[Te
 
 
 class PagedRunner:
-    """Feeds several sequences to a decoder over block tables that are scattered over the pool."""
+    """Feeds several sequences to a decoder over block tables that are scattered over the pool.
+
+    Blocks behind a window are given up before each step, and hold other numbers from then on.
+    """
 
     def __init__(self, decoder: Decoder, sequences: list[list[int]], reserve: int, dtype: torch.dtype) -> None:
         self.decoder = decoder
         self.sequences = sequences
         self.done = [0] * len(sequences)
-        needed = [-(-(len(tokens) + reserve) // BLOCK_SIZE) for tokens in sequences]
-        order = torch.randperm(sum(needed), generator=torch.Generator().manual_seed(5)).tolist()
-        self.tables = [[BlockTable(0, [order.pop() for _ in range(count)])] for count in needed]
         layout = CacheLayout.of([decoder.caches], BLOCK_SIZE, dtype.itemsize)
-        self.groups, self.layers = layout.groups, KVPool(sum(needed), layout, dtype).layers(0)
-        for keys, values, _ in self.layers:  # what a slot held before must not matter
-            keys.fill_(1e3)
-            values.fill_(-1e3)
+        self.groups = layout.groups
+        lengths = [len(tokens) + reserve for tokens in sequences]
+        count = sum(group.blocks_between(0, length) for group in self.groups for length in lengths)
+        order = iter(torch.randperm(count, generator=torch.Generator().manual_seed(5)).tolist())
+        self.tables = [tables_for(self.groups, order, 0, length) for length in lengths]
+        self.layers = KVPool(count, layout, dtype).layers(0)
+        for block in range(count):  # what a slot held before must not matter
+            self._spoil(block)
+
+    def _spoil(self, block: int) -> None:
+        for keys, values, _ in self.layers:
+            keys[block], values[block] = 1e3, -1e3
+
+    def _give_up(self, index: int) -> None:
+        for group, table in zip(self.groups, self.tables[index], strict=True):
+            first = group.first_needed(self.done[index])
+            gone = (first - table.first) // group.block_size
+            for block in table.blocks[:gone]:
+                self._spoil(block)
+            table.first, table.blocks = first, table.blocks[gone:]
 
     @torch.inference_mode()
     def step(self, counts: list[int], all_logits: bool = True, taps: tuple[int, ...] = ()) -> tuple[Tensor, list[Any]]:
@@ -112,6 +128,7 @@ class PagedRunner:
         runs = []
         for i, count in enumerate(counts):
             if count:
+                self._give_up(i)
                 tokens = self.sequences[i][self.done[i] : self.done[i] + count]
                 runs.append(Run(tokens, self.done[i], self.tables[i], count if all_logits else 1))
                 self.done[i] += count

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from dspark_server.errors import CheckpointError
-from dspark_server.models.config import load_config, parse_decoder
+from dspark_server.models.config import ModelConfig
+from dspark_server.models.registry import FAMILIES, load_config
 
 from .support import ARCHITECTURES, save_tiny
 
@@ -21,34 +22,45 @@ SHAPE: dict[str, Any] = {
 }
 
 
+def parse(family: str, fields: dict[str, Any], generation: dict[str, Any] | None = None) -> ModelConfig:
+    return FAMILIES[f"{family.title()}ForCausalLM"].parse(fields, generation or {})
+
+
+def windows(config: ModelConfig) -> tuple[int | None, ...]:
+    return tuple(layer.attention.window for layer in config.layers)
+
+
 @pytest.mark.parametrize("family", ARCHITECTURES)
 def test_what_transformers_saves_is_understood(family: str, tmp_path: Path) -> None:
     model = save_tiny(tmp_path, family)
     config = load_config(tmp_path)
-    assert (config.family, config.num_layers, config.head_dim) == (family, 3, 32)
+    assert config.num_layers == 3
+    attention = config.layers[1].attention
+    assert (attention.heads, attention.kv_heads, attention.head_dim) == (4, 2, 32)
     assert (config.eos_token_ids, config.bos_token_id) == ((2,), 1)
     assert config.rms_norm_eps == model.config.rms_norm_eps
-    assert config.qk_norm == (family == "qwen3")
-    assert config.qkv_bias == (family == "qwen2")
+    assert attention.qk_norm == (family == "qwen3")
+    assert attention.bias == (family == "qwen2")
 
 
 def test_absent_fields_take_the_defaults_of_transformers() -> None:
-    config = parse_decoder(SHAPE, "llama")
-    assert (config.num_kv_heads, config.head_dim, config.rms_norm_eps) == (4, 16, 1e-6)
-    assert (config.rope.type, config.rope.theta) == ("default", 10_000.0)
-    assert config.sliding_windows == (None,) * 4
-    assert parse_decoder(SHAPE, "qwen3").head_dim == 128
-    assert parse_decoder(SHAPE, "mistral").sliding_windows == (4096,) * 4
+    config = parse("llama", SHAPE)
+    attention = config.layers[0].attention
+    assert (attention.kv_heads, attention.head_dim, config.rms_norm_eps) == (4, 16, 1e-6)
+    assert (attention.rope.type, attention.rope.theta) == ("default", 10_000.0)
+    assert windows(config) == (None,) * 4
+    assert parse("qwen3", SHAPE).layers[0].attention.head_dim == 128
+    assert windows(parse("mistral", SHAPE)) == (4096,) * 4
 
 
 def test_end_tokens_of_the_generation_config_win() -> None:
     fields = {**SHAPE, "eos_token_id": 5}
-    assert parse_decoder(fields, "llama", {"eos_token_id": [7, 5, 9]}).eos_token_ids == (5, 7, 9)
-    assert parse_decoder(fields, "llama", {"eos_token_id": None}).eos_token_ids == (5,)
+    assert parse("llama", fields, {"eos_token_id": [7, 5, 9]}).eos_token_ids == (5, 7, 9)
+    assert parse("llama", fields, {"eos_token_id": None}).eos_token_ids == (5,)
 
 
 @pytest.mark.parametrize(
-    ("family", "extra", "windows"),
+    ("family", "extra", "expected"),
     [
         ("mistral", {"sliding_window": None}, (None,) * 4),
         ("mistral", {"sliding_window": 8}, (8,) * 4),
@@ -65,14 +77,14 @@ def test_end_tokens_of_the_generation_config_win() -> None:
         ),
     ],
 )
-def test_sliding_windows(family: Any, extra: dict[str, Any], windows: tuple[int | None, ...]) -> None:
-    assert parse_decoder({**SHAPE, **extra}, family).sliding_windows == windows
+def test_sliding_windows(family: str, extra: dict[str, Any], expected: tuple[int | None, ...]) -> None:
+    assert windows(parse(family, {**SHAPE, **extra})) == expected
 
 
 def test_a_drafters_config_parses_whatever_its_architecture_is_called() -> None:
     fields = {**SHAPE, "architectures": ["Qwen3DSparkModel"], "head_dim": 32, "block_size": 7, "markov_rank": 16}
-    config = parse_decoder(fields, "qwen3")
-    assert (config.num_layers, config.head_dim, config.qk_norm) == (4, 32, True)
+    config = parse("qwen3", fields)
+    assert (config.num_layers, config.layers[0].attention.head_dim, config.layers[0].attention.qk_norm) == (4, 32, True)
 
 
 @pytest.mark.parametrize(
@@ -99,7 +111,7 @@ def test_a_drafters_config_parses_whatever_its_architecture_is_called() -> None:
 )
 def test_what_we_do_not_run_is_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
-        parse_decoder({**SHAPE, **change}, "llama")
+        parse("llama", {**SHAPE, **change})
 
 
 @pytest.mark.parametrize(
@@ -112,7 +124,7 @@ def test_what_we_do_not_run_is_refused(change: dict[str, Any], message: str) -> 
 )
 def test_layer_types_are_checked(change: dict[str, Any], message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
-        parse_decoder({**SHAPE, **change}, "qwen3")
+        parse("qwen3", {**SHAPE, **change})
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", "\x00"])

@@ -11,9 +11,12 @@ from dspark_kernels import Kernels, load
 from torch import Tensor
 
 from dspark_server.errors import CheckpointError, ConfigError
-from dspark_server.models.config import load_config
-from dspark_server.models.decoder import Decoder, DecoderLayer, LayerWeights
+from dspark_server.models.decoder import Decoder
+from dspark_server.models.layers.attention import AttentionWeights
+from dspark_server.models.layers.parts import Parts
+from dspark_server.models.layers.prenorm import PreNormLayer
 from dspark_server.models.loading import WeightReader, open_checkpoint
+from dspark_server.models.registry import load_config
 from dspark_server.runtime.batch import Batch, Run
 
 from .support import ARCHITECTURES, ROPES, VOCABULARY, PagedRunner, expected, save_tiny
@@ -114,7 +117,7 @@ def test_a_layer_in_one_call_is_the_layer(
     assert None not in fused
     for causal in (True, False):
         for layer in decoder.layers:
-            monkeypatch.setattr(layer, "forward", partial(DecoderLayer.forward, layer, causal=causal))
+            monkeypatch.setattr(layer, "forward", partial(PreNormLayer.forward, layer, causal=causal))
         outcomes = []
         for calls in (fused, [None] * len(fused)):
             for layer, call in zip(decoder.layers, calls, strict=True):
@@ -165,8 +168,11 @@ def test_key_value_rows_are_the_projections_of_the_checkpoint(tmp_path: Path) ->
     model = save_tiny(tmp_path, "qwen3", attention_bias=True)
     config = load_config(tmp_path)
     reader = WeightReader(open_checkpoint(tmp_path), torch.float32)
-    weights = LayerWeights.read(reader, config, "model.layers.1.")
-    weight, bias = weights.key_value_rows(config)
+    layer = config.layers[1].attention
+    parts = Parts(reader, load("reference"), config.hidden_size, config.rms_norm_eps, 64, 64)
+    weights = AttentionWeights.read(parts, layer, "model.layers.1.self_attn.")
+    assert weights.qkv_bias is not None
+    weight, bias = weights.qkv[layer.queries :], weights.qkv_bias[layer.queries :]
     attention = model.model.layers[1].self_attn
     assert torch.equal(weight, torch.cat((attention.k_proj.weight, attention.v_proj.weight)))
     assert bias is not None
@@ -184,8 +190,7 @@ def test_a_layer_that_is_not_causal_sees_its_whole_run(kernels: Kernels, tmp_pat
         runner = PagedRunner(decoder, [[3, 4, 5, last_token]], 0, torch.float32)
         batch = Batch.of([Run([3, 4, 5, last_token], 0, runner.tables[0], 1)], runner.groups)
         residual = decoder.embed(batch.tokens)
-        keys, values = runner.layers[0]
-        delta = decoder.layers[0].forward(None, residual, batch, keys, values, decoder.cos_sin, causal)
+        delta = decoder.layers[0].forward(None, residual, batch, runner.layers[0], causal)
         return (residual + delta)[0]
 
     assert torch.equal(first_row(7, causal=True), first_row(8, causal=True))

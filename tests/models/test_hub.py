@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from dspark_server.engine.core import load_tokenizer
 from dspark_server.errors import CheckpointError, ConfigError
 from dspark_server.models import gguf, hub
-from dspark_server.models.config import load_config
+from dspark_server.models.registry import load_config
 
 from ..api.fake_engine import build_tokenizer
 
@@ -178,9 +178,10 @@ def test_a_failed_conversion_leaves_nothing(tmp_path: Path, monkeypatch: pytest.
 
 def test_the_default_models_config(default_model: Path) -> None:
     config = load_config(default_model)
-    shape = (config.num_layers, config.hidden_size, config.num_heads, config.num_kv_heads, config.intermediate_size)
+    attention, features = config.layers[0].attention, config.layers[0].mlp.features
+    shape = (config.num_layers, config.hidden_size, attention.heads, attention.kv_heads, features)
     assert shape == (30, 576, 9, 3, 1536)
-    assert (config.vocab_size, config.max_position, config.rope.theta) == (49_152, 8192, 100_000.0)
+    assert (config.vocab_size, config.max_length, attention.rope.theta) == (49_152, 8192, 100_000.0)
     assert (config.rms_norm_eps, config.tie_word_embeddings) == (1e-5, True)
     assert (config.eos_token_ids, config.bos_token_id) == ((2,), 1)
 

@@ -64,7 +64,7 @@ def test_an_unexpected_tensor(tmp_path: Path) -> None:
 
 def head_of(decoder: Decoder) -> Tensor:
     """The head's weight, transposed: what it makes of unit rows."""
-    return decoder.lm_head(torch.eye(decoder.config.hidden_size), out_float32=True)
+    return decoder.head(torch.eye(decoder.config.hidden_size))
 
 
 def test_a_copy_of_the_embedding_beside_a_tied_head_is_passed_over(
@@ -74,7 +74,7 @@ def test_a_copy_of_the_embedding_beside_a_tied_head_is_passed_over(
     edit(tmp_path, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}))
     decoder = load_decoder(tmp_path)
     assert decoder.config.tie_word_embeddings
-    assert torch.equal(head_of(decoder), decoder.embedding.T)
+    assert torch.equal(head_of(decoder), decoder.embed.weight.T)
     assert caplog.messages == []
 
 

@@ -8,8 +8,8 @@ from torch import Tensor
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from dspark_server.models.config import parse_decoder
-from dspark_server.models.rope import rotary_table
+from dspark_server.models.layers.rope import rope_config, rotary_table
+from dspark_server.models.llama import LLAMA
 
 from .support import ROPES
 
@@ -44,11 +44,15 @@ def reference(fields: dict[str, Any], length: int) -> Tensor:
     return torch.cat((cos[0, :, :half], sin[0, :, :half]), dim=1)
 
 
+def table_of(fields: dict[str, Any], length: int, positions: int | None = None) -> torch.Tensor:
+    return rotary_table(rope_config(fields, fields["max_position_embeddings"]), 64, length, positions)
+
+
 @pytest.mark.parametrize("length", [40, MAX_POSITION, 2 * MAX_POSITION])
 @pytest.mark.parametrize("case", CASES)
 def test_equals_transformers(case: str, length: int) -> None:
     fields = config_fields(CASES[case])
-    table = rotary_table(parse_decoder(fields, "llama"), length)
+    table = table_of(fields, length)
     assert table.shape == (length, 64)
     assert table.dtype == torch.float32
     assert (table - reference(fields, length)).abs().max() <= 1e-4
@@ -58,17 +62,17 @@ def test_old_fields_mean_the_same() -> None:
     new = config_fields({"rope_type": "linear", "factor": 4.0})
     old = {key: value for key, value in new.items() if key != "rope_parameters"}
     old |= {"rope_theta": 500_000.0, "rope_scaling": {"type": "linear", "factor": 4.0}}
-    tables = [rotary_table(parse_decoder(fields, "llama"), 50) for fields in (new, old)]
+    tables = [table_of(fields, 50) for fields in (new, old)]
     assert torch.equal(*tables)
 
 
 def test_dynamic_is_default_within_the_trained_length_whatever_rows_are_added() -> None:
-    plain = rotary_table(parse_decoder(config_fields(ROPES["default"]), "llama"), 200, positions=264)
-    dynamic = rotary_table(parse_decoder(config_fields(ROPES["dynamic"]), "llama"), 200, positions=264)
+    plain = table_of(config_fields(ROPES["default"]), 200, positions=264)
+    dynamic = table_of(config_fields(ROPES["dynamic"]), 200, positions=264)
     assert plain.shape == (264, 64)
     assert torch.equal(plain, dynamic)
 
 
 @pytest.mark.parametrize(("rope", "longest"), [("default", 256), ("dynamic", 512), ("yarn", 256), ("linear", 256)])
 def test_longest_sequence(rope: str, longest: int) -> None:
-    assert parse_decoder(config_fields(ROPES[rope]), "llama").max_length == longest
+    assert LLAMA.parse(config_fields(ROPES[rope]), {}).max_length == longest

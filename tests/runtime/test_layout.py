@@ -26,7 +26,8 @@ def stale_tables(tables: list[list[BlockTable]], most: int, width: int = 20) -> 
     """Staged tables; the rows and columns that are not used hold those of a step before."""
     fields = {}
     for index in range(len(GROUPS)):
-        fields[f"first{index}"] = torch.tensor([each[index].first for each in tables] + [0] * (most - len(tables)))
+        if GROUPS[index].reach is not None:
+            fields[f"first{index}"] = torch.tensor([each[index].first for each in tables] + [0] * (most - len(tables)))
         rows = torch.full((most, width), BLOCKS - 1, dtype=torch.int32)
         for row, each in zip(rows, tables, strict=False):
             row[: len(each[index].blocks)] = torch.tensor(each[index].blocks, dtype=torch.int32)

@@ -1,0 +1,49 @@
+"""A family of decoders: what a file of a family provides, and the registry lists."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from dspark_server.models.config import LayerConfig, ModelConfig
+from dspark_server.models.fields import Fields
+from dspark_server.models.layers.attention import Attention
+from dspark_server.models.layers.parts import Parts
+from dspark_server.runtime.batch import Batch
+from dspark_server.runtime.kv import LayerCache
+from dspark_server.runtime.linear import Linear
+
+
+class Layer(Protocol):
+    """A decoder layer over the residual stream; serves the target (causal) and a drafter (not causal)."""
+
+    attention: Attention
+
+    @property
+    def products(self) -> list[Linear]:
+        """The layer's matrix products in order; they are the lower bound of a pass's time (PERFORMANCE)."""
+
+    def forward(
+        self, delta: Tensor | None, residual: Tensor, batch: Batch, cache: LayerCache, causal: bool = True
+    ) -> Tensor | None:
+        """Run the layer and return its delta [N, D]; the layer's output is `residual` + the returned delta.
+
+        `residual` [N, D] is updated in place; `delta` [N, D] is the previous layer's result (it may be overwritten).
+        None stands for zero. `cache` receives the rows of this batch's tokens. With causal=False each token sees all
+        tokens of its run (a draft block).
+        """
+
+
+@dataclass(frozen=True)
+class Family:
+    """How to read a family's config.json, and to build a layer from the tensors under a prefix.
+
+    `parse` takes the fields of config.json and of generation_config.json. `prefixes` are those that the model's own
+    tensors may have. Tensors whose names begin with one of `unused` are not needed for text.
+    """
+
+    parse: Callable[[Fields, Fields], ModelConfig]
+    layer: Callable[[Parts, LayerConfig, str], Layer]
+    prefixes: tuple[str, ...] = ("model.",)
+    unused: tuple[str, ...] = ()

@@ -1,0 +1,73 @@
+"""A mixture of experts: a router chooses the feed-forwards of each token; some configs add one that all tokens share.
+
+Shapes: N tokens, D the model's width, E experts of F features, of which a token has K.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from dspark_server.models.layers.mlp import Mlp, MlpConfig
+from dspark_server.models.layers.parts import Parts
+from dspark_server.runtime.linear import Experts, Linear
+
+
+@dataclass(frozen=True)
+class MoeConfig:
+    """`features` of each of `experts`; a token has `chosen` of them, whose shares add up to 1 if they are `normalised`.
+
+    `shared` is the width of the feed-forward that every token has beside these, 0: none.
+    """
+
+    experts: int
+    chosen: int
+    features: int
+    normalised: bool
+    shared: int = 0
+
+    def shared_by(self, size: int) -> "MoeConfig":
+        """Return the share of one of `size` ranks: a part of each expert's features."""
+        return replace(self, features=self.features // size, shared=self.shared // size)
+
+
+class Moe:
+    """The mixture of one layer, without the norm before it."""
+
+    def __init__(self, parts: Parts, config: MoeConfig, prefix: str) -> None:
+        """Read this rank's share of the weights under `prefix`, such as "model.layers.3.mlp."."""
+        self.config = config
+        self._group = parts.group
+        self._router = Linear(parts.matrix(f"{prefix}gate", config.experts), None, parts.kernels)
+        own = parts.group.share(config.features)
+        gate_up, down = [], []
+        for expert in range(config.experts):
+            name = f"{prefix}experts.{expert}."
+            rows = {f"{name}gate_proj": (config.features, own), f"{name}up_proj": (config.features, own)}
+            gate_up.append(parts.fused(rows, parts.hidden, bias=False)[0])
+            down.append(parts.summed(f"{name}down_proj", config.features, own, bias=False)[0])
+        self._experts = Experts(torch.stack(gate_up), torch.stack(down), parts.kernels)
+        self._shared = self._shared_gate = None
+        if config.shared:
+            self._shared = Mlp(parts, MlpConfig(config.shared), f"{prefix}shared_expert.")
+            self._shared_gate = Linear(parts.matrix(f"{prefix}shared_expert_gate", 1), None, parts.kernels)
+
+    @property
+    def products(self) -> list[Linear]:
+        """Its matrix products beside those of the experts."""
+        return [self._router, *(self._shared.products if self._shared else [])]
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The experts [N, K] int32 of each token of x [N, D], and their shares [N, K] float32."""
+        shares, chosen = self._router(x, out_float32=True).softmax(-1).topk(self.config.chosen)
+        if self.config.normalised:
+            shares = shares / shares.sum(-1, keepdim=True)
+        return chosen.int(), shares.contiguous()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [N, D] -> [N, D], the sum of all ranks."""
+        mixed = self._group.all_reduce(self._experts(x, *self.route(x)))
+        if self._shared is None or self._shared_gate is None:
+            return mixed
+        gate = self._shared_gate(x, out_float32=True).sigmoid()
+        return mixed + (gate * self._shared.forward(x)).to(x.dtype)
