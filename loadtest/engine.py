@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
 """How close the engine is to this machine: `make bench`.
 
-Three questions, the first two answered as a ratio of figures taken in turn:
+Four questions, the first two and the last answered as a ratio of figures taken in turn:
 
 1. A target pass of B decoding requests against its packed matrix products alone (the floor), without a drafter.
 2. The same requests through HTTP streaming and through the engine driven offline.
 3. How a decoding step grows, with running requests and with context, drafter on (`--only growth --plot FILE`).
+4. A pass of a random mixture of eight experts of SmolLM2's width against its products, each expert's alone
+   (`--only mixture`).
 """
 
 import argparse
@@ -15,21 +17,28 @@ import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import dspark_kernels
 import torch
 from matplotlib.figure import Figure
+from safetensors.torch import save_file
+from torch import Tensor
 
 from dspark_server.config import EngineConfig, SpeculativeConfig
 from dspark_server.engine.core import EngineCore
 from dspark_server.engine.request import SamplingParams
 from dspark_server.models.decoder import Decoder
 from dspark_server.models.hub import resolve_model
+from dspark_server.models.layers.moe import Moe
+from dspark_server.models.layers.prenorm import PreNormLayer
 from dspark_server.runtime.batch import Batch, Run
 from dspark_server.runtime.kv import KVPool
+from dspark_server.runtime.linear import Linear
 from dspark_server.runtime.paging import BlockTable, CacheLayout
 
 MODEL = "SmolLM2-135M-Instruct"
@@ -44,7 +53,77 @@ def prompt(index: int, length: int = 48) -> list[int]:
 @torch.inference_mode()
 def passes(sizes: list[int], context: int, repeats: int) -> None:
     """Median milliseconds of a whole target pass, greedy choice included, and of its matrix products alone."""
-    decoder = Decoder.load(resolve_model(MODEL), torch.bfloat16, kernels := dspark_kernels.load("native"), 4096)
+    decoder = Decoder.load(resolve_model(MODEL), torch.bfloat16, dspark_kernels.load("native"), 4096)
+    head = decoder.config.hidden_size
+
+    def products(wide: dict[int, Tensor]) -> None:
+        for layer in decoder.layers:
+            for linear in layer.products:
+                linear(wide[linear.in_features])
+        decoder.head(wide[head])
+
+    compare(decoder, products, sizes, context, repeats)
+
+
+@torch.inference_mode()
+def mixture(sizes: list[int], context: int, repeats: int) -> None:
+    """The same of a mixture of experts, whose products are those of each touched expert with its own rows."""
+    hidden, features, experts, layers, kernels = 576, 1536, 8, 8, dspark_kernels.load("native")
+    with tempfile.TemporaryDirectory() as directory:
+        random_mixture(Path(directory), hidden, features, experts, layers)
+        decoder = Decoder.load(Path(directory), torch.bfloat16, kernels, 4096)
+
+    def random_linear(rows: int, columns: int) -> Linear:
+        return Linear((torch.randn(rows, columns) * columns**-0.5).bfloat16(), None, kernels)
+
+    alone = [
+        [(random_linear(2 * features, hidden), random_linear(hidden, features)) for _ in range(experts)]
+        for _ in decoder.layers
+    ]
+
+    def products(wide: dict[int, Tensor]) -> None:
+        for layer, own in zip(decoder.layers, alone, strict=True):
+            for linear in layer.products:
+                linear(wide[linear.in_features])
+            assert isinstance(layer, PreNormLayer)
+            assert isinstance(layer.mlp, Moe)
+            chosen, _ = layer.mlp.route(wide[hidden])
+            for expert, count in zip(*(each.tolist() for each in chosen.unique(return_counts=True)), strict=True):
+                gate_up, down = own[expert]
+                gate_up(wide[hidden][:count])
+                down(wide[features][:count])
+        decoder.head(wide[hidden])
+
+    compare(decoder, products, sizes, context, repeats)
+
+
+def random_mixture(directory: Path, hidden: int, features: int, experts: int, layers: int) -> None:
+    """Write a random Qwen3-MoE checkpoint of SmolLM2's attention."""
+    fields = {"architectures": ["Qwen3MoeForCausalLM"], "vocab_size": 49152, "hidden_size": hidden, "head_dim": 64}
+    fields |= {"num_hidden_layers": layers, "num_attention_heads": 9, "num_key_value_heads": 3, "num_experts": experts}
+    fields |= {"num_experts_per_tok": 2, "moe_intermediate_size": features, "intermediate_size": features}
+    fields |= {"max_position_embeddings": 8192, "norm_topk_prob": True, "tie_word_embeddings": True}
+    (directory / "config.json").write_text(json.dumps(fields))
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens": (49152, hidden), "model.norm": (hidden,)}
+    for index in range(layers):
+        layer = f"model.layers.{index}."
+        shapes |= {f"{layer}{name}": (hidden,) for name in ("input_layernorm", "post_attention_layernorm")}
+        shapes |= {f"{layer}self_attn.{name}": (64,) for name in ("q_norm", "k_norm")}
+        shapes |= {f"{layer}self_attn.{name}": (192, hidden) for name in ("k_proj", "v_proj")}
+        shapes |= {f"{layer}self_attn.{name}": (hidden, hidden) for name in ("q_proj", "o_proj")}
+        shapes[f"{layer}mlp.gate"] = (experts, hidden)
+        for expert in range(experts):
+            shapes |= {f"{layer}mlp.experts.{expert}.{name}": (features, hidden) for name in ("gate_proj", "up_proj")}
+            shapes[f"{layer}mlp.experts.{expert}.down_proj"] = (hidden, features)
+    tensors = {f"{name}.weight": (torch.randn(shape) * shape[-1] ** -0.5).bfloat16() for name, shape in shapes.items()}
+    save_file(tensors, directory / "model.safetensors")
+
+
+def compare(
+    decoder: Decoder, products: Callable[[dict[int, Tensor]], None], sizes: list[int], context: int, repeats: int
+) -> None:
+    """Time passes and `products`, which gets rows of every width [size, width], in turn."""
+    kernels = dspark_kernels.load("native")
     width = -(-(context + 1) // BLOCK)
     pool = KVPool(max(sizes) * width, CacheLayout.of([decoder.caches], BLOCK, 2), torch.bfloat16)
     print(f"| B, context {context} | pass, ms | products alone, ms | ratio |\n| --- | --- | --- | --- |")
@@ -52,11 +131,10 @@ def passes(sizes: list[int], context: int, repeats: int) -> None:
         tables = [[BlockTable(0, list(range(index * width, (index + 1) * width)))] for index in range(size)]
         runs = [Run([index], context, tables[index], 1) for index in range(size)]
         wide = {
-            linear.in_features: torch.randn(size, linear.in_features).bfloat16()
-            for layer in decoder.layers
-            for linear in layer.products
+            columns: torch.randn(size, columns).bfloat16()
+            for layer, config in zip(decoder.layers, decoder.config.layers, strict=True)
+            for columns in (config.mlp.features, *(linear.in_features for linear in layer.products))
         }
-        rows = wide[decoder.config.hidden_size]
         whole: list[float] = []
         floor: list[float] = []
         for _ in range(repeats):
@@ -65,10 +143,7 @@ def passes(sizes: list[int], context: int, repeats: int) -> None:
             hidden, _ = decoder.forward(batch, pool.layers(0))
             kernels.argmax(decoder.logits(hidden)).tolist()
             middle = time.perf_counter()
-            for layer in decoder.layers:
-                for linear in layer.products:
-                    linear(wide[linear.in_features])
-            decoder.lm_head(rows, out_float32=True)
+            products(wide)
             whole.append(middle - started)
             floor.append(time.perf_counter() - middle)
         a, b = statistics.median(whole[3:]), statistics.median(floor[3:])
@@ -223,12 +298,15 @@ def main() -> None:
     parser.add_argument("--requests", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64, 128, 256])
     parser.add_argument("--contexts", type=int, nargs="+", default=[128, 512, 1024, 2048, 4096, 8000])
     parser.add_argument("--plot", type=Path, help="where to draw the growth of a step")
-    parser.add_argument("--only", choices=["passes", "streaming", "growth"])
+    parser.add_argument("--only", choices=["passes", "streaming", "growth", "mixture"])
     arguments = parser.parse_args()
     if arguments.only in (None, "passes"):
         # In a thread that ends, so that its OpenMP pool is gone before the engine's is made.
         with ThreadPoolExecutor(1) as thread:
             thread.submit(passes, arguments.sizes, arguments.context, arguments.repeats).result()
+    if arguments.only in (None, "mixture"):
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(mixture, arguments.sizes, arguments.context, arguments.repeats).result()
     if arguments.only in (None, "streaming"):
         streaming(arguments.streams, arguments.tokens, arguments.rounds)
     if arguments.only in (None, "growth"):

@@ -58,7 +58,7 @@ def test_a_prompt_as_long_as_the_pool(small: Running, over: int, answer: int) ->
 @pytest.mark.parametrize("over", [-1, 0, 1])
 def test_a_prompt_that_leaves_no_room_for_a_draft(small: Running, over: int) -> None:
     pool = small.engine.core.batcher.pool
-    length = pool.num_blocks * pool.block_size
+    length = pool.num_blocks * pool.segment_size
     assert check(small.complete([5] * (length + over), max_tokens=1))["code"] == "context_length_exceeded"
 
 

@@ -12,8 +12,11 @@ from dspark_server.api.settings import ServerSettings
 from dspark_server.cli.options import OPTIONS
 from dspark_server.config import DEFAULT_CACHE_BYTES, EngineConfig
 from dspark_server.errors import CheckpointError
-from dspark_server.models.config import ModelConfig, load_config, parse_decoder, read_json
+from dspark_server.models.config import ModelConfig
+from dspark_server.models.fields import read_json
 from dspark_server.models.hub import DEFAULT_MODEL, resolve_model, shipped_drafter
+from dspark_server.models.qwen3 import QWEN3
+from dspark_server.models.registry import load_config
 from dspark_server.resolve import resolve
 from dspark_server.speculation.dspark import DSparkConfig
 
@@ -42,7 +45,7 @@ def pair(config: EngineConfig) -> tuple[ModelConfig, DSparkConfig]:
         target = load_config(directory)
         return target, DSparkConfig.parse(read_json(drafter / "config.json"), target)
     assert config.speculative.model is not None
-    target = parse_decoder(TARGETS[config.model], "qwen3")
+    target = QWEN3.parse(TARGETS[config.model], {})
     return target, DSparkConfig.parse(DRAFTERS[config.speculative.model], target)
 
 
@@ -50,7 +53,7 @@ def token_bytes(config: EngineConfig) -> int:
     """KV bytes of one token, of target and drafter."""
     values = 0
     for decoder in (pair(config)[0], pair(config)[1].decoder):
-        values += 2 * decoder.num_layers * decoder.num_kv_heads * decoder.head_dim
+        values += sum(2 * layer.attention.keys for layer in decoder.layers)
     return values * BYTES_PER_VALUE[config.dtype]
 
 
@@ -83,14 +86,14 @@ def test_target_and_drafter_are_of_one_size(size: str) -> None:
 
 
 def test_a_drafter_of_another_size_is_found() -> None:
-    target = parse_decoder(TARGETS["Qwen/Qwen3-4B"], "qwen3")
+    target = QWEN3.parse(TARGETS["Qwen/Qwen3-4B"], {})
     with pytest.raises(CheckpointError, match="not a pair"):
         DSparkConfig.parse(DRAFTERS["deepseek-ai/dspark_qwen3_8b_block7"], target)
 
 
 @pytest.mark.parametrize("field", ["block_size", "mask_token_id", "target_layer_ids", "markov_rank", "vocab_size"])
 def test_a_field_that_a_checkpoint_must_have_is_missed(field: str) -> None:
-    target = parse_decoder(TARGETS["Qwen/Qwen3-8B"], "qwen3")
+    target = QWEN3.parse(TARGETS["Qwen/Qwen3-8B"], {})
     fields = {**DRAFTERS["deepseek-ai/dspark_qwen3_8b_block7"]}
     del fields[field]
     with pytest.raises(CheckpointError, match=field):

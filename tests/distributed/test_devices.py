@@ -102,10 +102,8 @@ def test_the_pool_has_what_fits_on_every_rank(two: Together, mine: int, theirs: 
     with TwinDevice(**mine_) as device, load(two, device, config, twin=theirs_) as core:
         pool = executor_of(core).pool
         whole, target = (
-            4
-            * pool.block_size
-            * sum(rows[0].numel() for group in range(groups) for pair in pool.layers(group) for rows in pair)
-            for groups in (2, 1)
+            4 * sum(cache.keys[0].numel() + cache.values[0].numel() for n in range(owners) for cache in pool.layers(n))
+            for owners in (2, 1)
         )
         room = [(free - 200 - 100) * 1024 for free in (mine, theirs)]
         fitting = [room[0] // whole, room[1] // target]

@@ -7,8 +7,8 @@ import torch
 from dspark_kernels import load
 
 from dspark_server.errors import CheckpointError, ConfigError
-from dspark_server.models.config import load_config
 from dspark_server.models.decoder import Decoder
+from dspark_server.models.registry import load_config
 
 from ..engine.support import prompts
 from ..engine.test_lossless import mixed
@@ -59,7 +59,7 @@ def test_ranks_hold_shares_and_no_more(tmp_path: Path) -> None:
         for mine, all_of_it in zip(share.layers[0].products, whole.layers[0].products, strict=True):
             assert mine.in_features * mine.out_features * 2 == all_of_it.in_features * all_of_it.out_features
     hidden = torch.randn(3, 64)
-    logits = torch.cat([share.lm_head(hidden, out_float32=True) for share in shares], dim=1)
+    logits = torch.cat([share.head(hidden) for share in shares], dim=1)
     assert torch.equal(logits[:, 199:], torch.zeros(3, 1))
     torch.testing.assert_close(logits[:, :199], whole.logits(hidden))
     (tmp_path / "model.safetensors").rename(tmp_path / "gone")

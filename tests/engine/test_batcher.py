@@ -8,7 +8,7 @@ from dspark_server.engine.queue import LAST_PRIORITY
 from dspark_server.engine.request import Request, SamplingParams
 from dspark_server.engine.stats import EngineStats
 from dspark_server.errors import RequestError
-from dspark_server.runtime.paging import CacheGroup
+from dspark_server.runtime.paging import BlockTable, CacheGroup
 
 
 def batcher(blocks: int = 16, *, seqs: int = 4, tokens: int = 32, gamma: int = 3) -> Batcher:
@@ -54,7 +54,7 @@ def starve(batch: Batcher) -> list[Request]:
         execute(batch)
         gone += [each for each in before if each not in batch.running]
         held += batch.pool.allocate(batch.pool.available)
-    batch.pool.release(held)
+    batch.pool.release([BlockTable(0, held)])
     batch.check()
     return gone
 

@@ -79,7 +79,7 @@ class PoolMachine(RuleBasedStateMachine):
 
     @rule(data=st.data(), count=st.integers(1, 7))
     def compute(self, data: st.DataObject, count: int) -> None:
-        """A pass over some of an owner's tokens: blocks behind a window go, others come, whole segments are published."""
+        """A pass over some of an owner's tokens: blocks behind a window go, others come, segments are published."""
         if not self.owners:
             return
         owner = data.draw(st.sampled_from(self.owners))

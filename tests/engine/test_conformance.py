@@ -28,6 +28,14 @@ def test_fixture_is_reproduced(head: str) -> None:
     }
 
 
+def test_gemma4_is_reproduced() -> None:
+    """Layers of two geometries under one request, a drafter of the full layers' kind, prompts scored whole."""
+    report = replay(FIXTURES / "dspark_gemma4")
+    assert report.passed, report
+    assert report.rounds > 0
+    assert "prefill_logits" in report.largest
+
+
 @pytest.fixture
 def altered(tmp_path: Path) -> Path:
     """A fixture whose expectations a test may spoil."""

@@ -29,7 +29,7 @@ from dspark_server.speculation.capacity import Profile
 from dspark_server.speculation.history import SurvivalHistory
 
 from ..runtime.twin import TwinDevice, TwinKernels
-from .support import REPETITIVE, greedy, prompts, seeded, shallow_pair, still
+from .support import FIXTURES, REPETITIVE, greedy, prompts, seeded, shallow_pair, still
 
 # Clocks stand still in `load`, so that these stay, and selection is the same at every run.
 COSTS = Profile((1, 16, 64), (1e4, 1.1e4, 2e4), (1, 4), (500.0, 700.0), 0.0, 0.0)
@@ -67,13 +67,14 @@ def load(
     selection: str = "fixed",
     *,
     head: str = "vanilla",
+    pair: Path | None = None,
     method: str = "dspark",
     draft: Path | None = None,
     kernels: Any = None,
     speculative: dict[str, Any] | None = None,
     **settings: Any,
 ) -> tuple[EngineCore, list[Seen]]:
-    pair = shallow_pair(head)
+    pair = pair or shallow_pair(head)
     drafter = {"model": str(draft or pair / "draft")} if method == "dspark" else {}
     seen: list[Seen] = []
     config = EngineConfig(
@@ -268,13 +269,26 @@ def test_padding_never_reaches_a_row_that_is_read(engines: Engines) -> None:
     with engines.twin("lagged", cuda_graph_sizes=(24,)) as (core, _, _):
         core.generate(prompts(3), AT_ONCE[:3])
         pool = executor_of(core).pool
-        for group in range(2):
-            for keys, values in pool.layers(group):
+        for owner in range(2):
+            for keys, values, _ in pool.layers(owner):
                 for rows in (keys, values):
-                    assert bool(rows[: pool.scratch].isfinite().all())
-                    assert bool(rows[pool.scratch + 1 :].eq(0).all())
-        written = [bool(keys[pool.scratch].isnan().any()) for keys, _ in pool.layers(0)]
+                    assert bool(rows[: pool.num_blocks].isfinite().all())
+                    assert bool(rows[pool.num_blocks, 1:].eq(0).all())
+        written = [bool(keys[pool.num_blocks, 0].isnan().any()) for keys, _, _ in pool.layers(0)]
     assert any(written), "no step was padded: the test has no force"
+
+
+@pytest.mark.parametrize("selection", ["lagged", "fixed"])  # costs come with the first
+def test_layers_with_a_window_beside_others(engines: Engines, selection: str) -> None:
+    """Two block tables for a request, one of which begins behind its first token: laid out as on the host."""
+    options: dict[str, Any] = {"pair": FIXTURES / "dspark_gemma4", "num_blocks": 160}
+    asked = [[token % 380 for token in prompt] for prompt in prompts(4, shortest=20, longest=50)]
+    params = [greedy(16), seeded(1, 16), greedy(16), seeded(2, 16)]
+    wanted = engines.plain(selection, **options)[0].generate(asked, params)
+    with engines.twin(selection, **options, cuda_graph_sizes=(8, 24)) as (core, _, _):
+        assert core.generate(asked, params) == wanted
+        assert core.generate(asked, params) == wanted, "prefixes are found now"
+        assert core.loop.stats.prefix_hits > 0
 
 
 def test_the_lengths_of_a_pass_that_was_run_ahead_are_the_devices(
@@ -313,8 +327,8 @@ def test_the_pool_takes_what_memory_leaves() -> None:
     with TwinDevice(free=900 << 10, total=1000 << 10, working=100 << 10) as device:
         core, _ = load(device, num_blocks=None, gpu_memory_utilization=0.8)
         pool = executor_of(core).pool
-        layers = [tensor for group in (0, 1) for pair in pool.layers(group) for tensor in pair]
-        per_block = sum(tensor[0].numel() * 4 * pool.block_size for tensor in layers)
+        caches = [cache for owner in (0, 1) for cache in pool.layers(owner)]
+        per_block = sum(4 * (cache.keys[0].numel() + cache.values[0].numel()) for cache in caches)
         assert pool.num_blocks == (800 - 100 - 100) * 1024 // per_block
 
 
@@ -454,8 +468,8 @@ def without_confidence(directory: Path) -> Path:
 
 # Under lagged the device knows by itself what the host tells it under causal; a confidence head, what requests record.
 ASKED = ("requests", "anchors", "positions", "inverse", "uniforms", "scale", "shift", "weights", "offsets",
-         "copied", "bias", "following", "tables")  # fmt: skip
-RUNS = ("tokens", "count", "context", "rows", "draft_row", "keep", "limits", "tables")
+         "copied", "bias", "following", "tables0")  # fmt: skip
+RUNS = ("tokens", "count", "context", "rows", "draft_row", "keep", "limits", "tables0")
 INPUTS = (
     [("lagged", "asked", name) for name in ASKED]
     + [("lagged", "runs", name) for name in RUNS]

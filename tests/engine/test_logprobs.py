@@ -36,7 +36,7 @@ def run(
 def laws(core: EngineCore, tokens: list[int]) -> torch.Tensor:
     """What the target alone says of each next token: log-probabilities [n, V] from one pass over everything."""
     target = core.loop.executor.target  # type: ignore[attr-defined]
-    dtype = target.embedding.dtype
+    dtype = target.embed.weight.dtype
     pool = KVPool(64, CacheLayout.of([target.caches], 16, dtype.itemsize), dtype)
     batch = Batch.of([Run(tokens, 0, [BlockTable(0, list(range(64)))], len(tokens))], pool.groups)
     return target.logits(target.forward(batch, pool.layers(0), ())[0]).log_softmax(-1)

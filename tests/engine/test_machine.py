@@ -71,18 +71,20 @@ class HashingExecutor:
             for index, token in enumerate(run.tokens):
                 self.rows[self._slot(group, table, run.context_len + index)] = group, token
 
-    def read(self, tables: Sequence[BlockTable], length: int) -> tuple[int | None, ...]:
-        """The tokens as the last of them sees them: where a group within reach has another one, it sees none."""
-        seen: list[int | None] = []
-        for position in range(length):
-            found = {
-                self.rows.get(self._slot(number, table, position)) == (number, token)
+    def read(self, tables: Sequence[BlockTable], length: int, viewer: int) -> tuple[int | None, ...]:
+        """The tokens as one at position `viewer` sees them; None where a group within reach has another one."""
+
+        def seen(position: int) -> int | None:
+            rows = [
+                self.rows.get(self._slot(number, table, position))
                 for number, (group, table) in enumerate(zip(self.groups, tables, strict=True))
-                if group.reach is None or position > length - 1 - group.reach
-                for token in [self.rows.get(self._slot(0, tables[0], position), (0, None))[1]]
-            }
-            seen.append(None if False in found else self.rows[self._slot(0, tables[0], position)][1])
-        return tuple(seen)
+                if group.reach is None or position > viewer - group.reach
+            ]
+            found = {token for _, token in (row or (-1, -1) for row in rows)}
+            right = all(row is not None and row[0] == number for number, row in enumerate(rows))
+            return found.pop() if right and len(found) == 1 else None
+
+        return tuple(map(seen, range(length)))
 
     def cycle(self, runs: list[Run], streams: Any, clock: Any) -> "HashingCycle":
         return HashingCycle(self, runs)
@@ -99,7 +101,7 @@ class HashingCycle:
         """Right for a while, then wrong; both, and how much of it is usable, by the context's hash."""
         blocks, usable = [], []
         for request in requests:
-            known = (*self.executor.read(request.tables, request.position), request.anchor)
+            known = (*self.executor.read(request.tables, request.position, request.position), request.anchor)
             right, block = hashed(known, "right") % (GAMMA + 1), list[int]()
             for index in range(GAMMA):
                 token = next_token((*known, *block))
@@ -116,7 +118,7 @@ class HashingCycle:
         for run in self.runs:
             end = run.context_len + len(run.tokens)
             for length in range(end - run.logits_rows + 1, end + 1):
-                tokens.append(next_token(self.executor.read(run.tables, length)))
+                tokens.append(next_token(self.executor.read(run.tables, length, length - 1)))
             row_start.append(len(tokens))
         return torch.nn.functional.one_hot(torch.tensor(tokens, dtype=torch.int64), VOCABULARY).float(), row_start
 

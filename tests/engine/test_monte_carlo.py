@@ -58,7 +58,7 @@ def exact_laws(
     assert isinstance(executor, TorchExecutor)
     target = executor.target
     block = len(PROMPT) + TOKENS
-    dtype = target.embedding.dtype
+    dtype = target.embed.weight.dtype
     pool = KVPool(len(answers), CacheLayout.of([target.caches], block, dtype.itemsize), dtype)
     runs = [
         Run([*PROMPT, *answer[:-1]], 0, [BlockTable(0, [place])], len(answer)) for place, answer in enumerate(answers)

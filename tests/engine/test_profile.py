@@ -48,6 +48,7 @@ def measure(
         num_blocks=256,
         groups=[CacheGroup(4)],
         max_model_len=128,
+        vocab_size=512,
         max_tokens=64,
         max_requests=4,
         directory=directory,

@@ -163,8 +163,8 @@ def test_the_broken_row_of_a_rejected_draft_token_breaks_no_other(slot: int, par
     expected = tiny_core(drafter=False).generate(made, params)
     unseen = next(token for token in range(3, 500) if all(token not in each for each in [*made, *expected]))
     core = tiny_core()
-    core.loop.executor.target.embedding = core.loop.executor.target.embedding.clone()
-    core.loop.executor.target.embedding[unseen] = torch.nan
+    core.loop.executor.target.embed.weight = core.loop.executor.target.embed.weight.clone()
+    core.loop.executor.target.embed.weight[unseen] = torch.nan
     with_draft(core, slot, unseen)
     steps = traced(core)
     assert core.generate(made, params) == expected
