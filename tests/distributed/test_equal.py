@@ -1,21 +1,24 @@
 """Two ranks over gloo give exactly the tokens of one, in float32: greedy and seeded, with a drafter."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from dspark_server.config import SpeculativeConfig
 from dspark_server.engine.parallel import decode_runs, encode_runs
 from dspark_server.engine.request import SamplingParams
 from dspark_server.runtime.batch import Run
 from dspark_server.runtime.paging import BlockTable
 from dspark_server.speculation.noise import CounterStreams
 
-from ..engine.support import greedy, prompts, still
+from ..engine.support import FIXTURES, greedy, prompts, still
 from ..engine.test_lossless import mixed
 from ..models.support import save_tiny
+from ..models.test_moe import save_moe
 from .support import Together, one_rank, tiny_config
 
 
@@ -70,6 +73,31 @@ def test_architectures(two: Together, variant: str, tmp_path: Path) -> None:
     expected = one_rank(config).generate(texts, asked)
     with two.core(config) as core:
         assert core.generate(texts, asked) == expected
+
+
+def test_layers_of_two_geometries_and_a_head_that_ranks_share(two: Together) -> None:
+    """Gemma4 with its drafter: two block tables, whose sizes are rank 0's; the one key/value head is on both ranks."""
+    pair = FIXTURES / "dspark_gemma4"
+    target = {"model": str(pair / "target"), "num_blocks": 160}
+    made, own = [[token % 380 for token in prompt] for prompt in prompts(6, shortest=20)], mixed(6)
+    expected = one_rank(tiny_config(drafter=False, **target)).generate(made, own)
+    drafter = SpeculativeConfig(method="dspark", model=str(pair / "draft"), selection="fixed")
+    with two.core(replace(tiny_config(**target), speculative=drafter)) as core:
+        for _ in range(2):
+            assert core.generate(made, own) == expected
+        assert core.loop.stats.accepted_tokens > 0
+        assert core.loop.stats.prefix_hits > 0
+
+
+@pytest.mark.parametrize("variant", ["qwen3-some-plain", "qwen2-shared"])
+def test_mixtures_of_experts(two: Together, variant: str, tmp_path: Path) -> None:
+    """Each rank has a part of every expert, and the whole router."""
+    save_moe(tmp_path, variant)
+    config = tiny_config(drafter=False, model=str(tmp_path))
+    texts = [[token % 190 for token in prompt] for prompt in prompts(4)]
+    expected = one_rank(config).generate(texts, mixed(4))
+    with two.core(config) as core:
+        assert core.generate(texts, mixed(4)) == expected
 
 
 def test_runs_travel_as_plain_data() -> None:

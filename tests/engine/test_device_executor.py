@@ -28,6 +28,7 @@ from dspark_server.speculation.calibration import Calibration
 from dspark_server.speculation.capacity import Profile
 from dspark_server.speculation.history import SurvivalHistory
 
+from ..models.test_moe import save_moe
 from ..runtime.twin import TwinDevice, TwinKernels
 from .support import FIXTURES, REPETITIVE, greedy, prompts, seeded, shallow_pair, still
 
@@ -289,6 +290,19 @@ def test_layers_with_a_window_beside_others(engines: Engines, selection: str) ->
         assert core.generate(asked, params) == wanted
         assert core.generate(asked, params) == wanted, "prefixes are found now"
         assert core.loop.stats.prefix_hits > 0
+
+
+def test_a_mixture_of_experts(tmp_path: Path) -> None:
+    """Its router and its experts read nothing on the host: recorded, padded, with the tokens of the host's executor."""
+    save_moe(tmp_path / "target", "qwen3", vocab_size=512, num_hidden_layers=3)
+    pair = shallow_pair("vanilla")
+    (tmp_path / "draft").symlink_to(pair / "draft")
+    asked, params = prompts(3), [greedy(10), seeded(1, 10), greedy(8)]
+    wanted = load(None, pair=tmp_path)[0].generate(asked, params)
+    with TwinDevice() as device:
+        core, _ = load(device, pair=tmp_path)
+        assert core.generate(asked, params) == wanted
+        assert executor_of(core).passes.replays > 0
 
 
 def test_the_lengths_of_a_pass_that_was_run_ahead_are_the_devices(

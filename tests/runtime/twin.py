@@ -393,6 +393,14 @@ class TwinKernels(ReferenceKernels):
         return out.masked_fill((index >= query_start[-1]).unsqueeze(1), float("nan")).to(qkv.dtype)
 
     @kernel
+    def experts(self, x: Tensor, packed: Any, chosen: Tensor, shares: Tensor) -> Tensor:
+        own = torch.einsum("nkfd,nd->nkf", packed.gate_up[chosen.long()].float(), x.float()).to(x.dtype)
+        gate, up = own.float().chunk(2, dim=-1)
+        inner = (torch.nn.functional.silu(gate) * up).to(x.dtype).float()
+        outputs = torch.einsum("nkdf,nkf->nkd", packed.down[chosen.long()].float(), inner)
+        return (outputs * shares.unsqueeze(2)).sum(1).to(x.dtype)
+
+    @kernel
     def filter_logits(self, logits: Tensor, rows: Tensor, inverse_temperature: Tensor, filters: Filters) -> Tensor:
         out = logits[rows]
         scaled = out * inverse_temperature.unsqueeze(1)
