@@ -124,7 +124,7 @@ class EngineCore:
             max_num_batched_tokens=config.max_num_batched_tokens,
             gamma=executor.gamma,
         )
-        _check_pool(batcher)
+        _check_pool(batcher, config, target.max_model_len)
         policy = config.speculative.selection if executor.gamma else "none"
         cache_identity = f"{place.directory}|{place.dtype}|{place.stored}|{drafter.identity}"
         capacity = None
@@ -372,10 +372,17 @@ def _selection(policy: str, capacity: Capacity | None, config: SpeculativeConfig
     return build_selection(policy, capacity, threshold=config.threshold, floor=config.min_user_tokens_per_second)
 
 
-def _check_pool(batcher: Batcher) -> None:
-    if batcher.capacity <= 1:
-        sizes = " and ".join(str(group.block_size) for group in batcher.pool.groups)
+def _check_pool(batcher: Batcher, config: EngineConfig, max_model_len: int) -> None:
+    pool = batcher.pool
+    sizes = " and ".join(str(group.block_size) for group in pool.groups)
+    if len(pool.groups) > 1 and pool.prefix_caching and pool.segment_size > max_model_len:
         raise ConfigError(
-            f"The KV cache has room for {batcher.pool.num_blocks} blocks of {sizes} tokens, too few for one request; "
+            f"--block-size {config.block_size}: blocks of this model's layers hold {sizes} tokens, so the shortest "
+            f"prefix that all of them can serve has {pool.segment_size}, more than --max-model-len {max_model_len}. "
+            "Lower it, or set --no-enable-prefix-caching."
+        )
+    if batcher.capacity <= 1:
+        raise ConfigError(
+            f"The KV cache has room for {pool.num_blocks} blocks of {sizes} tokens, too few for one request; "
             "raise kv_cache_memory_bytes."
         )

@@ -9,6 +9,7 @@ import pytest
 from dspark_server.config import EngineConfig, SpeculativeConfig
 from dspark_server.engine.core import EngineCore
 from dspark_server.engine.request import Request, SamplingParams
+from dspark_server.errors import ConfigError
 
 from ..models.support import save_tiny
 from ..models.test_gemma4 import save_gemma
@@ -93,6 +94,12 @@ def test_blocks_behind_the_window_are_freed_while_a_request_runs(tmp_path: Path)
             assert core.loop.stats.prefix_hits >= length - core.batcher.pool.segment_size
         assert core.batcher.pool.usage == 0.0
     assert answers[0] == answers[1]
+
+
+def test_a_prefix_that_no_hit_can_serve_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--block-size 64: .* 64 and 32 tokens, .* more than --max-model-len 40"):
+        gemma(drafter=False, block_size=64, max_model_len=40)
+    assert gemma(drafter=False, block_size=64, max_model_len=40, enable_prefix_caching=False).generate([[5]], greedy(3))
 
 
 def held(request: Request) -> list[int]:
