@@ -28,7 +28,7 @@ typedef struct {
   long block_stride;  // bytes from one block of keys or values to the next
   long q_heads, kv_heads, head_dim, tile_queries, task_heads;
   long window;  // 0: none
-  float scale;
+  float scale, softcap;  // softcap 0: none
   int causal, dtype, threads;
 } Attention;
 
@@ -83,6 +83,13 @@ ALWAYS_INLINE void soften_row(const Scratch *scratch, long i, float *score, long
     store(score + j, numerator);
   }
   store(scratch->weight + i * LANES, weight);
+}
+
+// Scores times `scale`, capped: cap * tanh(score / cap), tanh(z) = 1 - 2 / (1 + exp(2 z)).
+ALWAYS_INLINE void cap_row(float *score, long columns, float scale, float cap) {
+  float doubled = 2 * 1.44269504f * scale / cap;
+  for (long j = 0; j < columns; j += LANES)
+    store(score + j, cap - 2 * cap / (1.0f + exp2_lanes(load(score + j) * doubled)));
 }
 
 // A row's numerators of values that are not finite, which it sees: they make NaN of it, as those values would have.
@@ -220,7 +227,9 @@ ALWAYS_INLINE void attend_piece(const Attention *attention, const Scratch *scrat
       multiply_tiles(pairs, rows, columns, scratch->query + head * rows * dim, dim, scratch->key, KEYS,
                      head_dim >> pairs, score, KEYS, 0, (Ahead){values, next, 0});
       for (long i = 0; i < rows; i++) {
-        soften_row(scratch, head * rows + i, score + i * KEYS, position, columns, dim, attention->scale * 1.44269504f);
+        if (attention->softcap) cap_row(score + i * KEYS, columns, attention->scale, attention->softcap);
+        float scale = attention->softcap ? 1.0f : attention->scale;
+        soften_row(scratch, head * rows + i, score + i * KEYS, position, columns, dim, scale * 1.44269504f);
         if (breaks) break_row(scratch, head * rows + i, score + i * KEYS, position, count, broken);
         if (pairs) pair_numerators(score + i * KEYS, columns);
       }
@@ -275,8 +284,8 @@ static void attend(void *context) {
 EXPORT void dspark_paged_attention(const void *queries, long stride, const void *keys, const void *values, void *out,
                                    const int32_t *query_start, const int32_t *context_len,
                                    const int32_t *block_tables, long runs, long table_width, long block_size,
-                                   long block_stride, long q_heads, long kv_heads, long head_dim, float scale, int causal, long window,
-                                   int dtype, int threads) {
+                                   long block_stride, long q_heads, long kv_heads, long head_dim, float scale,
+                                   float softcap, int causal, long window, int dtype, int threads) {
   long group = q_heads / kv_heads, tile_queries = larger(1, TASK_ROWS / group);
   long *tile_start = malloc((runs + 1) * sizeof(long)), work = 0;
   if (!tile_start) abort();
@@ -291,10 +300,11 @@ EXPORT void dspark_paged_attention(const void *queries, long stride, const void 
   Tasks tasks = {0, tile_start[runs] * (kv_heads / task_heads), 1};
   const long worth_a_thread = 65536;  // multiplications of scores; waking the pool costs a few microseconds
   threads = (int)larger(1, smaller(threads, work / worth_a_thread));
-  Attention attention = {tasks,       queries,      stride,     keys,   values,      out,        query_start,
-                         context_len, block_tables, tile_start, runs,   table_width, block_size, block_stride * element_size(dtype), q_heads,
-                         kv_heads,    head_dim,     tile_queries, task_heads, window, scale,     causal,
-                         dtype,       threads};
+  Attention attention = {tasks,       queries,      stride,     keys,         values,   out,
+                         query_start, context_len,  block_tables, tile_start, runs,     table_width,
+                         block_size,  block_stride * element_size(dtype),     q_heads,  kv_heads,
+                         head_dim,    tile_queries, task_heads, window,       scale,    softcap,
+                         causal,      dtype,        threads};
   run_parallel(attend, &attention, threads);
   free(tile_start);
 }

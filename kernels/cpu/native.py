@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 from dspark_kernels.cpu.memory import Arena
 from dspark_kernels.interface import DraftedTokens, Favour, Filters, LayerParts, PackedExperts, PackedLinear
-from dspark_kernels.reference import ReferenceKernels
 from torch import Tensor, empty, get_num_threads
 
 FLOAT32, BFLOAT16 = 0, 1  # as in common.h
@@ -25,7 +24,7 @@ _SIGNATURES = {
     "dspark_rotary_kv_write": [c_void_p, c_long] + [c_void_p] * 5 + [c_long] * 6 + [c_void_p] * 2
     + [c_float] + [c_int] * 4,
     "dspark_paged_attention": [c_void_p, c_long] + [c_void_p] * 6 + [c_long] * 7
-    + [c_float, c_int, c_long, c_int, c_int],
+    + [c_float, c_float, c_int, c_long, c_int, c_int],
     "dspark_gate_mul": [c_void_p] * 2 + [c_long] * 3 + [c_int] * 3,
     "dspark_norm_add": [c_void_p] * 3 + [c_long] * 4 + [c_float, c_float, c_int, c_int],
     "dspark_argmax": [c_void_p] * 2 + [c_long] * 3 + [c_int, c_int],
@@ -219,10 +218,6 @@ class NativeKernels:
         window: int | None = None,
         softcap: float | None = None,
     ) -> Tensor:
-        if softcap is not None:  # no served model caps its scores, so this need not be fast
-            return ReferenceKernels().paged_attention(
-                qkv, num_q_heads, keys, values, query_start, context_len, block_tables, scale, causal, window, softcap,
-            )  # fmt: skip
         _, block_size, kv_heads, head_dim = keys.shape
         runs, width = block_tables.shape
         dtype = qkv.dtype
@@ -230,7 +225,8 @@ class NativeKernels:
         self._paged_attention(
             qkv.data_ptr(), qkv.stride(0), keys.data_ptr(), values.data_ptr(), out.data_ptr(),
             query_start.data_ptr(), context_len.data_ptr(), block_tables.data_ptr(), runs, width, block_size,
-            keys.stride(0), num_q_heads, kv_heads, head_dim, scale, causal, window or 0, _CODES[dtype], self.count(),
+            keys.stride(0), num_q_heads, kv_heads, head_dim, scale, softcap or 0.0, causal, window or 0,
+            _CODES[dtype], self.count(),
         )  # fmt: skip
         return out
 
