@@ -6,13 +6,15 @@ each, W block-table width, T committed tokens.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dspark_server.runtime.batch import Batch, Paging
-from dspark_server.runtime.paging import CacheGroup
+from dspark_server.runtime.paging import BlockTable, CacheGroup
+from dspark_server.runtime.staging import Field
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,31 @@ class Layout:
     batch: Batch
     row_start: Tensor
     drafted: Tensor
+
+
+def table_fields(groups: Sequence[CacheGroup], most: int, longest: int, max_tokens: int) -> dict[str, Field]:
+    """Staged fields of the block tables of `most` requests: up to `longest` tokens, steps of up to `max_tokens`."""
+    fields: dict[str, Field] = {}
+    for index, group in reversed(list(enumerate(groups))):  # the longest table last: only its used rows are sent
+        reach = longest
+        if group.reach is not None:
+            reach = min(longest, group.reach + max_tokens)
+            fields[f"first{index}"] = ((most,), torch.int64)
+        fields[f"tables{index}"] = ((most, group.blocks_between(0, reach) + 2), torch.int32)
+    return fields
+
+
+def staged_tables(groups: Sequence[CacheGroup], tables: Sequence[Sequence[BlockTable]]) -> dict[str, Any]:
+    """Block tables of R runs in each group, [R, W] padded with zeros; in groups with a reach each one's first token."""
+    fields: dict[str, Any] = {}
+    for index in reversed(range(len(groups))):
+        own = [each[index] for each in tables]
+        width = max((len(table.blocks) for table in own), default=0)
+        rows = [table.blocks + [0] * (width - len(table.blocks)) for table in own]
+        if groups[index].reach is not None:
+            fields[f"first{index}"] = [table.first for table in own]
+        fields[f"tables{index}"] = torch.tensor(rows, dtype=torch.int32).view(len(own), width)
+    return fields
 
 
 def lay_out(

@@ -530,4 +530,5 @@ def test_no_input_is_left_out(servings: Servings) -> None:
 
 def _buffers(core: EngineCore) -> dict[str, Staging]:
     executor = executor_of(core)
-    return {"asked": executor.asked, "runs": executor.runs, "acceptance": executor.acceptance.staging}
+    assert executor.model is not None
+    return {"asked": executor.model.asked, "runs": executor.runs, "acceptance": executor.acceptance.staging}
