@@ -48,7 +48,7 @@ def tiles(queries: int, group: int, head_dim: int, dtype: torch.dtype, capabilit
     most = 128 if head_dim <= 128 else 64 if head_dim <= 256 else 16
     rows = max(min(power_of_two(queries * group), most), power_of_two(group), 16)
     wide = head_dim <= 64 or (head_dim <= 128 and (rows <= 32 or capability >= 90))
-    return Tiles(rows, 64 if wide else 32, 8 if rows == most >= 64 else 4, 2)
+    return Tiles(rows, 64 if wide else 32, 8 if rows == most >= 64 or head_dim > 256 else 4, 2)
 
 
 def splits(programs: int, keys: int, processors: int) -> int:
