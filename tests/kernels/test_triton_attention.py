@@ -22,6 +22,7 @@ SHAPES = [
     (4, 1, 128, torch.bfloat16),
     (1, 2, 96, torch.float16),
     (2, 1, 256, torch.bfloat16),
+    (3, 1, 512, torch.bfloat16),
     (17, 1, 40, torch.float32),
 ]
 MASKS = [(True, None, None), (False, None, None), (True, 6, None), (False, 7, 1.5), (True, 1, 0.5)]
