@@ -131,7 +131,7 @@ LOSSLESS = (
          "tests/runtime/test_paging.py::test_a_window_moves_on_by_whole_blocks_and_keeps_what_is_read"),
     _one("a prefix hit without the window's rows", "dspark_server/engine/blocks.py",
          "                return block // per  # longer ones need this block, too\n", "                break\n",
-         "tests/engine/test_blocks.py::TestWindowedPool"),
+         "tests/engine/test_blocks.py::test_a_hit_needs_the_windows_tail"),
     _one("attention counts from the sequence's start over a table that begins later", "dspark_server/runtime/batch.py",
          "kept = context if group.reach is None else context - np.array([t.first for t in own], dtype=np.int32)",
          "kept = context", "tests/engine/test_windows.py::test_tokens_after_a_prefix_hit"),

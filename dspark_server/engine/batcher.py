@@ -122,15 +122,13 @@ class Batcher:
 
     def _most_blocks(self, length: int) -> int:
         """Most blocks that a request of `length` tokens holds at a time."""
-        blocks, end = 0, length + self.gamma
-        for group in self.pool.groups:
-            whole = group.blocks_between(0, end)
-            if group.reach is not None:
-                # What is kept may begin anywhere within its first block.
-                run = group.reach - 1 + self.max_num_batched_tokens + self.gamma
-                whole = min(whole, group.blocks_between(0, run) + 1)
-            blocks += whole
-        return blocks
+        run = self.max_num_batched_tokens
+
+        def most(group: CacheGroup) -> int:
+            rows = length if group.reach is None else min(length, group.most_kept(length) + run)
+            return group.blocks_between(0, rows + self.gamma)
+
+        return sum(map(most, self.pool.groups))
 
     def check_fits(self, prompt_length: int, max_tokens: int) -> None:
         """Raise RequestError for a request that could not finish even alone on an empty pool."""
@@ -220,6 +218,8 @@ class Batcher:
 
     def _reserve_running(self) -> None:
         """Reserve slots for all running anchors and gamma draft tokens each; if needed, preempt the last in line."""
+        for request in self.running:  # of all of them first: nobody gives way for blocks that nobody reads
+            self.pool.release_behind(request.tables, request.computed)
         for request in list(self.running):
             while request.status is Status.RUNNING and not self._reserve(request):
                 self.preempt(self._last_in_line())
@@ -235,7 +235,6 @@ class Batcher:
         return max(own, key=rank)
 
     def _reserve(self, request: Request) -> bool:
-        self.pool.release_behind(request.tables, request.computed)
         missing = self._missing(request)
         if sum(missing) > self.pool.available:
             return False
@@ -323,8 +322,11 @@ class Batcher:
         self._touched[request] = None
         self.pool.hold(tables)
         request.tables, request.computed = tables, found * self.pool.segment_size
-        if not self._reserve(request):
-            missing = sum(self._missing(request)) - self.pool.available
+        # In a group that keeps a window the steps after the first hold more. A request that could not stay would be
+        # preempted, and admitted again.
+        most = self._most_blocks(len(request.tokens)) - sum(len(table.blocks) for table in tables)
+        missing = max(most, sum(self._missing(request))) - self.pool.available
+        if missing > 0 or not self._reserve(request):
             self.pool.release(tables)
             request.tables, request.computed = [], 0
             prefix = self._reusable(request)

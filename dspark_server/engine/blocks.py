@@ -99,11 +99,18 @@ class BlockPool:
         self._references[block] = 1
         return block
 
-    def distrust(self, tables: Sequence[BlockTable]) -> None:
-        """Remove the identity of held blocks, so that look-ups do not find them."""
-        for table in tables:
-            for block in table.blocks:
-                self._forget(block)
+    def distrust(self, keys: Sequence[PrefixKey]) -> None:
+        """Remove the identity of all blocks of these segments, held or not, so that look-ups do not find them."""
+        for key in keys:
+            for number, group in enumerate(self.groups):
+                for place in range(self.segment_size // group.block_size):
+                    block = self._find(key, number, place)
+                    if block is None:
+                        continue
+                    self._forget(block)
+                    if self._references[block] == 0:
+                        del self._evictable[block]
+                        self._free.append(block)
 
     def _forget(self, block: int) -> None:
         part = self._part_of[block]

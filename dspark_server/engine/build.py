@@ -12,6 +12,7 @@ from dspark_server.config import DEFAULT_CACHE_BYTES, UTILIZATION, EngineConfig
 from dspark_server.engine.device_executor import DeviceExecutor, working_bytes
 from dspark_server.engine.executor import TorchExecutor
 from dspark_server.engine.profile import warm_up
+from dspark_server.errors import ConfigError
 from dspark_server.models.config import ModelConfig
 from dspark_server.models.decoder import Decoder
 from dspark_server.models.fields import read_json
@@ -22,7 +23,7 @@ from dspark_server.runtime.device import Device, find_device
 from dspark_server.runtime.graphs import default_sizes
 from dspark_server.runtime.kv import KVPool, blocks_that_fit, cache_dtype
 from dspark_server.runtime.linear import choose_backend
-from dspark_server.runtime.paging import CacheLayout
+from dspark_server.runtime.paging import CacheGroup, CacheLayout
 from dspark_server.runtime.parallel import Group, TorchGroup
 from dspark_server.speculation.drafter import Drafter
 
@@ -83,6 +84,10 @@ def build_executor(
     Raises ConfigError if this rank has room for none.
     """
     layout = _cache_layout(config, target, drafter, place)
+    if len(layout.groups) > 1 and "flash-attn" in place.kernels.name:  # a drafter with a window of its own
+        raise ConfigError(
+            "flash-attn does not serve layers that see a window beside layers that see all: --attention-backend triton."
+        )
     device = place.device
 
     def over(num_blocks: int) -> TorchExecutor | DeviceExecutor:
@@ -123,14 +128,15 @@ def _flash_obstacle(model: ModelConfig) -> str | None:
 
 
 def _cache_layout(config: EngineConfig, target: Decoder, drafter: Drafter, place: Place) -> CacheLayout:
-    """The layout of caches on this rank. Block sizes are those of rank 0, which alone has the drafter's layers."""
+    """The layout of caches on this rank. The groups are those of rank 0, which alone has the drafter's layers."""
     owners, itemsize, group = [target.caches, drafter.caches], place.stored.itemsize, place.group
     layout = CacheLayout.of(owners, config.block_size, itemsize)
     if isinstance(group, TorchGroup):
         if group.rank == 0:
-            group.send(orjson.dumps([each.block_size for each in layout.groups]))
+            group.send(orjson.dumps(list(map(list, layout.groups))))
         else:
-            layout = CacheLayout.of(owners, config.block_size, itemsize, orjson.loads(group.receive()))
+            groups = [CacheGroup(*each) for each in orjson.loads(group.receive())]
+            layout = CacheLayout.of(owners, config.block_size, itemsize, groups)
     return layout
 
 

@@ -73,7 +73,7 @@ class DeviceExecutor:
         self.drafts = Graphs(device, up_to(sizes, max_requests))
 
         wide, most = max(1, drafter.block), max_requests
-        tables = table_fields(pool.groups, most, target.max_model_len + self.gamma + 1, max_tokens)
+        tables = table_fields(pool.groups, most, target.max_model_len, max_tokens + self.gamma + 1)
         self.drafted = Drafted.empty(device, most, wide)
         model = drafter.inner if isinstance(drafter, Copying) else drafter
         self.model = None

@@ -347,7 +347,7 @@ class StepLoop:
                     request.error, request.impossible = too_costly or CONTRADICTION, True
                 else:
                     request.error = "The model produced no valid probabilities for this request (NaN in its logits)."
-                    self.batcher.pool.distrust(request.tables)  # rows that were finite may no longer be
+                    self.batcher.pool.distrust(request.keys)  # rows that were finite may no longer be
                 ended.append(request)
                 outputs.append(StepOutput(request, []))
                 continue

@@ -1,6 +1,7 @@
 """Strict reading of a config.json's fields: a value of the wrong kind is a CheckpointError that names the field."""
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -37,10 +38,16 @@ def integer(fields: Fields, name: str, default: int | None = None) -> int:
     return value
 
 
+def whole(fields: Fields, name: str, default: int) -> int:
+    """An integer that may be 0; `default` for an absent field or null."""
+    value = fields.get(name)
+    return 0 if value == 0 and isinstance(value, int) else integer(fields, name, default)
+
+
 def number(fields: Fields, name: str, default: float | None = None) -> float:
     """A positive number; `default`, if there is one, for an absent field."""
     value = fields.get(name, default)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
         raise CheckpointError(f"config.json: {name} must be a positive number, not {value!r}")
     return float(value)
 
@@ -51,6 +58,20 @@ def flag(fields: Fields, name: str, default: bool = False) -> bool:
     if not isinstance(value, bool):
         raise CheckpointError(f"config.json: {name} must be true or false, not {value!r}")
     return value
+
+
+def names(fields: Fields, name: str) -> list[str] | None:
+    """A list of names, None for an absent field or null."""
+    value = fields.get(name)
+    if value is not None and not (isinstance(value, list) and all(isinstance(each, str) for each in value)):
+        raise CheckpointError(f"config.json: {name} must be a list of names, not {value!r}")
+    return value
+
+
+def architecture(fields: Fields) -> str:
+    """The one architecture that a config names; "" if it names none, or several."""
+    value = fields.get("architectures")
+    return value[0] if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str) else ""
 
 
 def token_ids(value: Any) -> tuple[int, ...]:

@@ -4,6 +4,7 @@ Dense checkpoints of `gemma4` and `gemma4_unified`. Sliding layers have their ow
 full layers may use their keys as values.
 """
 
+from collections import ChainMap
 from collections.abc import Mapping
 from math import sqrt
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 from dspark_server.errors import CheckpointError
 from dspark_server.models.config import LayerConfig, ModelConfig
 from dspark_server.models.family import Family
-from dspark_server.models.fields import Fields, flag, integer, number, refuse
+from dspark_server.models.fields import Fields, flag, integer, names, number, refuse
 from dspark_server.models.layers.attention import Attention, AttentionConfig
 from dspark_server.models.layers.mlp import Mlp, MlpConfig
 from dspark_server.models.layers.parts import Parts
@@ -81,7 +82,10 @@ def parse(fields: Fields, generation: Fields) -> ModelConfig:
     outer = ("tie_word_embeddings", "eos_token_id", "bos_token_id", "quantization_config")
     text = {name: fields[name] for name in outer if name in fields} | dict(text)
     layers = integer(text, "num_hidden_layers")
-    types = text.get("layer_types") or [FULL if index % 6 == 5 else SLIDING for index in range(layers)]
+    types = names(text, "layer_types") or [FULL if index % 6 == 5 else SLIDING for index in range(layers)]
+    numbers = _by_layer(text) if text.get("per_layer_config") is not None else {}
+    if beyond := [number for number in numbers if number >= layers]:
+        raise CheckpointError(f"config.json: per_layer_config names layers {beyond}, of {layers}")
     if types[-1] != FULL:
         raise CheckpointError(f"config.json: the last of layer_types must be {FULL!r}, not {types[-1]!r}")
     return _decoder({"tie_word_embeddings": True} | text, generation, types)
@@ -89,7 +93,14 @@ def parse(fields: Fields, generation: Fields) -> ModelConfig:
 
 def parse_drafter(fields: Fields, generation: Fields) -> ModelConfig:
     """Read the layers of a DSpark drafter for Gemma4: all of them full, whatever `layer_types` says."""
-    return _decoder(fields, generation, [FULL] * integer(fields, "num_hidden_layers"))
+    layers, own = integer(fields, "num_hidden_layers"), dict[str, Any]()
+    if fields.get("per_layer_config") is not None:  # of the target's layers, by their numbers
+        full = list(_by_layer(fields).values())
+        if any(each != full[0] for each in full):
+            raise CheckpointError(f"config.json: per_layer_config should be the same for all full layers, not {full!r}")
+        own = {"per_layer_config": dict.fromkeys(map(str, range(layers)), full[0])} if full else {}
+    # No copy of the fields: the caller looks which of them are read.
+    return _decoder(ChainMap(own, fields), generation, [FULL] * layers)  # type: ignore[arg-type]
 
 
 def _decoder(fields: Fields, generation: Fields, types: list[str]) -> ModelConfig:
@@ -126,13 +137,8 @@ def _attention(fields: Fields, index: int, kind: str, window: int | None, max_po
         raise CheckpointError(f"config.json: rope_parameters needs an entry for {kind} layers, not {ropes!r}")
     shared = kind == FULL and flag(fields, "attention_k_eq_v")
     kv_heads, head_dim = integer(fields, "num_key_value_heads"), integer(fields, "head_dim")
-    by_layer = fields.get("per_layer_config")
-    if by_layer is not None:
-        own = by_layer.get(str(index), {}) if isinstance(by_layer, Mapping) else None
-        if not isinstance(own, Mapping) or set(own) - {"head_dim", "num_key_value_heads"}:
-            raise CheckpointError(
-                f"config.json: per_layer_config may give a layer head_dim and num_key_value_heads, not {own!r}"
-            )
+    if fields.get("per_layer_config") is not None:
+        own = _by_layer(fields).get(index, {})
         kv_heads, head_dim = integer(own, "num_key_value_heads", kv_heads), integer(own, "head_dim", head_dim)
     elif kind == FULL:
         head_dim = integer(fields, "global_head_dim", 512)
@@ -148,6 +154,19 @@ def _attention(fields: Fields, index: int, kind: str, window: int | None, max_po
         value_norm=True,
         scale=1.0,
     )
+
+
+def _by_layer(fields: Fields) -> dict[int, Fields]:
+    """per_layer_config by number of layer; transformers pads the numbers with zeros to one width."""
+    given = fields["per_layer_config"]
+    if not isinstance(given, Mapping) or not all(str(key).isdecimal() for key in given):
+        raise CheckpointError(f"config.json: per_layer_config must have numbers of layers for keys, not {given!r}")
+    for own in given.values():
+        if not isinstance(own, Mapping) or set(own) - {"head_dim", "num_key_value_heads"}:
+            raise CheckpointError(
+                f"config.json: per_layer_config may give a layer head_dim and num_key_value_heads, not {own!r}"
+            )
+    return {int(key): own for key, own in given.items()}
 
 
 # A checkpoint of text alone has names without `language_model`.

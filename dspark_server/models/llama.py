@@ -9,7 +9,7 @@ from typing import Any
 from dspark_server.errors import CheckpointError
 from dspark_server.models.config import LayerConfig, ModelConfig
 from dspark_server.models.family import Family
-from dspark_server.models.fields import Fields, flag, integer, number, refuse, token_ids
+from dspark_server.models.fields import Fields, flag, integer, names, number, refuse, token_ids
 from dspark_server.models.layers.attention import AttentionConfig
 from dspark_server.models.layers.mlp import MlpConfig
 from dspark_server.models.layers.moe import MoeConfig
@@ -22,7 +22,7 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 def parse(fields: Fields, generation: Fields) -> ModelConfig:
     """Read the config of a Llama model."""
     layers = integer(fields, "num_hidden_layers")
-    if fields.get("layer_types") not in (None, [FULL] * layers):
+    if names(fields, "layer_types") not in (None, [FULL] * layers):
         raise CheckpointError("config.json: layer_types is not supported for llama models")
     biased = flag(fields, "attention_bias")
     return read_decoder(fields, generation, bias=biased, output_bias=biased, mlp_bias=flag(fields, "mlp_bias"))

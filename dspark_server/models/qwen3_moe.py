@@ -1,7 +1,5 @@
 """Qwen3-MoE: Qwen3 with a mixture of experts in place of the feed-forward of most layers."""
 
-from typing import Any
-
 from dspark_server.errors import CheckpointError
 from dspark_server.models.config import ModelConfig
 from dspark_server.models.family import Family
@@ -10,7 +8,6 @@ from dspark_server.models.layers.mlp import MlpConfig
 from dspark_server.models.layers.moe import MoeConfig
 from dspark_server.models.layers.prenorm import PreNormLayer
 from dspark_server.models.llama import read_decoder
-from dspark_server.models.qwen2 import windows
 
 
 def parse(fields: Fields, generation: Fields) -> ModelConfig:
@@ -19,28 +16,34 @@ def parse(fields: Fields, generation: Fields) -> ModelConfig:
     return read_decoder(
         fields,
         generation,
-        windows=windows(fields),
+        # Unlike in Qwen3: one window for all layers, and hidden_size / heads channels where there is no head_dim.
+        windows=[window(fields)] * integer(fields, "num_hidden_layers"),
         qk_norm=True,
         bias=biased,
         output_bias=biased,
-        head_dim=128,
-        mlp=feed_forwards(fields, MoeConfig(**routing(fields))),
+        mlp=feed_forwards(fields, routing(fields, experts=128, chosen=8, features=768)),
     )
 
 
-def routing(fields: Fields) -> dict[str, Any]:
-    """Number, width and choice of experts. Raises CheckpointError if a token has more experts than there are."""
+def window(fields: Fields) -> int | None:
+    """The window of layers that have one; None: none has."""
+    if not flag(fields, "use_sliding_window") or fields.get("sliding_window", 4096) is None:
+        return None
+    return integer(fields, "sliding_window", 4096)
+
+
+def routing(fields: Fields, *, experts: int, chosen: int, features: int, shared: int = 0) -> MoeConfig:
+    """Number, width and choice of experts, with these defaults.
+
+    Raises CheckpointError if a token has more experts than there are.
+    """
     # transformers 5.2x writes the second name.
-    experts = integer(fields, "num_local_experts" if "num_local_experts" in fields else "num_experts")
-    chosen = integer(fields, "num_experts_per_tok", 8)
+    experts = integer(fields, "num_local_experts" if "num_local_experts" in fields else "num_experts", experts)
+    chosen = integer(fields, "num_experts_per_tok", chosen)
     if chosen > experts:
         raise CheckpointError(f"config.json: num_experts_per_tok {chosen} exceeds num_experts {experts}")
-    return {
-        "experts": experts,
-        "chosen": chosen,
-        "features": integer(fields, "moe_intermediate_size", 768),
-        "normalised": flag(fields, "norm_topk_prob"),
-    }
+    width = integer(fields, "moe_intermediate_size", features)
+    return MoeConfig(experts, chosen, width, flag(fields, "norm_topk_prob"), shared)
 
 
 def feed_forwards(fields: Fields, moe: MoeConfig) -> list[MlpConfig | MoeConfig]:

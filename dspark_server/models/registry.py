@@ -5,7 +5,7 @@ from pathlib import Path
 from dspark_server.errors import CheckpointError
 from dspark_server.models.config import ModelConfig
 from dspark_server.models.family import Family
-from dspark_server.models.fields import read_json
+from dspark_server.models.fields import architecture, read_json
 from dspark_server.models.gemma4 import GEMMA4, GEMMA4_DRAFTER
 from dspark_server.models.llama import LLAMA
 from dspark_server.models.mistral import MISTRAL
@@ -36,11 +36,11 @@ DRAFT_LAYERS: dict[str, Family] = {
 
 def family_of(directory: Path) -> Family:
     """The family of a target checkpoint. Raises CheckpointError if it is none that this server runs."""
-    architectures = read_json(directory / "config.json").get("architectures") or []
-    family = FAMILIES.get(architectures[0]) if len(architectures) == 1 else None
+    fields = read_json(directory / "config.json")
+    family = FAMILIES.get(architecture(fields))
     if family is None:
         raise CheckpointError(
-            f"{directory / 'config.json'}: architectures {architectures} is not supported; "
+            f"{directory / 'config.json'}: architectures {fields.get('architectures')} is not supported; "
             f"this server runs {', '.join(FAMILIES)}"
         )
     return family

@@ -26,15 +26,13 @@ class Layout:
     drafted: Tensor
 
 
-def table_fields(groups: Sequence[CacheGroup], most: int, longest: int, max_tokens: int) -> dict[str, Field]:
-    """Staged fields of the block tables of `most` requests: up to `longest` tokens, steps of up to `max_tokens`."""
+def table_fields(groups: Sequence[CacheGroup], most: int, longest: int, run: int) -> dict[str, Field]:
+    """Staged fields of the block tables of `most` requests: up to `longest` tokens, `run` of them in a step."""
     fields: dict[str, Field] = {}
     for index, group in reversed(list(enumerate(groups))):  # the longest table last: only its used rows are sent
-        reach = longest
         if group.reach is not None:
-            reach = min(longest, group.reach + max_tokens)
             fields[f"first{index}"] = ((most,), torch.int64)
-        fields[f"tables{index}"] = ((most, group.blocks_between(0, reach) + 2), torch.int32)
+        fields[f"tables{index}"] = ((most, group.blocks_between(0, group.most_kept(longest) + run) + 1), torch.int32)
     return fields
 
 

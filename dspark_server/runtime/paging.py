@@ -10,6 +10,9 @@ from math import lcm
 from typing import NamedTuple
 
 ALIGNMENT = 64  # bytes: rows of every layer begin at a multiple of this within a block
+# Attention kernels add a row's keys up in tiles of so many, counted from a table's first row. Tables begin at multiples
+# of it, so that a row is computed the same way wherever its table begins.
+TILE = 64
 
 
 class CacheRows(NamedTuple):
@@ -24,16 +27,26 @@ class CacheRows(NamedTuple):
 
 
 class CacheGroup(NamedTuple):
-    """Layers with one reach: `block_size` tokens of all of them share a block."""
+    """Layers with one reach: `block_size` tokens of all of them share a block. Tables begin at multiples of `tile`."""
 
     block_size: int
     reach: int | None = None
+    tile: int = 1
+
+    @property
+    def step(self) -> int:
+        """Tables begin at multiples of this."""
+        return lcm(self.block_size, self.tile)
 
     def first_needed(self, computed: int) -> int:
-        """First token of the first block that is read once `computed` tokens have their rows."""
+        """First token of a table that has all that is read once `computed` tokens have their rows."""
         if self.reach is None:
             return 0
-        return max(0, computed - self.reach + 1) // self.block_size * self.block_size
+        return max(0, computed - self.reach + 1) // self.step * self.step
+
+    def most_kept(self, length: int) -> int:
+        """Most tokens that a table holds of a sequence of `length` tokens before the next one."""
+        return length if self.reach is None else min(length, self.reach + self.step)
 
     def blocks_between(self, first: int, end: int) -> int:
         """Blocks for the tokens from `first`, at the start of a block, up to `end`."""
@@ -80,19 +93,24 @@ class CacheLayout:
         owners: Sequence[Sequence[CacheRows]],
         block_size: int,
         itemsize: int,
-        sizes: Sequence[int] | None = None,
+        groups: Sequence[CacheGroup] | None = None,
     ) -> "CacheLayout":
         """Lay out the layers of all owners; elements take `itemsize` bytes.
 
-        `sizes` are the tokens per block of each group. None: `block_size` for a single group; for several see `_sizes`.
+        `groups` are those to use. None: one for each reach that a layer has, with `block_size` tokens per block if it
+        is the only one; for several see `_sizes`.
         """
         layers = [layer for owner in owners for layer in owner]
         reaches = sorted({layer.reach for layer in layers}, key=lambda reach: (reach is not None, reach or 0))
+        if groups is not None:
+            reaches = [group.reach for group in groups]
         row_bytes = [
             sum(2 * layer.heads * layer.head_dim * itemsize for layer in layers if layer.reach == reach)
             for reach in reaches
         ]
-        groups = tuple(map(CacheGroup, sizes or _sizes(row_bytes, block_size), reaches))
+        if groups is None:
+            sizes = _sizes(row_bytes, [reach is not None for reach in reaches], block_size)
+            groups = [CacheGroup(size, reach, TILE) for size, reach in zip(sizes, reaches, strict=True)]
         ends = [0] * len(groups)
 
         def place(layer: CacheRows) -> CachePlace:
@@ -103,7 +121,7 @@ class CacheLayout:
             return CachePlace(layer, group, ends[group] - 2 * size, ends[group] - size)
 
         places = tuple(tuple(map(place, owner)) for owner in owners)
-        return cls(groups, max(ends), places)
+        return cls(tuple(groups), max(ends), places)
 
 
 def segment_size(groups: Sequence[CacheGroup]) -> int:
@@ -111,11 +129,12 @@ def segment_size(groups: Sequence[CacheGroup]) -> int:
     return lcm(*(group.block_size for group in groups))
 
 
-def _sizes(row_bytes: Sequence[int], block_size: int) -> list[int]:
+def _sizes(row_bytes: Sequence[int], windowed: Sequence[bool], block_size: int) -> list[int]:
     """Tokens per block of groups with `row_bytes` for a token, where a block has the same bytes in all.
 
     The group with the widest rows has between a quarter of `block_size` and twice as many. Of these the sizes are
-    chosen that waste few bytes and have a short segment, of equals the largest.
+    chosen that waste few bytes and have a short segment, of equals the largest. Where a table may begin behind a
+    sequence's first token, blocks fill tiles.
     """
     if len(row_bytes) == 1:
         return [block_size]
@@ -125,8 +144,17 @@ def _sizes(row_bytes: Sequence[int], block_size: int) -> list[int]:
         used = [size * own for size, own in zip(sizes, row_bytes, strict=True)]
         return 1 - min(used) / max(used) + 0.01 * max(1.0, lcm(*sizes) / block_size)
 
-    candidates = []
+    candidates: list[list[int]] = []
     for size in range(2 * block_size, max(0, block_size // 4 - 1), -1):
         most = [size * widest // own for own in row_bytes]
-        candidates += [most, [each // size * size for each in most]]  # the latter have the shortest segments
+        most = [min(TILE, power_below(each)) if window else each for each, window in zip(most, windowed, strict=True)]
+        low = min(most)
+        # The latter have the shortest segments.
+        short = [each if window else each // low * low for each, window in zip(most, windowed, strict=True)]
+        candidates += [most, short]
     return min(candidates, key=cost)
+
+
+def power_below(number: int) -> int:
+    """The greatest power of two up to a positive number."""
+    return 1 << (number.bit_length() - 1)

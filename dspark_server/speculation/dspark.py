@@ -19,7 +19,7 @@ from dspark_server.errors import CheckpointError
 from dspark_server.models.config import ModelConfig
 from dspark_server.models.decoder import Decoder
 from dspark_server.models.family import Layer
-from dspark_server.models.fields import read_json
+from dspark_server.models.fields import architecture, flag, read_json
 from dspark_server.models.layers.attention import ContextAttention
 from dspark_server.models.layers.embedding import Embedding, Head
 from dspark_server.models.layers.parts import Parts
@@ -111,25 +111,25 @@ class DSparkConfig:
     def parse(cls, fields: Mapping[str, Any], target: ModelConfig) -> "DSparkConfig":
         """The same from the file's fields."""
         given, fields = fields, Noted(fields)
-        architectures = fields.get("architectures") or []
-        family = DRAFT_LAYERS.get(architectures[0]) if len(architectures) == 1 else None
+        family = DRAFT_LAYERS.get(architecture(fields))
         if family is None:
             raise CheckpointError(
-                f"architectures {architectures} is not a drafter this server runs; {', '.join(DRAFT_LAYERS)} are."
+                f"architectures {fields.get('architectures')} is not a drafter this server runs; "
+                f"{', '.join(DRAFT_LAYERS)} are."
             )
         decoder = family.parse(fields, {})
         rank = _whole(fields, "markov_rank", minimum=0)
         config = cls(
-            architecture=architectures[0],
+            architecture=architecture(fields),
             decoder=decoder,
             block_size=_whole(fields, "block_size", minimum=1),
             mask_token_id=_whole(fields, "mask_token_id", minimum=0),
             taps=_taps(fields, target.num_layers),
             markov_rank=rank,
             markov_head_type=str(fields.get("markov_head_type", "vanilla")).lower() if rank else "none",
-            confidence=bool(fields.get("enable_confidence_head", False)),
-            confidence_with_markov=bool(fields.get("confidence_head_with_markov", False)),
-            share_target_embeddings=bool(fields.get("share_target_embeddings", False)),
+            confidence=flag(fields, "enable_confidence_head"),
+            confidence_with_markov=flag(fields, "confidence_head_with_markov"),
+            share_target_embeddings=flag(fields, "share_target_embeddings"),
             target_digest=fields.get("target_digest"),
             draft_vocab_size=_whole(fields, "draft_vocab_size", minimum=1) if "draft_vocab_size" in fields else None,
         )
@@ -369,7 +369,7 @@ def head_digest(directory: Path) -> str:
 
 def _warn_of_mismatch(config: DSparkConfig, target: Decoder, directory: Path) -> None:
     """Log what suggests that a drafter was trained for something else than what is served."""
-    if config.target_digest not in (None, head_digest(directory)):
+    if config.target_digest is not None and config.target_digest != head_digest(directory):
         logger.warning(
             "the drafter was trained for other weights than this target's (their digests differ): its drafts may be "
             "accepted less often; the output is the target's all the same"

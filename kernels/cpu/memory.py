@@ -38,8 +38,10 @@ class Arena:
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A tensor of zeros that begins on a cache line."""
         size = prod(shape) * dtype.itemsize
+        if size >= CHUNK:
+            return huge_zeros(size).view(dtype).view(shape)
         with self._lock:
             if size > len(self._chunk):
-                self._chunk = huge_zeros(max(CHUNK, size))
+                self._chunk = huge_zeros(CHUNK)
             piece, self._chunk = self._chunk[:size], self._chunk[-(-size // LINE) * LINE :]
         return piece.view(dtype).view(shape)

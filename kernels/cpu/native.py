@@ -291,9 +291,17 @@ class NativeKernels:
         features = -(-down.shape[2] // _BLOCK) * _BLOCK
         more = features - down.shape[2]  # units whose gate and weights are 0
         halves = torch.nn.functional.pad(gate_up.unflatten(1, (2, -1)), (0, 0, 0, more)).flatten(1, 2)
-        wide = [self.pack_linear(each).weight for each in halves]
-        narrow = [self.pack_linear(each.contiguous()).weight for each in torch.nn.functional.pad(down, (0, more))]
-        return NativeExperts(torch.stack(wide), torch.stack(narrow), count, hidden, features)
+        narrow = torch.nn.functional.pad(down, (0, more))
+        return NativeExperts(self._pack_each(halves), self._pack_each(narrow), count, hidden, features)
+
+    def _pack_each(self, weights: Tensor) -> Tensor:
+        """Matrices [E, Nout, K] bfloat16, packed one after another."""
+        count, out_features, in_features = weights.shape
+        shape = (count, -(-out_features // _BLOCK), (in_features + 1) // 2, _BLOCK, 2)
+        packed = self._arena.empty(shape, torch.bfloat16)
+        for weight, own in zip(weights.contiguous(), packed, strict=True):
+            self._pack_linear(weight.data_ptr(), own.data_ptr(), in_features, out_features, self.count())
+        return packed
 
     def experts(self, x: Tensor, packed: PackedExperts, chosen: Tensor, shares: Tensor) -> Tensor:
         assert isinstance(packed, NativeExperts)

@@ -78,8 +78,8 @@ def test_architectures(two: Together, variant: str, tmp_path: Path) -> None:
 def test_layers_of_two_geometries_and_a_head_that_ranks_share(two: Together) -> None:
     """Gemma4 with its drafter: two block tables, whose sizes are rank 0's; the one key/value head is on both ranks."""
     pair = FIXTURES / "dspark_gemma4"
-    target = {"model": str(pair / "target"), "num_blocks": 160}
-    made, own = [[token % 380 for token in prompt] for prompt in prompts(6, shortest=20)], mixed(6)
+    target = {"model": str(pair / "target"), "num_blocks": 300}
+    made, own = [[token % 380 for token in prompt] for prompt in prompts(6, shortest=40, longest=150)], mixed(6)
     expected = one_rank(tiny_config(drafter=False, **target)).generate(made, own)
     drafter = SpeculativeConfig(method="dspark", model=str(pair / "draft"), selection="fixed")
     with two.core(replace(tiny_config(**target), speculative=drafter)) as core:

@@ -174,6 +174,22 @@ def test_least_recently_used_goes_first_and_a_prefix_outlives_its_continuation()
     assert pool.lookup([first, second]) == (1, [BlockTable(0, tables[0].blocks[:1])])
 
 
+def test_a_hit_needs_the_windows_tail() -> None:
+    """The blocks that the next token reads, in the group with a window: without them a shorter prefix is the hit."""
+    pool, tokens = BlockPool(6, (CacheGroup(2), CacheGroup(2, reach=3))), (1, 2, 3, 4, 5, 6)
+    keys: list[PrefixKey] = []
+    for start in (0, 2, 4):
+        keys.append(chain(keys[-1].digest if keys else ROOT, tokens[start : start + 2]))
+    tables = [BlockTable(0, pool.allocate(3)), BlockTable(0, pool.allocate(3))]
+    for segment, key in enumerate(keys):
+        pool.publish(tables, segment, key)
+    full, near = (table.blocks for table in tables)
+    assert pool.lookup(keys) == (3, [BlockTable(0, full), BlockTable(4, near[2:])])
+    pool.release([BlockTable(4, near[2:])])  # the least recently used
+    pool.allocate(1)
+    assert pool.lookup(keys) == (2, [BlockTable(0, full[:2]), BlockTable(2, near[1:2])])
+
+
 def test_releasing_more_than_held_is_a_bug() -> None:
     pool = BlockPool(1, ONE)
     tables = [BlockTable(0, pool.allocate(1))]

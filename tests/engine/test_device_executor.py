@@ -282,8 +282,8 @@ def test_padding_never_reaches_a_row_that_is_read(engines: Engines) -> None:
 @pytest.mark.parametrize("selection", ["lagged", "fixed"])  # costs come with the first
 def test_layers_with_a_window_beside_others(engines: Engines, selection: str) -> None:
     """Two block tables for a request, one of which begins behind its first token: laid out as on the host."""
-    options: dict[str, Any] = {"pair": FIXTURES / "dspark_gemma4", "num_blocks": 160}
-    asked = [[token % 380 for token in prompt] for prompt in prompts(4, shortest=20, longest=50)]
+    options: dict[str, Any] = {"pair": FIXTURES / "dspark_gemma4", "num_blocks": 400, "max_model_len": 400}
+    asked = [[token % 380 for token in prompt] for prompt in prompts(4, shortest=60, longest=220)]
     params = [greedy(16), seeded(1, 16), greedy(16), seeded(2, 16)]
     wanted = engines.plain(selection, **options)[0].generate(asked, params)
     with engines.twin(selection, **options, cuda_graph_sizes=(8, 24)) as (core, _, _):

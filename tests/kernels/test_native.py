@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dspark_server.runtime.linear import Experts
+from dspark_server.runtime.paging import TILE, CacheGroup
 from tests.kernels.support import Paged, check_hidden_rows_stay_hidden, close, mixture, paged
 
 REFERENCE = ReferenceKernels()
@@ -110,6 +111,20 @@ def test_a_row_of_attention_does_not_depend_on_its_batch() -> None:
                 case.tables[run : run + 1],
             )
             assert torch.equal(single.attend(native, True, None)[0], together[row])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("block", [4, 16])
+def test_a_row_of_attention_does_not_depend_on_where_its_table_begins(block: int, dtype: torch.dtype) -> None:
+    """As long as it begins at a multiple of a tile, as tables do."""
+    native, window = dspark_kernels.load("native"), 256
+    for context in range(600, 620):
+        case = paged([(1, context)], groups=2, kv_heads=2, size=64, block=block, dtype=dtype)
+        first = CacheGroup(block, window, TILE).first_needed(context)
+        tables = case.tables[:, first // block :].contiguous()
+        later = Paged(case.qkv, case.heads, case.keys, case.values, case.query_start, case.context_len - first, tables)
+        assert first > 0
+        assert torch.equal(case.attend(native, True, window), later.attend(native, True, window))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -12,7 +12,7 @@ from transformers import Gemma4UnifiedForCausalLM, Gemma4UnifiedTextConfig
 
 from dspark_server.errors import CheckpointError
 from dspark_server.models.decoder import Decoder
-from dspark_server.models.gemma4 import GEMMA4
+from dspark_server.models.gemma4 import GEMMA4, GEMMA4_DRAFTER
 from dspark_server.models.registry import load_config
 
 from .support import VOCABULARY, expected
@@ -105,9 +105,22 @@ def test_the_released_12b_is_read() -> None:
     assert (rope.type, rope.theta, rope.partial_rotary_factor) == ("proportional", 1e6, 0.25)
 
 
+def test_a_drafter_may_have_the_targets_spelling() -> None:
+    """Its layers are full ones, whatever numbers the target's have."""
+    fields = {**SHAPE, "num_hidden_layers": 2, "tie_word_embeddings": False}
+    newer = {name: value for name, value in fields.items() if "global" not in name}
+    newer["per_layer_config"] = {key: {"head_dim": 32, "num_key_value_heads": 1} for key in ("05", "11", "17")}
+    assert GEMMA4_DRAFTER.parse(newer, {}) == GEMMA4_DRAFTER.parse(fields, {})
+    newer["per_layer_config"]["11"] = {"head_dim": 64}
+    with pytest.raises(CheckpointError, match="the same for all full layers"):
+        GEMMA4_DRAFTER.parse(newer, {})
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"per_layer_config": {"7": {"head_dim": 4}}}, r"per_layer_config names layers \[7\], of 4"),
+        ({"per_layer_config": {"one": {"head_dim": 4}}}, "must have numbers of layers for keys"),
         ({"enable_moe_block": True}, "enable_moe_block True is not supported, only False is"),
         ({"hidden_size_per_layer_input": 256}, "hidden_size_per_layer_input 256 is not supported, only 0 is"),
         ({"num_kv_shared_layers": 2}, "num_kv_shared_layers 2 is not supported"),

@@ -122,7 +122,7 @@ def test_a_drafter_drafts_for_a_mixture(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"num_experts_per_tok": 9}, "num_experts_per_tok 9 exceeds num_experts 8"),
-        ({"num_experts": None}, "num_experts must be a positive integer"),
+        ({"num_experts": 0}, "num_experts must be a positive integer"),
         ({"mlp_only_layers": "none"}, "mlp_only_layers must be a list"),
         ({"decoder_sparse_step": 0}, "decoder_sparse_step must be a positive integer"),
         ({"hidden_act": "gelu"}, "only 'silu'"),

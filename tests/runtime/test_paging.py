@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dspark_server.runtime.kv import KVPool
-from dspark_server.runtime.paging import CacheGroup, CacheLayout, CacheRows, segment_size, tables_for
+from dspark_server.runtime.paging import TILE, CacheGroup, CacheLayout, CacheRows, segment_size, tables_for
 
 ROWS = st.builds(CacheRows, st.integers(1, 8), st.sampled_from([1, 20, 64, 256]), st.sampled_from([None, 1, 7, 1024]))
 
@@ -41,35 +41,46 @@ def test_no_layers_rows_share_a_byte(target: list[CacheRows], drafter: list[Cach
 
 
 @pytest.mark.parametrize(
-    ("layers", "sizes", "wasted"),
+    ("layers", "sizes", "wasted", "segment"),
     [
-        ([CacheRows(3, 64)] * 30, [16], 0.0),  # SmolLM2-135M
+        ([CacheRows(3, 64)] * 30, [16], 0.0, 16),  # SmolLM2-135M
         # Gemma4-12B with its drafter: 40 layers with a window, 8 without, 5 of the drafter.
-        ([CacheRows(8, 256, 1024)] * 40 + [CacheRows(1, 512)] * 13, [48, 4], 0.03),
-        ([CacheRows(8, 64, 128)] * 12 + [CacheRows(8, 64)] * 12, [16, 16], 0.0),  # every other layer has a window
-        ([CacheRows(8, 128, 4096)] * 10 + [CacheRows(8, 128)] * 18, None, 0.1),
+        ([CacheRows(8, 256, 1024)] * 40 + [CacheRows(1, 512)] * 13, [48, 4], 0.03, 48),
+        ([CacheRows(8, 64, 128)] * 12 + [CacheRows(8, 64)] * 12, [16, 16], 0.0, 16),  # every other layer has a window
+        ([CacheRows(8, 128, 4096)] * 10 + [CacheRows(8, 128)] * 18, None, 0.1, 192),
     ],
 )
 def test_blocks_waste_little_and_segments_are_short(
-    layers: list[CacheRows], sizes: list[int] | None, wasted: float
+    layers: list[CacheRows], sizes: list[int] | None, wasted: float, segment: int
 ) -> None:
     layout = CacheLayout.of([layers], 16, 2)
     assert sizes is None or [group.block_size for group in layout.groups] == sizes
     for group in layout.groups:
         used = sum(4 * rows.heads * rows.head_dim for rows in layers if rows.reach == group.reach) * group.block_size
         assert layout.block_bytes * (1 - wasted) <= used <= layout.block_bytes
-    assert segment_size(layout.groups) <= 64
+    assert segment_size(layout.groups) <= segment
+    assert all(TILE % group.block_size == 0 for group in layout.groups if group.reach is not None)
 
 
-@given(st.integers(1, 9), st.integers(1, 20) | st.none())
-def test_a_window_moves_on_by_whole_blocks_and_keeps_what_is_read(size: int, reach: int | None) -> None:
-    group = CacheGroup(size, reach)
+@given(st.integers(1, 9), st.integers(1, 20) | st.none(), st.sampled_from([1, 8]))
+def test_a_window_moves_on_by_whole_blocks_and_keeps_what_is_read(size: int, reach: int | None, tile: int) -> None:
+    group = CacheGroup(size, reach, tile)
     firsts = [group.first_needed(computed) for computed in range(60)]
-    assert all(first % size == 0 for first in firsts)
+    assert all(first % size == 0 and (reach is None or first % tile == 0) for first in firsts)
     assert all(before <= after for before, after in pairwise(firsts))
     for computed, first in enumerate(firsts):
         oldest = 0 if reach is None else max(0, computed - reach + 1)  # that the token at `computed` reads
-        assert first <= oldest < first + size or reach is None
+        assert first <= oldest < first + group.step or reach is None
+        assert computed - first < group.most_kept(computed + 1)
         (table,) = tables_for([group], iter(range(99)), computed, computed + 1)
         assert table.first == first
         assert table.first + size * len(table.blocks) > computed
+
+
+def test_ranks_without_a_drafter_take_the_groups_of_the_one_that_has_it() -> None:
+    """A pass's tables are sent by number of group: a drafter's own window may add one in between."""
+    target = [CacheRows(2, 64, 1024)] * 3 + [CacheRows(2, 64)]
+    first = CacheLayout.of([target, [CacheRows(2, 64, 512)]], 16, 2)
+    other = CacheLayout.of([target, []], 16, 2, first.groups)
+    assert other.groups == first.groups
+    assert [place.group for place in other.places[0]] == [place.group for place in first.places[0]]

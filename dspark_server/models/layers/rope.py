@@ -6,13 +6,15 @@ Computed as transformers 5 does.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
 from dspark_server.errors import CheckpointError
 from dspark_server.models.fields import Fields, number
+
+Kind = Literal["default", "linear", "dynamic", "llama3", "yarn", "proportional"]
 
 # Parameters of each kind besides its type and theta: (required, optional).
 _PARAMETERS: dict[str, tuple[set[str], set[str]]] = {
@@ -33,7 +35,7 @@ class RopeConfig:
     rotates the first `partial_rotary_factor` of the pairs, at the frequencies that they have among all of them.
     """
 
-    type: Literal["default", "linear", "dynamic", "llama3", "yarn", "proportional"]
+    type: Kind
     theta: float
     original_max_position: int
     factor: float = 1.0
@@ -59,7 +61,9 @@ def rope_config(fields: Fields, max_position: int) -> RopeConfig:
 
     Raises CheckpointError for parameters that are not understood.
     """
-    given = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
+    given: Any = next(
+        (fields[name] for name in ("rope_parameters", "rope_scaling") if fields.get(name) is not None), {}
+    )
     if not isinstance(given, Mapping) or any(isinstance(value, Mapping) for value in given.values()):
         raise CheckpointError(f"config.json: rope parameters {given!r}: one set for all layers is supported, no other")
     return rope_parameters(given, fields, max_position)
@@ -70,7 +74,7 @@ def rope_parameters(given: Fields, fields: Fields, max_position: int) -> RopeCon
     scaling = {key: value for key, value in given.items() if value is not None}
     kind = scaling.pop("rope_type", scaling.pop("type", "default"))
     scaling.pop("type", None)
-    if kind not in _PARAMETERS:
+    if not isinstance(kind, str) or kind not in _PARAMETERS:
         raise CheckpointError(f"config.json: rope type {kind!r} is not supported; {', '.join(_PARAMETERS)} are")
     theta = number(scaling, "rope_theta", number(fields, "rope_theta", 10_000.0))
     original = scaling.pop("original_max_position_embeddings", max_position)
@@ -91,11 +95,13 @@ def rope_parameters(given: Fields, fields: Fields, max_position: int) -> RopeCon
         )
     truncate = scaling.pop("truncate", True)
     numbers = {key: number(scaling, key) for key in scaling}
+    if numbers.get("partial_rotary_factor", 1.0) > 1.0:
+        raise CheckpointError(f"config.json: partial_rotary_factor must be at most 1, not {scaling}")
     if numbers.get("factor", 1.0) < 1.0:
         raise CheckpointError(f"config.json: rope factor must be at least 1, not {numbers['factor']}")
     if kind == "llama3" and numbers["low_freq_factor"] >= numbers["high_freq_factor"]:
         raise CheckpointError("config.json: rope type 'llama3' needs low_freq_factor below high_freq_factor")
-    return RopeConfig(kind, theta, int(original), truncate=bool(truncate), **numbers)
+    return RopeConfig(cast(Kind, kind), theta, int(original), truncate=bool(truncate), **numbers)
 
 
 def rotary_table(rope: RopeConfig, head_dim: int, length: int, positions: int | None = None) -> Tensor:
