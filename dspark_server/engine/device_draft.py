@@ -29,7 +29,7 @@ HOST = ("tokens", "confidence", "survival", "usable", "hidden", "base_logits", "
 
 @dataclass(frozen=True)
 class Drafted:
-    """What a draft leaves on the device for its pass: tokens and survival [Rd, gamma], usable [Rd]."""
+    """Results of a draft that stay on the device for its pass: tokens and survival [Rd, gamma], usable [Rd]."""
 
     tokens: Tensor
     survival: Tensor

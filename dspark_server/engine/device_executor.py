@@ -1,7 +1,7 @@
 """The executor of a device with a queue: draft, pass and acceptance are queued; the host waits only for their results.
 
 A step waits twice: for the draft, because its survivals determine the prefix lengths, and for the accepted tokens. If
-the policy fixes the number of verified tokens before the draft (`Rest`), it waits once: draft tokens stay on the
+the policy fixes the number of verified tokens before the draft (`Budget`), it waits once: draft tokens stay on the
 device, which picks the likeliest, lays out the pass, runs it and its acceptance. Drafts and passes up to the largest
 graph size are replayed (runtime/graphs.py); larger ones, and those that need the slot-by-slot sampler, run eagerly. All
 of them are the same functions over the same buffers.

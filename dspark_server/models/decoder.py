@@ -111,7 +111,7 @@ class Decoder:
 
     @property
     def caches(self) -> list[CacheRows]:
-        """What each layer keeps, with the heads of this rank."""
+        """The rows that each layer keeps, with the heads of this rank."""
         return [layer.attention.config.caches(self.max_model_len) for layer in self.layers]
 
     def forward(

@@ -37,7 +37,7 @@ class Layer(Protocol):
 
 @dataclass(frozen=True)
 class Family:
-    """How to read a family's config.json, and to build a layer from the tensors under a prefix.
+    """Functions that read a family's config.json, and build a layer from the tensors under a prefix.
 
     `parse` takes the fields of config.json and of generation_config.json. `prefixes` are those that the model's own
     tensors may have. Tensors whose names begin with one of `unused` are not needed for text.

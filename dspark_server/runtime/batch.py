@@ -29,7 +29,7 @@ class Run(NamedTuple):
 
 @dataclass(frozen=True)
 class Paging:
-    """Where the runs' rows are in one group of caches.
+    """Places of the runs' rows in one group of caches.
 
     slots [N] int32, the place of each token's row (block * block_size + offset); block_tables [R, W] int32; context_len
     [R] int32: the rows before each run that its table has. Counted from the table's first row, positions differ by the

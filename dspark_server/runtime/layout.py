@@ -140,7 +140,7 @@ def _paging(
     positions: Tensor,
     real: Tensor,
 ) -> tuple[Paging, ...]:
-    """Where the rows of `real` tokens [N], of runs `run` [N] with `context` [R] rows before them, are in each group."""
+    """Places in each group of the rows of `real` tokens [N], of runs `run` [N] with `context` [R] rows before them."""
 
     def of(index: int, group: CacheGroup) -> Paging:
         tables, size = staged[f"tables{index}"][: len(context)], group.block_size

@@ -1,4 +1,4 @@
-"""How caches are paged: which layers share blocks, how many tokens a block holds, which blocks a sequence needs.
+"""Paging of caches: the layers that share blocks, the tokens that a block holds, the blocks that a sequence needs.
 
 A layer declares the rows that it keeps (`CacheRows`). Layers whose rows are kept equally long form a group. All groups
 take blocks of the same number of bytes from one pool; a sequence has one table of blocks for each group.
@@ -16,7 +16,7 @@ TILE = 64
 
 
 class CacheRows(NamedTuple):
-    """What an attention layer keeps of a token: a key and a value row of `heads` times `head_dim` elements.
+    """Rows that an attention layer keeps of a token: a key and a value row of `heads` times `head_dim` elements.
 
     A later token reads the rows of the last `reach` tokens, itself included; None: of all.
     """
@@ -71,7 +71,7 @@ def tables_for(groups: Sequence[CacheGroup], blocks: Iterator[int], computed: in
 
 
 class CachePlace(NamedTuple):
-    """Where a layer's rows are in the blocks of `group`: bytes from a block's start to its keys, and to its values."""
+    """Place of a layer's rows in the blocks of `group`: bytes from a block's start to its keys, and to its values."""
 
     rows: CacheRows
     group: int

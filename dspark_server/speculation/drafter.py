@@ -26,7 +26,7 @@ class Drafter(Protocol):
 
     @property
     def caches(self) -> list[CacheRows]:
-        """What each of its layers keeps; owner 1 of the KV pool."""
+        """The rows that each of its layers keeps; owner 1 of the KV pool."""
 
     def propose(
         self, requests: Sequence[DraftRequest], sampling: SamplingBatch, streams: Streams, pool: KVPool

@@ -212,7 +212,7 @@ class DSparkDrafter:
 
     @property
     def caches(self) -> list[CacheRows]:
-        """What each of its layers keeps."""
+        """The rows that each of its layers keeps."""
         return [layer.attention.config.caches(self._max_model_len) for layer in self._layers]
 
     @classmethod

@@ -1,5 +1,14 @@
-// RMS norm, alone and fused with the residual addition before it.
+// RMS norm: alone, after the residual's addition, and before it.
 #include "common.h"
+
+// row = rms_norm(row) * weight; both are padded with zeros to whole vectors.
+ALWAYS_INLINE void normalize(float *row, const float *weight, long features, float eps) {
+  long padded = round_up(features, LANES);
+  floats squares = {0};
+  for (long j = 0; j < padded; j += LANES) squares += load(row + j) * load(row + j);
+  float scale = 1.0f / __builtin_sqrtf(sum_lanes(squares) / features + eps);
+  for (long j = 0; j < padded; j += LANES) store(row + j, load(row + j) * scale * load(weight + j));
+}
 
 typedef struct {
   Tasks tasks;
@@ -29,10 +38,7 @@ static void normalize_rows(void *context) {
         write_floats(residual, sum, dtype, features);
         read_floats(row, residual, dtype, features);  // the norm is of what was stored
       }
-      floats squares = {0};
-      for (long j = 0; j < padded; j += LANES) squares += load(row + j) * load(row + j);
-      float scale = 1.0f / __builtin_sqrtf(sum_lanes(squares) / features + norm->eps);
-      for (long j = 0; j < padded; j += LANES) store(row + j, load(row + j) * scale * load(weight + j));
+      normalize(row, weight, features, norm->eps);
       write_floats(mutable_element(norm->out, dtype, i * features), row, dtype, features);
     }
   }
@@ -67,10 +73,7 @@ static void add_normalized_rows(void *context) {
     for (long i = first; i < last; i++) {
       void *residual = mutable_element(add->residual, dtype, i * add->residual_stride);
       read_floats(row, element(add->x, dtype, i * add->x_stride), dtype, features);
-      floats squares = {0};
-      for (long j = 0; j < padded; j += LANES) squares += load(row + j) * load(row + j);
-      float scale = 1.0f / __builtin_sqrtf(sum_lanes(squares) / features + add->eps);
-      for (long j = 0; j < padded; j += LANES) store(row + j, load(row + j) * scale * load(weight + j));
+      normalize(row, weight, features, add->eps);
       read_floats(sum, residual, dtype, features);
       round_floats(row, dtype, features);
       for (long j = 0; j < padded; j += LANES) store(row + j, load(row + j) + load(sum + j));

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from dspark_kernels.triton.fp8 import by_hand, for_launch, widened
 from dspark_kernels.triton.launch import Gpu, Launch, power_of_two
+from dspark_kernels.triton.tiles import owner_of
 from torch import Tensor
 
 MOST_SPLITS = 32
@@ -57,19 +58,6 @@ def splits(programs: int, keys: int, processors: int) -> int:
     return power_of_two(wanted + 1) // 2 if wanted > 1 else 1  # the power of two below
 
 
-@triton.jit
-def _run_of(query_start, tile, runs, TILE: tl.constexpr):
-    """The last run whose tiles start at or before `tile`, and its first tile."""
-    low = 0
-    high = runs
-    while high - low > 1:
-        middle = (low + high) // 2
-        start = tl.load(query_start + middle) // TILE + middle
-        low = tl.where(start <= tile, middle, low)
-        high = tl.where(start <= tile, high, middle)
-    return low, tl.load(query_start + low) // TILE + low
-
-
 @triton.jit(do_not_specialize=["runs", "tokens", "table_stride"])
 def attend(
     queries, keys, values, out, peaks, masses, query_start, context_len, block_tables, scale, softcap, runs,
@@ -89,7 +77,7 @@ def attend(
     TILE: tl.constexpr = ROWS // GROUP
     head = tl.program_id(1)
     split = tl.program_id(2)
-    run, first_tile = _run_of(query_start, tl.program_id(0), runs, TILE)
+    run, first_tile = owner_of(query_start, tl.program_id(0), runs, TILE)
     first_token = tl.load(query_start + run)
     run_queries = tl.load(query_start + run + 1) - first_token
     first = (tl.program_id(0) - first_tile) * TILE

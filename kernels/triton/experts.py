@@ -11,23 +11,11 @@ import torch
 import triton
 import triton.language as tl
 from dspark_kernels.triton.launch import Launch, power_of_two
+from dspark_kernels.triton.tiles import owner_of
 from torch import Tensor
 
 INPUTS = 64  # of a step of a product
 COLUMNS = 64  # of a tile
-
-
-@triton.jit
-def _expert_of(start, tile, experts, TILE: tl.constexpr):
-    """The last expert whose tiles start at or before `tile`, and its first tile."""
-    low = 0
-    high = experts
-    while high - low > 1:
-        middle = (low + high) // 2
-        first = tl.load(start + middle) // TILE + middle
-        low = tl.where(first <= tile, middle, low)
-        high = tl.where(first <= tile, high, middle)
-    return low, tl.load(start + low) // TILE + low
 
 
 @triton.jit(do_not_specialize=["experts"])
@@ -42,7 +30,7 @@ def multiply(
     rounded. sources [rows]: the row of x that a row is; None: itself. WIDEN as in attention.py.
     """
     TYPE: tl.constexpr = x.dtype.element_ty
-    expert, first_tile = _expert_of(start, tl.program_id(0), experts, TILE)
+    expert, first_tile = owner_of(start, tl.program_id(0), experts, TILE)
     row = tl.load(start + expert) + (tl.program_id(0) - first_tile) * TILE + tl.arange(0, TILE)
     end = tl.load(start + expert + 1)
     if tl.load(start + expert) + (tl.program_id(0) - first_tile) * TILE >= end:

@@ -115,7 +115,7 @@ def held(request: Request) -> list[int]:
 
 
 def test_a_pool_for_windows_alone_takes_any_length(tmp_path: Path) -> None:
-    """Where every layer has a window, no request is too long for the pool."""
+    """No request is too long for the pool if every layer has a window."""
     save_tiny(tmp_path, "mistral", sliding_window=16)
     core = gemma(drafter=False, model=tmp_path, num_blocks=24, max_num_batched_tokens=16, max_num_seqs=2)
     text = [place % 190 for place in range(150)]

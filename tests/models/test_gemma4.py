@@ -15,8 +15,8 @@ from dspark_server.models.decoder import Decoder
 from dspark_server.models.gemma4 import GEMMA4, GEMMA4_DRAFTER
 from dspark_server.models.registry import load_config
 
-from .support import VOCABULARY, expected
-from .test_decoder import SCHEDULES, run_schedule, sequences
+from .support import VOCABULARY
+from .test_decoder import assert_matches
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 SHAPE: dict[str, Any] = {
@@ -67,14 +67,7 @@ def save_gemma(directory: Path, **options: Any) -> Gemma4UnifiedForCausalLM:
 def test_matches_transformers(variant: str, kernels: Kernels, tmp_path: Path) -> None:
     """Fed in any chunks, with blocks behind the window given up; taps are outputs after the scalar."""
     model = save_gemma(tmp_path, **VARIANTS[variant])
-    references = [expected(model, tokens) for tokens in sequences()]
-    decoder = Decoder.load(tmp_path, torch.float32, kernels, max_model_len=256)
-    for schedule in SCHEDULES.values():
-        logits, taps = run_schedule(decoder, schedule)
-        for ours, our_taps, (reference, reference_taps) in zip(logits, taps, references, strict=True):
-            assert (ours - reference).abs().max() <= 1e-4
-            for tap, reference_tap in zip(our_taps, reference_taps, strict=True):
-                assert (tap - reference_tap).abs().max() <= 1e-4 * max(1.0, float(reference_tap.abs().max()))
+    assert_matches(model, Decoder.load(tmp_path, torch.float32, kernels, max_model_len=256), relative=True)
 
 
 def test_both_spellings_are_one_model(tmp_path: Path) -> None:

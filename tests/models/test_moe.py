@@ -25,8 +25,8 @@ from dspark_server.models.qwen3_moe import QWEN3_MOE
 from dspark_server.models.registry import load_config
 
 from ..engine.support import FIXTURES, greedy, prompts, seeded
-from .support import VOCABULARY, expected
-from .test_decoder import SCHEDULES, run_schedule, sequences
+from .support import VOCABULARY
+from .test_decoder import SCHEDULES, assert_matches, run_schedule
 
 SHAPE: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -76,14 +76,7 @@ def save_moe(directory: Path, variant: str, **options: Any) -> PreTrainedModel:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_matches_transformers(variant: str, kernels: Kernels, tmp_path: Path) -> None:
     model = save_moe(tmp_path, variant)
-    references = [expected(model, tokens) for tokens in sequences()]
-    decoder = Decoder.load(tmp_path, torch.float32, kernels, max_model_len=256)
-    for schedule in SCHEDULES.values():
-        logits, taps = run_schedule(decoder, schedule)
-        for ours, our_taps, (reference, reference_taps) in zip(logits, taps, references, strict=True):
-            assert (ours - reference).abs().max() <= 1e-4
-            for tap, reference_tap in zip(our_taps, reference_taps, strict=True):
-                assert (tap - reference_tap).abs().max() <= 1e-4
+    assert_matches(model, Decoder.load(tmp_path, torch.float32, kernels, max_model_len=256))
 
 
 def test_the_layers_that_have_experts(tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ class AttentionConfig:
         return replace(self, heads=self.heads // size, kv_heads=max(1, self.kv_heads // size))
 
     def caches(self, length: int) -> CacheRows:
-        """What it keeps. A window as long as the longest sequence, of `length` tokens, is none."""
+        """The rows that it keeps. A window as long as the longest sequence, of `length` tokens, is none."""
         return CacheRows(self.kv_heads, self.head_dim, None if (self.window or length) >= length else self.window)
 
 

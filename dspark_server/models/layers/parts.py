@@ -1,4 +1,4 @@
-"""What the parts of one model have in common while they are built: reader, kernels, ranks, rotary tables."""
+"""Builder of a model's parts: the reader, kernels, ranks and rotary tables that they have in common."""
 
 from dataclasses import dataclass, field
 
