@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from dspark_server.errors import ConfigError
 from dspark_server.settings import build, check, read_object, setting
 
-METHODS = ("auto", "dspark", "dflash", "ngram", "none")
+METHODS = ("auto", "dspark", "dflash", "eagle3", "mtp", "ngram", "none")
+TAP_CONVENTIONS = ("auto", "inputs", "outputs")
 SELECTIONS = ("causal", "lagged", "fixed", "threshold", "none")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 DEVICES = ("auto", "cpu", "cuda")
@@ -21,14 +22,22 @@ class SpeculativeConfig:
 
     method: str = setting(
         "auto",
-        "Where drafts come from: a DSpark or DFlash drafter, a greedy request's own text where it repeats itself "
-        "(ngram), the drafter that ships for the model or else ngram (auto), or nowhere (none).",
+        "Where drafts come from: a DSpark, DFlash, Eagle3 or MTP drafter, a greedy request's own text where it "
+        "repeats itself (ngram), the drafter that is named, or ships for the model, or else ngram (auto), or nowhere "
+        "(none).",
         group="Speculation",
         choices=METHODS,
     )
     model: str | None = setting(None, "Directory or Hugging Face id of the drafter.", group="Speculation")
     num_speculative_tokens: int | None = setting(
         None, "Most draft tokens of a block; default: what the drafter was trained for.", group="Speculation", minimum=1
+    )
+    tap_convention: str = setting(
+        "auto",
+        "What an Eagle3 drafter's layer numbers mean: the outputs of these layers or their inputs (vLLM); auto: what "
+        "those who wrote the checkpoint mean.",
+        group="Speculation",
+        choices=TAP_CONVENTIONS,
     )
     selection: str = setting(
         "causal",
@@ -62,8 +71,8 @@ class SpeculativeConfig:
         check(self, prefix="")
         if self.method == "ngram" and not self.copying:
             raise ConfigError("method ngram drafts by copying: leave out copying, or say method none.")
-        if self.method in ("auto", "ngram", "none") and self.model:
-            raise ConfigError(f'method {self.method!r} takes no drafter: say {{"method": "dspark", "model": "DIR"}}.')
+        if self.method in ("ngram", "none") and self.model:
+            raise ConfigError(f'method {self.method!r} takes no drafter: say {{"model": "DIR"}}.')
 
     @classmethod
     def parse(cls, text: str) -> "SpeculativeConfig":
@@ -170,9 +179,9 @@ class EngineConfig:
     seed: int | None = setting(None, "Seed of private noise, for repeatable experiments.", group="Engine")
     speculative: SpeculativeConfig = setting(
         SpeculativeConfig(),
-        'JSON. {"method": "none"} switches drafting off; {"method": "dspark", "model": "DRAFTER_DIR"} names a '
-        'drafter; "selection" is causal (default), lagged, fixed, threshold or none. SmolLM2-135M-Instruct comes with '
-        "a drafter.",
+        'JSON. {"method": "none"} switches drafting off; {"model": "DRAFTER"} names a drafter of any family in '
+        'docs/drafters.md; "selection" is causal (default), lagged, fixed, threshold or none. SmolLM2-135M-Instruct '
+        "comes with a drafter.",
         group="Speculation",
         name="speculative-config",
         metavar="JSON",

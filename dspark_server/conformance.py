@@ -30,22 +30,26 @@ from dspark_server.runtime.batch import Run
 from dspark_server.runtime.paging import tables_for
 from dspark_server.speculation.acceptance import Accepted
 from dspark_server.speculation.draft_block import DraftBlock
-from dspark_server.speculation.dspark import DSparkDrafter
+from dspark_server.speculation.model_drafter import ModelDrafter
 from dspark_server.speculation.noise import CounterStreams
 from dspark_server.speculation.sampling import SamplingBatch
 
 TOLERANCE = 1e-4  # absolute, float32
-LOOSER = {"Gemma4DSparkModel": 5e-4}  # of a drafter's numbers: its hidden states are large
+# Of the numbers of drafters whose hidden states are large.
+LOOSER = {"Gemma4DSparkModel": 5e-4, "Gemma4UnifiedAssistantForCausalLM": 5e-4}
+# Of hidden states before any norm, which grow to 180 in the fixture: there float64 is 3e-4 from DeepSpec's float32.
+LOOSER_HIDDEN = {"Qwen3Eagle3Model": 5e-4, "Gemma4Eagle3Model": 5e-4}
 
 
 @dataclass
 class Report:
     """Largest absolute error per kind of tensor, and every difference in exact values.
 
-    `of_drafts` is the tolerance for what the drafter computes.
+    `of_drafts` is the tolerance for what the drafter computes, `of_hidden` for its hidden states.
     """
 
     of_drafts: float = TOLERANCE
+    of_hidden: float = TOLERANCE
     largest: dict[str, float] = field(default_factory=dict)
     mismatches: list[str] = field(default_factory=list)
     rounds: int = 0
@@ -57,7 +61,9 @@ class Report:
 
     def tolerance(self, kind: str) -> float:
         """Largest absolute error allowed."""
-        return TOLERANCE if kind in ("target_logits", "prefill_logits") else self.of_drafts
+        if kind in ("target_logits", "prefill_logits"):
+            return TOLERANCE
+        return self.of_hidden if kind == "draft_hidden" else self.of_drafts
 
     def close(self, kind: str, where: str, ours: Tensor | None, theirs: Tensor) -> None:
         """Compare numbers."""
@@ -103,7 +109,8 @@ def replay(directory: Path, progress: Callable[[str], None] = lambda line: None)
             f"{path} cannot be read ({error}); a conformance folder has target/, draft/ and it."
         ) from error
     architectures = read_json(directory / "draft" / "config.json").get("architectures") or [""]
-    report = Report(LOOSER.get(architectures[0], TOLERANCE))
+    looser = LOOSER.get(architectures[0], TOLERANCE)
+    report = Report(looser, LOOSER_HIDDEN.get(architectures[0], looser))
     names = {m[1] for key in expected if (m := re.fullmatch(r"(case\d+)\.prompt", key))}
     if not names:
         raise CheckpointError(f"{path} has no caseC.prompt tensor.")
@@ -115,13 +122,15 @@ def replay(directory: Path, progress: Callable[[str], None] = lambda line: None)
 
 
 def _replay_case(directory: Path, case: str, expected: dict[str, Tensor], report: Report) -> None:
-    forced = _Forced()
+    forced, depth = _Forced(), len(expected["round0.draft_tokens"])
     core = EngineCore.load(
         EngineConfig(
             model=str(directory / "target"),
             dtype="float32",
             kv_cache_memory_bytes=256 << 20,
-            speculative=SpeculativeConfig("dspark", str(directory / "draft"), selection="fixed", copying=False),
+            speculative=SpeculativeConfig(
+                model=str(directory / "draft"), num_speculative_tokens=depth, selection="fixed", copying=False
+            ),
             check_invariants=True,
         ),
         acceptance=forced.accept,
@@ -129,7 +138,7 @@ def _replay_case(directory: Path, case: str, expected: dict[str, Tensor], report
     )
     executor = core.loop.executor
     assert isinstance(executor, TorchExecutor)
-    assert isinstance(executor.drafter, DSparkDrafter)
+    assert isinstance(executor.drafter, ModelDrafter)
     executor.drafter.sampler.keep_logits = True
     rounds = sum(1 for key in expected if key.endswith(".accepted"))
     forced.counts = iter([int(expected[f"round{r}.accepted"]) for r in range(rounds)])

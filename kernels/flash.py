@@ -69,12 +69,18 @@ class FlashKernels:
         causal: bool = True,
         window: int | None = None,
         softcap: float | None = None,
+        first_key: int = 0,
     ) -> Tensor:
         """See `Kernels.paged_attention`. flash-attn's causal mask is aligned to the last key, as ours is.
 
         The longest lengths are upper bounds from shapes: they only size flash-attn's grid, and the true ones are not
         known on the host.
         """
+        if first_key:  # flash-attn has no such bound for paged keys
+            return self._kernels.paged_attention(
+                qkv, num_q_heads, keys, values, query_start, context_len, block_tables, scale, causal, window, softcap,
+                first_key,
+            )  # fmt: skip
         rows, width = qkv.shape[0], block_tables.shape[1]
         _, block_size, _, head_dim = keys.shape
         lengths = context_len + query_start.diff()

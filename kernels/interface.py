@@ -174,9 +174,9 @@ class Kernels(Protocol):
 
         qkv [N, (Hq + 2 Hkv) * d], or [N, (Hq + Hkv) * d] where v is k before norm and rotation; positions [N] int32,
         cos_sin [P, d] float32 (d/2 cosines, then d/2 sines; element i is paired with i + d/2), slots [N] int32 (block *
-        C + offset), keys and values as in `paged_attention`. `num_q_heads` may be 0: the rows then hold k and v alone.
-        With q_norm or k_norm [d], each head of q or k is RMS-normalised first; with `value_norm` each head of v,
-        without a weight.
+        C + offset), keys and values as in `paged_attention`. `num_q_heads` may be 0: the rows then hold k and v
+        alone; so may Hkv: they hold q alone, and nothing is written. With q_norm or k_norm [d], each head of q or k is
+        RMS-normalised first; with `value_norm` each head of v, without a weight.
         """
         ...
 
@@ -193,6 +193,7 @@ class Kernels(Protocol):
         causal: bool = True,
         window: int | None = None,
         softcap: float | None = None,
+        first_key: int = 0,
     ) -> Tensor:
         """Attention of every run's queries over its own paged keys and values -> [N, Hq * d].
 
@@ -201,7 +202,8 @@ class Kernels(Protocol):
         [R, W] int32. The run's own tokens are already in the cache:
         run r has context_len[r] + q_len keys. Causal: query i sees keys 0 .. context_len + i. Not causal (a DSpark
         draft block): each query sees all keys of its run. `window` further hides keys at or before position - window.
-        With `softcap`, a scaled score becomes softcap * tanh(score / softcap).
+        With `softcap`, a scaled score becomes softcap * tanh(score / softcap). No query sees keys before `first_key`;
+        the result of one that sees none is undefined.
 
         A key or value that is NaN or infinite does not change queries that do not see it, bit for bit; a query that
         sees a value which is not finite has a result that is not finite (`flash` alone guarantees less).

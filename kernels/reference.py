@@ -73,6 +73,8 @@ class ReferenceKernels:
         q, k, v = heads[:, :num_q_heads], heads[:, num_q_heads : num_q_heads + kv_heads], heads[:, -kv_heads:]
         table = cos_sin[positions.long()].unsqueeze(1)  # [N, 1, d]
         q.copy_(_rotate(q.float(), table, q_norm, eps))
+        if kv_heads == 0:
+            return
         write_rows(keys, slots, _rotate(k.float(), table, k_norm, eps))
         write_rows(values, slots, _rms_norm(v.float(), None, eps) if value_norm else v)
 
@@ -89,6 +91,7 @@ class ReferenceKernels:
         causal: bool = True,
         window: int | None = None,
         softcap: float | None = None,
+        first_key: int = 0,
     ) -> Tensor:
         _, block_size, kv_heads, head_dim = keys.shape
         out = torch.empty(qkv.shape[0], num_q_heads * head_dim, dtype=qkv.dtype)
@@ -107,6 +110,7 @@ class ReferenceKernels:
                 hidden |= key_position > position
             if window is not None:
                 hidden |= key_position <= position - window
+            hidden |= key_position < first_key
             weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
             out[first:last] = _weighted(weights, read_rows(values, slots), hidden).flatten(1).to(out.dtype)
         return out

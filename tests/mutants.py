@@ -39,6 +39,7 @@ def _one(name: str, file: str, text: str, replacement: str, killer: str) -> Muta
 
 
 STEP, DSPARK = "dspark_server/engine/step.py", "dspark_server/speculation/dspark.py"
+MODEL_DRAFTER, FEATURES = "dspark_server/speculation/model_drafter.py", "dspark_server/speculation/features.py"
 SEQUENTIAL, BLOCK = "dspark_server/speculation/sequential.py", "dspark_server/speculation/draft_block.py"
 ACCEPTANCE, SELECTION = "dspark_server/speculation/acceptance.py", "dspark_server/speculation/selection.py"
 ADMISSION = "dspark_server/speculation/admission.py"
@@ -114,8 +115,26 @@ LOSSLESS = (
          "tests/engine/test_lossless.py::test_no_draft_reuses_the_noise_of_another"),
     _one("lagged count from one step ago", SELECTION, "    LAG = 2\n", "    LAG = 1\n",
          "tests/speculation/test_selection.py::test_lagged_counts_by_the_survivals_of_two_steps_ago"),
-    _one("draft context one row short", DSPARK, "Run([r.anchor, *mask], r.position, r.tables, self.gamma)",
-         "Run([r.anchor, *mask], r.position - 1, r.tables, self.gamma)", CONFORMANCE),
+    _one("draft context one row short", MODEL_DRAFTER, "Run([r.anchor, *mask], r.position, r.tables, self.width)",
+         "Run([r.anchor, *mask], r.position - 1, r.tables, self.width)", CONFORMANCE),
+    _one("a pair has the features of its own token", FEATURES, "return before[:-1]", "return before[1:]",
+         "tests/engine/test_conformance.py::test_eagle3_is_reproduced"),
+    _one("a run's first pair has the features of the run before it in the batch", FEATURES,
+         "before[batch.query_start[:-1].long()] = last(batch, cache)", "last(batch, cache)",
+         "tests/engine/test_drafters.py::test_drafts_do_not_depend_on_hits_chunks_or_neighbours"),
+    _one("place 0 of a sequence is seen, though it has no pair", "dspark_server/speculation/eagle3_formats.py",
+         "first_key=1", "first_key=0", "tests/engine/test_conformance.py::test_eagle3_is_reproduced"),
+    _one("all slots of an autoregressive draft have the first slot's noise", SEQUENTIAL,
+         "at = self._sampling.ahead(first, self._tokens)", "at = self._sampling",
+         "tests/speculation/test_sequential.py::test_slots_drawn_one_by_one_are_those_drawn_together"),
+    _one("rules of later slots do not see the tokens drawn before", SEQUENTIAL,
+         "at = self._sampling.ahead(first, self._tokens)", "at = self._sampling.ahead(first)",
+         "tests/speculation/test_sequential.py::test_slots_drawn_one_by_one_are_those_drawn_together"),
+    _one("copies go on after the block has left them", SEQUENTIAL, "copies.drawn(first, block.tokens, here)", "pass",
+         "tests/speculation/test_sequential.py::test_slots_drawn_one_by_one_are_those_drawn_together"),
+    _one("an assistant reads rows that the window has lost", "dspark_server/speculation/assistant.py",
+         "return {source: window + 1 for", "return {source: 1 for",
+         "tests/engine/test_drafters.py::test_an_assistant_reads_what_the_targets_window_would_free"),
     _one("steps without drafts write no draft rows, and a prefix hit finds none", "dspark_server/engine/executor.py",
          "        drafter.observe(taps, batch, pool)",
          "        if any(len(run.tokens) > 1 for run in self._runs):\n"

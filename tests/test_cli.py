@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import typer
+from typer.rich_utils import rich_render_text
 from typer.testing import CliRunner, Result
 
 from dspark_server.cli import COMMANDS, EXAMPLES, app
@@ -101,7 +102,7 @@ def test_help_cuts_no_name_and_no_word_of_what_it_says(
         for flag in (*param.opts, *param.secondary_opts):
             # Where the panel has room for it, on one line.
             assert not flag.startswith("--") or flag in (text if len(flag) <= columns - 4 else folded)
-        written = typer.rich_utils.rich_render_text(param.help or "")
+        written = rich_render_text(param.help or "")
         assert "".join(written.split()) in folded
     panels = [line for line in text.splitlines() if line[:1] in ("╭", "│", "╰")]
     assert panels and {len(line) for line in panels} == {columns}

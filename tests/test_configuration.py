@@ -115,7 +115,10 @@ def test_the_environment_says_yes_and_no(text: str, value: bool, tmp_path: Path)
         ("api-key: [12345678]", "api-key in .* must be a list of texts"),
         ("speculative-config: {selektion: fixed}", "no key 'selektion'. Did you mean selection"),
         ("speculative-config: {shortlist: many}", "shortlist in speculative-config in .* must be a whole number"),
-        ("speculative-config: {method: eagle}", "method in .* must be one of auto, dspark, dflash, ngram, none"),
+        (
+            "speculative-config: {method: eagle}",
+            "method in .* must be one of auto, dspark, dflash, eagle3, mtp, ngram, none",
+        ),
         ("speculative-config: [1]", "must be a JSON object"),
         ("port: 1\nport: 2", "'port' is there twice"),
         ("block-size: 1\nblock_size: 2", "gives block-size twice"),

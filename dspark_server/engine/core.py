@@ -38,7 +38,7 @@ from dspark_server.speculation.capacity import Capacity, Profile
 from dspark_server.speculation.copy_drafter import Copying
 from dspark_server.speculation.copying import ContextIndex, CopyTables
 from dspark_server.speculation.drafter import Drafter, NoDrafter
-from dspark_server.speculation.dspark import DSparkDrafter
+from dspark_server.speculation.families import load_drafter
 from dspark_server.speculation.selection import POLICIES, Selection, build_selection
 
 logger = logging.getLogger(__name__)
@@ -323,17 +323,7 @@ def _drafter(config: SpeculativeConfig, target: Decoder, place: Place) -> Drafte
                 f'no drafter ships for this model: name one, {{"method": "{config.method}", "model": "DIR"}}.'
             )
         where = shipped
-    drafter = DSparkDrafter.load(
-        where, target, place.directory, place.dtype, place.kernels, config.shortlist, config.copying
-    )
-    asked = config.num_speculative_tokens
-    if asked is not None and asked > drafter.gamma:
-        raise ConfigError(
-            f"num_speculative_tokens is {asked}, but the drafter was trained for blocks of {drafter.gamma}: "
-            f"ask for at most {drafter.gamma}."
-        )
-    if config.method == "dflash" and drafter.config.markov_rank:
-        raise ConfigError("method dflash expects a drafter without a Markov head; use method dspark for this one.")
+    drafter = load_drafter(where, target, place.directory, place.dtype, place.kernels, config)
     return Copying(drafter, drafter.copying) if drafter.copying else drafter
 
 

@@ -1,4 +1,4 @@
-"""A DSpark drafter on a device: its static inputs, what an executor records over them, and the host's side of a draft.
+"""A drafter with a model on a device: its static inputs, what an executor records over them, the host's side.
 
 Shapes: R requests of a draft, at most Rd; gamma draft tokens of the drafter.
 """
@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from dspark_kernels import Favour, Filters
+from dspark_kernels import DraftedTokens, Favour, Filters
 from torch import Tensor
 
+from dspark_server.runtime.batch import Batch
 from dspark_server.runtime.device import Device
 from dspark_server.runtime.graphs import Graphs, Results
 from dspark_server.runtime.kv import KVPool
@@ -19,9 +20,10 @@ from dspark_server.runtime.staging import Field, Staging
 from dspark_server.speculation.calibration import survival_from
 from dspark_server.speculation.copying import CopyBias
 from dspark_server.speculation.draft_block import DraftBlock, DraftRequest
-from dspark_server.speculation.dspark import DSparkDrafter
+from dspark_server.speculation.model_drafter import ModelDrafter
 from dspark_server.speculation.noise import Streams
 from dspark_server.speculation.sampling import SamplingBatch
+from dspark_server.speculation.sequential import BlockSampler, Drawing, usable_slots
 
 I64, F32, F64, BOOL = torch.int64, torch.float32, torch.float64, torch.bool
 HOST = ("tokens", "confidence", "survival", "usable", "hidden", "base_logits", "logits")  # fields of a DraftBlock
@@ -78,7 +80,7 @@ class DeviceDraft:
 
     def __init__(
         self,
-        drafter: DSparkDrafter,
+        drafter: ModelDrafter,
         pool: KVPool,
         device: Device,
         drafted: Drafted,
@@ -135,9 +137,9 @@ class DeviceDraft:
     def whole(
         self, requests: Sequence[DraftRequest], sampling: SamplingBatch, streams: Streams, copies: CopyBias | None
     ) -> Queued:
-        """Queue backbone and sampler in one call, replayed if there is a graph."""
+        """Queue all passes and the sampler in one call, replayed if there is a graph."""
         count, sampler, drafted = len(requests), self._drafter.sampler, self._drafted
-        inverse, uniforms = sampler.whole_block_noise(sampling, streams)
+        inverse, uniforms = sampler.whole_block_noise(sampling, streams, self._drafter.gamma)
         self._stage(requests, sampling, copies, inverse, uniforms)
         sampled = uniforms is not None
         q, on, odds, confidence = self._graphs.run(count, self._whole_blocks(sampled), sampled)
@@ -154,15 +156,19 @@ class DeviceDraft:
     def slot_by_slot(
         self, requests: Sequence[DraftRequest], sampling: SamplingBatch, streams: Streams, copies: CopyBias | None
     ) -> DraftBlock:
-        """Replay the backbone alone; heads and sampling that branch on values run eagerly, and the host waits."""
-        count, where = len(requests), self._device.where
+        """Replay a parallel drafter's pass alone; all else, which branches on values, runs eagerly: the host waits."""
+        count, where, drafter = len(requests), self._device.where, self._drafter
         self._stage(requests, sampling, copies, sampling.temperature, None)
-        hidden, base = self._graphs.run(count, self._backbone, "backbone")
         copies = None if copies is None else copies.to(where)
-        assert hidden is not None
-        assert base is not None
-        anchors = self.asked.there["anchors"][:count]
-        block = self._drafter.sampler.sample(hidden[:count], base[:count], anchors, sampling.to(where), streams, copies)
+        drawing = Drawing(drafter.sampler, self.asked.there["anchors"][:count], sampling.to(where), streams, copies)
+        if drafter.passes == 1:
+            hidden, base = self._graphs.run(count, self._only_pass, "pass")
+            assert hidden is not None
+            assert base is not None
+            drawing.draw(hidden[:count], base[:count])
+        else:
+            drafter.run(self._blocks(count), drawing, self._pool, max(1, max(request.limit for request in requests)))
+        block = drawing.block(drafter.gamma)
         here = {name: value for name, value in vars(block).items() if name in HOST and value is not None}
         landed: dict[str, Any] = dict(zip(here, self._device.fetch(list(here.values())), strict=True))
         if copies is not None:
@@ -206,18 +212,19 @@ class DeviceDraft:
             rows=len(requests),
         )
 
-    def _backbone(self, size: int) -> tuple[Tensor, Tensor]:
+    def _blocks(self, size: int) -> Batch:
         drafter, pool = self._drafter, self._pool
-        mask = drafter.config.mask_token_id
-        batch = lay_out_blocks(size, drafter.gamma, self.asked.there, mask, pool.groups, pool.scratch)
-        return drafter.backbone(batch, pool)
+        return lay_out_blocks(size, drafter.width, self.asked.there, drafter.mask_token, pool.groups, pool.scratch)
+
+    def _only_pass(self, size: int) -> Results:
+        anchors = self.asked.there["anchors"][:size]
+        return self._drafter.forward(0, self._blocks(size), anchors, None, self._pool)[:2]
 
     def _whole_blocks(self, sampled: bool) -> Callable[[int], Results]:
         """Function that drafts: gives q, on, odds and confidence; writes to `drafted`."""
         sampler, drafted = self._drafter.sampler, self._drafted
 
         def work(size: int) -> Results:
-            hidden, base = self._backbone(size)
             asked = {name: field[:size] for name, field in self.asked.there.items()}
             favour = None
             if sampler.draft_tokens is None:
@@ -225,9 +232,9 @@ class DeviceDraft:
             uniforms = filters = None
             if sampled:
                 uniforms, filters = asked["uniforms"], Filters(asked["top_k"], asked["top_p"], asked["min_p"])
-            drawn, confidence = sampler.whole_block(
-                hidden, base, asked["anchors"], asked["inverse"], uniforms, favour, filters
-            )
+            drawing = WholeDrawing(sampler, asked["anchors"], asked["inverse"], uniforms, favour, filters)
+            self._drafter.run(self._blocks(size), drawing, self._pool, self._drafter.gamma)
+            drawn, confidence = drawing.drawn()
             drafted.tokens[:size] = drawn.tokens
             drafted.usable[:size] = drawn.usable
             if confidence is None:
@@ -238,3 +245,58 @@ class DeviceDraft:
             return drawn.law, drawn.on, drawn.odds, confidence
 
         return work
+
+
+class WholeDrawing:
+    """Draws like `Drawing`, by kernel calls alone that read nothing on the host: see `BlockSampler.whole_block`."""
+
+    def __init__(
+        self,
+        sampler: BlockSampler,
+        anchors: Tensor,
+        inverse_temperature: Tensor,
+        uniforms: Tensor | None,
+        favour: Favour | None,
+        filters: Filters | None,
+    ) -> None:
+        """All for whole blocks, as in `Kernels.draft_tokens`."""
+        self.previous = anchors
+        self._sampler = sampler
+        self._inverse = inverse_temperature
+        self._uniforms = uniforms
+        self._favour = favour
+        self._filters = filters
+        self._parts: list[tuple[DraftedTokens, Tensor | None]] = []
+        self._slots = 0
+
+    def draw(self, hidden: Tensor, base: Tensor) -> None:
+        """See `Draws`."""
+        here, favour = slice(self._slots, self._slots + base.shape[1]), self._favour
+        uniforms = None if self._uniforms is None else self._uniforms[:, here].contiguous()
+        if favour is not None:
+            fields = (favour.tokens, favour.place, favour.named, favour.bias)
+            tokens, place, named, bias = (field[:, here].contiguous() for field in fields)
+            favour = Favour(tokens, place, named, bias, favour.following)
+        drawn, confidence = self._sampler.whole_block(
+            hidden, base, self.previous, self._inverse, uniforms, favour, self._filters
+        )
+        if favour is not None and self._favour is not None:
+            followed = (drawn.tokens == favour.tokens).all(1)
+            self._favour = replace(self._favour, following=favour.following & followed)
+        self._parts.append((drawn, confidence))
+        self._slots = here.stop
+        self.previous = drawn.tokens[:, -1]
+
+    def drawn(self) -> tuple[DraftedTokens, Tensor | None]:
+        """The blocks, and the confidence logits [R, gamma] if there is such a head."""
+        if len(self._parts) == 1:
+            return self._parts[0]
+        drawn = [part for part, _ in self._parts]
+        laws = [each.law for each in drawn if each.law is not None]
+        return DraftedTokens(
+            torch.cat([each.tokens for each in drawn], 1),
+            torch.cat(laws, 1) if laws else None,
+            torch.cat([each.on for each in drawn], 1),
+            torch.cat([each.odds for each in drawn], 1),
+            usable_slots([each.usable for each in drawn], [each.tokens.shape[1] for each in drawn]),
+        ), None

@@ -37,7 +37,7 @@ from dspark_server.speculation.admission import keep_likeliest
 from dspark_server.speculation.copy_drafter import Copying, by_drafter
 from dspark_server.speculation.draft_block import DraftBlock, DraftRequest
 from dspark_server.speculation.drafter import Drafter
-from dspark_server.speculation.dspark import DSparkDrafter
+from dspark_server.speculation.model_drafter import ModelDrafter
 from dspark_server.speculation.noise import CounterStreams, Streams
 from dspark_server.speculation.sampling import SamplingBatch
 
@@ -77,7 +77,7 @@ class DeviceExecutor:
         self.drafted = Drafted.empty(device, most, wide)
         model = drafter.inner if isinstance(drafter, Copying) else drafter
         self.model = None
-        if isinstance(model, DSparkDrafter):
+        if isinstance(model, ModelDrafter):
             self.model = DeviceDraft(model, pool, device, self.drafted, self.drafts, tables)
         self.runs = Staging(
             device,

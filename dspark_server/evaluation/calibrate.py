@@ -20,7 +20,7 @@ from dspark_server.models.hub import resolve_model
 from dspark_server.models.registry import load_config
 from dspark_server.speculation.calibration import Calibration
 from dspark_server.speculation.copying import BUCKETS, CopyTables
-from dspark_server.speculation.dspark import DSparkConfig
+from dspark_server.speculation.dspark_formats import DSparkConfig
 from dspark_server.training.corpus import Corpus, Split
 
 BIASES = np.arange(-2, 16.01, 0.25)
@@ -55,7 +55,7 @@ def calibrate(run: CalibrateConfig) -> dict[str, Any]:
     corpus = Corpus.load(run.corpus)
     held_out = Split.of(corpus, run.held_out, 0).held_out
     prompts = [corpus.sequence(index)[: int(corpus.prompt_length[index])].tolist() for index in held_out]
-    before = Calibration.load(directory, DSparkConfig.load(directory, load_config(resolve_model(run.model))).block_size)
+    before = Calibration.load(directory, DSparkConfig.load(directory, load_config(resolve_model(run.model))).gamma)
     tables, report = before.copying, {}
     fitted: dict[float, Scaling] = {}
     for temperature in (0.0, 1.0):

@@ -138,9 +138,13 @@ class Decoder:
         if len(rows) == 0:  # a pass of prefill chunks alone
             return residual
         if delta is None:
-            return self._kernels.rms_norm(residual, self._final_norm, self.config.rms_norm_eps)
+            return self.normed(residual)
         delta = delta.index_select(0, rows)
         return self._kernels.add_rms_norm(delta, residual, self._final_norm, self.config.rms_norm_eps)
+
+    def normed(self, output: Tensor) -> Tensor:
+        """The last layer's output [N, D], a tap, after the final norm [N, D]."""
+        return self._kernels.rms_norm(output, self._final_norm, self.config.rms_norm_eps)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden rows after the final norm [M, D] -> logits [M, V] float32; those of all ranks on rank 0 only."""

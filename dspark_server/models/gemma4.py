@@ -5,7 +5,8 @@ full layers may use their keys as values.
 """
 
 from collections import ChainMap
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from math import sqrt
 from typing import Any
 
@@ -45,7 +46,13 @@ _ROPES = {
 class SandwichLayer:
     """x += norm(attention(norm(x))), x += norm(mlp(norm(x))), x *= scalar. The residual stream holds the output."""
 
-    def __init__(self, parts: Parts, config: LayerConfig, prefix: str) -> None:
+    def __init__(
+        self,
+        parts: Parts,
+        config: LayerConfig,
+        prefix: str,
+        make_attention: Callable[[Parts, AttentionConfig, str], Any] = Attention.load,
+    ) -> None:
         """Read the weights under `prefix`, such as "model.layers.3."."""
         self._kernels, self._eps = parts.kernels, parts.eps
         self._input_norm = parts.norm(f"{prefix}input_layernorm")
@@ -53,14 +60,14 @@ class SandwichLayer:
         self._pre_feedforward_norm = parts.norm(f"{prefix}pre_feedforward_layernorm")
         self._post_feedforward_norm = parts.norm(f"{prefix}post_feedforward_layernorm")
         self._scalar = float(parts.reader.take(f"{prefix}layer_scalar", (1,)))
-        self.attention = Attention.load(parts, config.attention, f"{prefix}self_attn.")
+        self.attention = make_attention(parts, config.attention, f"{prefix}self_attn.")
         assert isinstance(config.mlp, MlpConfig)
         self.mlp = Mlp(parts, config.mlp, f"{prefix}mlp.")
 
     @property
     def products(self) -> list[Linear]:
         """The layer's matrix products in order."""
-        return [self.attention.qkv, self.attention.output, *self.mlp.products]
+        return [*self.attention.products, *self.mlp.products]
 
     def forward(
         self, delta: Tensor | None, residual: Tensor, batch: Batch, cache: LayerCache, causal: bool = True
@@ -101,6 +108,29 @@ def parse_drafter(fields: Fields, generation: Fields) -> ModelConfig:
         own = {"per_layer_config": dict.fromkeys(map(str, range(layers)), full[0])} if full else {}
     # No copy of the fields: the caller looks which of them are read.
     return _decoder(ChainMap(own, fields), generation, [FULL] * layers)  # type: ignore[arg-type]
+
+
+def parse_assistant(fields: Fields) -> ModelConfig:
+    """Read the layers of an assistant: their keys and values are those of the target's last layers of each type.
+
+    Its masks show the layers with a window one token more than the target's do.
+    """
+    text = fields.get("text_config")
+    if not isinstance(text, Mapping):
+        raise CheckpointError(f"config.json: text_config should be an object, not {text!r}")
+    layers = integer(text, "num_hidden_layers")
+    refuse(text, "num_kv_shared_layers", (layers,), " for an assistant")
+    config = _decoder(
+        {"tie_word_embeddings": True, **text, "num_kv_shared_layers": 0},
+        {},
+        names(text, "layer_types") or [SLIDING] * (layers - 1) + [FULL],
+    )
+
+    def seen(layer: LayerConfig) -> LayerConfig:
+        window = layer.attention.window
+        return replace(layer, attention=replace(layer.attention, window=None if window is None else window + 1))
+
+    return replace(config, layers=tuple(map(seen, config.layers)))
 
 
 def _decoder(fields: Fields, generation: Fields, types: list[str]) -> ModelConfig:

@@ -22,7 +22,7 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
 EVERY = slice(None)
-_INTEGERS = ("I64", "I32", "I16", "U16", "U8")
+_INTEGERS = ("I64", "I32", "I16", "U16", "U8", "BOOL")
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 # Buffers that old exporters saved; rotary frequencies are computed from the config, and must agree with them.
 _FREQUENCIES = r".*rotary_emb\.inv_freq"
@@ -139,6 +139,11 @@ class WeightReader:
     def __contains__(self, name: str) -> bool:
         return name in self._checkpoint.tensors
 
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """Return the shape of a tensor; None if there is none."""
+        info = self._checkpoint.tensors.get(name)
+        return None if info is None else info.shape
+
     def take(self, name: str, shape: Sequence[int], rows: slice = EVERY, columns: slice = EVERY) -> Tensor:
         """Return the tensor, or these of its rows and columns, in the reader's dtype; `shape` is that of the whole.
 
@@ -159,7 +164,10 @@ class WeightReader:
         return tensor
 
     def integers(self, name: str, shape: Sequence[int]) -> Tensor:
-        """Return a tensor of indices, as int64. Raises CheckpointError if it is absent, of another shape or type."""
+        """Return a tensor of indices or flags, as int64.
+
+        Raises CheckpointError if it is absent, of another shape or type.
+        """
         info = self._find(name, shape)
         if info.dtype not in _INTEGERS:
             raise CheckpointError(f"{info.file}: tensor {name} has dtype {info.dtype}, where integers are expected")

@@ -4,7 +4,7 @@ Shapes: N query tokens in the step, R runs, W widest block table, M rows whose l
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -84,4 +84,23 @@ class Batch:
             paging=tuple(paging(index, group) for index, group in enumerate(groups)),
             logits_index=torch.from_numpy((offset >= (lengths - rows)[run_of]).nonzero()[0]),
             row_start=[0, *rows.cumsum().tolist()],
+        )
+
+    def slot(self, slot: int, width: int, tokens: Tensor) -> "Batch":
+        """Of runs of `width` tokens, the one at `slot` of each, [R] int64 `tokens` in its place: a run of its own.
+
+        The tokens of a run before it have their rows.
+        """
+
+        def ahead(paging: Paging) -> Paging:
+            return replace(paging, slots=paging.slots[slot::width].contiguous(), context_len=paging.context_len + slot)
+
+        return replace(
+            self,
+            tokens=tokens,
+            positions=self.positions[slot::width].contiguous(),
+            query_start=self.query_start // width,
+            paging=tuple(map(ahead, self.paging)),
+            logits_index=self.logits_index[:0],
+            row_start=[],
         )

@@ -14,7 +14,8 @@ from dspark_server.runtime.paging import CacheLayout, CachePlace
 class LayerCache(NamedTuple):
     """A layer's rows: keys and values, each [blocks, C, Hkv, d], C the tokens per block of its group.
 
-    A layer's part of a block is contiguous; the other layers' parts lie between one block and the next.
+    A layer's part of a block is contiguous; the other layers' parts lie between one block and the next. `values` are
+    `keys` where the layer keeps none.
     """
 
     keys: Tensor
@@ -33,14 +34,14 @@ class KVPool:
         self.groups = layout.groups
         blocks = num_blocks + (1 if device else 0)
         size = blocks * layout.block_bytes
-        memory = (device.zeros((size,), torch.uint8) if device else huge_zeros(size)).view(dtype)
-        stride = layout.block_bytes // dtype.itemsize
+        memory = device.zeros((size,), torch.uint8) if device else huge_zeros(size)
 
         def cache(place: CachePlace) -> LayerCache:
-            heads, head_dim, _ = place.rows
+            heads, head_dim, kind = place.rows.heads, place.rows.head_dim, place.rows.dtype or dtype
             shape = (blocks, self.groups[place.group].block_size, heads, head_dim)
+            strides = (layout.block_bytes // kind.itemsize, heads * head_dim, head_dim, 1)
             keys, values = (
-                memory.as_strided(shape, (stride, heads * head_dim, head_dim, 1), start // dtype.itemsize)
+                memory.view(kind).as_strided(shape, strides, start // kind.itemsize)
                 for start in (place.keys, place.values)
             )
             return LayerCache(keys, values, place.group)

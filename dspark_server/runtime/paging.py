@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from math import lcm
 from typing import NamedTuple
 
+import torch
+
 ALIGNMENT = 64  # bytes: rows of every layer begin at a multiple of this within a block
 # Attention kernels add a row's keys up in tiles of so many, counted from a table's first row. Tables begin at multiples
 # of it, so that a row is computed the same way wherever its table begins.
@@ -16,14 +18,21 @@ TILE = 64
 
 
 class CacheRows(NamedTuple):
-    """Rows that an attention layer keeps of a token: a key and a value row of `heads` times `head_dim` elements.
+    """Rows that a layer keeps of a token: a key and, with `values`, a value row of `heads` times `head_dim` elements.
 
-    A later token reads the rows of the last `reach` tokens, itself included; None: of all.
+    A later token reads the rows of the last `reach` tokens, itself included; None: of all. `dtype` None: the cache's.
     """
 
     heads: int
     head_dim: int
     reach: int | None = None
+    values: bool = True
+    dtype: torch.dtype | None = None
+
+    def parts(self, itemsize: int) -> list[int]:
+        """Bytes of each of its rows of a token; elements of the cache take `itemsize` bytes."""
+        size = self.heads * self.head_dim * (self.dtype.itemsize if self.dtype else itemsize)
+        return [size, size] if self.values else [size]
 
 
 class CacheGroup(NamedTuple):
@@ -71,7 +80,10 @@ def tables_for(groups: Sequence[CacheGroup], blocks: Iterator[int], computed: in
 
 
 class CachePlace(NamedTuple):
-    """Place of a layer's rows in the blocks of `group`: bytes from a block's start to its keys, and to its values."""
+    """Place of a layer's rows in the blocks of `group`: bytes from a block's start to its keys, and to its values.
+
+    Where it keeps no values, these are the keys.
+    """
 
     rows: CacheRows
     group: int
@@ -104,24 +116,32 @@ class CacheLayout:
         reaches = sorted({layer.reach for layer in layers}, key=lambda reach: (reach is not None, reach or 0))
         if groups is not None:
             reaches = [group.reach for group in groups]
-        row_bytes = [
-            sum(2 * layer.heads * layer.head_dim * itemsize for layer in layers if layer.reach == reach)
-            for reach in reaches
-        ]
+        row_bytes = [sum(sum(layer.parts(itemsize)) for layer in layers if layer.reach == reach) for reach in reaches]
         if groups is None:
             sizes = _sizes(row_bytes, [reach is not None for reach in reaches], block_size)
             groups = [CacheGroup(size, reach, TILE) for size, reach in zip(sizes, reaches, strict=True)]
         ends = [0] * len(groups)
 
+        def group_of(reach: int | None) -> int:
+            """The group that keeps the fewest tokens, of those that keep enough."""
+            enough = [(g.reach is None, g.reach or 0, i) for i, g in enumerate(groups) if _keeps(g.reach, reach)]
+            return min(enough)[2]
+
         def place(layer: CacheRows) -> CachePlace:
-            group = reaches.index(layer.reach)
-            size = groups[group].block_size * layer.heads * layer.head_dim * itemsize
-            size = -(-size // ALIGNMENT) * ALIGNMENT
-            ends[group] += 2 * size
-            return CachePlace(layer, group, ends[group] - 2 * size, ends[group] - size)
+            group = group_of(layer.reach)
+            starts = []
+            for part in layer.parts(itemsize):
+                starts.append(ends[group])
+                ends[group] += -(-groups[group].block_size * part // ALIGNMENT) * ALIGNMENT
+            return CachePlace(layer, group, starts[0], starts[-1])
 
         places = tuple(tuple(map(place, owner)) for owner in owners)
         return cls(tuple(groups), max(ends), places)
+
+
+def _keeps(mine: int | None, wanted: int | None) -> bool:
+    """Whether rows kept for a reach of `mine` tokens serve a reach of `wanted`."""
+    return mine is None or (wanted is not None and mine >= wanted)
 
 
 def segment_size(groups: Sequence[CacheGroup]) -> int:

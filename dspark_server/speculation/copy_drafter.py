@@ -1,6 +1,6 @@
 """The drafter that copies: composed with another one, of which it makes the rows that need no model (see `copying`)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -39,6 +39,11 @@ class Copying:
     def caches(self) -> list[CacheRows]:
         """The layers of `inner`."""
         return self.inner.caches
+
+    @property
+    def reads(self) -> Mapping[int, int]:
+        """Those of `inner`."""
+        return self.inner.reads
 
     def begin_step(self) -> None:
         """Allow INDEXED_TOKENS more tokens to be indexed."""

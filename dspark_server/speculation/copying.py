@@ -218,6 +218,20 @@ class CopyBias:
             setattr(part, name, getattr(self, name)[rows])
         return part
 
+    def slots(self, first: int, end: int) -> "CopyBias":
+        """The same for slots first .. end alone, after those before them."""
+        part = copy(self)
+        for name in ("tokens", "bucket", "_bias", "on", "odds"):
+            setattr(part, name, getattr(self, name)[:, first:end])
+        return part
+
+    def drawn(self, first: int, tokens: Tensor, part: "CopyBias") -> None:
+        """Tokens [R, n] were drawn for the slots from `first` on, with the biases of `part`."""
+        end = first + tokens.shape[1]
+        self.on[:, first:end], self.odds[:, first:end] = part.on, part.odds
+        for slot in range(first, end):
+            self.follow(slot, tokens[:, slot - first])
+
     def to(self, device: torch.device) -> "CopyBias":
         """The same with tensors on `device`."""
         moved = copy(self)

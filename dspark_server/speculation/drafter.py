@@ -3,7 +3,7 @@
 Shapes: R drafting requests, gamma draft tokens each, V vocabulary, D hidden size, N tokens of a target pass.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -28,6 +28,10 @@ class Drafter(Protocol):
     def caches(self) -> list[CacheRows]:
         """The rows that each of its layers keeps; owner 1 of the KV pool."""
 
+    @property
+    def reads(self) -> Mapping[int, int]:
+        """Target layers with a window whose rows it reads, too, and the reach that it needs of each."""
+
     def propose(
         self, requests: Sequence[DraftRequest], sampling: SamplingBatch, streams: Streams, pool: KVPool
     ) -> DraftBlock:
@@ -44,6 +48,7 @@ class NoDrafter:
     block = 0
     taps: tuple[int, ...] = ()
     identity = "none"
+    reads: Mapping[int, int] = {}
 
     @property
     def caches(self) -> list[CacheRows]:

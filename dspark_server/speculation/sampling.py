@@ -187,13 +187,14 @@ class SamplingBatch:
     def ahead(self, offset: int, drafted: Sequence[Tensor] = ()) -> "SamplingBatch":
         """The same requests, `offset` positions further on: the sampling of slot `offset` of a draft.
 
-        `drafted` holds the tokens [R] of each slot before it, for the rules that look at them.
+        `drafted` holds the tokens [R] of each slot since then, for the rules that look at them.
         """
         if offset == 0:
             return self
         before = self.drafted
         if self.controls and drafted:
-            before = tuple(zip(*(tokens.tolist() for tokens in drafted), strict=True))
+            further = zip(*(tokens.tolist() for tokens in drafted), strict=True)
+            before = tuple((*own, *more) for own, more in zip(self.drafted, further, strict=True))
         return replace(self, position=self.position + offset, drafted=before)
 
     def without_controls(self) -> "SamplingBatch":

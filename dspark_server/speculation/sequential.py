@@ -5,11 +5,13 @@ The logits of each slot are corrected for the token before it, its confidence is
 Shapes: R drafting requests, gamma slots, D hidden size, C draft tokens (all of V, or a part), r Markov rank.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from time import monotonic
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from dspark_kernels import DraftedTokens, Favour, Filters, Kernels
 from torch import Tensor
 
@@ -34,7 +36,6 @@ class BlockSampler:
 
     def __init__(
         self,
-        gamma: int,
         vocabulary: int,
         head: SequentialHead | None,
         confidence: ConfidenceHead | None,
@@ -45,7 +46,6 @@ class BlockSampler:
     ) -> None:
         self.head = head
         self.keep_logits = False  # conformance tests need every intermediate
-        self._gamma = gamma
         self._vocabulary = vocabulary
         self._confidence = confidence
         self.calibration = calibration
@@ -63,27 +63,32 @@ class BlockSampler:
         sampling: SamplingBatch,
         streams: Streams,
         copies: CopyBias | None,
+        patience: float = MASKS_WAIT,
     ) -> DraftBlock:
         """Blocks of R requests, row i of `sampling` belonging to request i.
 
-        hidden [R, gamma, D], base [R, gamma, C] float32 logits, anchors [R] int64.
+        hidden [R, gamma, D], base [R, gamma, C] float32 logits, anchors [R] int64. Grammars' masks may take
+        `patience` seconds.
         """
+        deadline = monotonic() + patience
         if not self.in_one_call or self.keep_logits:
-            return self._slot_by_slot(hidden, base, anchors, sampling, streams, copies)
+            return self._slot_by_slot(hidden, base, anchors, sampling, streams, copies, deadline)
         apart = sampling.coupled & ~sampling.greedy
         if sampling.controls:
             apart = apart | torch.tensor([bool(control) for control in sampling.controls]).to(apart.device)
         if not bool(apart.any()):
             return self._at_once(hidden, base, anchors, sampling, streams, copies)
         if bool(apart.all()):
-            return self._slot_by_slot(hidden, base, anchors, sampling, streams, copies)
+            return self._slot_by_slot(hidden, base, anchors, sampling, streams, copies, deadline)
         # One request with a seed or a control must not slow down the others.
         rows = [(~apart).nonzero().squeeze(1), apart.nonzero().squeeze(1)]
         parts = [sampling.select(rows[0]).without_controls(), sampling.select(rows[1])]
-        blocks = []
-        for draw, mine, part in zip((self._at_once, self._slot_by_slot), rows, parts, strict=True):
-            favoured = None if copies is None else copies.select(mine)
-            blocks.append(draw(hidden[mine], base[mine], anchors[mine], part, streams, favoured))
+        favoured = [None if copies is None else copies.select(mine) for mine in rows]
+        arguments = [
+            (hidden[mine], base[mine], anchors[mine], part, streams, favour)
+            for mine, part, favour in zip(rows, parts, favoured, strict=True)
+        ]
+        blocks = [self._at_once(*arguments[0]), self._slot_by_slot(*arguments[1], deadline)]
         return _joined(blocks, rows, copies)
 
     def _slot_by_slot(
@@ -94,18 +99,18 @@ class BlockSampler:
         sampling: SamplingBatch,
         streams: Streams,
         copies: CopyBias | None,
+        deadline: float,
     ) -> DraftBlock:
-        """One slot after the other, for every head, rule and control."""
-        requests = len(anchors)
-        uniforms = streams.uniform(Purpose.DRAFT, sampling, torch.arange(self._gamma))
+        """One slot after the other, for every head, rule and control; a mask later than `deadline` ends a block."""
+        requests, gamma = len(anchors), hidden.shape[1]
+        uniforms = streams.uniform(Purpose.DRAFT, sampling, torch.arange(gamma))
         state = self.head.start(requests) if self.head else None
         best = self._shortlist.best(base) if self._shortlist else None
         previous, embedding, latent = anchors, None, None
-        usable = torch.full_like(anchors, self._gamma)
-        deadline = monotonic() + MASKS_WAIT
+        usable = torch.full_like(anchors, gamma)
         tokens: list[Tensor] = []
         laws, names, confidences, kept_logits = [], [], [], []
-        for k in range(self._gamma):
+        for k in range(gamma):
             if self.head is not None:
                 embedding = self.head.embedding(previous)
                 latent, state = self.head.latent(embedding, hidden[:, k], state)
@@ -177,11 +182,11 @@ class BlockSampler:
         copies: CopyBias | None,
     ) -> DraftBlock:
         """The same in one native call, where the head is vanilla, for greedy requests and for the ratio rule."""
-        requests, vocabulary = len(anchors), base.shape[2]
+        requests, gamma, vocabulary = base.shape
         favour, columns = copies.whole_block(base, self.draft_tokens) if copies is not None else (None, None)
         if columns is None and self.draft_tokens is not None:
-            columns = self.draft_tokens.expand(requests, self._gamma, vocabulary)
-        inverse, uniforms = self.whole_block_noise(sampling, streams)
+            columns = self.draft_tokens.expand(requests, gamma, vocabulary)
+        inverse, uniforms = self.whole_block_noise(sampling, streams, gamma)
         filters = sampling.filters(torch.arange(requests)) if sampling.filtered and not sampling.all_greedy else None
         drawn, confidence = self.whole_block(hidden, base, anchors, inverse, uniforms, favour, filters)
         if copies is not None:
@@ -201,10 +206,10 @@ class BlockSampler:
         """Whether one kernel call draws whole blocks without device reads: a vanilla head, no seeds, no controls."""
         return self.in_one_call and sampling.at_once and not self.keep_logits
 
-    def whole_block_noise(self, sampling: SamplingBatch, streams: Streams) -> tuple[Tensor, Tensor | None]:
+    def whole_block_noise(self, sampling: SamplingBatch, streams: Streams, gamma: int) -> tuple[Tensor, Tensor | None]:
         """Noise for `whole_block`: inverse temperatures [R] float32, 0 if greedy; uniforms [R, gamma] float64."""
         inverse = (1 / sampling.temperature).masked_fill(sampling.greedy, 0.0)
-        slots = torch.arange(self._gamma)
+        slots = torch.arange(gamma)
         return inverse, None if sampling.all_greedy else streams.uniform(Purpose.DRAFT, sampling, slots)
 
     def whole_block(
@@ -232,6 +237,75 @@ class BlockSampler:
 
     def _survival(self, confidence: Tensor | None, sampling: SamplingBatch, copies: CopyBias | None) -> Tensor | None:
         return None if confidence is None else self.calibration.survival(confidence, sampling.temperature, copies)
+
+
+class Draws(Protocol):
+    """Draws the tokens of a draft's next slots."""
+
+    previous: Tensor  # [R] int64, the tokens drawn last, at first the anchors
+
+    def draw(self, hidden: Tensor, base: Tensor) -> None:
+        """Draw the next n slots: hidden [R, n, D], base [R, n, C] float32 logits."""
+
+
+class Drawing:
+    """A draft's blocks as they are drawn from left to right, as many slots at a time as a pass of the drafter gives."""
+
+    def __init__(
+        self,
+        sampler: BlockSampler,
+        anchors: Tensor,
+        sampling: SamplingBatch,
+        streams: Streams,
+        copies: CopyBias | None,
+    ) -> None:
+        """`anchors` [R] int64; the rest as in `BlockSampler.sample`, for whole blocks."""
+        self.previous = anchors  # [R] the tokens drawn last
+        self._sampler = sampler
+        self._sampling = sampling
+        self._streams = streams
+        self._copies = copies
+        self._patience = MASKS_WAIT
+        self._blocks: list[DraftBlock] = []
+        self._tokens: list[Tensor] = []  # [R] of each slot
+
+    def draw(self, hidden: Tensor, base: Tensor) -> None:
+        """See `Draws`."""
+        first, count, copies = len(self._tokens), base.shape[1], self._copies
+        whole = copies is None or count == copies.tokens.shape[1]
+        here = copies if copies is None or whole else copies.slots(first, first + count)
+        at = self._sampling.ahead(first, self._tokens)
+        began = monotonic()
+        block = self._sampler.sample(hidden, base, self.previous, at, self._streams, here, self._patience)
+        self._patience = max(0.0, self._patience - (monotonic() - began))
+        if copies is not None and here is not None and not whole:
+            copies.drawn(first, block.tokens, here)
+        self._blocks.append(replace(block, copies=copies))
+        self._tokens += block.tokens.unbind(1)
+        self.previous = self._tokens[-1]
+
+    def block(self, gamma: int) -> DraftBlock:
+        """The blocks of what was drawn, `gamma` slots wide; those not drawn cannot be verified."""
+        blocks, whole = self._blocks, self._blocks[0]
+        if len(blocks) > 1:
+            usable = usable_slots([block.usable for block in blocks], [block.tokens.shape[1] for block in blocks])
+            assert not whole.has_confidence, "survival is that of a whole block"
+            names = ("tokens", "q", "columns", "hidden", "base_logits", "logits")
+            parts = {name: [getattr(block, name) for block in blocks] for name in names}
+            joined: dict[str, Any] = {
+                n: None if values[0] is None else torch.cat(values, 1) for n, values in parts.items()
+            }
+            whole = replace(whole, usable=usable, **joined)
+        missing = gamma - whole.tokens.shape[1]
+        return replace(whole, tokens=F.pad(whole.tokens, (0, missing))) if missing else whole
+
+
+def usable_slots(usable: Sequence[Tensor], widths: Sequence[int]) -> Tensor:
+    """Number [R] of leading usable slots of parts of widths[i] slots that follow each other, from that of each part."""
+    total = torch.zeros_like(usable[0])
+    for part, width in zip(reversed(usable), reversed(widths), strict=True):
+        total = torch.where(part == width, width + total, part)
+    return total
 
 
 def _joined(blocks: list[DraftBlock], rows: list[Tensor], copies: CopyBias | None) -> DraftBlock:

@@ -13,7 +13,8 @@ from dspark_server.errors import CheckpointError
 from dspark_server.models.fields import read_json
 from dspark_server.models.loading import WeightReader, open_checkpoint
 from dspark_server.models.registry import load_config
-from dspark_server.speculation.dspark import DSparkConfig, head_digest, read_draft_tokens
+from dspark_server.speculation.dspark_formats import DSparkConfig
+from dspark_server.speculation.pair import head_digest, read_draft_tokens
 from dspark_server.training.config import TrainConfig
 from dspark_server.training.model import DraftModel
 
@@ -95,7 +96,7 @@ def load_weights(model: DraftModel, draft_tokens: Tensor | None, target_director
     reader = WeightReader(open_checkpoint(directory), torch.float32)
     own = model.state_dict()
     state = {name: reader.take(name, tensor.shape) for name, tensor in own.items() if name != _W2}
-    theirs = read_draft_tokens(reader, config)
+    theirs = read_draft_tokens(reader, config.draft_vocab_size, config.decoder.vocab_size)
     if _W2 in own:
         vocabulary = config.decoder.vocab_size
         rows = torch.zeros(vocabulary, config.markov_rank)

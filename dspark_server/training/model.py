@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dspark_server.models.config import LayerConfig
 from dspark_server.models.layers.rope import rotary_table
-from dspark_server.speculation.dspark import DSparkConfig
+from dspark_server.speculation.dspark_formats import DSparkConfig
 
 
 @dataclass(frozen=True)

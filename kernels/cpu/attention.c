@@ -27,7 +27,8 @@ typedef struct {
   long runs, table_width, block_size;
   long block_stride;  // bytes from one block of keys or values to the next
   long q_heads, kv_heads, head_dim, tile_queries, task_heads;
-  long window;  // 0: none
+  long window;     // 0: none
+  long first_key;  // keys before it are not seen
   float scale, softcap;  // softcap 0: none
   int causal, dtype, threads;
 } Attention;
@@ -130,7 +131,8 @@ static Piece piece_of(const Attention *attention, long task) {
 static void visible_keys(const Attention *attention, Piece piece, long *begin, long *end) {
   long first = attention->context_len[piece.run] + piece.query, last = first + piece.queries;
   long run_queries = attention->query_start[piece.run + 1] - attention->query_start[piece.run];
-  *begin = attention->window ? larger(0, first + 1 - attention->window) / KEYS * KEYS : 0;
+  long oldest = attention->window ? first + 1 - attention->window : 0;
+  *begin = larger(attention->first_key, oldest) / KEYS * KEYS;
   *end = attention->causal ? last : attention->context_len[piece.run] + run_queries;
 }
 
@@ -138,7 +140,8 @@ static void visible_keys(const Attention *attention, Piece piece, long *begin, l
 static void shared_keys(const Attention *attention, Piece piece, long *begin, long *end) {
   long first = attention->context_len[piece.run] + piece.query;
   long run_queries = attention->query_start[piece.run + 1] - attention->query_start[piece.run];
-  *begin = attention->window ? larger(0, first + piece.queries - attention->window) : 0;
+  long oldest = attention->window ? first + piece.queries - attention->window : 0;
+  *begin = larger(attention->first_key, oldest);
   *end = attention->causal ? first + 1 : attention->context_len[piece.run] + run_queries;
 }
 
@@ -193,7 +196,7 @@ ALWAYS_INLINE void attend_piece(const Attention *attention, const Scratch *scrat
     else
       read_floats(row, from, dtype, head_dim);
     scratch->end[i] = attention->causal ? position + 1 : total;
-    scratch->begin[i] = attention->window ? larger(0, position + 1 - attention->window) : 0;
+    scratch->begin[i] = larger(attention->first_key, attention->window ? position + 1 - attention->window : 0);
     scratch->peak[i] = -INFINITY;
   }
   memset(scratch->sum, 0, heads * rows * dim * sizeof(float));
@@ -285,7 +288,8 @@ EXPORT void dspark_paged_attention(const void *queries, long stride, const void 
                                    const int32_t *query_start, const int32_t *context_len,
                                    const int32_t *block_tables, long runs, long table_width, long block_size,
                                    long block_stride, long q_heads, long kv_heads, long head_dim, float scale,
-                                   float softcap, int causal, long window, int dtype, int threads) {
+                                   float softcap, int causal, long window, long first_key, int dtype,
+                                   int threads) {
   long group = q_heads / kv_heads, tile_queries = larger(1, TASK_ROWS / group);
   long *tile_start = malloc((runs + 1) * sizeof(long)), work = 0;
   if (!tile_start) abort();
@@ -303,7 +307,7 @@ EXPORT void dspark_paged_attention(const void *queries, long stride, const void 
   Attention attention = {tasks,       queries,      stride,     keys,         values,   out,
                          query_start, context_len,  block_tables, tile_start, runs,     table_width,
                          block_size,  block_stride * element_size(dtype),     q_heads,  kv_heads,
-                         head_dim,    tile_queries, task_heads, window,       scale,    softcap,
+                         head_dim,    tile_queries, task_heads, window,       first_key, scale,   softcap,
                          causal,      dtype,        threads};
   run_parallel(attend, &attention, threads);
   free(tile_start);

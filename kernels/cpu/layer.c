@@ -26,7 +26,7 @@ void dspark_paged_attention(const void *queries, long stride, const void *keys, 
                             const int32_t *query_start, const int32_t *context_len, const int32_t *block_tables,
                             long runs, long table_width, long block_size, long block_stride, long q_heads,
                             long kv_heads, long head_dim, float scale, float softcap, int causal, long window,
-                            int dtype, int threads);
+                            long first_key, int dtype, int threads);
 void dspark_gated_linear(const uint16_t *x, const uint16_t *weight, const float *bias, uint16_t *out, long rows,
                          long x_stride, long in_features, long features, int threads);
 
@@ -124,6 +124,6 @@ EXPORT void dspark_decoder_layer(const Layer *layer, uint16_t *delta, int first,
   run_stage(&pass, project, project_slices, threads);
   dspark_paged_attention(wide, qkv_of(layer), keys, values, pass.x, query_start, context_len, block_tables, runs,
                          table_width, block_size, block_stride, layer->q_heads, layer->kv_heads, layer->head_dim,
-                         layer->scale, 0, causal, layer->window, BFLOAT16, threads);
+                         layer->scale, 0, causal, layer->window, 0, BFLOAT16, threads);
   run_stage(&pass, transform, transform_slices, threads);
 }

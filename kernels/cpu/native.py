@@ -24,7 +24,7 @@ _SIGNATURES = {
     "dspark_rotary_kv_write": [c_void_p, c_long] + [c_void_p] * 5 + [c_long] * 6 + [c_void_p] * 2
     + [c_float] + [c_int] * 4,
     "dspark_paged_attention": [c_void_p, c_long] + [c_void_p] * 6 + [c_long] * 7
-    + [c_float, c_float, c_int, c_long, c_int, c_int],
+    + [c_float, c_float, c_int, c_long, c_long, c_int, c_int],
     "dspark_gate_mul": [c_void_p] * 2 + [c_long] * 3 + [c_int] * 3,
     "dspark_norm_add": [c_void_p] * 3 + [c_long] * 4 + [c_float, c_float, c_int, c_int],
     "dspark_argmax": [c_void_p] * 2 + [c_long] * 3 + [c_int, c_int],
@@ -217,6 +217,7 @@ class NativeKernels:
         causal: bool = True,
         window: int | None = None,
         softcap: float | None = None,
+        first_key: int = 0,
     ) -> Tensor:
         _, block_size, kv_heads, head_dim = keys.shape
         runs, width = block_tables.shape
@@ -225,7 +226,7 @@ class NativeKernels:
         self._paged_attention(
             qkv.data_ptr(), qkv.stride(0), keys.data_ptr(), values.data_ptr(), out.data_ptr(),
             query_start.data_ptr(), context_len.data_ptr(), block_tables.data_ptr(), runs, width, block_size,
-            keys.stride(0), num_q_heads, kv_heads, head_dim, scale, softcap or 0.0, causal, window or 0,
+            keys.stride(0), num_q_heads, kv_heads, head_dim, scale, softcap or 0.0, causal, window or 0, first_key,
             _CODES[dtype], self.count(),
         )  # fmt: skip
         return out

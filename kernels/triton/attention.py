@@ -63,7 +63,7 @@ def attend(
     queries, keys, values, out, peaks, masses, query_start, context_len, block_tables, scale, softcap, runs,
     tokens, query_stride, table_stride, block_stride,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SPLITS: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, FIRST_KEY: tl.constexpr, SPLITS: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
     WIDEN: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
@@ -101,9 +101,9 @@ def attend(
 
     position = context + query
     end = context + run_queries
-    shared_begin = 0  # all queries see the keys from here
+    shared_begin = FIRST_KEY  # all queries see the keys from here
     if WINDOW > 0:
-        shared_begin = context + tl.minimum(first + TILE, run_queries) - WINDOW
+        shared_begin = tl.maximum(shared_begin, context + tl.minimum(first + TILE, run_queries) - WINDOW)
     shared_end = end  # up to here
     if CAUSAL:
         shared_end = context + first + 1
@@ -139,6 +139,8 @@ def attend(
             visible = visible & (column[None, :] <= position[:, None])
         if WINDOW > 0:
             visible = visible & (column[None, :] > position[:, None] - WINDOW)
+        if FIRST_KEY > 0:
+            visible = visible & (column[None, :] >= FIRST_KEY)
         score = tl.where(visible, score * 1.4426950408889634, float("-inf"))  # exp2 from here on
         risen = tl.maximum(peak, tl.max(score, 1))
         level = tl.where(risen == float("-inf"), 0.0, risen)  # a row that has seen no key yet
@@ -153,7 +155,7 @@ def attend(
         if WIDEN:
             weight = weight.to(tl.float32)
             value = value.to(tl.float32)
-        if CAUSAL or WINDOW > 0:
+        if CAUSAL or WINDOW > 0 or FIRST_KEY > 0:
             if (start < shared_begin) | (tl.minimum(start + KEYS, end) > shared_end):
                 whole = tl.min((tl.abs(value.to(tl.float32)) < float("inf")).to(tl.int32), 1) == 1
                 value = tl.where(whole[:, None], value, 0.0).to(value.dtype)
@@ -205,6 +207,7 @@ def launches(
     causal: bool,
     window: int | None,
     softcap: float | None,
+    first_key: int,
     out: Tensor,
     gpu: Gpu,
 ) -> Iterator[Launch]:
@@ -235,8 +238,8 @@ def launches(
         255 if tile.rows <= 32 else None,
         dict(
             KV_HEADS=kv_heads, GROUP=group, HEAD_DIM=head_dim, BLOCK_SIZE=block_size, CAUSAL=causal,
-            WINDOW=window or 0, SOFTCAP=softcap is not None, SPLITS=parts, ROWS=tile.rows, KEYS=tile.keys,
-            DEPTH=depth, PRECISION="ieee" if qkv.dtype == torch.float32 else "tf32",
+            WINDOW=window or 0, SOFTCAP=softcap is not None, FIRST_KEY=first_key, SPLITS=parts, ROWS=tile.rows,
+            KEYS=tile.keys, DEPTH=depth, PRECISION="ieee" if qkv.dtype == torch.float32 else "tf32",
             WIDEN=triton.knobs.runtime.interpret and qkv.dtype == torch.bfloat16, BITS=by_hand(keys),
         ),
     )  # fmt: skip

@@ -97,7 +97,7 @@ def launch(
 ) -> Launch:
     """`Kernels.rotary_kv_write`."""
     _, block_size, kv_heads, head_dim = keys.shape
-    heads = min(HEADS, power_of_two(kv_heads))
+    heads = min(HEADS, power_of_two(max(kv_heads, 1)))
     return Launch(
         rotary_kv_write,
         (qkv.shape[0], -(-num_q_heads // heads) + -(-kv_heads // heads)),

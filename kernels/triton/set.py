@@ -80,11 +80,12 @@ class TritonKernels:
         causal: bool = True,
         window: int | None = None,
         softcap: float | None = None,
+        first_key: int = 0,
     ) -> Tensor:
         out = empty(qkv.shape[0], num_q_heads * keys.shape[3], dtype=qkv.dtype, device=qkv.device)
         for launch in attention.launches(
             qkv, num_q_heads, keys, values, query_start, context_len, block_tables, scale, causal, window,
-            softcap, out, self._gpu,
+            softcap, first_key, out, self._gpu,
         ):  # fmt: skip
             launch.run()
         return out

@@ -126,7 +126,7 @@ def attention_cases(model: Model, gpu: Gpu, cache: torch.dtype) -> Iterator[Case
         out = _empty(model.dtype, tokens, model.q_heads * model.head_dim)
         for launch in attention.launches(
             qkv, model.q_heads, keys, values, starts, lengths, _empty(torch.int32, runs, width),
-            model.head_dim**-0.5, causal, model.window, model.softcap, out, gpu,
+            model.head_dim**-0.5, causal, model.window, model.softcap, 0, out, gpu,
         ):  # fmt: skip
             chosen = launch.constants
             if launch.kernel is attention.attend:

@@ -18,7 +18,7 @@ from dspark_server.models.hub import DEFAULT_MODEL, resolve_model, shipped_draft
 from dspark_server.models.qwen3 import QWEN3
 from dspark_server.models.registry import load_config
 from dspark_server.resolve import resolve
-from dspark_server.speculation.dspark import DSparkConfig
+from dspark_server.speculation.dspark_formats import DSparkConfig
 
 from .checkpoints import DRAFTERS, TARGETS
 from .manifests import ROOT

@@ -36,6 +36,22 @@ def test_gemma4_is_reproduced() -> None:
     assert "prefill_logits" in report.largest
 
 
+def test_eagle3_is_reproduced() -> None:
+    """A pass for each token over pairs of the target's features and the next token, rejected ones written over."""
+    report = replay(FIXTURES / "eagle3_qwen3")
+    assert report.passed, report
+    assert report.rounds > 0
+    assert {"draft_hidden", "draft_logits"} <= set(report.largest)
+
+
+def test_gemma4s_assistant_is_reproduced() -> None:
+    """It reads rows of the target's own layers, one token further back than the target's window."""
+    report = replay(FIXTURES / "mtp_gemma4_assistant")
+    assert report.passed, report
+    assert report.rounds > 0
+    assert {"draft_hidden", "draft_logits"} <= set(report.largest)
+
+
 @pytest.fixture
 def altered(tmp_path: Path) -> Path:
     """A fixture whose expectations a test may spoil."""

@@ -51,7 +51,9 @@ class Seen:
         count = trace.accepted.count.tolist()
         if trace.block is None:
             return cls([], [], count, None)
-        return cls(trace.block.tokens.tolist(), list(trace.block.lengths), count, trace.block.survival)
+        # What cannot be verified need not be drawn.
+        drafted = [tokens[:most] for tokens, most in zip(trace.block.tokens.tolist(), trace.block.limits, strict=True)]
+        return cls(drafted, list(trace.block.lengths), count, trace.block.survival)
 
     def __eq__(self, other: object) -> bool:
         assert isinstance(other, Seen)
@@ -76,7 +78,7 @@ def load(
     **settings: Any,
 ) -> tuple[EngineCore, list[Seen]]:
     pair = pair or shallow_pair(head)
-    drafter = {"model": str(draft or pair / "draft")} if method == "dspark" else {}
+    drafter = {"model": str(draft or pair / "draft")} if method in ("auto", "dspark") else {}
     seen: list[Seen] = []
     config = EngineConfig(
         model=str(pair / "target"),
@@ -290,6 +292,24 @@ def test_layers_with_a_window_beside_others(engines: Engines, selection: str) ->
         assert core.generate(asked, params) == wanted
         assert core.generate(asked, params) == wanted, "prefixes are found now"
         assert core.loop.stats.prefix_hits > 0
+
+
+@pytest.mark.parametrize("selection", ["causal", "lagged", "fixed"])
+@pytest.mark.parametrize("pair", ["eagle3_qwen3", "mtp_gemma4_assistant"])
+def test_a_drafter_of_one_token_a_pass(engines: Engines, pair: str, selection: str) -> None:
+    """Its passes are recorded one after the other; rules that look at numbers run them eagerly."""
+    texts = [[token % 380 for token in prompt] for prompt in prompts(6, longest=24)]
+    for params in (AT_ONCE, FILTERED, SLOT_BY_SLOT):
+        core, _ = engines.both(
+            lambda core, params=params: core.generate(texts, params),  # type: ignore[misc]
+            selection,
+            pair=FIXTURES / pair,
+            method="auto",
+            max_model_len=80,
+        )
+        assert core.loop.stats.draft_tokens > 0
+        assert core.loop.stats.failed_drafts == 0
+        assert executor_of(core).drafts.replays > 0 or params is SLOT_BY_SLOT
 
 
 def test_a_mixture_of_experts(tmp_path: Path) -> None:

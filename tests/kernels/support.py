@@ -29,13 +29,14 @@ class Paged:
     query_start: Tensor
     context_len: Tensor
     tables: Tensor
+    first_key: int = 0
 
     def attend(
         self, kernels: dspark_kernels.Kernels, causal: bool, window: int | None, softcap: float | None = None
     ) -> Tensor:
         where = (self.query_start, self.context_len, self.tables)
         return kernels.paged_attention(
-            self.qkv, self.heads, self.keys, self.values, *where, 0.2, causal, window, softcap
+            self.qkv, self.heads, self.keys, self.values, *where, 0.2, causal, window, softcap, self.first_key
         )
 
 
@@ -114,13 +115,14 @@ def check_hidden_rows_stay_hidden(
         queries, edge = context + torch.arange(last - first), context - (window or 0)
         mine = torch.zeros(len(clean), dtype=torch.bool)
         mine[first:last] = True
-        at = {0, context // 2, edge - 1, edge, edge + 1, context - 1, context, *queries.tolist()}
+        at = {0, 1, context // 2, edge - 1, edge, edge + 1, context - 1, context, *queries.tolist()}
         for position in sorted(at & set(range(context + last - first))):
             seen = torch.ones_like(queries, dtype=torch.bool)
             if causal:
                 seen &= position <= queries
             if window is not None:
                 seen &= position > queries - window
+            seen &= position >= case.first_key
             sees = mine.clone()
             sees[first:last] = seen
             block, within = int(case.tables[run, position // block_size]), position % block_size

@@ -1,6 +1,8 @@
 """Every native kernel against the plain PyTorch one, on this machine's build, on others, and on Zig's."""
 
 import subprocess
+from dataclasses import replace
+from typing import Any
 
 import dspark_kernels
 import pytest
@@ -78,9 +80,13 @@ RUNS = [[(1, 0)], [(7, 0), (1, 15)], [(1, 16), (8, 33), (3, 0), (1, 1)], [(40, 5
 def test_attention(
     native: NativeKernels, runs: list[tuple[int, int]], groups: int, kv_heads: int, size: int, dtype: torch.dtype
 ) -> None:
-    case = paged(runs, groups=groups, kv_heads=kv_heads, size=size, block=8, dtype=dtype)
+    about: dict[str, Any] = {"groups": groups, "kv_heads": kv_heads, "size": size, "block": 8, "dtype": dtype}
+    case = paged(runs, **about)
     for causal, window, cap in ((True, None, None), (False, None, 0.5), (True, 6, 30.0), (False, 70, None)):
         close(case.attend(native, causal, window, cap), case.attend(REFERENCE, causal, window, cap))
+    later = replace(paged([(q, c + 2) for q, c in runs], **about), first_key=2)
+    for causal, window in ((True, None), (False, 3)):
+        close(later.attend(native, causal, window), later.attend(REFERENCE, causal, window))
 
 
 @settings(max_examples=40, deadline=None)
@@ -322,3 +328,9 @@ def test_what_a_query_does_not_see_does_nothing_to_it(
     case = paged([(7, 60), (1, 130), (40, 3)], groups=3, kv_heads=2, size=size, block=16, dtype=dtype)
     for causal, window in ((True, None), (False, None), (True, 5), (False, 70)):
         check_hidden_rows_stay_hidden(native, case, causal, window, value)
+    for first_key in (1, 33):
+        case = replace(
+            paged([(7, 60), (1, 130)], groups=3, kv_heads=2, size=size, block=16, dtype=dtype), first_key=first_key
+        )
+        for causal, window in ((True, None), (False, 70)):
+            check_hidden_rows_stay_hidden(native, case, causal, window, value)

@@ -1,5 +1,7 @@
 """Triton's attention against the plain one: on a GPU where there is one, else in Triton's interpreter."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from dspark_kernels import load
@@ -61,6 +63,11 @@ def test_attention(
 def test_ragged_attention(runs: list[tuple[int, int]], block: int, causal: bool, window: int | None) -> None:
     case = paged([(1, 2), *runs], groups=3, kv_heads=1, size=32, block=block, dtype=torch.float32)
     close(case.attend(TRITON, causal, window), case.attend(REFERENCE, causal, window))
+    later = replace(
+        paged([(q, c + 1) for q, c in runs], groups=3, kv_heads=1, size=32, block=block, dtype=torch.float32),
+        first_key=1,
+    )
+    close(later.attend(TRITON, causal, window), later.attend(REFERENCE, causal, window))
 
 
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -127,3 +134,5 @@ def test_what_a_query_does_not_see_does_nothing_to_it(
     monkeypatch.setattr(attention, "LEAST_KEYS", 16)  # of two splits the second has the mask's edge
     case = paged([(2, 31)], groups=1, kv_heads=2, size=20, block=8, dtype=dtype, cache=cache)
     check_hidden_rows_stay_hidden(TRITON, case, causal, window, value)
+    for first_key in (1, 19):
+        check_hidden_rows_stay_hidden(TRITON, replace(case, first_key=first_key), causal, window, value)

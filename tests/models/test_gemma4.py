@@ -14,6 +14,7 @@ from dspark_server.errors import CheckpointError
 from dspark_server.models.decoder import Decoder
 from dspark_server.models.gemma4 import GEMMA4, GEMMA4_DRAFTER
 from dspark_server.models.registry import load_config
+from dspark_server.runtime.paging import CacheRows
 
 from .support import VOCABULARY
 from .test_decoder import assert_matches
@@ -90,8 +91,8 @@ def test_the_released_12b_is_read() -> None:
     fields |= {"sliding_window": 1024, "max_position_embeddings": 262_144, "vocab_size": 262_144}
     config = GEMMA4.parse({"text_config": fields, "eos_token_id": 1}, {"eos_token_id": [1, 106]})
     caches = [layer.attention.caches(config.max_length) for layer in config.layers]
-    assert sum(rows == (8, 256, 1024) for rows in caches) == 40
-    assert sum(rows == (1, 512, None) for rows in caches) == 8
+    assert sum(rows == CacheRows(8, 256, 1024) for rows in caches) == 40
+    assert sum(rows == CacheRows(1, 512) for rows in caches) == 8
     assert config.eos_token_ids == (1, 106)
     assert config.embedding_scale**2 == pytest.approx(3840)
     rope = config.layers[5].attention.rope

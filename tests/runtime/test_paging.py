@@ -10,7 +10,14 @@ from hypothesis import strategies as st
 from dspark_server.runtime.kv import KVPool
 from dspark_server.runtime.paging import TILE, CacheGroup, CacheLayout, CacheRows, segment_size, tables_for
 
-ROWS = st.builds(CacheRows, st.integers(1, 8), st.sampled_from([1, 20, 64, 256]), st.sampled_from([None, 1, 7, 1024]))
+ROWS = st.builds(
+    CacheRows,
+    st.integers(1, 8),
+    st.sampled_from([1, 20, 64, 256]),
+    st.sampled_from([None, 1, 7, 1024]),
+    st.booleans(),
+    st.sampled_from([None, torch.float32, torch.float8_e4m3fn]),
+)
 
 
 @given(st.lists(ROWS, min_size=1, max_size=6), st.lists(ROWS, max_size=3), st.integers(1, 64))
@@ -24,11 +31,12 @@ def test_no_layers_rows_share_a_byte(target: list[CacheRows], drafter: list[Cach
         assert cache.keys.shape == cache.values.shape == (2, pool.groups[cache.group].block_size, *rows[:2])
         assert pool.groups[cache.group].reach == rows.reach
         assert cache.keys.stride() == cache.values.stride()
-        by_group.setdefault(cache.group, []).extend([cache.keys, cache.values])
+        assert cache.keys.dtype == cache.values.dtype == (rows.dtype or torch.bfloat16)
+        by_group.setdefault(cache.group, []).extend([cache.keys, cache.values][: 1 + rows.values])
     for tensors in by_group.values():
         for number, tensor in enumerate(tensors):
             tensor.fill_(number)
-        assert all(bool((tensor == number).all()) for number, tensor in enumerate(tensors))
+        assert all(bool((tensor.float() == number).all()) for number, tensor in enumerate(tensors))
     # A block belongs to one group at a time: what one group writes to block 0 leaves block 1 of the others alone.
     for tensors in by_group.values():
         for tensor in tensors:
@@ -36,8 +44,8 @@ def test_no_layers_rows_share_a_byte(target: list[CacheRows], drafter: list[Cach
     for number, tensors in by_group.items():
         for tensor in tensors:
             tensor[0].fill_(number)
-    last = [tensor[1] for tensor in by_group[max(by_group)]]
-    assert all(bool((rows == 3).all()) for rows in last)
+    last = [tensor[1] for tensor in list(by_group.values())[-1]]  # of those filled last
+    assert all(bool((rows.float() == 3).all()) for rows in last)
 
 
 @pytest.mark.parametrize(

@@ -369,6 +369,7 @@ class TwinKernels(ReferenceKernels):
         causal: bool = True,
         window: int | None = None,
         softcap: float | None = None,
+        first_key: int = 0,
     ) -> Tensor:
         rows, (_, block_size, kv_heads, head_dim) = qkv.shape[0], keys.shape
         index = torch.arange(rows, device=qkv.device)
@@ -382,6 +383,7 @@ class TwinKernels(ReferenceKernels):
             hidden = hidden | (key > position)
         if window is not None:
             hidden = hidden | (key <= position - window)
+        hidden = hidden | (key < first_key)
         slots = torch.where(hidden, 0, slots)
         query = qkv[:, : num_q_heads * head_dim].float().unflatten(1, (kv_heads, -1, head_dim))
         scores = torch.einsum("qhgd,qkhd->qhgk", query, read_rows(keys, slots)) * scale

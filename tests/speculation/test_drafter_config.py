@@ -13,7 +13,8 @@ from dspark_server.config import EngineConfig, SpeculativeConfig
 from dspark_server.engine.core import EngineCore
 from dspark_server.errors import CheckpointError
 from dspark_server.models.registry import load_config
-from dspark_server.speculation.dspark import DSparkConfig, head_digest
+from dspark_server.speculation.dspark_formats import DSparkConfig
+from dspark_server.speculation.pair import head_digest
 
 from ..engine.support import FIXTURES, greedy, tiny_core
 

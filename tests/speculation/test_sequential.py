@@ -1,6 +1,7 @@
 """Blocks of mixed batches: what some requests ask for changes nobody else's draft, and slows nobody else down."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from time import monotonic
 from typing import Any
 
@@ -10,13 +11,13 @@ from dspark_kernels import load
 from torch import Tensor
 
 from dspark_server.speculation.calibration import Calibration
-from dspark_server.speculation.controls import Forbidden
+from dspark_server.speculation.controls import Controls, Forbidden, Penalties
 from dspark_server.speculation.copying import CopyBias, CopyTables, Match
 from dspark_server.speculation.draft_block import DraftBlock
 from dspark_server.speculation.heads import ConfidenceHead, VanillaHead
 from dspark_server.speculation.noise import CounterStreams
 from dspark_server.speculation.sampling import SamplingBatch
-from dspark_server.speculation.sequential import BlockSampler
+from dspark_server.speculation.sequential import BlockSampler, Drawing
 
 GAMMA, VOCABULARY, WIDTH, RANK, REQUESTS = 4, 120, 16, 8, 14
 STYLES: list[dict[str, Any]] = [
@@ -50,7 +51,7 @@ class Drafter:
         w1, w2 = (torch.randn(n, RANK, generator=noise).bfloat16() for n in (VOCABULARY, columns))
         confidence = ConfidenceHead(torch.randn(1, WIDTH + RANK, generator=noise) / 4, torch.zeros(1), with_markov=True)
         self.sampler = BlockSampler(
-            GAMMA, VOCABULARY, VanillaHead(w1, w2, kernels), confidence, Calibration.identity(GAMMA), names, kernels
+            VOCABULARY, VanillaHead(w1, w2, kernels), confidence, Calibration.identity(GAMMA), names, kernels
         )
         self.hidden = torch.randn(REQUESTS, GAMMA, WIDTH, generator=noise)
         self.base = torch.randn(REQUESTS, GAMMA, columns, generator=noise) * 2
@@ -126,3 +127,55 @@ def test_a_draft_ends_where_its_controls_are_late(style: dict[str, Any], monkeyp
         if whole.q is not None and ended.q is not None:
             assert torch.equal(ended.q[i, :length], whole.q[i, :length])
     assert len(set(ended.usable.tolist())) > 2
+
+
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("width", [1, 2])
+def test_slots_drawn_one_by_one_are_those_drawn_together(named: bool, width: int) -> None:
+    """Noise, rules, copies and broken logits are those of each slot's own place, whatever the passes of the drafter."""
+    drafter, requests = Drafter(named), list(range(REQUESTS))
+    sampler = BlockSampler(VOCABULARY, None, None, Calibration.identity(GAMMA), drafter.sampler.draft_tokens, load())
+    drafter.base[3, 2] = torch.nan
+    drafter.base[6, 0] = torch.nan
+
+    def sampling() -> SamplingBatch:
+        batch = batch_of(requests)
+        penalised = Controls(
+            VOCABULARY,
+            [1, 2, 3],
+            penalties=Penalties(1.0, 1.9, 0.0),
+            bias=(),
+            allowed=None,
+            bad_words=(),
+            early=None,
+            grammar=None,
+        )
+        controls = tuple(penalised if i in (1, 7) else each for i, each in enumerate(batch.controls))
+        return replace(batch, controls=controls)
+
+    drafter.base[1, :, 5] = 9.0  # without the penalty of those before, this column is drawn again and again
+    whole_copies, copies = copies_of(requests, sampling()), copies_of(requests, sampling())
+    whole = sampler.sample(
+        drafter.hidden, drafter.base, drafter.anchors, sampling(), CounterStreams(), whole_copies, patience=60
+    )
+    drawing = Drawing(sampler, drafter.anchors, sampling(), CounterStreams(), copies)
+    drawing._patience = 60
+    for slot in range(0, GAMMA, width):
+        here = slice(slot, slot + width)
+        drawing.draw(drafter.hidden[:, here], drafter.base[:, here])
+    block = drawing.block(GAMMA)
+    assert whole.q is not None
+    assert block.q is not None
+    assert torch.equal(block.usable, whole.usable)
+    for i, usable in enumerate(whole.usable.tolist()):
+        assert torch.equal(block.tokens[i, :usable], whole.tokens[i, :usable])
+        assert torch.equal(copies.on[i, :usable], whole_copies.on[i, :usable])
+        torch.testing.assert_close(copies.odds[i, :usable], whole_copies.odds[i, :usable])
+        if STYLES[i % len(STYLES)].get("temperature", 1.0):  # a greedy row's q is not read
+            torch.testing.assert_close(block.q[i, :usable], whole.q[i, :usable])
+    assert not torch.equal(copies.on, torch.zeros_like(copies.on))
+    assert len(whole.tokens[1].unique()) > 1
+    short = Drawing(sampler, drafter.anchors, sampling(), CounterStreams(), None)
+    short.draw(drafter.hidden[:, :width], drafter.base[:, :width])
+    assert short.block(GAMMA).tokens.shape == (REQUESTS, GAMMA)
+    assert int(short.block(GAMMA).usable.max()) == width

@@ -11,6 +11,7 @@ from torch import Tensor
 from dspark_server.errors import CheckpointError
 from dspark_server.models.layers.parts import Parts
 from dspark_server.models.layers.rope import RopeConfig
+from dspark_server.models.loading import EVERY
 from dspark_server.runtime.batch import Batch
 from dspark_server.runtime.kv import LayerCache
 from dspark_server.runtime.linear import Linear
@@ -22,7 +23,8 @@ class AttentionConfig:
     """One layer's attention. `window`: tokens that a query sees, itself included; None: all.
 
     `shared_values`: there is no v_proj, values are keys before their norm and rotation. `value_norm`: values are
-    normalised, without a weight. `scale` of the scores is head_dim^-0.5 unless given.
+    normalised, without a weight. `scale` of the scores is head_dim^-0.5 unless given. `inputs` is the width of what is
+    projected (None: the model's). No query sees tokens before `first_key`.
     """
 
     heads: int
@@ -36,6 +38,8 @@ class AttentionConfig:
     shared_values: bool = False
     value_norm: bool = False
     scale: float | None = None
+    inputs: int | None = None
+    first_key: int = 0
 
     def __post_init__(self) -> None:
         if self.heads % self.kv_heads or self.head_dim % 2:
@@ -83,7 +87,7 @@ class AttentionWeights:
         rows = {f"{prefix}q_proj": (config.queries, own), f"{prefix}k_proj": (config.keys, keys)}
         if not config.shared_values:
             rows[f"{prefix}v_proj"] = (config.keys, keys)
-        qkv, qkv_bias = parts.fused(rows, parts.hidden, config.bias)
+        qkv, qkv_bias = parts.fused(rows, config.inputs or parts.hidden, config.bias)
         output, output_bias = parts.summed(f"{prefix}o_proj", config.queries, own, config.output_bias)
         return cls(
             qkv,
@@ -115,8 +119,13 @@ class Attention:
         """Read the weights under `prefix`, and build it."""
         return cls(parts, config, AttentionWeights.read(parts, config, prefix))
 
+    @property
+    def products(self) -> list[Linear]:
+        """Its matrix products, in order."""
+        return [self.qkv, self.output]
+
     def forward(self, x: Tensor, batch: Batch, cache: LayerCache, causal: bool = True) -> Tensor:
-        """Attend from x [N, D] over the cache, which gets the batch's rows, -> [N, D], the sum of all ranks.
+        """Attend from x [N, inputs] over the cache, which gets the batch's rows, -> [N, D], the sum of all ranks.
 
         With causal=False each token sees all tokens of its run (a draft block).
         """
@@ -147,8 +156,59 @@ class Attention:
             self.scale,
             causal,
             config.window,
+            first_key=config.first_key,
         )
         return self._group.all_reduce(self.output(attended))
+
+
+class QueryAttention:
+    """Attention of queries alone, over rows that another layer keeps: those of a token see rows before it only."""
+
+    def __init__(self, parts: Parts, config: AttentionConfig, prefix: str) -> None:
+        """Read the weights under `prefix`, whole on every rank."""
+        self.config = config
+        self.scale = config.head_dim**-0.5 if config.scale is None else config.scale
+        self.queries = Linear(parts.matrix(f"{prefix}q_proj", config.queries), None, parts.kernels)
+        self.output = Linear(*parts.summed(f"{prefix}o_proj", config.queries, EVERY, False), parts.kernels)
+        self._q_norm = parts.norm(f"{prefix}q_norm", config.head_dim) if config.qk_norm else None
+        self._table = parts.rotary_table(config.rope, config.head_dim)
+        self._kernels = parts.kernels
+        self._eps = parts.eps
+
+    @property
+    def products(self) -> list[Linear]:
+        """Its matrix products, in order."""
+        return [self.queries, self.output]
+
+    def forward(self, x: Tensor, batch: Batch, cache: LayerCache, causal: bool = True) -> Tensor:
+        """Attend from x [N, D], a token of each of N runs, over the rows before it in `cache` -> [N, D]."""
+        keys, values, group = cache
+        paging, config = batch.paging[group], self.config
+        queries = self.queries(x)
+        nothing = keys[:, :, :0]
+        self._kernels.rotary_kv_write(
+            queries,
+            batch.positions,
+            self._table,
+            paging.slots,
+            nothing,
+            nothing,
+            config.heads,
+            self._q_norm,
+            eps=self._eps,
+        )
+        attended = self._kernels.paged_attention(
+            queries,
+            config.heads,
+            keys,
+            values,
+            batch.query_start,
+            (paging.context_len - 1).clamp(min=0),
+            paging.block_tables,
+            self.scale,
+            window=config.window,
+        )
+        return self.output(attended)
 
 
 class ContextAttention:

@@ -64,7 +64,7 @@ class PreNormLayer:
     @property
     def products(self) -> list[Linear]:
         """The layer's matrix products in order; they are the lower bound of a pass's time (PERFORMANCE)."""
-        return [self.attention.qkv, self.attention.output, *self.mlp.products]
+        return [*self.attention.products, *self.mlp.products]
 
     def forward(
         self, delta: Tensor | None, residual: Tensor, batch: Batch, cache: LayerCache, causal: bool = True

@@ -1,0 +1,72 @@
+"""The families of drafters that this server runs. A new one is a file of its own and an entry here."""
+
+from pathlib import Path
+
+import torch
+from dspark_kernels import Kernels
+
+from dspark_server.config import SpeculativeConfig
+from dspark_server.errors import CheckpointError, ConfigError
+from dspark_server.models.decoder import Decoder
+from dspark_server.models.fields import architecture, read_json
+from dspark_server.speculation import dspark_formats, eagle3_formats
+from dspark_server.speculation.assistant import AssistantDrafter
+from dspark_server.speculation.dspark import DSparkDrafter
+from dspark_server.speculation.eagle3 import Eagle3Drafter
+from dspark_server.speculation.model_drafter import ModelDrafter
+
+# By a config's `speculators_model_type`, or else its architecture.
+FAMILIES = {
+    **dict.fromkeys(dspark_formats.READERS, "dspark"),
+    **dict.fromkeys(eagle3_formats.READERS, "eagle3"),
+    **dict.fromkeys(("Gemma4UnifiedAssistantForCausalLM", "Gemma4AssistantForCausalLM"), "mtp"),
+}
+
+
+def family_of(directory: Path) -> str:
+    """The family of a drafter's checkpoint, a method of `--speculative-config`. CheckpointError if it has none."""
+    fields = read_json(directory / "config.json")
+    family = FAMILIES.get(str(fields.get("speculators_model_type") or architecture(fields)))
+    if family is None:
+        raise CheckpointError(
+            f"{directory / 'config.json'}: architectures {fields.get('architectures')} is not a drafter this server "
+            f"runs; {', '.join(FAMILIES)} are."
+        )
+    return family
+
+
+def load_drafter(
+    directory: Path,
+    target: Decoder,
+    target_directory: Path,
+    dtype: torch.dtype,
+    kernels: Kernels,
+    config: SpeculativeConfig,
+) -> ModelDrafter:
+    """Load the drafter in `directory` for `target`, of the family that its config.json says.
+
+    Raises CheckpointError if it cannot be read or is for another target, ConfigError if `config` asks for another
+    method, or for what the drafter cannot do.
+    """
+    family, asked = family_of(directory), config.num_speculative_tokens
+    if config.method not in ("auto", family, "dflash" if family == "dspark" else family):
+        raise ConfigError(f"method is {config.method}, but {directory} holds a drafter of method {family}.")
+    if family != "dspark" and config.shortlist is not None:
+        raise ConfigError(f"shortlist is for drafters with a sequential head: leave it out for {family}.")
+    if family != "eagle3" and config.tap_convention != "auto":
+        raise ConfigError("tap_convention is for eagle3 drafters: leave it out for this one.")
+    if family == "mtp":
+        return AssistantDrafter.load(directory, target, dtype, kernels, asked, config.copying)
+    if family == "eagle3":
+        return Eagle3Drafter.load(
+            directory, target, target_directory, dtype, kernels, asked, config.tap_convention, config.copying
+        )
+    drafter = DSparkDrafter.load(directory, target, target_directory, dtype, kernels, config.shortlist, config.copying)
+    if asked is not None and asked > drafter.gamma:
+        raise ConfigError(
+            f"num_speculative_tokens is {asked}, but the drafter was trained for blocks of {drafter.gamma}: "
+            f"ask for at most {drafter.gamma}."
+        )
+    if config.method == "dflash" and drafter.config.markov_rank:
+        raise ConfigError("method dflash expects a drafter without a Markov head; use method dspark for this one.")
+    return drafter

@@ -1,0 +1,335 @@
+"""The same drafter in its makers' formats drafts the same; what a format has and we have not is refused by name."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dspark_server.config import EngineConfig, SpeculativeConfig
+from dspark_server.engine.core import EngineCore
+from dspark_server.errors import CheckpointError, ConfigError
+from dspark_server.models.registry import load_config
+from dspark_server.speculation.dspark_formats import DSparkConfig
+from dspark_server.speculation.eagle3_formats import Eagle3Config
+
+from .support import FIXTURES, greedy, prompts
+from .test_drafters import Drafts, agree, drafts_of
+
+EAGLE, DSPARK = FIXTURES / "eagle3_qwen3", FIXTURES / "dspark_qwen3_vanilla"
+TEXTS = [[token % 380 for token in prompt] for prompt in prompts(3, shortest=20, longest=60)]
+Fields, Tensors = dict[str, Any], dict[str, Tensor]
+LAYER = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+         "head_dim", "max_position_embeddings", "rope_parameters", "vocab_size", "model_type")  # fmt: skip
+
+
+def fields_of(pair: Path) -> Fields:
+    return json.loads((pair / "draft" / "config.json").read_text())  # type: ignore[no-any-return]
+
+
+def written(directory: Path, fields: Fields, tensors: Tensors) -> Path:
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(fields))
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, directory / "model.safetensors")
+    return directory
+
+
+def load(pair: Path, drafter: Path, **settings: Any) -> EngineCore:
+    speculative = SpeculativeConfig(model=str(drafter), **{"selection": "fixed", "copying": False} | settings)
+    return EngineCore.load(
+        EngineConfig(str(pair / "target"), dtype="float32", num_blocks=300, block_size=4, speculative=speculative)
+    )
+
+
+def drafts(pair: Path, drafter: Path, **settings: Any) -> Drafts:
+    core = load(pair, drafter, **settings)
+    return drafts_of(core, lambda: core.generate(TEXTS, greedy(16)))
+
+
+def own_only(tensors: Tensors) -> Tensors:
+    """Without copies of the target's embedding and head."""
+    return {name: tensor for name, tensor in tensors.items() if name not in ("embed_tokens.weight", "lm_head.weight")}
+
+
+def speculators(fields: Fields, kind: str, **more: Any) -> Fields:
+    """What speculators writes: the layer's config nested, without what transformers has for defaults."""
+    nested = {name: fields[name] for name in LAYER}
+    proposal = {"proposal_type": "greedy", "speculative_tokens": 7}
+    config = {"algorithm": kind, "proposal_methods": [proposal], "verifier": {"architectures": ["Qwen3ForCausalLM"]}}
+    return {
+        "speculators_model_type": kind,
+        "speculators_version": "0.3.0",
+        "speculators_config": config,
+        "transformer_layer_config": nested,
+        "draft_vocab_size": fields["vocab_size"],
+        "torch_dtype": "float32",
+        **more,
+    }
+
+
+def eagle(tensors: Tensors, layer: str = "layers.0.") -> Tensors:
+    return {name.replace("layers.0.", layer): tensor for name, tensor in tensors.items()}
+
+
+def test_eagle3_of_speculators(tmp_path: Path) -> None:
+    """Numbers of taps count inputs there; the head is that of the checkpoint."""
+    fields, tensors = fields_of(EAGLE), load_file(EAGLE / "draft" / "model.safetensors")
+    ids = [each + 1 for each in fields["target_layer_ids"]]
+    made = speculators(fields, "eagle3", eagle_aux_hidden_state_layer_ids=ids, norm_before_residual=False)
+    agree(drafts(EAGLE, written(tmp_path / "made", made, tensors)), drafts(EAGLE, EAGLE / "draft"))
+
+
+def test_eagle3_as_safeailab_and_as_speculators_write_it(tmp_path: Path) -> None:
+    """A Llama layer without norms of heads, a vocabulary of its own; drafts name tokens of it alone."""
+    fields, tensors = fields_of(EAGLE), load_file(EAGLE / "draft" / "model.safetensors")
+    tensors = {
+        name: tensor for name, tensor in tensors.items() if not name.endswith(("q_norm.weight", "k_norm.weight"))
+    }
+    tokens = torch.arange(0, 384, 2)
+    tensors |= {"d2t": tokens - torch.arange(len(tokens)), "t2d": torch.arange(384) % 2 == 0}
+    tensors["lm_head.weight"] = tensors["lm_head.weight"][tokens]
+    del tensors["embed_tokens.weight"]
+    llama = {name: value for name, value in fields.items() if name in LAYER} | {"model_type": "llama"}
+    ids = [each + 1 for each in fields["target_layer_ids"]]
+    theirs = {
+        **llama,
+        "architectures": ["LlamaForCausalLMEagle3"],
+        "draft_vocab_size": 192,
+        "eagle_config": {"eagle_aux_hidden_state_layer_ids": ids, "use_aux_hidden_state": True},
+    }
+    made = written(tmp_path / "safeailab", theirs, eagle(tensors, "midlayer."))
+    nested = speculators(fields | llama, "eagle3", eagle_aux_hidden_state_layer_ids=ids) | {"draft_vocab_size": 192}
+    other = written(tmp_path / "speculators", nested, tensors)
+    mine = drafts(EAGLE, made)
+    agree(mine, drafts(EAGLE, other))
+    assert all(token % 2 == 0 for block in mine.values() for token in block)
+    outputs = {**theirs, "eagle_config": {"eagle_aux_hidden_state_layer_ids": fields["target_layer_ids"]}}
+    (made / "config.json").write_text(json.dumps(outputs))
+    agree(drafts(EAGLE, made, tap_convention="outputs"), mine)
+    assert drafts(EAGLE, made) != mine, "other taps"
+
+
+def test_a_drafter_of_another_width_has_its_own_embedding(tmp_path: Path) -> None:
+    """And features as wide as the target's."""
+    fields, noise = fields_of(EAGLE), torch.Generator().manual_seed(3)
+
+    def weight(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=noise) * 0.2
+
+    wide, heads, size = 32, 4, 8
+    layer = {
+        "hidden_norm.weight": torch.ones(wide),
+        "input_layernorm.weight": torch.ones(wide),
+        "post_attention_layernorm.weight": torch.ones(wide),
+        "self_attn.q_proj.weight": weight(heads * size, 2 * wide),
+        "self_attn.k_proj.weight": weight(heads * size, 2 * wide),
+        "self_attn.v_proj.weight": weight(heads * size, 2 * wide),
+        "self_attn.o_proj.weight": weight(wide, heads * size),
+        "mlp.gate_proj.weight": weight(64, wide),
+        "mlp.up_proj.weight": weight(64, wide),
+        "mlp.down_proj.weight": weight(wide, 64),
+    }
+    tensors = {f"midlayer.{name}": tensor for name, tensor in layer.items()}
+    tensors |= {"fc.weight": weight(wide, 3 * 48), "norm.weight": torch.ones(wide)}
+    tensors |= {"embed_tokens.weight": weight(384, wide), "lm_head.weight": weight(384, wide)}
+    made = {
+        "architectures": ["LlamaForCausalLMEagle3"], "model_type": "llama", "hidden_size": wide, "vocab_size": 384,
+        "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": heads, "num_key_value_heads": heads,
+        "head_dim": size, "max_position_embeddings": 512, "rope_theta": 1e4, "rms_norm_eps": 1e-5,
+        "target_hidden_size": 48, "draft_vocab_size": 384, "tie_word_embeddings": False,
+    }  # fmt: skip
+    core = load(EAGLE, written(tmp_path / "made", made, tensors), num_speculative_tokens=2)
+    assert core.loop.executor.gamma == 2
+    layers = load_config(EAGLE / "target").num_layers
+    assert core.loop.executor.drafter.taps == (1, layers // 2 - 1, layers - 4), "everyone's default"
+    bare = EngineCore.load(
+        EngineConfig(str(EAGLE / "target"), dtype="float32", num_blocks=300, speculative=SpeculativeConfig("none"))
+    )
+    assert core.generate(TEXTS, greedy(16)) == bare.generate(TEXTS, greedy(16))
+    assert core.loop.stats.draft_tokens > 0
+    del tensors["embed_tokens.weight"]
+    with pytest.raises(CheckpointError, match=r"embed_tokens.weight is missing"):
+        load(EAGLE, written(tmp_path / "incomplete", made, tensors))
+    assert fields["hidden_size"] != wide
+
+
+def test_dspark_of_speculators(tmp_path: Path) -> None:
+    fields, tensors = fields_of(DSPARK), load_file(DSPARK / "draft" / "model.safetensors")
+    heads = (
+        "mask_token_id",
+        "markov_rank",
+        "markov_head_type",
+        "enable_confidence_head",
+        "confidence_head_with_markov",
+    )
+    made = speculators(
+        fields,
+        "dspark",
+        aux_hidden_state_layer_ids=[each + 1 for each in fields["target_layer_ids"]],
+        block_size=7,
+        sample_from_anchor=True,
+        **{name: fields[name] for name in heads},
+    )
+    agree(drafts(DSPARK, written(tmp_path / "made", made, own_only(tensors))), drafts(DSPARK, DSPARK / "draft"))
+
+
+def dflash_fields(fields: Fields) -> Fields:
+    own = {"mask_token_id": fields["mask_token_id"], "target_layer_ids": fields["target_layer_ids"]}
+    kept = {name: fields[name] for name in LAYER} | {"num_target_layers": fields["num_target_layers"]}
+    return {**kept, "architectures": ["DFlashDraftModel"], "block_size": 7, "dflash_config": own}
+
+
+def test_dflash_of_zlab_and_of_speculators(tmp_path: Path) -> None:
+    """The anchor's slot predicts nothing: drafts are those of the slots after it, by the same backbone."""
+    fields, tensors = fields_of(DSPARK), load_file(DSPARK / "draft" / "model.safetensors")
+    bare = {n: t for n, t in own_only(tensors).items() if not n.startswith(("markov_head", "confidence_head"))}
+    zlab = written(tmp_path / "zlab", dflash_fields(fields), bare)
+    made = speculators(
+        fields,
+        "dflash",
+        aux_hidden_state_layer_ids=[each + 1 for each in fields["target_layer_ids"]],
+        block_size=7,
+        mask_token_id=fields["mask_token_id"],
+    )
+    mine = drafts(DSPARK, zlab)
+    agree(mine, drafts(DSPARK, written(tmp_path / "speculators", made, bare)))
+    anchored = written(tmp_path / "anchored", {**made, "sample_from_anchor": True}, bare)
+    theirs = drafts(DSPARK, anchored)
+    common = mine.keys() & theirs.keys()
+    assert len(common) > 10
+    for place in common:
+        both = min(len(mine[place]), len(theirs[place]) - 1)
+        assert mine[place][:both] == theirs[place][1 : 1 + both]
+
+
+def test_layers_of_dflash_may_have_a_window_and_see_no_later_token(tmp_path: Path) -> None:
+    fields, tensors = fields_of(DSPARK), load_file(DSPARK / "draft" / "model.safetensors")
+    bare = {n: t for n, t in own_only(tensors).items() if not n.startswith(("markov_head", "confidence_head"))}
+    made = dflash_fields(fields) | {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "sliding_window": 16,
+        "use_sliding_window": True,
+        "max_window_layers": 1,
+    }
+    assert DSparkConfig.parse(made, load_config(DSPARK / "target")).causal == (True, False)
+    core = load(DSPARK, written(tmp_path / "sliding", made, bare))
+    assert len(core.batcher.pool.groups) == 2
+    plain = load(DSPARK, DSPARK / "draft")
+    assert core.generate(TEXTS, greedy(16)) == plain.generate(TEXTS, greedy(16))
+    assert core.loop.stats.draft_tokens > 0
+
+
+EAGLE_MADE = {"architectures": ["LlamaForCausalLMEagle3"], "model_type": "llama", "hidden_size": 48, "vocab_size": 384,
+              "intermediate_size": 80, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2,
+              "head_dim": 24, "max_position_embeddings": 512, "draft_vocab_size": 192}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_hidden_layers": 2}, "of 2 layers are not supported"),
+        ({"fc_norm": True}, "has fc_norm"),
+        ({"eagle_config": {"norm_output": True}}, "has norm_output"),
+        ({"eagle_config": {"parallel_drafting": True}}, "has parallel_drafting"),
+        ({"eagle_config": {"use_aux_hidden_state": False}}, "use_aux_hidden_state false"),
+        ({"eagle_config": {"attention_window": 3}}, "has attention_window, which this server does not know"),
+        (
+            {"eagle_config": {"eagle_aux_hidden_state_layer_ids": [2, 9]}},
+            "outputs of layers .1, 8., but this target has 7",
+        ),
+        ({"eagle_config": {"eagle_aux_hidden_state_layer_ids": "all"}}, "must be a list of layers"),
+        ({"target_hidden_size": 64}, "target_hidden_size is 64, the target's hidden_size 48"),
+        ({"vocab_size": 512}, "vocab_size is 512, the target's 384"),
+        ({"draft_vocab_size": 400}, "draft_vocab_size 400 exceeds"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
+        ({"slots": 3}, "has slots, which this server does not know"),
+    ],
+)
+def test_an_eagle3_that_is_not_understood_is_refused(changes: Fields, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        Eagle3Config.parse(EAGLE_MADE | changes, load_config(EAGLE / "target"))
+
+
+def test_a_tap_may_be_the_last_layers_output() -> None:
+    made = EAGLE_MADE | {"eagle_config": {"eagle_aux_hidden_state_layer_ids": [2, 7]}}
+    assert Eagle3Config.parse(made, load_config(EAGLE / "target")).taps == (1, 6)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda own: own.update(projector_type="domino"), "projector_type 'domino' is not supported"),
+        (lambda own: own.update(input_embedding_scale=2.0), "input_embedding_scale 2.0 is not supported"),
+        (lambda own: own.update(selector_top_k=16), "has selector_top_k, which this server does not know"),
+        (lambda own: own.update(target_layer_ids=[1, 5]), "must increase and lie within -1 .. 4"),
+        (lambda own: own.pop("mask_token_id"), "needs mask_token_id"),
+    ],
+)
+def test_a_dflash_that_is_not_understood_is_refused(change: Callable[[Fields], Any], message: str) -> None:
+    made = dflash_fields(fields_of(DSPARK))
+    change(made["dflash_config"])
+    with pytest.raises(CheckpointError, match=message):
+        DSparkConfig.parse(made, load_config(DSPARK / "target"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"method": "dspark"}, "method is dspark, but .* holds a drafter of method eagle3"),
+        ({"shortlist": 8}, "leave it out for eagle3"),
+        ({"num_speculative_tokens": 2}, None),
+    ],
+)
+def test_what_is_asked_of_a_drafter_that_it_cannot_do(settings: dict[str, Any], message: str | None) -> None:
+    if message is None:
+        assert load(EAGLE, EAGLE / "draft", **settings).loop.executor.gamma == 2
+        return
+    with pytest.raises(ConfigError, match=message):
+        load(EAGLE, EAGLE / "draft", **settings)
+
+
+@pytest.mark.parametrize("spoil", ["t2d", "d2t", "width"])
+def test_a_vocabulary_that_contradicts_itself_is_refused(spoil: str, tmp_path: Path) -> None:
+    tensors = load_file(EAGLE / "draft" / "model.safetensors")
+    tensors = {
+        name: tensor for name, tensor in tensors.items() if not name.endswith(("q_norm.weight", "k_norm.weight"))
+    }
+    tokens = torch.arange(0, 384, 2)
+    tensors |= {"d2t": tokens - torch.arange(len(tokens)), "t2d": torch.arange(384) % 2 == 0}
+    tensors["lm_head.weight"] = tensors["lm_head.weight"][tokens]
+    tensors["fc.weight"] = tensors["fc.weight"][:, :144]
+    if spoil == "t2d":
+        tensors["t2d"] = ~tensors["t2d"]
+    elif spoil == "d2t":
+        tensors["d2t"] = tensors["d2t"].flip(0)
+    else:
+        tensors["lm_head.weight"] = tensors["lm_head.weight"][:100]
+    made = written(tmp_path / "made", EAGLE_MADE, eagle(tensors, "midlayer."))
+    with pytest.raises(CheckpointError, match=r"t2d and d2t|d2t must name|lm_head.weight has shape"):
+        load(EAGLE, made)
+
+
+def test_an_assistant_of_another_target_is_refused(tmp_path: Path) -> None:
+    pair = FIXTURES / "mtp_gemma4_assistant"
+    draft = Path(shutil.copytree(pair / "draft", tmp_path / "draft"))
+    fields = json.loads((draft / "config.json").read_text())
+    for change, message in (
+        ({"backbone_hidden_size": 32}, "backbone_hidden_size is 32, the target's hidden_size 64"),
+        ({"use_ordered_embeddings": True}, "use_ordered_embeddings True is not supported"),
+        (
+            {"text_config": fields["text_config"] | {"num_kv_shared_layers": 2}},
+            "num_kv_shared_layers 2 is not supported",
+        ),
+        ({"text_config": fields["text_config"] | {"num_key_value_heads": 4}}, "A layer of the drafter reads 4"),
+        ({"drafts_at_once": 4}, "has drafts_at_once, which this server does not know"),
+    ):
+        (draft / "config.json").write_text(json.dumps(fields | change))
+        with pytest.raises(CheckpointError, match=message):
+            load(pair, draft)
+    with pytest.raises(CheckpointError, match=r"has no layer with a window|not a pair"):
+        load(DSPARK, pair / "draft")
