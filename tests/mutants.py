@@ -42,7 +42,7 @@ STEP, DSPARK = "dspark_server/engine/step.py", "dspark_server/speculation/dspark
 MODEL_DRAFTER, FEATURES = "dspark_server/speculation/model_drafter.py", "dspark_server/speculation/features.py"
 SEQUENTIAL, BLOCK = "dspark_server/speculation/sequential.py", "dspark_server/speculation/draft_block.py"
 ACCEPTANCE, SELECTION = "dspark_server/speculation/acceptance.py", "dspark_server/speculation/selection.py"
-ADMISSION = "dspark_server/speculation/admission.py"
+ADMISSION = "dspark_server/speculation/prefix_scheduler.py"
 TRITON, TRITON_TESTS = "kernels/triton/", "tests/kernels/test_triton_"
 DEVICE = "tests/engine/test_device_executor.py"
 CONFORMANCE = "tests/engine/test_conformance.py::test_fixture_is_reproduced"
@@ -236,8 +236,8 @@ SAFETY = (
 )  # fmt: skip
 
 EXPLORATION, EXPLORING = "dspark_server/speculation/exploration.py", "tests/speculation/test_exploration.py"
-CAPACITY, CORRECTION = "dspark_server/speculation/capacity.py", "dspark_server/speculation/correction.py"
-COST_TESTS = "tests/speculation/test_capacity.py"
+CAPACITY, CORRECTION = "dspark_server/speculation/cost_model.py", "dspark_server/speculation/correction.py"
+COST_TESTS = "tests/speculation/test_cost_model.py"
 HOPELESS = f"{EXPLORING}::test_where_drafts_do_not_pay_they_are_tried_now_and_then"
 SHIFT = f"{COST_TESTS}::test_a_lasting_shift_is_learnt_in_either_direction"
 HELD_UP = f"{COST_TESTS}::test_one_step_that_was_held_up_says_nothing"

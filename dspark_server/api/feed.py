@@ -21,7 +21,7 @@ from starlette.types import Receive, Scope, Send
 from dspark_server.api.generation import Generation
 from dspark_server.api.prompting import Prompting
 from dspark_server.engine.engine import AsyncEngine
-from dspark_server.engine.watch import Block, StepWatch
+from dspark_server.engine.observer import Block, StepObserver
 from dspark_server.errors import CapacityError, EngineDeadError
 
 INTERVAL = 0.1  # seconds between two states
@@ -142,7 +142,7 @@ class Feed:
         self._state = state
         self._tick = tick
         self._on_leave = on_leave
-        self.watch = StepWatch(engine.costs)
+        self.watch = StepObserver(engine.costs)
         self.viewers: dict[str, Viewer] = {}
         self.latest = b""  # the newest state, without its closing brace
         self._ticker: asyncio.Task[None] | None = None

@@ -38,11 +38,11 @@ def profile(
     from dspark_server.evaluation.plots import plot_costs, show_costs
 
     core = EngineCore.load(resolution.make(EngineConfig, measure_costs_again=again))
-    if core.loop.capacity is None:
+    if core.loop.cost_model is None:
         raise ConfigError("nothing here goes by costs: that needs a drafter and selection causal or lagged.")
-    show_costs(core.loop.capacity, Console())
+    show_costs(core.loop.cost_model, Console())
     if plot is not None:
-        plot_costs(core.loop.capacity, plot)
+        plot_costs(core.loop.cost_model, plot)
 
 
 def conformance(

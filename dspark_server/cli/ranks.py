@@ -22,7 +22,7 @@ from dspark_server.runtime.processors import usable
 
 if TYPE_CHECKING:  # torch takes seconds; a wrong setting is reported before
     from dspark_server.runtime.device import Device
-    from dspark_server.runtime.parallel import Group
+    from dspark_server.runtime.group import Group
 
 EXIT_DEAD = 70  # EX_SOFTWARE: the engine died, and with it the server
 LAST_PASS = 10.0  # seconds that other ranks have to end after rank 0 tells them to
@@ -75,11 +75,11 @@ class Ranks:
         if there is none, EngineDeadError if not all ranks come.
         """
         from dspark_server.runtime.device import find_device
-        from dspark_server.runtime.parallel import ALONE, TorchGroup
+        from dspark_server.runtime.group import ONE_RANK, TorchGroup
 
         if self.size == 1:
-            self._group = ALONE
-            return ALONE, find_device(device)
+            self._group = ONE_RANK
+            return ONE_RANK, find_device(device)
         mine = find_device(device, self._gpu(device))
         if self.rank == 0:
             logger.info("waiting for the other ranks, %d in all", self.size)
@@ -179,7 +179,7 @@ class Ranks:
 
     def close(self) -> None:
         """Rank 0: tell the others to end, and wait until the children have ended. Other ranks: only leave."""
-        from dspark_server.runtime.parallel import TorchGroup
+        from dspark_server.runtime.group import TorchGroup
 
         group = self._group
         if not isinstance(group, TorchGroup):
@@ -228,7 +228,7 @@ def _store(address: str, port: int, size: int, listener: socket.socket | None = 
     """Return the store where the ranks meet; this process hosts it if it `leads` or listens."""
     import torch.distributed as dist
 
-    from dspark_server.runtime.parallel import PATIENCE
+    from dspark_server.runtime.group import PATIENCE
 
     try:
         return dist.TCPStore(  # type: ignore[attr-defined]

@@ -72,8 +72,8 @@ def _lead(config: EngineConfig, settings: ServerSettings, ranks: Ranks) -> None:
 
 def _follow(config: EngineConfig, ranks: Ranks) -> None:
     """Run a rank other than 0: it serves rank 0, which also ends it; signals are for rank 0."""
-    from dspark_server.engine.parallel import follow
-    from dspark_server.runtime.parallel import TorchGroup
+    from dspark_server.engine.ranks import follow
+    from dspark_server.runtime.group import TorchGroup
 
     try:
         group, device = ranks.meet(config.device, config.step_timeout)

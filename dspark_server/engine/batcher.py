@@ -20,7 +20,7 @@ from dspark_server.engine.request import Request, Status
 from dspark_server.engine.stats import EngineStats
 from dspark_server.errors import RequestError
 from dspark_server.runtime.paging import BlockTable, CacheGroup
-from dspark_server.speculation.admission import Load
+from dspark_server.speculation.prefix_scheduler import Load
 from dspark_server.words import counted
 
 
@@ -109,7 +109,7 @@ class Batcher:
     # -- arrival and departure ---------------------------------------------------------------------------------------
 
     @cached_property
-    def capacity(self) -> int:
+    def longest_request(self) -> int:
         """Tokens, prompt and answer together, of the longest request that an empty pool can hold."""
 
         def fits(length: int) -> bool:
@@ -132,10 +132,10 @@ class Batcher:
 
     def check_fits(self, prompt_length: int, max_tokens: int) -> None:
         """Raise RequestError for a request that could not finish even alone on an empty pool."""
-        if prompt_length + max_tokens > self.capacity:
+        if prompt_length + max_tokens > self.longest_request:
             raise RequestError(
                 f"The prompt has {counted(prompt_length, 'token')} and asks for {max_tokens} more, "
-                f"but the KV cache holds {self.capacity} tokens in all. Shorten the prompt or lower max_tokens.",
+                f"but the KV cache holds {self.longest_request} tokens in all. Shorten the prompt or lower max_tokens.",
                 param="max_tokens",
                 code="context_length_exceeded",
             )

@@ -21,10 +21,10 @@ from dspark_server.models.registry import load_config
 from dspark_server.runtime.backend import choose_kernels, use_threads
 from dspark_server.runtime.device import Device, find_device
 from dspark_server.runtime.graphs import default_sizes
+from dspark_server.runtime.group import Group, TorchGroup
 from dspark_server.runtime.kv import KVPool, blocks_that_fit, cache_dtype
 from dspark_server.runtime.linear import choose_backend
 from dspark_server.runtime.paging import CacheGroup, CacheLayout
-from dspark_server.runtime.parallel import Group, TorchGroup
 from dspark_server.speculation.drafter import Drafter
 
 

@@ -17,8 +17,8 @@ from dspark_server.engine.blocks import BlockPool, chain_root
 from dspark_server.engine.build import Place, build_executor
 from dspark_server.engine.device_executor import DeviceExecutor
 from dspark_server.engine.executor import Executor, TorchExecutor
-from dspark_server.engine.parallel import LeadingExecutor, announce
 from dspark_server.engine.profile import profile
+from dspark_server.engine.ranks import LeadingExecutor, announce
 from dspark_server.engine.request import FinishReason, Request, SamplingParams
 from dspark_server.engine.stats import EngineStats
 from dspark_server.engine.step import StepLoop
@@ -32,11 +32,11 @@ from dspark_server.models.generation import Defaults, sampling_defaults
 from dspark_server.models.hub import cache_dir, resolve_model, shipped_drafter
 from dspark_server.runtime.backend import threads_in_use, use_threads
 from dspark_server.runtime.device import Device
+from dspark_server.runtime.group import ONE_RANK, Group, TorchGroup
 from dspark_server.runtime.kv import KVPool
-from dspark_server.runtime.parallel import ALONE, Group, TorchGroup
-from dspark_server.speculation.capacity import Capacity, Profile
 from dspark_server.speculation.copy_drafter import Copying
 from dspark_server.speculation.copying import ContextIndex, CopyTables
+from dspark_server.speculation.cost_model import CostModel, Profile
 from dspark_server.speculation.drafter import Drafter, NoDrafter
 from dspark_server.speculation.families import load_drafter
 from dspark_server.speculation.selection import POLICIES, Selection, build_selection
@@ -87,7 +87,7 @@ class EngineCore:
         cls,
         config: EngineConfig,
         costs: Profile | None = None,
-        group: Group = ALONE,
+        group: Group = ONE_RANK,
         *,
         device: Device | None = None,
         kernels: Kernels | None = None,
@@ -127,18 +127,18 @@ class EngineCore:
         _check_pool(batcher, config, target.max_model_len)
         policy = config.speculative.selection if executor.gamma else "none"
         cache_identity = f"{place.directory}|{place.dtype}|{place.stored}|{drafter.identity}"
-        capacity = None
+        cost_model = None
         if policy in ("causal", "lagged"):
             identity = (
                 f"{cache_identity}|{backend}|{place.kernels.build}|{threads_in_use()}|{config.speculative.shortlist}"
             )
             measured = costs or _profile(config, executor, own.pool, target, identity)
-            capacity = Capacity(measured, config.max_num_batched_tokens, config.max_num_seqs)
+            cost_model = CostModel(measured, config.max_num_batched_tokens, config.max_num_seqs)
         loop = StepLoop(
             batcher,
             executor,
-            _selection(policy, capacity, config.speculative),
-            capacity=capacity,
+            _selection(policy, cost_model, config.speculative),
+            cost_model=cost_model,
             max_draft_tokens=config.speculative.num_speculative_tokens,
             copying=drafter if isinstance(drafter, Copying) else None,
             check_invariants=config.check_invariants,
@@ -174,18 +174,18 @@ class EngineCore:
         """Policies that `select` accepts: without a drafter only "none", without a cost model none that uses costs."""
         if not self.loop.executor.gamma:
             return ("none",)
-        return POLICIES if self.loop.capacity else ("fixed", "threshold", "none")
+        return POLICIES if self.loop.cost_model else ("fixed", "threshold", "none")
 
     def follow_processors(self) -> None:
         """Adapt the number of compute threads to the usable processors. Step thread only, after a step."""
-        capacity = self.loop.capacity
-        if self.threads and self.threads.stepped(capacity.slowdown if capacity else 1.0):
+        cost_model = self.loop.cost_model
+        if self.threads and self.threads.stepped(cost_model.slowdown if cost_model else 1.0):
             self.place.use_threads(self.threads.count)
 
     def select(self, policy: str) -> None:
         """Use another policy from the next step on; it starts without any history. Step thread only."""
         assert policy in self.policies
-        self.loop.select_by(_selection(policy, self.loop.capacity, self.config.speculative))
+        self.loop.select_by(_selection(policy, self.loop.cost_model, self.config.speculative))
 
     def new_request(
         self,
@@ -358,8 +358,8 @@ def _described(config: SpeculativeConfig, drafter: Drafter, policy: str) -> str:
     return "no drafter" if not drafter.gamma else f"copies of the context, selection {policy}"
 
 
-def _selection(policy: str, capacity: Capacity | None, config: SpeculativeConfig) -> Selection:
-    return build_selection(policy, capacity, threshold=config.threshold, floor=config.min_user_tokens_per_second)
+def _selection(policy: str, cost_model: CostModel | None, config: SpeculativeConfig) -> Selection:
+    return build_selection(policy, cost_model, threshold=config.threshold, floor=config.min_user_tokens_per_second)
 
 
 def _check_pool(batcher: Batcher, config: EngineConfig, max_model_len: int) -> None:
@@ -371,7 +371,7 @@ def _check_pool(batcher: Batcher, config: EngineConfig, max_model_len: int) -> N
             f"prefix that all of them can serve has {pool.segment_size}, more than --max-model-len {max_model_len}. "
             "Lower it, or set --no-enable-prefix-caching."
         )
-    if batcher.capacity <= 1:
+    if batcher.longest_request <= 1:
         raise ConfigError(
             f"The KV cache has room for {pool.num_blocks} blocks of {sizes} tokens, too few for one request; "
             "raise kv_cache_memory_bytes."

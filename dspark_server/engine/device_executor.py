@@ -33,12 +33,12 @@ from dspark_server.runtime.layout import lay_out, staged_tables, table_fields
 from dspark_server.runtime.paging import BlockTable, tables_for
 from dspark_server.runtime.staging import Staging
 from dspark_server.speculation.acceptance import Accepted
-from dspark_server.speculation.admission import keep_likeliest
 from dspark_server.speculation.copy_drafter import Copying, by_drafter
 from dspark_server.speculation.draft_block import DraftBlock, DraftRequest
 from dspark_server.speculation.drafter import Drafter
 from dspark_server.speculation.model_drafter import ModelDrafter
 from dspark_server.speculation.noise import CounterStreams, Streams
+from dspark_server.speculation.prefix_scheduler import keep_likeliest
 from dspark_server.speculation.sampling import SamplingBatch
 
 I64, F32 = torch.int64, torch.float32

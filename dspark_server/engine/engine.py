@@ -57,7 +57,7 @@ class AsyncEngine:
         self.gamma = core.loop.executor.gamma
         self.policies = core.policies
         self.selection = core.loop.selection  # the policy asked for last
-        self.costs = core.loop.capacity  # its tables are replaced whole: safe to read
+        self.costs = core.loop.cost_model  # its tables are replaced whole: safe to read
         self._steps = StepThread(core, self._dispatch, self._mourn)
         self._handles: dict[Request, Handle] = {}
         places = core.config.max_num_seqs + core.config.max_num_queued_reqs
@@ -177,7 +177,7 @@ class AsyncEngine:
 
     def room(self, prompt_length: int) -> int:
         """Maximum length of an answer to a prompt of this length, in tokens; below 1: there is no room for one."""
-        return min(self.max_model_len, self.core.batcher.capacity) - prompt_length
+        return min(self.max_model_len, self.core.batcher.longest_request) - prompt_length
 
     def submit(
         self,

@@ -7,8 +7,8 @@ and the scale from the clock: a slow minute of the machine slows both and does n
 from dataclasses import dataclass
 from math import exp
 
-from dspark_server.speculation.admission import Load
-from dspark_server.speculation.capacity import Capacity
+from dspark_server.speculation.cost_model import CostModel
+from dspark_server.speculation.prefix_scheduler import Load
 
 WINDOW = 20.0  # seconds of steps after which an observation counts 1 / e of a new one
 
@@ -27,7 +27,7 @@ class StepTime:
         return self.draft + self.verify + self.host
 
 
-def seconds_without_drafts(capacity: Capacity, load: Load, drafts: int, committed: int, took: StepTime) -> float:
+def seconds_without_drafts(cost_model: CostModel, load: Load, drafts: int, committed: int, took: StepTime) -> float:
     """Seconds that steps without drafts would take for the tokens of this step.
 
     `load` is the step before its drafts, `drafts` the number of draft tokens verified, `committed` the number of tokens
@@ -37,17 +37,17 @@ def seconds_without_drafts(capacity: Capacity, load: Load, drafts: int, committe
     """
     if not load.sampling:
         return took.verify + took.host
-    plain = _pass_seconds(capacity, load, 0)
-    scale = took.verify / _pass_seconds(capacity, load, drafts)
-    last = len(capacity.raw) - 1
-    prompts = scale * float(capacity.raw[min(load.tokens, last)] - capacity.raw[min(load.sampling, last)])
+    plain = _pass_seconds(cost_model, load, 0)
+    scale = took.verify / _pass_seconds(cost_model, load, drafts)
+    last = len(cost_model.raw) - 1
+    prompts = scale * float(cost_model.raw[min(load.tokens, last)] - cost_model.raw[min(load.sampling, last)])
     return prompts + (scale * plain + took.host - prompts) * committed / load.sampling
 
 
-def _pass_seconds(capacity: Capacity, load: Load, drafts: int) -> float:
+def _pass_seconds(cost_model: CostModel, load: Load, drafts: int) -> float:
     """Seconds of the target pass with `drafts` draft tokens, by the cost table."""
-    tokens = min(load.tokens + drafts, len(capacity.raw) - 1)
-    return float(capacity.raw[tokens]) + capacity.attention(load.context, load.pairs + drafts * load.per_draft)
+    tokens = min(load.tokens + drafts, len(cost_model.raw) - 1)
+    return float(cost_model.raw[tokens]) + cost_model.attention(load.context, load.pairs + drafts * load.per_draft)
 
 
 class Gain:

@@ -21,7 +21,7 @@ from dspark_server.engine.executor import Executor
 from dspark_server.errors import ConfigError
 from dspark_server.runtime.batch import Run
 from dspark_server.runtime.paging import BlockTable, CacheGroup, tables_for
-from dspark_server.speculation.capacity import Profile
+from dspark_server.speculation.cost_model import Profile
 from dspark_server.speculation.curves import isotonic
 from dspark_server.speculation.draft_block import DraftRequest
 from dspark_server.speculation.noise import CounterStreams

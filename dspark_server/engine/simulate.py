@@ -21,7 +21,7 @@ from dspark_server.engine.trace import Verification
 from dspark_server.errors import ConfigError
 from dspark_server.runtime.batch import Run
 from dspark_server.speculation.acceptance import Accepted
-from dspark_server.speculation.capacity import Capacity
+from dspark_server.speculation.cost_model import CostModel
 from dspark_server.speculation.draft_block import DraftBlock, DraftRequest
 from dspark_server.speculation.noise import Streams
 from dspark_server.speculation.sampling import SamplingBatch
@@ -114,14 +114,14 @@ class Pass:
 
 @dataclass
 class SimulatedExecutor:
-    """Implements `Executor`: passes advance `clock` by their cost in `capacity`.
+    """Implements `Executor`: passes advance `clock` by their cost in `cost_model`.
 
     A draft token is 1 if it would be accepted, else 0, drawn when it is drafted; selection sees no token. `log` has an
     entry for each pass.
     """
 
     clock: VirtualClock
-    capacity: Capacity
+    cost_model: CostModel
     survival: SurvivalModel
     gamma: int
     overhead: float = 0.0  # seconds of a sampling step outside draft and pass
@@ -189,7 +189,7 @@ class SimulatedCycle:
         noise = executor.noise.standard_normal((len(requests), executor.gamma))
         chances = executor.survival.chances(executor.effect(sampling.key.numpy()), noise)
         stands = executor.noise.random(chances.shape) < chances
-        self._draft = executor.spend(executor.capacity.draft(len(requests)))
+        self._draft = executor.spend(executor.cost_model.draft(len(requests)))
         informed = executor.survival.informed
         return DraftBlock(
             tokens=torch.from_numpy(stands.astype(np.int64)),
@@ -215,8 +215,8 @@ class SimulatedCycle:
                 verified += length
             else:  # a chunk's tokens see half of the chunk too (as `Load` counts)
                 pairs += length * length / 2
-        cost = float(executor.capacity.raw[min(tokens, len(executor.capacity.raw) - 1)])
-        self._pass = executor.spend(cost + executor.capacity.attention(context, pairs))
+        cost = float(executor.cost_model.raw[min(tokens, len(executor.cost_model.raw) - 1)])
+        self._pass = executor.spend(cost + executor.cost_model.attention(context, pairs))
         executor.log.append(Pass(len(self._runs), decoding, self._drafting, verified - decoding, tokens))
         starts = row_starts(self._runs)
         return torch.zeros(starts[-1], 1), starts

@@ -20,15 +20,15 @@ from dspark_server.engine.stats import SURVIVAL_BINS
 from dspark_server.engine.trace import StepOutput, StepTrace, Verification, drafting, output_of
 from dspark_server.runtime.batch import Run
 from dspark_server.speculation.acceptance import Accepted
-from dspark_server.speculation.admission import Load
-from dspark_server.speculation.capacity import Capacity
 from dspark_server.speculation.controls import Controls
 from dspark_server.speculation.copy_drafter import Copying
-from dspark_server.speculation.copying import ALONE, Match
+from dspark_server.speculation.copying import LONG_MATCH, Match
+from dspark_server.speculation.cost_model import CostModel
 from dspark_server.speculation.draft_block import DraftBlock, DraftRequest, Source
 from dspark_server.speculation.drafting import Candidate
 from dspark_server.speculation.history import SurvivalHistory
 from dspark_server.speculation.noise import CounterStreams
+from dspark_server.speculation.prefix_scheduler import Load
 from dspark_server.speculation.sampling import GREEDY_BELOW, SamplingBatch
 from dspark_server.speculation.selection import Selection
 
@@ -58,7 +58,7 @@ class StepLoop:
         executor: Executor,
         selection: Selection,
         *,
-        capacity: Capacity | None = None,
+        cost_model: CostModel | None = None,
         max_draft_tokens: int | None = None,
         copying: Copying | None = None,
         acceptance: Acceptance | None = None,
@@ -70,7 +70,7 @@ class StepLoop:
         self.executor = executor
         self.stats = batcher.stats
         self.stats.accepted_per_position = [0] * executor.gamma
-        self.capacity = capacity
+        self.cost_model = cost_model
         self._selection = selection
         self._everyone = SurvivalHistory(memory=POPULATION_MEMORY)
         self._max_draft_tokens = min(executor.gamma, max_draft_tokens or executor.gamma)
@@ -136,11 +136,11 @@ class StepLoop:
         host = self._clock() - began - draft - verify
         for part, seconds in (("draft", draft), ("verify", verify), ("host", host)):
             self.stats.seconds[part] += seconds
-        if self.capacity and tokens:
+        if self.cost_model and tokens:
             took, committed = StepTime(draft, verify, host), sum(len(output.tokens) for output in outputs)
-            without = seconds_without_drafts(self.capacity, load, draft_tokens, committed, took)
+            without = seconds_without_drafts(self.cost_model, load, draft_tokens, committed, took)
             self.stats.gain.observe(took.total, without)
-            self.capacity.observe(
+            self.cost_model.observe(
                 tokens=tokens,
                 context=load.context,
                 pairs=load.pairs + (tokens - load.tokens) * load.per_draft,
@@ -149,8 +149,8 @@ class StepLoop:
                 draft=draft,
                 overhead=host,
             )
-            self.stats.verify_seconds = self.capacity.verify_seconds
-            self.stats.step_slowdown, self.stats.slow_steps = self.capacity.slowdown, self.capacity.slow
+            self.stats.verify_seconds = self.cost_model.verify_seconds
+            self.stats.step_slowdown, self.stats.slow_steps = self.cost_model.slowdown, self.cost_model.slow
         return outputs
 
     def _choose(self, plan: Plan, load: Load) -> list[DraftRequest]:
@@ -159,7 +159,7 @@ class StepLoop:
         if self._copying is not None:
             self._copying.begin_step()
         matches = self._matches(request for request in candidates if may_copy_alone(request))
-        alone = {request for request, match in matches.items() if match and match.length >= ALONE}
+        alone = {request for request, match in matches.items() if match and match.length >= LONG_MATCH}
         # The last token a request may commit is never a draft: one token always comes from the target.
         limits = [min(self._allowance(r, r in alone), r.remaining - 1) for r in candidates]
         prior = self._everyone.rate(FIRST_GUESS)

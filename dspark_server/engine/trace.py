@@ -9,8 +9,8 @@ from dspark_server.engine.batcher import Plan
 from dspark_server.engine.logprobs import TokenLogprob, token_logprobs
 from dspark_server.engine.request import Request
 from dspark_server.speculation.acceptance import Accepted
-from dspark_server.speculation.admission import Load
 from dspark_server.speculation.draft_block import DraftBlock
+from dspark_server.speculation.prefix_scheduler import Load
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from dspark_server.evaluation import measures
 from dspark_server.evaluation.collect import Blocks, Floats
-from dspark_server.speculation.capacity import Capacity
+from dspark_server.speculation.cost_model import CostModel
 
 
 def plot_evaluation(blocks: Blocks, domains: list[str], result: dict[str, Any], directory: Path) -> None:
@@ -62,9 +62,9 @@ def plot_reliability(kinds: dict[str, Floats], blocks: Blocks, path: Path) -> No
     figure.savefig(path, dpi=100)
 
 
-def show_costs(capacity: Capacity, console: Console) -> None:
+def show_costs(cost_model: CostModel, console: Console) -> None:
     """The measured costs as a table."""
-    profile = capacity.profile
+    profile = cost_model.profile
     table = Table(title="a target pass over B tokens, without context")
     for column in ("B", "ms", "SPS(B)", "tokens/s"):
         table.add_column(column, justify="right")
@@ -83,16 +83,16 @@ def show_costs(capacity: Capacity, console: Console) -> None:
     )
 
 
-def plot_costs(capacity: Capacity, path: Path) -> None:
+def plot_costs(cost_model: CostModel, path: Path) -> None:
     """SPS(B), and seconds of a pass with its convex minorant."""
-    profile, tokens = capacity.profile, np.arange(1, len(capacity.raw))
+    profile, tokens = cost_model.profile, np.arange(1, len(cost_model.raw))
     figure = Figure((9, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    left.plot(tokens, 1 / capacity.raw[1:])
+    left.plot(tokens, 1 / cost_model.raw[1:])
     left.plot(profile.tokens, 1 / np.array(profile.verify), "o", markersize=3)
     left.set(xlabel="tokens of a target pass, B", ylabel="SPS(B), steps/s", xscale="log")
-    right.plot(tokens, 1e3 * capacity.raw[1:], label="target pass")
-    right.plot(tokens, 1e3 * capacity.convex(1, len(capacity.raw)), "--", label="convex minorant")
+    right.plot(tokens, 1e3 * cost_model.raw[1:], label="target pass")
+    right.plot(tokens, 1e3 * cost_model.convex(1, len(cost_model.raw)), "--", label="convex minorant")
     right.plot(profile.requests, 1e3 * np.array(profile.draft), label="draft for R requests")
     right.set(xlabel="B, or R", ylabel="ms")
     right.legend()

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dspark_server.errors import ConfigError
-from dspark_server.speculation.capacity import Profile
+from dspark_server.speculation.cost_model import Profile
 
 LAUNCH = 0.5e-3  # seconds of a step outside both models: planning, launches, sampling, commit
 SEQUENTIAL = 20e-6  # seconds of one position of the sequential head: a small product and a softmax

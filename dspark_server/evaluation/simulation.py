@@ -20,7 +20,7 @@ from dspark_server.engine.step import StepLoop
 from dspark_server.errors import ConfigError
 from dspark_server.evaluation.roofline import MAX_REQUESTS, MAX_TOKENS, Machine
 from dspark_server.runtime.paging import CacheGroup
-from dspark_server.speculation.capacity import Capacity, Profile
+from dspark_server.speculation.cost_model import CostModel, Profile
 from dspark_server.speculation.selection import POLICIES, build_selection
 
 BLOCK_SIZE = 16
@@ -107,7 +107,7 @@ class Simulation:
         most = workload.max_batched_tokens, max(concurrency, MAX_REQUESTS)
         self.executor = SimulatedExecutor(
             self.clock,
-            Capacity(costs, *most),
+            CostModel(costs, *most),
             SurvivalModel.of(workload.domain, workload.drafter),
             gamma=1 if policy == "mtp-1" else machine.gamma,
             overhead=machine.overhead,
@@ -129,14 +129,14 @@ class Simulation:
         )
         self.batcher.check_fits(workload.prompt_tokens, workload.output_tokens)
         # Selection learns from the times of steps, as in serving; their true cost is the executor's own.
-        capacity = Capacity(believed or costs, *most) if policy in LOAD_AWARE else None
+        cost_model = CostModel(believed or costs, *most) if policy in LOAD_AWARE else None
         name = policy if policy in POLICIES else "fixed"
-        self.selection = build_selection(name, capacity, threshold=workload.threshold)
+        self.selection = build_selection(name, cost_model, threshold=workload.threshold)
         self.loop = StepLoop(
             self.batcher,
             self.executor,
             self.selection,
-            capacity=capacity,
+            cost_model=cost_model,
             max_draft_tokens=1 if policy == "static-2" else None,
             acceptance=self.executor.accept,
             clock=self.clock,

@@ -22,10 +22,10 @@ from dspark_server.models.layers.parts import Parts
 from dspark_server.models.loading import WeightReader, open_checkpoint
 from dspark_server.models.registry import family_of, load_config
 from dspark_server.runtime.batch import Batch
+from dspark_server.runtime.group import ONE_RANK, Group
 from dspark_server.runtime.kv import LayerCache
 from dspark_server.runtime.linear import Linear
 from dspark_server.runtime.paging import CacheRows
-from dspark_server.runtime.parallel import ALONE, Group
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class Decoder:
         head: Head,
         kernels: Kernels,
         max_model_len: int,
-        group: Group = ALONE,
+        group: Group = ONE_RANK,
     ) -> None:
         self.config = config
         self.group = group
@@ -66,7 +66,7 @@ class Decoder:
         dtype: torch.dtype,
         kernels: Kernels,
         max_model_len: int | None = None,
-        group: Group = ALONE,
+        group: Group = ONE_RANK,
         where: torch.device | None = None,
     ) -> "Decoder":
         """Load a model directory to serve sequences of up to `max_model_len` tokens (default: the model's maximum).

@@ -26,7 +26,7 @@ from dspark_kernels import UNNAMED, Favour
 from torch import Tensor
 
 WIDTH = 12  # draft tokens of a block that is copied alone, at most
-ALONE = 4  # matched tokens from which a greedy request needs no backbone
+LONG_MATCH = 4  # matched tokens from which a greedy request needs no backbone
 ALONE_WEIGHT = 30.0  # weight of a table's `alone` beside a request's own record, in draft tokens (docs/experiments.md)
 BUCKETS = (2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32)  # least match lengths of the tables' buckets
 ORDERS = (4, 2)  # lengths of the n-grams that are looked up, longest first

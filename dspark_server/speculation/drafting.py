@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
 
-from dspark_server.speculation.admission import Load, StepCost, admit
-from dspark_server.speculation.capacity import Capacity
+from dspark_server.speculation.cost_model import CostModel
+from dspark_server.speculation.prefix_scheduler import Load, StepCost, admit
 
 PROBING = 0.02  # probe budget, a share of the steps' seconds: drafts that only find out whether a request's drafts pay
 OPTIMISM = 0.95  # survival assumed for a probe: if even that does not pay, the reason is the load, not the request
@@ -67,7 +67,7 @@ class ProbeBudget:
 def choose_drafting(
     candidates: Sequence[Candidate],
     load: Load,
-    capacity: Capacity,
+    cost_model: CostModel,
     floor: float | None = None,
     budget: ProbeBudget | None = None,
 ) -> DraftPlan:
@@ -80,7 +80,7 @@ def choose_drafting(
     """
     if load.room <= 0 or not candidates:
         return DraftPlan([])
-    seconds = StepCost.of(capacity, load, 0, slots=sum(candidate.limit for candidate in candidates))
+    seconds = StepCost.of(cost_model, load, 0, slots=sum(candidate.limit for candidate in candidates))
     plain = best = load.sampling / seconds(0)
     drafting = 0
 
@@ -98,7 +98,7 @@ def choose_drafting(
 
     if not hopeless(candidates[able[0]].rate):
         sizes = _sizes(len(able))
-        thetas = predicted_thetas([candidates[i] for i in able], len(able), sizes, load, capacity, floor, best)
+        thetas = predicted_thetas([candidates[i] for i in able], len(able), sizes, load, cost_model, floor, best)
         if max(thetas) > best:
             drafting, best = sizes[thetas.index(max(thetas))], max(thetas)
     chosen = able[:drafting]
@@ -107,13 +107,13 @@ def choose_drafting(
         due = []
 
     def cost(more: int) -> float:
-        return capacity.draft(drafting + more) - capacity.draft(drafting)
+        return cost_model.draft(drafting + more) - cost_model.draft(drafting)
 
     if due and budget:
         due = due[: budget.afford(len(due), seconds(0), cost)]
     if due:
         sizes = [drafting + size for size in _sizes(len(due))]
-        thetas = predicted_thetas([candidates[i] for i in chosen + due], drafting, sizes, load, capacity, floor, best)
+        thetas = predicted_thetas([candidates[i] for i in chosen + due], drafting, sizes, load, cost_model, floor, best)
         # As many probes as could pay together: were it all or none, a crowd of new requests would never be probed.
         probing = max((size for size, theta in zip(sizes, thetas, strict=True) if theta > best), default=drafting)
         due = due[: probing - drafting]
@@ -127,7 +127,7 @@ def predicted_thetas(
     known: int,
     sizes: Sequence[int],
     load: Load,
-    capacity: Capacity,
+    cost_model: CostModel,
     floor: float | None = None,
     above: float = 0.0,
 ) -> list[float]:
@@ -141,14 +141,14 @@ def predicted_thetas(
     slots = list(accumulate(limits))
     # On a convex curve no draft token costs less than the first, and the first costs least on the longest curve. From
     # it follow the least gain that pays, and the most that each block could gain above the cost of its tokens.
-    bare = StepCost.of(capacity, load, 0, slots[-1])
+    bare = StepCost.of(cost_model, load, 0, slots[-1])
     price = above * (bare(1) - bare(0))
     left = list(accumulate(_left_over(rate, limit, price) for rate, limit in zip(rates, limits, strict=True)))
     thetas = [0.0] * len(sizes)
     survival: list[list[float]] = []  # of the first candidates: `sizes` rise
     for index, size in enumerate(sizes):
-        if left[size - 1] >= above * (bare(0) + capacity.draft(size)) * (1 - 1e-9) - load.sampling:
-            cost, there = StepCost.of(capacity, load, size, slots[size - 1]), len(survival)
+        if left[size - 1] >= above * (bare(0) + cost_model.draft(size)) * (1 - 1e-9) - load.sampling:
+            cost, there = StepCost.of(cost_model, load, size, slots[size - 1]), len(survival)
             further = zip(rates[there:size], limits[there:size], strict=True)
             survival += [[rate**k for k in range(1, limit + 1)] for rate, limit in further]
             thetas[index] = admit(survival, limits[:size], load.sampling, cost.room(load, floor), cost).theta

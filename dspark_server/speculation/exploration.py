@@ -6,9 +6,9 @@ The number of draft tokens that such a step verifies is known before its blocks 
 import math
 from collections.abc import Sequence
 
-from dspark_server.speculation.admission import Load, StepCost
-from dspark_server.speculation.capacity import Capacity
+from dspark_server.speculation.cost_model import CostModel
 from dspark_server.speculation.drafting import Candidate, DraftPlan, ProbeBudget
+from dspark_server.speculation.prefix_scheduler import Load, StepCost
 
 EXPLORING = 0.005  # probe budget for steps larger than pays, as a share of the steps' seconds
 PLAIN = 0.03  # the same for steps without drafts
@@ -24,9 +24,9 @@ class Exploration:
     the number of draft tokens that the present step verifies to explore, None if it is not a larger one.
     """
 
-    def __init__(self, capacity: Capacity, floor: float | None) -> None:
+    def __init__(self, cost_model: CostModel, floor: float | None) -> None:
         self.count: int | None = None
-        self._capacity = capacity
+        self._capacity = cost_model
         self._floor = floor
         self._budget = ProbeBudget(EXPLORING)
         self._plain = ProbeBudget(PLAIN)

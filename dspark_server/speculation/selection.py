@@ -12,10 +12,10 @@ from typing import Protocol
 from torch import Tensor
 
 from dspark_server.errors import ConfigError
-from dspark_server.speculation.admission import Load, Ranked, StepCost, admit, best_count
-from dspark_server.speculation.capacity import Capacity
+from dspark_server.speculation.cost_model import CostModel
 from dspark_server.speculation.drafting import Candidate, DraftPlan, ProbeBudget, choose_drafting
 from dspark_server.speculation.exploration import Exploration
+from dspark_server.speculation.prefix_scheduler import Load, Ranked, StepCost, admit, best_count
 
 POLICIES = ("causal", "lagged", "fixed", "threshold", "none")
 
@@ -125,11 +125,11 @@ class Off(Selection):
 class LoadAware(Selection):
     """Requests draft if that is expected to pay. `floor`: steps per second, and so tokens, that every user must get."""
 
-    def __init__(self, capacity: Capacity, floor: float | None = None) -> None:
-        self._capacity = capacity
+    def __init__(self, cost_model: CostModel, floor: float | None = None) -> None:
+        self._capacity = cost_model
         self._floor = floor
         self._budget = ProbeBudget()
-        self._exploration = Exploration(capacity, floor)
+        self._exploration = Exploration(cost_model, floor)
 
     def drafting(self, candidates: Sequence[Candidate], load: Load) -> DraftPlan:
         choice = choose_drafting(candidates, load, self._capacity, self._floor, self._budget)
@@ -173,8 +173,8 @@ class Lagged(LoadAware):
     name = "lagged"
     LAG = 2
 
-    def __init__(self, capacity: Capacity, floor: float | None = None) -> None:
-        super().__init__(capacity, floor)
+    def __init__(self, cost_model: CostModel, floor: float | None = None) -> None:
+        super().__init__(cost_model, floor)
         self._shares: deque[float] = deque(maxlen=self.LAG)
 
     def lengths(
@@ -207,7 +207,7 @@ class Lagged(LoadAware):
 
 
 def build_selection(
-    name: str, capacity: Capacity | None = None, *, threshold: float = 0.5, floor: float | None = None
+    name: str, cost_model: CostModel | None = None, *, threshold: float = 0.5, floor: float | None = None
 ) -> Selection:
     """The policy called `name`; the load-aware ones need the cost model. Raises ConfigError for an unknown name."""
     if name == "fixed":
@@ -218,5 +218,5 @@ def build_selection(
         return Off()
     if name not in POLICIES:
         raise ConfigError(f"Selection policy {name!r} is not known; choose from {', '.join(POLICIES)}.")
-    assert capacity is not None, f"selection {name} reads a cost model"
-    return Causal(capacity, floor) if name == "causal" else Lagged(capacity, floor)
+    assert cost_model is not None, f"selection {name} reads a cost model"
+    return Causal(cost_model, floor) if name == "causal" else Lagged(cost_model, floor)

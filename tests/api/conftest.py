@@ -9,7 +9,7 @@ from dspark_server.api import ServerSettings
 from dspark_server.config import EngineConfig, SpeculativeConfig
 from dspark_server.engine.core import EngineCore
 from dspark_server.engine.engine import AsyncEngine
-from dspark_server.speculation.capacity import Profile
+from dspark_server.speculation.cost_model import Profile
 
 from .fake_engine import build_tokenizer
 from .support import Running, start

@@ -45,7 +45,7 @@ def canary(small: Running, before: list[int]) -> Iterator[list[int]]:
 @pytest.mark.parametrize("over", [-1, 0, 1])
 @pytest.mark.parametrize("answer", [1, 5])
 def test_a_prompt_as_long_as_the_pool(small: Running, over: int, answer: int) -> None:
-    room = small.engine.core.batcher.capacity  # what is not left for a draft
+    room = small.engine.core.batcher.longest_request  # what is not left for a draft
     response = small.complete([5] * (room + over - answer), **CANARY | {"max_tokens": answer})
     if over <= 0:
         assert len(response.json()["choices"][0]["token_ids"]) == answer

@@ -18,7 +18,7 @@ from dspark_server.api.server import Server
 from dspark_server.config import EngineConfig, SpeculativeConfig
 from dspark_server.engine.core import EngineCore
 from dspark_server.engine.engine import AsyncEngine
-from dspark_server.speculation.capacity import LONGEST, Profile
+from dspark_server.speculation.cost_model import LONGEST, Profile
 from tests import served
 from tests.engine.support import FIXTURES
 

@@ -14,8 +14,8 @@ from dspark_server.api import feed as feed_module
 from dspark_server.api.chat_template import ChatTemplate
 from dspark_server.api.feed import MAX_BLOCKS, MAX_VIEWERS, OwnPrompt
 from dspark_server.api.prompting import Prompting
+from dspark_server.engine.observer import Block
 from dspark_server.engine.output import Detokenizer
-from dspark_server.engine.watch import Block
 
 from .support import Running, serving, tokenizer
 
@@ -198,7 +198,7 @@ def test_a_step_that_cannot_be_shown_is_a_step_all_the_same(server: Running, mon
     def broken(*args: object) -> None:
         raise ValueError("cannot be shown")
 
-    monkeypatch.setattr("dspark_server.engine.watch.StepWatch._look", broken)
+    monkeypatch.setattr("dspark_server.engine.observer.StepObserver._look", broken)
     with server.feed() as feed:
         feed.state()
         assert server.complete(PROMPT).status_code == 200

@@ -14,8 +14,8 @@ import torch.distributed as dist
 
 from dspark_server.config import EngineConfig, SpeculativeConfig
 from dspark_server.engine.core import EngineCore
-from dspark_server.engine.parallel import follow
-from dspark_server.runtime.parallel import ALONE, Group, TorchGroup
+from dspark_server.engine.ranks import follow
+from dspark_server.runtime.group import ONE_RANK, Group, TorchGroup
 
 from ..engine.support import FIXTURES
 from ..processes import processes
@@ -125,7 +125,7 @@ class Share(Group):
 
 
 def one_rank(config: EngineConfig) -> EngineCore:
-    return EngineCore.load(config, group=ALONE)
+    return EngineCore.load(config, group=ONE_RANK)
 
 
 def tokenizer(directory: Path) -> Path:

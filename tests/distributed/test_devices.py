@@ -15,7 +15,7 @@ from dspark_kernels import ReferenceKernels
 from dspark_server.config import EngineConfig, SpeculativeConfig
 from dspark_server.engine.core import EngineCore
 from dspark_server.engine.device_executor import DeviceExecutor
-from dspark_server.engine.parallel import LeadingExecutor
+from dspark_server.engine.ranks import LeadingExecutor
 
 from ..engine.support import greedy, prompts, seeded, shallow_pair, still
 from ..engine.test_device_executor import COSTS, SIZES, sampled

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dspark_server.config import SpeculativeConfig
-from dspark_server.engine.parallel import decode_runs, encode_runs
+from dspark_server.engine.ranks import decode_runs, encode_runs
 from dspark_server.engine.request import SamplingParams
 from dspark_server.runtime.batch import Run
 from dspark_server.runtime.paging import BlockTable

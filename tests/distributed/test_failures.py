@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from dspark_server.engine.engine import AsyncEngine
-from dspark_server.engine.parallel import LeadingExecutor
+from dspark_server.engine.ranks import LeadingExecutor
 from dspark_server.engine.request import FinishReason
 from dspark_server.errors import EngineDeadError
 

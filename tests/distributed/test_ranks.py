@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from dspark_server.cli.ranks import Ranks
-from dspark_server.engine.parallel import follow
+from dspark_server.engine.ranks import follow
 from dspark_server.errors import ConfigError
 from dspark_server.runtime import device, parallel
-from dspark_server.runtime.parallel import ALONE, TorchGroup
+from dspark_server.runtime.group import ONE_RANK, TorchGroup
 
 from ..processes import processes
 from .support import meet, tiny_config
@@ -36,7 +36,7 @@ def test_one_rank_is_alone(variables: dict[str, str], environment: pytest.Monkey
     ranks = Ranks.start(1, "cpu")
     assert (ranks.rank, ranks.size) == (0, 1)
     group, found = ranks.meet("cpu", 60.0)
-    assert group is ALONE
+    assert group is ONE_RANK
     assert found is None
     assert (group.rank, group.size) == (0, 1)
     ranks.close()

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from dspark_server.config import EngineConfig, SpeculativeConfig
 from dspark_server.engine.core import EngineCore
 from dspark_server.engine.request import SamplingParams
-from dspark_server.speculation.capacity import Profile
+from dspark_server.speculation.cost_model import Profile
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 REPETITIVE = [[234], [59], [97], [135], [136], [184]]  # after these the greedy text of shallow pairs runs in circles

@@ -25,7 +25,7 @@ from dspark_server.engine.trace import StepTrace
 from dspark_server.runtime.graphs import Graphs
 from dspark_server.runtime.staging import Staging
 from dspark_server.speculation.calibration import Calibration
-from dspark_server.speculation.capacity import Profile
+from dspark_server.speculation.cost_model import Profile
 from dspark_server.speculation.history import SurvivalHistory
 
 from ..models.test_moe import save_moe

@@ -8,22 +8,22 @@ from dspark_server.engine import gain
 from dspark_server.engine.gain import WINDOW, Gain, StepTime, seconds_without_drafts
 from dspark_server.evaluation.roofline import derive
 from dspark_server.evaluation.simulation import Simulation, Workload
-from dspark_server.speculation.admission import Load
-from dspark_server.speculation.capacity import Capacity, Profile
+from dspark_server.speculation.cost_model import CostModel, Profile
+from dspark_server.speculation.prefix_scheduler import Load
 from tests.dashboard.support import core
 from tests.engine.support import greedy, prompts
 
 
-def capacity(*, run_context: float = 0.0, query_context: float = 0.0) -> Capacity:
+def cost_model(*, run_context: float = 0.0, query_context: float = 0.0) -> CostModel:
     """10 ms for one token, 1 ms for each further one."""
     profile = Profile((1, 101), (0.010, 0.110), (1, 4), (0.002, 0.003), run_context, query_context)
-    return Capacity(profile, 101, 4)
+    return CostModel(profile, 101, 4)
 
 
 def test_one_request_whose_three_tokens_took_one_step_instead_of_three() -> None:
     load = Load(sampling=1, tokens=1, room=100)
     took = StepTime(draft=0.002, verify=0.014, host=0.001)
-    without = seconds_without_drafts(capacity(), load, drafts=4, committed=3, took=took)
+    without = seconds_without_drafts(cost_model(), load, drafts=4, committed=3, took=took)
     assert without == pytest.approx(3 * (0.010 + 0.001))
     assert without / took.total == pytest.approx(33 / 17)
 
@@ -31,33 +31,33 @@ def test_one_request_whose_three_tokens_took_one_step_instead_of_three() -> None
 def test_a_slow_machine_is_slow_with_and_without_drafts() -> None:
     load = Load(sampling=2, tokens=2, room=100)
     quick, slow = (StepTime(n * 0.002, n * 0.017, n * 0.001) for n in (1, 5))
-    gains = [seconds_without_drafts(capacity(), load, 6, 5, took) / took.total for took in (quick, slow)]
+    gains = [seconds_without_drafts(cost_model(), load, 6, 5, took) / took.total for took in (quick, slow)]
     assert gains[0] == pytest.approx(gains[1])
 
 
 def test_a_step_without_drafts_gains_nothing() -> None:
     took = StepTime(0.0, 0.013, 0.002)
-    assert seconds_without_drafts(capacity(), Load(3, 3, 100), 0, 3, took) == pytest.approx(took.total)
+    assert seconds_without_drafts(cost_model(), Load(3, 3, 100), 0, 3, took) == pytest.approx(took.total)
 
 
 def test_a_draft_that_is_rejected_is_a_loss() -> None:
     took = StepTime(0.002, 0.014, 0.001)
-    assert seconds_without_drafts(capacity(), Load(1, 1, 100), 4, 1, took) == pytest.approx(0.011)
+    assert seconds_without_drafts(cost_model(), Load(1, 1, 100), 4, 1, took) == pytest.approx(0.011)
 
 
 def test_prompt_tokens_are_computed_once_either_way() -> None:
     load = Load(sampling=1, tokens=51, room=50)
     took = StepTime(0.002, 0.064, 0.001)
-    assert seconds_without_drafts(capacity(), load, 4, 3, took) == pytest.approx(0.050 + 3 * (0.010 + 0.001))
+    assert seconds_without_drafts(cost_model(), load, 4, 3, took) == pytest.approx(0.050 + 3 * (0.010 + 0.001))
 
 
 def test_a_step_of_prompts_alone_gains_nothing() -> None:
     took = StepTime(0.0, 0.060, 0.001)
-    assert seconds_without_drafts(capacity(), Load(0, 51, 50), 0, 0, took) == pytest.approx(took.total)
+    assert seconds_without_drafts(cost_model(), Load(0, 51, 50), 0, 0, took) == pytest.approx(took.total)
 
 
 def test_attention_of_the_drafts_is_part_of_their_cost() -> None:
-    costs = capacity(run_context=1e-6, query_context=2e-6)
+    costs = cost_model(run_context=1e-6, query_context=2e-6)
     load = Load(sampling=1, tokens=1, room=100, context=1000, pairs=1000, per_draft=1000)
     took = StepTime(0.0, 0.010 + 0.004 + 0.001 + 0.010, 0.0)  # table, four drafts, context, five queries
     assert seconds_without_drafts(costs, load, 4, 1, took) == pytest.approx(0.010 + 0.001 + 0.002)

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from dspark_server.engine.observer import StepObserver
 from dspark_server.engine.request import SamplingParams
 from dspark_server.engine.trace import StepOutput, StepTrace, Verification
-from dspark_server.engine.watch import StepWatch
 from dspark_server.speculation.acceptance import Accepted, accept
 from dspark_server.speculation.draft_block import DraftBlock, DraftRequest
 from dspark_server.speculation.noise import CounterStreams
@@ -180,7 +180,7 @@ def test_draft_tokens_past_an_end_count_nowhere(monkeypatch: pytest.MonkeyPatch)
     """Every draft token is accepted, and answers end inside of blocks: what is not committed was not accepted."""
     core, seen, pictures = tiny_core(), list[StepOutput](), list[int]()
     ticks = iter(range(1_000_000))
-    watch, step = StepWatch(None, clock=lambda: float(next(ticks))), core.loop.step
+    watch, step = StepObserver(None, clock=lambda: float(next(ticks))), core.loop.step
 
     def accept_all(verified: Verification, block: DraftBlock | None, sampling: SamplingBatch) -> Accepted:
         lengths = [end - start - 1 for start, end in pairwise(verified.row_start)]

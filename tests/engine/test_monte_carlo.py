@@ -23,7 +23,7 @@ from dspark_server.engine.trace import StepTrace
 from dspark_server.runtime.batch import Batch, Run
 from dspark_server.runtime.kv import KVPool
 from dspark_server.runtime.paging import BlockTable, CacheLayout
-from dspark_server.speculation.capacity import Profile
+from dspark_server.speculation.cost_model import Profile
 from dspark_server.speculation.noise import CounterStreams, Purpose
 from dspark_server.speculation.sampling import SamplingBatch
 from dspark_server.training.checkpoint import draft_config, export

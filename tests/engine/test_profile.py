@@ -15,7 +15,7 @@ from dspark_server.engine.executor import Executor, TorchCycle
 from dspark_server.engine.profile import WARM, profile
 from dspark_server.engine.simulate import SimulatedExecutor, SurvivalModel, VirtualClock
 from dspark_server.runtime.paging import CacheGroup
-from dspark_server.speculation.capacity import Capacity, Profile
+from dspark_server.speculation.cost_model import CostModel, Profile
 
 from .support import tiny_core
 
@@ -36,7 +36,7 @@ class Disturbed(SimulatedExecutor):
 
 
 def machine(slower: Callable[[float], float] = lambda now: 1.0) -> Disturbed:
-    return Disturbed(VirtualClock(), Capacity(COSTS, 64, 4), SurvivalModel.of("code"), gamma=7, slower=slower)
+    return Disturbed(VirtualClock(), CostModel(COSTS, 64, 4), SurvivalModel.of("code"), gamma=7, slower=slower)
 
 
 def measure(

@@ -53,8 +53,8 @@ def test_batcher_loop_and_selection_are_those_that_serve() -> None:
         assert type(built.selection) is kind
         assert built.loop.batcher is built.batcher
         # What selection believes is corrected by what it sees; what passes cost is not.
-        assert (built.loop.capacity is not None) == (policy in LOAD_AWARE)
-        assert built.loop.capacity is not built.executor.capacity
+        assert (built.loop.cost_model is not None) == (policy in LOAD_AWARE)
+        assert built.loop.cost_model is not built.executor.cost_model
 
 
 @pytest.mark.parametrize("policy", SYSTEMS)

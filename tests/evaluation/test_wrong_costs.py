@@ -11,7 +11,7 @@ import pytest
 
 from dspark_server.evaluation.roofline import Machine
 from dspark_server.evaluation.simulation import Simulation, Workload
-from dspark_server.speculation.capacity import Capacity, Profile
+from dspark_server.speculation.cost_model import CostModel, Profile
 
 # As measured on two CPU cores for SmolLM2-135M-Instruct (docs/experiments.md), for a model four times as large.
 TOKENS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
@@ -87,10 +87,10 @@ def test_a_machine_that_changes_in_service(factor: float, drafts: float, users: 
     served = simulation(users, before, before)
     served.serve(20.0)
     steps = served.loop.stats.steps
-    served.executor.capacity = Capacity(changed, 256, 2048)
+    served.executor.cost_model = CostModel(changed, 256, 2048)
     served.serve(MINUTE)
     assert served.serve(WINDOW[users]) > 0.95 * throughput_with_the_right_profile(users, changed)
     assert served.loop.stats.steps > steps
-    assert served.loop.capacity is not None
-    assert served.loop.capacity.slow == (factor > 1)
-    assert served.loop.capacity.slowdown == pytest.approx(factor, rel=0.2)
+    assert served.loop.cost_model is not None
+    assert served.loop.cost_model.slow == (factor > 1)
+    assert served.loop.cost_model.slowdown == pytest.approx(factor, rel=0.2)

@@ -46,7 +46,7 @@ def tiny_engine(**engine: Any) -> Any:
     from dspark_server.config import EngineConfig, SpeculativeConfig
     from dspark_server.engine.core import EngineCore
     from dspark_server.engine.engine import AsyncEngine
-    from dspark_server.speculation.capacity import Profile
+    from dspark_server.speculation.cost_model import Profile
     from tests.api.fake_engine import build_tokenizer
 
     costs = Profile((1, 64, 256), (1e-3, 1.1e-3, 2e-3), (1, 16), (2e-4, 3e-4), 0.0, 0.0)

@@ -9,7 +9,7 @@ from torch import Tensor
 from dspark_server.runtime.batch import Batch, Run
 from dspark_server.runtime.layout import lay_out, lay_out_blocks
 from dspark_server.runtime.paging import BlockTable, CacheGroup, tables_for
-from dspark_server.speculation.admission import Ranked, keep_likeliest
+from dspark_server.speculation.prefix_scheduler import Ranked, keep_likeliest
 
 from .twin import AWAY, Far, TwinDevice, TwinError
 

@@ -2,19 +2,19 @@
 
 import numpy as np
 
-from dspark_server.speculation.admission import Load, StepCost, theta_by_count, within_floor
-from dspark_server.speculation.capacity import Capacity, Profile
+from dspark_server.speculation.cost_model import CostModel, Profile
+from dspark_server.speculation.prefix_scheduler import Load, StepCost, theta_by_count, within_floor
 
 
-def capacity(verify: list[float], draft: float = 0.0, attention: float = 0.0) -> Capacity:
+def cost_model(verify: list[float], draft: float = 0.0, attention: float = 0.0) -> CostModel:
     """Verification of B tokens takes verify[B - 1] seconds, a draft `draft` whoever takes part."""
     sizes = tuple(range(1, len(verify) + 1))
     drafts = ((1, 64), (draft, draft * 1.001)) if draft else ((), ())
-    return Capacity(Profile(sizes, tuple(verify), drafts[0], drafts[1], 0.0, attention), len(verify), 64)
+    return CostModel(Profile(sizes, tuple(verify), drafts[0], drafts[1], 0.0, attention), len(verify), 64)
 
 
-def linear(fixed: float, each: float, size: int = 100) -> Capacity:
-    return capacity([fixed + each * tokens for tokens in range(1, size + 1)])
+def linear(fixed: float, each: float, size: int = 100) -> CostModel:
+    return cost_model([fixed + each * tokens for tokens in range(1, size + 1)])
 
 
 def load(requests: int, room: int = 1000) -> Load:

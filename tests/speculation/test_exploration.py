@@ -6,14 +6,14 @@ import torch
 from dspark_server.speculation.drafting import Candidate
 from dspark_server.speculation.exploration import EXPLORING
 from dspark_server.speculation.selection import LoadAware, build_selection
-from tests.speculation.costs import capacity, load
+from tests.speculation.costs import cost_model, load
 
 HOPELESS = [0.1 * tokens for tokens in range(1, 200)]  # a draft token costs what an anchor does, and its draft
 
 
 @pytest.mark.parametrize("policy", ["causal", "lagged"])
 def test_where_drafts_do_not_pay_they_are_tried_now_and_then(policy: str) -> None:
-    costs, here, rows = capacity(HOPELESS, draft=0.05), load(4), [Candidate(7, rate) for rate in (0.5, 0.9, 0.4, 0.3)]
+    costs, here, rows = cost_model(HOPELESS, draft=0.05), load(4), [Candidate(7, rate) for rate in (0.5, 0.9, 0.4, 0.3)]
     chosen = build_selection(policy, costs)
     assert isinstance(chosen, LoadAware)
     explored, spent, seconds = 0, 0.0, 0.0
@@ -33,7 +33,7 @@ def test_where_drafts_do_not_pay_they_are_tried_now_and_then(policy: str) -> Non
 
 def test_a_size_that_is_believed_far_too_dear_is_tried_as_often() -> None:
     """An error of the table must not make its own discovery too dear: one more pass for the tokens of one more."""
-    costs, here = capacity([0.1] * 4 + [99.0] * 100, draft=0.01), load(4)
+    costs, here = cost_model([0.1] * 4 + [99.0] * 100, draft=0.01), load(4)
     chosen = build_selection("causal", costs)
     tries = [bool(chosen.drafting([Candidate(4, 0.9)] * 4, here).drafting) for _ in range(1000)]
     assert 3 <= sum(tries) <= 1000 * EXPLORING
@@ -44,7 +44,11 @@ def test_where_whole_blocks_are_verified_only_steps_without_drafts_are_left_to_e
     draft: float, explores: bool
 ) -> None:
     """And those only where drafts gain little (here 1.2 times, not 3.7), so that a step without could be faster."""
-    costs, here, rows = capacity([1.0 + 0.001 * n for n in range(1, 99)], draft=draft), load(3), [Candidate(4, 0.9)] * 3
+    costs, here, rows = (
+        cost_model([1.0 + 0.001 * n for n in range(1, 99)], draft=draft),
+        load(3),
+        [Candidate(4, 0.9)] * 3,
+    )
     chosen, plain = build_selection("causal", costs), []
     for _ in range(1000):
         choice = chosen.drafting(rows, here)
@@ -62,7 +66,7 @@ def test_where_whole_blocks_are_verified_only_steps_without_drafts_are_left_to_e
 
 def test_a_step_without_drafts_is_not_tried_where_its_cost_is_known() -> None:
     """As where some requests have just begun: steps of their prompts have as many tokens and no drafts."""
-    costs, here, rows = capacity([1.0 + 0.001 * n for n in range(1, 99)], draft=0.1), load(3), [Candidate(4, 0.9)] * 3
+    costs, here, rows = cost_model([1.0 + 0.001 * n for n in range(1, 99)], draft=0.1), load(3), [Candidate(4, 0.9)] * 3
     chosen = build_selection("causal", costs)
     for _ in range(1000):
         costs.observe(tokens=3, context=0.0, pairs=0.0, verify=float(costs.raw[3]), requests=0, draft=0.0, overhead=0.0)
@@ -71,7 +75,7 @@ def test_a_step_without_drafts_is_not_tried_where_its_cost_is_known() -> None:
 
 
 def test_no_draft_beyond_limits_room_and_floor() -> None:
-    costs = capacity(HOPELESS, draft=0.01)
+    costs = cost_model(HOPELESS, draft=0.01)
 
     def explores(rows: list[Candidate], room: int = 100, floor: float | None = None) -> set[int]:
         chosen, here = build_selection("causal", costs, floor=floor), load(4, room)

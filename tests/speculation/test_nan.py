@@ -10,9 +10,9 @@ from torch import Tensor
 
 from dspark_server.engine.core import EngineCore
 from dspark_server.engine.trace import StepTrace
-from dspark_server.speculation.admission import Load
 from dspark_server.speculation.draft_block import DraftBlock
 from dspark_server.speculation.heads import ConfidenceHead
+from dspark_server.speculation.prefix_scheduler import Load
 from tests.engine.support import greedy, on_cycles, prompts, seeded, tiny_core
 from tests.speculation.enumeration import ratio_cycles
 from tests.speculation.support import Joint, Law, State, distance, joint, worlds

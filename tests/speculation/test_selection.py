@@ -10,18 +10,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dspark_server.errors import ConfigError
-from dspark_server.speculation.admission import Load, admit, best_count, within_floor
-from dspark_server.speculation.capacity import Capacity
+from dspark_server.speculation.cost_model import CostModel
 from dspark_server.speculation.drafting import Candidate
+from dspark_server.speculation.prefix_scheduler import Load, admit, best_count, within_floor
 from dspark_server.speculation.selection import Lagged, LoadAware, Selection, build_selection
-from tests.speculation.costs import capacity, linear, load
+from tests.speculation.costs import cost_model, linear, load
 from tests.speculation.test_exact import Context, Pair, ratio_law, total_variation
 
 limits = st.lists(st.integers(0, 7), max_size=12)
 AWARE = ("causal", "lagged")
 
 
-def built(name: str, costs: Capacity, count: int = 0) -> Selection:
+def built(name: str, costs: CostModel, count: int = 0) -> Selection:
     """The policy, or the default one in a step that explores with `count` draft tokens."""
     policy = build_selection("causal" if name == "exploring" else name, costs, threshold=0.3)
     if name == "exploring":
@@ -99,7 +99,7 @@ def test_it_is_the_best_of_all_prefixes(policy: str, seed: int) -> None:
         slopes = generator.random(30)
         slopes = np.sort(slopes) if policy == "causal" else slopes**4
         verify = 1 + (slopes * generator.choice([0.05, 1.0])).cumsum()
-        costs = capacity(verify.tolist(), draft=float(generator.random()) + 1e-3, attention=1e-3)
+        costs = cost_model(verify.tolist(), draft=float(generator.random()) + 1e-3, attention=1e-3)
         prefill, room = (int(generator.integers(9)), int(generator.integers(10))) if case % 3 else (0, 99)
         here = Load(requests, requests + prefill, room, context=50, pairs=70, per_draft=20 * (case % 2))
         survival = falling(generator, requests, gamma)
@@ -109,7 +109,7 @@ def test_it_is_the_best_of_all_prefixes(policy: str, seed: int) -> None:
             lengths = chosen.lengths(survival, most, here)
 
         def theta(
-            chosen: tuple[int, ...], survival: Tensor = survival, costs: Capacity = costs, here: Load = here
+            chosen: tuple[int, ...], survival: Tensor = survival, costs: CostModel = costs, here: Load = here
         ) -> float:
             tokens = sum(1 + float(row[:length].double().sum()) for row, length in zip(survival, chosen, strict=True))
             whole = costs.raw[here.tokens + sum(chosen)] + 1e-3 * (here.pairs + sum(chosen) * here.per_draft)
@@ -129,7 +129,7 @@ def test_whether_a_token_is_kept_does_not_depend_on_it_or_on_later_ones(policy: 
         requests, gamma = int(generator.integers(1, 5)), int(generator.integers(1, 6))
         # Bumps and all: what a real machine's curve looks like.
         verify = np.sort(generator.random(requests * (gamma + 1)) * 3) + 0.2
-        chosen = built(policy, capacity(verify.tolist(), draft=0.1), int(generator.integers(1, requests * gamma + 1)))
+        chosen = built(policy, cost_model(verify.tolist(), draft=0.1), int(generator.integers(1, requests * gamma + 1)))
         survival, here = falling(generator, requests, gamma), load(requests, int(generator.integers(0, 30)))
         most = [gamma] * requests
         if isinstance(chosen, Lagged):
@@ -212,7 +212,7 @@ def test_appendix_a_retrospective_search_and_ours() -> None:
 def test_lagged_is_exact_with_fresh_noise_and_only_then() -> None:
     """K comes from a block that was discarded. Redrawn, its successor is independent of K; replayed, it is not."""
     pair = appendix_pair()
-    costs = capacity([1 / sps for sps in SPS])
+    costs = cost_model([1 / sps for sps in SPS])
 
     def kept(discarded: Context, drafted: Context) -> int:
         policy = Lagged(costs)
@@ -241,7 +241,7 @@ def test_the_joint_law_through_selection_is_the_targets(policy: str, kind: str, 
     for seed in range(3):
         source = np.random.default_rng(seed)
         pair, other = Pair(vocabulary, gamma, seed, kind), Pair(2, 2, seed + 9, "random")
-        costs = capacity((0.4 + source.choice([0.02, 0.3, 0.9], 30).cumsum()).tolist(), draft=0.1)
+        costs = cost_model((0.4 + source.choice([0.02, 0.3, 0.9], 30).cumsum()).tolist(), draft=0.1)
         said = {context: float(source.random()) for context in (*pair.q, *other.q)}
 
         def survival(*blocks: Context, said: dict[Context, float] = said) -> Tensor:
@@ -262,7 +262,7 @@ def test_the_joint_law_through_selection_is_the_targets(policy: str, kind: str, 
                 draft: Context,
                 earlier: Context = earlier,
                 beside: Context = beside,
-                costs: Capacity = costs,
+                costs: CostModel = costs,
                 seed: int = seed,
             ) -> int:
                 chosen, limits = built(policy, costs, count=1 + seed), [gamma, 2]
@@ -306,7 +306,7 @@ def test_a_floor_bounds_the_step(policy: str) -> None:
 
 
 def test_context_makes_tokens_dearer() -> None:
-    costs = capacity([1.0 + 0.01 * tokens for tokens in range(1, 40)], attention=1e-3)
+    costs = cost_model([1.0 + 0.01 * tokens for tokens in range(1, 40)], attention=1e-3)
     survival = torch.full((1, 8), 0.8).cumprod(1)
     policy = build_selection("causal", costs)
     near = policy.lengths(survival, [8], Load(1, 1, 100, context=1, pairs=1, per_draft=1))[0]
@@ -316,7 +316,7 @@ def test_context_makes_tokens_dearer() -> None:
 
 def test_a_prefill_chunk_does_not_make_drafts_look_cheap() -> None:
     """Drafts that do not pay without the chunk do not pay beside it."""
-    costs = capacity([1.0 + 0.1 * tokens for tokens in range(1, 400)])
+    costs = cost_model([1.0 + 0.1 * tokens for tokens in range(1, 400)])
     survival = torch.full((4, 4), 0.15).cumprod(1)
     policy = build_selection("causal", costs)
     assert policy.lengths(survival, [4] * 4, load(4)) == [0] * 4
@@ -329,7 +329,7 @@ def test_choices_and_lengths_stay_within_limits_and_room(limits: list[int], room
     verify = np.sort(generator.random(120)) + 0.01
     here = load(len(limits), room)
     for name in AWARE:
-        policy: Selection = build_selection(name, capacity(verify.tolist(), draft=float(generator.random()) + 1e-3))
+        policy: Selection = build_selection(name, cost_model(verify.tolist(), draft=float(generator.random()) + 1e-3))
         rows = [Candidate(limit, float(generator.random()), bool(generator.integers(2))) for limit in limits]
         choice = policy.drafting(rows, here)
         assert choice.drafting == sorted(set(choice.drafting))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dspark_server.models.layers.rope import RopeConfig, rotary_table
 from dspark_server.models.loading import WeightReader
-from dspark_server.runtime.parallel import ALONE, Group
+from dspark_server.runtime.group import ONE_RANK, Group
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Parts:
     eps: float
     length: int
     positions: int
-    group: Group = ALONE
+    group: Group = ONE_RANK
     _tables: dict[tuple[RopeConfig, int], Tensor] = field(default_factory=dict)
 
     def norm(self, name: str, size: int | None = None) -> Tensor:

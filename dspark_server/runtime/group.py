@@ -50,7 +50,7 @@ class Group:
         return count
 
 
-ALONE = Group()
+ONE_RANK = Group()
 
 
 class TorchGroup(Group):

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from dspark_server.engine.watch import Block, Picture, StepWatch
+from dspark_server.engine.observer import Block, Picture, StepObserver
 from dspark_server.speculation import exploration
 from tests.engine.support import greedy, prompts, seeded
 
@@ -16,7 +16,7 @@ def pictures(selection: str, count: int = 6) -> list[Picture]:
     ticks = iter(range(1_000_000))
     made = core()
     made.select(selection)
-    watch = StepWatch(made.loop.capacity, clock=lambda: float(next(ticks)))
+    watch = StepObserver(made.loop.cost_model, clock=lambda: float(next(ticks)))
     seen: list[Picture] = []
 
     def look(trace):  # type: ignore[no-untyped-def]
@@ -58,7 +58,7 @@ def test_fixed_goes_on_past_the_peak() -> None:
 
 def test_a_draft_token_that_ends_the_request_is_its_last() -> None:
     made = core(selection="fixed")  # sixteen at once would leave the others hardly a draft
-    watch = StepWatch(made.loop.capacity)
+    watch = StepObserver(made.loop.cost_model)
     seen: list[Block] = []
     made.loop.watch(watch)
     stopping = [replace(seeded(seed, 20), stop_token_ids=frozenset(range(3, 130))) for seed in range(200)]

@@ -1,7 +1,7 @@
 """Records of steps for the dashboard, made on the step thread.
 
-`StepWatch` is the observer that `AsyncEngine.watch` takes; without an open dashboard it is not called. It only writes,
-and the event loop only reads, whole objects at a time, so that no lock is needed.
+`AsyncEngine.watch` takes a `StepObserver`; without an open dashboard it is not called. It only writes, and the event
+loop only reads, whole objects at a time, so that no lock is needed.
 
 Texts are private: the record of a request that is not followed has lengths and probabilities, never a token.
 """
@@ -18,9 +18,9 @@ import numpy as np
 
 from dspark_server.engine.request import Request
 from dspark_server.engine.trace import StepTrace
-from dspark_server.speculation.admission import Ranked, StepCost, theta_by_count
-from dspark_server.speculation.capacity import Capacity
+from dspark_server.speculation.cost_model import CostModel
 from dspark_server.speculation.draft_block import DraftBlock, Source
+from dspark_server.speculation.prefix_scheduler import Ranked, StepCost, theta_by_count
 
 logger = logging.getLogger(__name__)
 
@@ -79,12 +79,12 @@ class Picture:
     rows: list[Row]
 
 
-class StepWatch:
+class StepObserver:
     """Makes the records (see the module). `picture` is the newest one, None before the first."""
 
-    def __init__(self, capacity: Capacity | None, clock: Callable[[], float] = monotonic) -> None:
+    def __init__(self, cost_model: CostModel | None, clock: Callable[[], float] = monotonic) -> None:
         self.picture: Picture | None = None
-        self._capacity = capacity
+        self._capacity = cost_model
         self._clock = clock
         self._drawn = -PICTURE_EVERY
         self._followed: dict[str, deque[Block]] = {}

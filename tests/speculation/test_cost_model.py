@@ -9,19 +9,19 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dspark_server.errors import ConfigError
-from dspark_server.speculation.capacity import Capacity, Profile
+from dspark_server.speculation.cost_model import CostModel, Profile
 from dspark_server.speculation.curves import isotonic
 
 PROFILE = Profile((1, 2, 4, 8), (1.0, 1.0, 2.0, 6.0), (1, 4), (0.5, 0.8), 0.02, 0.01)
 
 
 def test_times_are_interpolated_and_extended_by_the_last_slope() -> None:
-    capacity = Capacity(PROFILE, 10, 8)
-    np.testing.assert_allclose(capacity.raw, [1, 1, 1, 1.5, 2, 3, 4, 5, 6, 7, 8])
-    assert capacity.draft(0) == 0.0
-    assert capacity.draft(2) == pytest.approx(0.6)
-    assert capacity.draft(8) == pytest.approx(1.2)
-    assert capacity.attention(context=100.0, pairs=500.0) == pytest.approx(7.0)
+    cost_model = CostModel(PROFILE, 10, 8)
+    np.testing.assert_allclose(cost_model.raw, [1, 1, 1, 1.5, 2, 3, 4, 5, 6, 7, 8])
+    assert cost_model.draft(0) == 0.0
+    assert cost_model.draft(2) == pytest.approx(0.6)
+    assert cost_model.draft(8) == pytest.approx(1.2)
+    assert cost_model.attention(context=100.0, pairs=500.0) == pytest.approx(7.0)
 
 
 @given(
@@ -31,11 +31,11 @@ def test_times_are_interpolated_and_extended_by_the_last_slope() -> None:
 )
 def test_the_minorant_is_convex_below_and_the_greatest(rows: list[tuple[int, float]], start: int, drafts: int) -> None:
     sizes = tuple(np.cumsum([step for step, _ in rows]).tolist())
-    capacity = Capacity(Profile(sizes, tuple(seconds for _, seconds in rows), (1,), (0.1,), 0.0, 0.0), 100, 8)
-    minorant = capacity.convex(start, drafts)
-    curve = capacity.raw[min(start, 100) :][: len(minorant)]
+    cost_model = CostModel(Profile(sizes, tuple(seconds for _, seconds in rows), (1,), (0.1,), 0.0, 0.0), 100, 8)
+    minorant = cost_model.convex(start, drafts)
+    curve = cost_model.raw[min(start, 100) :][: len(minorant)]
     assert min(drafts, 100 - min(start, 100)) < len(minorant) <= max(2, 2 * drafts)
-    assert (np.diff(capacity.raw) >= -1e-12).all()
+    assert (np.diff(cost_model.raw) >= -1e-12).all()
     assert (minorant <= curve + 1e-9).all()
     assert (np.diff(minorant, 2) >= -1e-9).all()
     # At every corner it touches the curve, so that no convex function in between is greater.
@@ -45,10 +45,10 @@ def test_the_minorant_is_convex_below_and_the_greatest(rows: list[tuple[int, flo
 
 def test_a_step_sees_a_flat_curve_where_it_stands_on_one() -> None:
     """As of a mixture of experts: a pass rises until all experts are read, then costs the same for long."""
-    capacity = Capacity(Profile((1, 200, 2400, 4000), (1.0, 9.0, 9.0, 17.0), (1,), (0.1,), 0.0, 0.0), 4000, 8)
-    assert capacity.convex(1, 3999)[1000] == pytest.approx(1.0 + 1000 * 8 / 2399)
-    np.testing.assert_allclose(capacity.convex(1000, 3000)[:1400], 9.0)
-    np.testing.assert_allclose(capacity.convex(1, 128), 1.0 + 8 / 199 * np.arange(129))  # as steep as it is there
+    cost_model = CostModel(Profile((1, 200, 2400, 4000), (1.0, 9.0, 9.0, 17.0), (1,), (0.1,), 0.0, 0.0), 4000, 8)
+    assert cost_model.convex(1, 3999)[1000] == pytest.approx(1.0 + 1000 * 8 / 2399)
+    np.testing.assert_allclose(cost_model.convex(1000, 3000)[:1400], 9.0)
+    np.testing.assert_allclose(cost_model.convex(1, 128), 1.0 + 8 / 199 * np.arange(129))  # as steep as it is there
 
 
 SIZES = (1, 2, 4, 8, 16, 32, 64)
@@ -56,12 +56,12 @@ SERVED = Profile(SIZES, tuple(0.010 + 0.001 * size for size in SIZES), (1, 2, 4,
 
 
 def serve(
-    capacity: Capacity, steps: int, tokens: int = 4, requests: int = 2, factor: float = 1.0, draft: float = 1.0
+    cost_model: CostModel, steps: int, tokens: int = 4, requests: int = 2, factor: float = 1.0, draft: float = 1.0
 ) -> None:
     """Steps that take `factor` times what `SERVED` says, drafts `draft` times that."""
     verify = SERVED.verify[SIZES.index(tokens)] + 1e-6 * 100 + 1e-7 * 400
     for _ in range(steps):
-        capacity.observe(
+        cost_model.observe(
             tokens=tokens,
             context=100.0,
             pairs=400.0,
@@ -75,57 +75,57 @@ def serve(
 @pytest.mark.parametrize("factor", [8.0, 1 / 8])
 def test_a_lasting_shift_is_learnt_in_either_direction(factor: float) -> None:
     """In 30 seconds of steps of whatever length, and of sizes never tried, and of attention."""
-    capacity, right = Capacity(SERVED, 64, 8), Capacity(SERVED, 64, 8)
-    serve(capacity, int(30 / (0.016 * factor)), factor=factor)
-    np.testing.assert_allclose(capacity.raw[4] / right.raw[4], factor, rtol=0.03)
-    np.testing.assert_allclose(capacity.raw[1:] / right.raw[1:], factor, rtol=0.4)
-    assert capacity.draft(2) == pytest.approx(factor * 0.002, rel=0.03)
-    assert capacity.draft(8) == pytest.approx(factor * 0.002, rel=0.4)
-    assert capacity.attention(100.0, 400.0) == pytest.approx(factor * right.attention(100.0, 400.0), rel=1.1)
-    assert capacity.overhead == pytest.approx(factor * 0.001, rel=0.03)
-    assert capacity.slowdown == pytest.approx(factor, rel=0.03)
-    assert (np.diff(capacity.raw) >= 0).all()
+    cost_model, right = CostModel(SERVED, 64, 8), CostModel(SERVED, 64, 8)
+    serve(cost_model, int(30 / (0.016 * factor)), factor=factor)
+    np.testing.assert_allclose(cost_model.raw[4] / right.raw[4], factor, rtol=0.03)
+    np.testing.assert_allclose(cost_model.raw[1:] / right.raw[1:], factor, rtol=0.4)
+    assert cost_model.draft(2) == pytest.approx(factor * 0.002, rel=0.03)
+    assert cost_model.draft(8) == pytest.approx(factor * 0.002, rel=0.4)
+    assert cost_model.attention(100.0, 400.0) == pytest.approx(factor * right.attention(100.0, 400.0), rel=1.1)
+    assert cost_model.overhead == pytest.approx(factor * 0.001, rel=0.03)
+    assert cost_model.slowdown == pytest.approx(factor, rel=0.03)
+    assert (np.diff(cost_model.raw) >= 0).all()
 
 
 def test_a_change_after_long_service_is_learnt_as_soon() -> None:
-    capacity = Capacity(SERVED, 64, 8)
-    serve(capacity, 4000)
-    serve(capacity, 240, factor=8.0)  # 30 seconds
-    assert capacity.raw[4] == pytest.approx(8 * SERVED.verify[2], rel=0.03)
-    assert capacity.draft(2) == pytest.approx(8 * 0.002, rel=0.03)
+    cost_model = CostModel(SERVED, 64, 8)
+    serve(cost_model, 4000)
+    serve(cost_model, 240, factor=8.0)  # 30 seconds
+    assert cost_model.raw[4] == pytest.approx(8 * SERVED.verify[2], rel=0.03)
+    assert cost_model.draft(2) == pytest.approx(8 * 0.002, rel=0.03)
 
 
 def test_a_cost_measured_lately_outweighs_those_that_were_not() -> None:
     """More work never costs less: where that moves costs, those that were not measured lately move."""
-    capacity = Capacity(SERVED, 64, 8)
-    serve(capacity, 2000, tokens=64, requests=0)
-    serve(capacity, 8, tokens=1, requests=0, factor=16)
-    assert capacity.raw[1] > 12.5 * SERVED.verify[0]  # 10.8 if all were adjusted alike
-    serve(capacity, 22, tokens=1, requests=0, factor=16)
-    assert capacity.raw[1] == pytest.approx(16 * SERVED.verify[0], rel=0.02)
-    assert capacity.raw[64] >= capacity.raw[1]
+    cost_model = CostModel(SERVED, 64, 8)
+    serve(cost_model, 2000, tokens=64, requests=0)
+    serve(cost_model, 8, tokens=1, requests=0, factor=16)
+    assert cost_model.raw[1] > 12.5 * SERVED.verify[0]  # 10.8 if all were adjusted alike
+    serve(cost_model, 22, tokens=1, requests=0, factor=16)
+    assert cost_model.raw[1] == pytest.approx(16 * SERVED.verify[0], rel=0.02)
+    assert cost_model.raw[64] >= cost_model.raw[1]
 
 
 def test_one_step_that_was_held_up_says_nothing() -> None:
-    capacity = Capacity(SERVED, 64, 8)
-    serve(capacity, 300)
-    before, draft = capacity.raw.copy(), capacity.draft(2)
+    cost_model = CostModel(SERVED, 64, 8)
+    serve(cost_model, 300)
+    before, draft = cost_model.raw.copy(), cost_model.draft(2)
     for _ in range(10):
-        serve(capacity, 1, factor=10_000)
-        serve(capacity, 20)
-    np.testing.assert_allclose(capacity.raw, before, rtol=1e-6)
-    assert capacity.draft(2) == pytest.approx(draft)
-    assert capacity.overhead == pytest.approx(0.001)
+        serve(cost_model, 1, factor=10_000)
+        serve(cost_model, 20)
+    np.testing.assert_allclose(cost_model.raw, before, rtol=1e-6)
+    assert cost_model.draft(2) == pytest.approx(draft)
+    assert cost_model.overhead == pytest.approx(0.001)
 
 
 @pytest.mark.parametrize("factor", [8.0, 1 / 8])
 def test_few_drafts_tell_what_a_draft_costs(factor: float) -> None:
     """One where it is cheaper than believed, three where it is dearer, after a minute without any."""
-    capacity = Capacity(SERVED, 64, 8)
-    serve(capacity, 4000, requests=0)
-    serve(capacity, 1 if factor < 1 else 3, draft=factor)
-    assert capacity.draft(2) == pytest.approx(factor * 0.002, rel=0.4)
-    assert capacity.raw[4] == pytest.approx(0.014, rel=0.05)  # which is no word about passes
+    cost_model = CostModel(SERVED, 64, 8)
+    serve(cost_model, 4000, requests=0)
+    serve(cost_model, 1 if factor < 1 else 3, draft=factor)
+    assert cost_model.draft(2) == pytest.approx(factor * 0.002, rel=0.4)
+    assert cost_model.raw[4] == pytest.approx(0.014, rel=0.05)  # which is no word about passes
 
 
 @given(
@@ -143,9 +143,9 @@ def test_few_drafts_tell_what_a_draft_costs(factor: float) -> None:
 @example([(0, 0, 5e-324, 0.0, 0.0, 1e8)])
 @example([(0, 0, 1.0, 0.0, 1e308, 0.0), (0, 0, 1.0, 0.0, 1.1e308, 0.0)])
 def test_no_times_poison_the_tables(steps: list[tuple[int, int, float, float, float, float]]) -> None:
-    capacity = Capacity(SERVED, 64, 8)
+    cost_model = CostModel(SERVED, 64, 8)
     for tokens, requests, verify, draft, overhead, context in steps:
-        capacity.observe(
+        cost_model.observe(
             tokens=tokens,
             context=context,
             pairs=context,
@@ -154,44 +154,44 @@ def test_no_times_poison_the_tables(steps: list[tuple[int, int, float, float, fl
             draft=draft,
             overhead=overhead,
         )
-        assert np.isfinite(capacity.raw).all()
-        assert (capacity.raw > 0).all()
-        assert (np.diff(capacity.raw) >= -1e-12 * capacity.raw[-1]).all()
-        costs = [capacity.draft(count) for count in range(9)]
+        assert np.isfinite(cost_model.raw).all()
+        assert (cost_model.raw > 0).all()
+        assert (np.diff(cost_model.raw) >= -1e-12 * cost_model.raw[-1]).all()
+        costs = [cost_model.draft(count) for count in range(9)]
         assert costs == sorted(costs)
         assert 0 < costs[1] < np.inf
-        assert 0 <= capacity.overhead < np.inf
-        assert 0 < capacity.slowdown < np.inf
-        assert np.isfinite(capacity.convex(4, 16)).all()
+        assert 0 <= cost_model.overhead < np.inf
+        assert 0 < cost_model.slowdown < np.inf
+        assert np.isfinite(cost_model.convex(4, 16)).all()
 
 
 def test_times_that_no_clock_can_have_measured_say_nothing() -> None:
-    capacity = Capacity(SERVED, 64, 8)
-    serve(capacity, 100)
-    before = capacity.raw.copy()
+    cost_model = CostModel(SERVED, 64, 8)
+    serve(cost_model, 100)
+    before = cost_model.raw.copy()
     for wrong in (float("nan"), -1.0, 0.0, float("inf")):
-        serve(capacity, 50, factor=wrong)
-    np.testing.assert_array_equal(capacity.raw, before)
-    assert capacity.slowdown == pytest.approx(1.0)
+        serve(cost_model, 50, factor=wrong)
+    np.testing.assert_array_equal(cost_model.raw, before)
+    assert cost_model.slowdown == pytest.approx(1.0)
 
 
 def test_slow_steps_are_said_once_at_either_end(caplog: pytest.LogCaptureFixture) -> None:
-    capacity = Capacity(SERVED, 64, 8)
-    serve(capacity, 500)
-    serve(capacity, 1, factor=5000)  # held up for a minute
-    serve(capacity, 30, factor=8)  # four seconds
-    assert not capacity.slow
-    serve(capacity, 30, factor=1)
+    cost_model = CostModel(SERVED, 64, 8)
+    serve(cost_model, 500)
+    serve(cost_model, 1, factor=5000)  # held up for a minute
+    serve(cost_model, 30, factor=8)  # four seconds
+    assert not cost_model.slow
+    serve(cost_model, 30, factor=1)
     assert not caplog.records
     for _ in range(3):
-        serve(capacity, 200, factor=8)  # half a minute
-        assert capacity.slow
-        serve(capacity, 200, factor=4)  # better, but not over
-        assert capacity.slow
+        serve(cost_model, 200, factor=8)  # half a minute
+        assert cost_model.slow
+        serve(cost_model, 200, factor=4)  # better, but not over
+        assert cost_model.slow
     (line,) = caplog.messages
     assert "times what the cost profile says" in line
-    serve(capacity, 3000)
-    assert not capacity.slow
+    serve(cost_model, 3000)
+    assert not cost_model.slow
     assert len(caplog.messages) == 2
     assert "no longer slow" in caplog.messages[1]
 
@@ -209,9 +209,9 @@ def test_isotonic_is_the_nearest_rising_curve(values: list[float], weighted: boo
 
 def test_one_time_too_high_does_not_lift_all_larger_sizes() -> None:
     profile = replace(SERVED, verify=(0.011, 0.096, *SERVED.verify[2:]))
-    capacity = Capacity(profile, 64, 8)
-    assert capacity.raw[64] == SERVED.verify[-1]
-    assert capacity.raw[2] < 0.096 / 2
+    cost_model = CostModel(profile, 64, 8)
+    assert cost_model.raw[64] == SERVED.verify[-1]
+    assert cost_model.raw[2] < 0.096 / 2
 
 
 def test_a_profile_survives_the_disk_and_a_damaged_one_says_so(tmp_path: Path) -> None:

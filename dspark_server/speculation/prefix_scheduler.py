@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from dspark_server.speculation.capacity import Capacity
+from dspark_server.speculation.cost_model import CostModel
 
 Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
@@ -100,18 +100,20 @@ class StepCost:
     prefill: float = 0.0  # seconds that the step takes in addition, for prompts
 
     @classmethod
-    def of(cls, capacity: Capacity, load: Load, requests: int, slots: int | None = None) -> "StepCost":
+    def of(cls, cost_model: CostModel, load: Load, requests: int, slots: int | None = None) -> "StepCost":
         """The cost of a step in which the drafter drafts for `requests` requests.
 
         `slots` is the largest number of draft tokens that the blocks could have, known before the draft: costs are then
         on the convex minorant of the measured curve up to there. None: on the measured curve itself.
         """
-        raw, most = capacity.raw, len(capacity.raw) - 1
+        raw, most = cost_model.raw, len(cost_model.raw) - 1
         tokens = min(load.tokens, most)
         prefill = 0.0 if load.tokens == load.sampling else float(raw[tokens] - raw[min(load.sampling, most)])
-        fixed = capacity.draft(requests) + capacity.overhead + capacity.attention(load.context, load.pairs) - prefill
-        each = capacity.attention(0.0, load.per_draft)
-        table = raw[tokens:] if slots is None else capacity.convex(tokens, min(slots, load.room))
+        fixed = (
+            cost_model.draft(requests) + cost_model.overhead + cost_model.attention(load.context, load.pairs) - prefill
+        )
+        each = cost_model.attention(0.0, load.per_draft)
+        table = raw[tokens:] if slots is None else cost_model.convex(tokens, min(slots, load.room))
         return cls(table, fixed, each, prefill)
 
     def __call__(self, count: int) -> float:

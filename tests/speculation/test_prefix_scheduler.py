@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dspark_server.speculation.admission import Ranked, StepCost, admit, theta_by_count
-from tests.speculation.costs import capacity, early_stop, load
+from dspark_server.speculation.prefix_scheduler import Ranked, StepCost, admit, theta_by_count
+from tests.speculation.costs import cost_model, early_stop, load
 
 
 @given(
@@ -25,7 +25,7 @@ def test_causal_walks_along_the_ranking(
 ) -> None:
     """Ties, NaNs and bumps in the curve among them: the same tokens as the first so many of all ranked at once."""
     generator = np.random.default_rng(seed)
-    costs = capacity(np.sort(generator.random(120) + 0.5).tolist(), draft=0.1)
+    costs = cost_model(np.sort(generator.random(120) + 0.5).tolist(), draft=0.1)
     here, most = load(max(1, len(rows)), room), [limit for limit, _ in rows]
     survival = torch.tensor([block for _, block in rows]).view(len(rows), 7).cumprod(1)
     for slots in (sum(most), None):

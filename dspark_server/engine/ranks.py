@@ -27,8 +27,8 @@ from dspark_server.models.registry import load_config
 from dspark_server.runtime.backend import threads_in_use
 from dspark_server.runtime.batch import Run
 from dspark_server.runtime.device import Device
+from dspark_server.runtime.group import TorchGroup
 from dspark_server.runtime.paging import BlockTable
-from dspark_server.runtime.parallel import TorchGroup
 from dspark_server.speculation.draft_block import DraftBlock, DraftRequest
 from dspark_server.speculation.drafter import NoDrafter
 from dspark_server.speculation.noise import CounterStreams, Streams

@@ -48,11 +48,11 @@ class Profile:
         tables = {"verify": (self.tokens, self.verify), "draft": (self.requests, self.draft)}
         for name, (sizes, seconds) in tables.items():
             if len(sizes) != len(seconds) or any(a >= b for a, b in itertools.pairwise(sizes)):
-                raise ConfigError(f"The capacity profile's {name} table needs one time for each of rising sizes.")
+                raise ConfigError(f"The cost profile's {name} table needs one time for each of rising sizes.")
             if not all(0 < second < float("inf") for second in seconds):
-                raise ConfigError(f"The capacity profile's {name} times must be positive.")
+                raise ConfigError(f"The cost profile's {name} times must be positive.")
         if not self.tokens:
-            raise ConfigError("The capacity profile's verify table is empty.")
+            raise ConfigError("The cost profile's verify table is empty.")
 
     @classmethod
     def load(cls, path: Path) -> "Profile":
@@ -64,14 +64,14 @@ class Profile:
             }
             return cls(**values)
         except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise ConfigError(f"{path} is not a capacity profile: {error}") from None
+            raise ConfigError(f"{path} is not a cost profile: {error}") from None
 
     def save(self, path: Path) -> None:
         """Write it as JSON."""
         path.write_text(json.dumps(asdict(self), indent=1) + "\n")
 
 
-class Capacity:
+class CostModel:
     """The cost model that selection reads: the profile, corrected by the measured times of steps (`correction`).
 
     Tables are dense in B and R and never fall.
