@@ -6,6 +6,7 @@ from dspark_server.errors import ConfigError
 from dspark_server.settings import build, check, read_object, setting
 
 METHODS = ("auto", "dspark", "dflash", "eagle3", "mtp", "ngram", "none")
+ACCEPTANCE = ("block", "ratio")
 TAP_CONVENTIONS = ("auto", "inputs", "outputs")
 SELECTIONS = ("causal", "lagged", "fixed", "threshold", "none")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -45,6 +46,13 @@ class SpeculativeConfig:
         "(fixed), likely prefixes (threshold), nothing (none).",
         group="Speculation",
         choices=SELECTIONS,
+    )
+    acceptance: str = setting(
+        "block",
+        "The rule for sampled requests without a seed: joint over a draft block, which accepts more (block), or token "
+        "by token (ratio). Both are lossless.",
+        group="Speculation",
+        choices=ACCEPTANCE,
     )
     threshold: float = setting(
         0.5, "Survival that selection threshold asks for.", group="Speculation", minimum=0, maximum=1

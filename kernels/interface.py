@@ -300,6 +300,26 @@ class Kernels(Protocol):
         """
         ...
 
+    def accept_by_block(
+        self,
+        logits: Tensor,
+        start: Tensor,
+        lengths: Tensor,
+        tokens: Tensor,
+        inverse_temperature: Tensor,
+        q: Tensor | None,
+        row: Tensor,
+        names: Tensor | None,
+        coins: Tensor | None,
+        last: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`accept_by_ratio` under the block rule (Sun et al., arXiv 2403.10444; speculation/acceptance.py).
+
+        coins[i, k] is that of the node after draft token k + 1. A broken row ends its block: the nodes before it are
+        judged as if it had no more draft tokens.
+        """
+        ...
+
     def filter_logits(self, logits: Tensor, rows: Tensor, inverse_temperature: Tensor, filters: Filters) -> Tensor:
         """Rows of logits, with -inf where a filter removes a token.
 

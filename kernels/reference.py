@@ -246,12 +246,55 @@ class ReferenceKernels:
                         continue
                     left = (p - law).clamp(min=0)
                     p = left if left.sum() > 0 else p
-                edges = p.cumsum(0)
-                below = torch.nextafter(edges[-1], torch.zeros(()).double())
-                at = torch.minimum(last[i, slot] * edges[-1], below)
-                outcome = (slot, int(torch.searchsorted(edges, at, right=True)), False)
+                outcome = (slot, _drawn(p, last[i, slot]), False)
                 break
             outcomes.append(outcome)
+        count, token, failed = zip(*outcomes, strict=True)
+        return torch.tensor(count), torch.tensor(token), torch.tensor(failed)
+
+    def accept_by_block(
+        self,
+        logits: Tensor,
+        start: Tensor,
+        lengths: Tensor,
+        tokens: Tensor,
+        inverse_temperature: Tensor,
+        q: Tensor | None,
+        row: Tensor,
+        names: Tensor | None,
+        coins: Tensor | None,
+        last: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        outcomes = []
+        for i, length in enumerate(lengths.tolist()):
+            joint, kept, weights, broken = 1.0, 0, None, False
+            for slot in range(length + 1):
+                scores = logits[int(start[i]) + slot]
+                broken = not bool(scores.max().isfinite())
+                ends = broken or slot == length
+                p = torch.softmax(scores * inverse_temperature[i], -1).double()
+                left, rest = p, 1.0
+                law = torch.zeros_like(p)
+                if not ends:
+                    if q is None:
+                        law[tokens[i, slot]] = 1.0
+                    elif names is None:
+                        law += q[row[i], slot]
+                    else:
+                        law.index_add_(0, names[row[i], slot], q[row[i], slot].double())
+                    left = (joint * p - law).clamp(min=0)
+                    rest = float(left.sum())
+                chance = joint if ends else rest / (rest + 1 - joint) if rest + 1 - joint > 0 else 1.0
+                if slot == 0 or float(_given(coins)[i, slot - 1]) < chance:
+                    kept, weights = slot, None if broken else left if rest > 0 else p
+                if ends:
+                    break
+                drafted = tokens[i, slot]
+                joint = min(1.0, joint * float(p[drafted]) / float(law[drafted])) if law[drafted] > 0 else 1.0
+            if weights is None:  # a draft token with a broken row of its own ends the cycle; so does the anchor's
+                outcomes.append((kept - 1, int(tokens[i, kept - 1]), False) if kept else (0, -1, True))
+            else:
+                outcomes.append((kept, _drawn(weights, last[i, kept]), False))
         count, token, failed = zip(*outcomes, strict=True)
         return torch.tensor(count), torch.tensor(token), torch.tensor(failed)
 
@@ -316,6 +359,18 @@ def read_rows(cache: Tensor, slots: Tensor) -> Tensor:
 
 def _places(cache: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
     return slots.long() // cache.shape[1], slots.long() % cache.shape[1]
+
+
+def _given(coins: Tensor | None) -> Tensor:
+    assert coins is not None, "drafts need coins"
+    return coins
+
+
+def _drawn(weights: Tensor, at: Tensor) -> int:
+    """The column of weights [V] float64 whose cell holds `at` in [0, 1), by inverse CDF."""
+    edges = weights.cumsum(0)
+    below = torch.nextafter(edges[-1], torch.zeros(()).double())
+    return int(torch.searchsorted(edges, torch.minimum(at * edges[-1], below), right=True))
 
 
 def _weighted(weights: Tensor, values: Tensor, hidden: Tensor) -> Tensor:

@@ -45,6 +45,7 @@ ACCEPTANCE, SELECTION = "dspark_server/speculation/acceptance.py", "dspark_serve
 ADMISSION = "dspark_server/speculation/prefix_scheduler.py"
 TRITON, TRITON_TESTS = "kernels/triton/", "tests/kernels/test_triton_"
 DEVICE = "tests/engine/test_device_executor.py"
+BLOCK_RULE = "tests/speculation/test_losslessness.py::test_block_rule_has_the_targets_joint_law"
 CONFORMANCE = "tests/engine/test_conformance.py::test_fixture_is_reproduced"
 MONTE_CARLO = "tests/engine/test_monte_carlo.py::test_the_law_is_the_targets"
 
@@ -56,6 +57,25 @@ LOSSLESS = (
     _one("residual softmaxed instead of normalised", ACCEPTANCE,
          "return torch.where(left.sum(-1, keepdim=True) > 0, left, p)", "return torch.softmax(left, -1)",
          "tests/speculation/test_exact.py::test_the_joint_law_is_the_targets"),
+    _one("the block rule's residual is the ratio rule's", ACCEPTANCE,
+         "scaled = p * accepted[drawing[short]].to(p.dtype).unsqueeze(1)", "scaled = p", BLOCK_RULE),
+    _one("the block rule ends at the first node that fails", ACCEPTANCE,
+         "stood = rows[coins[rows, slot - 1] < chance]",
+         "stood = rows[(coins[rows, slot - 1] < chance) & (count[rows] == slot - 1)]", BLOCK_RULE),
+    _one("every node of the block rule is judged like the last", ACCEPTANCE,
+         "chance[further] = torch.where(rest > 0, left / rest, 1.0)", "pass", BLOCK_RULE),
+    _one("what the block rule carries on is not capped", ACCEPTANCE,
+         "(joint[more] * gained).clamp(max=1).nan_to_num(nan=0.0)", "(joint[more] * gained).nan_to_num(nan=0.0)",
+         BLOCK_RULE),
+    _one("a broken row does not end its block", ACCEPTANCE,
+         "ends[rows[broken[rows]]] = slot", "pass",
+         "tests/speculation/test_nan.py::test_requests_fail_where_plain_decoding_does"),
+    _one("the native block rule's residual is the ratio rule's", "kernels/cpu/accept.c",
+         "kept_total, (float)kept_joint, request, kept)", "kept_total, 1, request, kept)",
+         "tests/kernels/test_accept.py::test_outcomes_are_those_of_the_plain_loop"),
+    _one("Triton's block rule's residual is the ratio rule's", "kernels/triton/accept.py",
+         "        rest *= share\n", "",
+         "tests/kernels/test_triton_drafting.py::test_outcomes_are_those_of_the_plain_loop"),
     _one("target filters left out of p", ACCEPTANCE, "p = distribution(mine.logits[mine.start[active] + slot], here)",
          "p = torch.softmax(mine.logits[mine.start[active] + slot], -1)",
          "tests/speculation/test_losslessness.py::test_ratio_rule_has_the_targets_joint_law"),

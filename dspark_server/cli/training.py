@@ -115,6 +115,7 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(help="Prompts of each file.")] = None,
     shortlist: Annotated[int | None, typer.Option(help="Candidates of a draft position; default: all.")] = None,
     copying: Annotated[bool, typer.Option(help="Let drafts copy from the context too, as served.")] = True,
+    acceptance: Annotated[str, typer.Option(help="Rule for sampled requests: block or ratio.")] = "block",
     baseline: Annotated[bool, typer.Option(help="Measure speed too: as served, and without the drafter.")] = True,
     raw: Annotated[bool, typer.Option(help="Prompts as they stand, without the chat template.")] = False,
     plots: Annotated[Path | None, typer.Option(help="Directory for the plots.")] = None,
@@ -132,7 +133,9 @@ def evaluate(
         from dspark_server.evaluation.evaluate import EvalConfig, show
         from dspark_server.evaluation.evaluate import evaluate as run
 
-        speculative = SpeculativeConfig("dspark", drafter, selection=selection, shortlist=shortlist, copying=copying)
+        speculative = SpeculativeConfig(
+            "auto", drafter, selection=selection, shortlist=shortlist, copying=copying, acceptance=acceptance
+        )
         result = run(
             EvalConfig(prompts, model, speculative, temperature, max_tokens, concurrency, limit, baseline, raw, plots)
         )

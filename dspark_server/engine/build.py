@@ -88,15 +88,15 @@ def build_executor(
         raise ConfigError(
             "flash-attn does not serve layers that see a window beside layers that see all: --attention-backend triton."
         )
-    device = place.device
+    device, jointly = place.device, config.speculative.acceptance == "block"
 
     def over(num_blocks: int) -> TorchExecutor | DeviceExecutor:
         pool = KVPool(num_blocks, layout, place.stored, device)
         if device is None:
-            return TorchExecutor(target, drafter, pool, place.kernels)
+            return TorchExecutor(target, drafter, pool, place.kernels, jointly=jointly)
         sizes = () if config.enforce_eager else config.cuda_graph_sizes or default_sizes(config.max_num_batched_tokens)
         most = {"max_tokens": config.max_num_batched_tokens, "max_requests": config.max_num_seqs}
-        return DeviceExecutor(target, drafter, pool, device, place.kernels, sizes=sizes, **most)
+        return DeviceExecutor(target, drafter, pool, device, place.kernels, sizes=sizes, jointly=jointly, **most)
 
     if config.num_blocks:
         fitting = config.num_blocks

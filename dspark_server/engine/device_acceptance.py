@@ -22,10 +22,14 @@ I64, F32, F64, BOOL = torch.int64, torch.float32, torch.float64, torch.bool
 
 
 class DeviceAcceptance:
-    """Runs acceptance for passes of up to `most` requests whose blocks have up to `widest` tokens."""
+    """Runs acceptance for passes of up to `most` requests whose blocks have up to `widest` tokens.
 
-    def __init__(self, device: Device, kernels: Kernels, most: int, widest: int) -> None:
+    `jointly` as in `acceptance.accept`.
+    """
+
+    def __init__(self, device: Device, kernels: Kernels, most: int, widest: int, *, jointly: bool) -> None:
         self._device = device
+        self._jointly = jointly
         self._kernels = kernels
         self.staging = Staging(
             device,
@@ -64,7 +68,8 @@ class DeviceAcceptance:
             where = self._device.where
             if block is not None:
                 block = replace(block, tokens=block.tokens.to(where))
-            outcome = accept(logits, row_start, block, rows, sampling.to(where), streams, self._kernels)
+            there = sampling.to(where)
+            outcome = accept(logits, row_start, block, rows, there, streams, self._kernels, jointly=self._jointly)
         *landed, beside = self._device.fetch([outcome.count, outcome.token, outcome.failed, beside])
         return Accepted(*landed), beside
 
@@ -86,7 +91,8 @@ class DeviceAcceptance:
         """
         noise = self._stage(Noise.of(sampling, streams, block.tokens.shape[1]), {"run": sampled}, len(sampled))
         run = self.staging.there["run"][: len(sampled)]
-        return accept_at_once(logits, row_start[run], drafted[run], block, row[run], noise, self._kernels)
+        mine = (logits, row_start[run], drafted[run], block, row[run])
+        return accept_at_once(*mine, noise, self._kernels, jointly=self._jointly)
 
     def _at_once(
         self,
@@ -110,7 +116,8 @@ class DeviceAcceptance:
         noise = self._stage(Noise.of(sampling, streams, width), values, count)
         there = {name: field[:count] for name, field in self.staging.there.items()}
         block = replace(block, tokens=self.staging.there["tokens"][:, :width])
-        return accept_at_once(logits, there["start"], there["lengths"], block, there["row"], noise, self._kernels)
+        mine = (logits, there["start"], there["lengths"], block, there["row"])
+        return accept_at_once(*mine, noise, self._kernels, jointly=self._jointly)
 
     def _stage(self, noise: Noise, values: Mapping[str, Tensor | Sequence[int]], requests: int) -> Noise:
         """Upload the fields in use; gives the noise on the device."""

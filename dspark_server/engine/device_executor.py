@@ -47,8 +47,8 @@ I64, F32 = torch.int64, torch.float32
 class DeviceExecutor:
     """Target and drafter on `device`; implements `Executor` as the module describes.
 
-    `sizes` are the token counts that get CUDA graphs; none: everything runs eagerly. The buffers serve one step at a
-    time: a cycle ends before the next one begins.
+    `sizes` are the token counts that get CUDA graphs; none: everything runs eagerly. `jointly` as in `accept`. The
+    buffers serve one step at a time: a cycle ends before the next one begins.
     """
 
     def __init__(
@@ -62,6 +62,7 @@ class DeviceExecutor:
         max_tokens: int,
         max_requests: int,
         sizes: Sequence[int],
+        jointly: bool = True,
     ) -> None:
         self.gamma = drafter.gamma
         self.block = drafter.block
@@ -93,7 +94,7 @@ class DeviceExecutor:
                 **tables,
             },
         )
-        self.acceptance = DeviceAcceptance(device, kernels, most, max(1, self.gamma))
+        self.acceptance = DeviceAcceptance(device, kernels, most, max(1, self.gamma), jointly=jointly)
 
     def cycle(self, runs: list[Run], streams: Streams, clock: Clock) -> "DeviceCycle":
         return DeviceCycle(self, runs, streams)

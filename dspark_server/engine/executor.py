@@ -89,15 +89,21 @@ class Executor(Protocol):
 
 
 class TorchExecutor:
-    """Target and drafter over one paged KV pool; its owner 0 is the target, owner 1 the drafter."""
+    """Target and drafter over one paged KV pool; its owner 0 is the target, owner 1 the drafter.
 
-    def __init__(self, target: Decoder, drafter: Drafter, pool: KVPool, kernels: Kernels | None = None) -> None:
+    `jointly` as in `acceptance.accept`.
+    """
+
+    def __init__(
+        self, target: Decoder, drafter: Drafter, pool: KVPool, kernels: Kernels | None = None, *, jointly: bool = True
+    ) -> None:
         self.gamma = drafter.gamma
         self.block = drafter.block
         self.target = target
         self.drafter = drafter
         self.pool = pool
         self.kernels = kernels
+        self.jointly = jointly
 
     def cycle(self, runs: list[Run], streams: Streams, clock: Clock) -> "TorchCycle":
         return TorchCycle(self, runs, streams, clock)
@@ -147,7 +153,10 @@ class TorchCycle:
         rows: Sequence[int],
         sampling: SamplingBatch,
     ) -> Accepted:
-        return accept(logits, row_start, block, rows, sampling, self._streams, self._executor.kernels)
+        executor = self._executor
+        return accept(
+            logits, row_start, block, rows, sampling, self._streams, executor.kernels, jointly=executor.jointly
+        )
 
     def finite_rows(self) -> list[int]:
         return leading(are_finite(self._last), self._runs)

@@ -4,10 +4,22 @@ Shapes: R requests in the pass, Rd requests that drafted, γ slots of a draft, V
 brings ℓ_r draft tokens, 0 <= ℓ_r <= γ, and owns ℓ_r + 1 rows: the row of its anchor verifies draft token 1, the row of
 draft token k verifies token k + 1, and the last one gives the bonus token.
 
-Both rules give the target's distribution exactly; they may not be mixed, nor share noise (DSPARK.md, "Losslessness"):
+All rules give the target's distribution exactly; they may not be mixed, nor share noise (DSPARK.md, "Losslessness"):
 
 - ratio: accept x with probability min(1, p(x)/q(x)); after the first rejection draw from norm(max(p - q, 0)).
+- block, for the same requests, accepts no fewer (Sun et al., arXiv 2403.10444): with P_0 = 1 and P_i = min(P_{i-1}
+  p(x_i)/q(x_i), 1), a coin at every i <= l falls below h_l = P_l, or below h_i = Z_i / (Z_i + 1 - P_i) where Z_i is
+  sum_v max(P_i p(v | x_<=i) - q(v | x_<=i), 0); the greatest i whose coin falls below is accepted, else 0. Then the
+  token comes from p if i = l, else from norm(max(P_i p - q, 0)).
 - coupled (and greedy): the target draws its own token y from p with the noise of the draft; accept x iff x = y.
+
+Why block is lossless, also where l differs from prefix to prefix, as long as a block goes on from x_<=i by x_<=i and
+other requests alone (l is a stopping time): let A_i be the probability that at least i tokens are accepted, given
+x_<=i and that the block has them. By induction from the end A_i = P_i. At i = l it is h_l. At i < l at least i are
+accepted if a later node is, of expectation sum_v q(v) P_{i+1}(v) = sum_v min(P_i p(v), q(v)) = P_i - Z_i, or else by
+the coin at i: P_i - Z_i + (1 - P_i + Z_i) h_i = P_i. So x_<=i is committed with q(x_<=i) P_i, and v after exactly i of
+them with q(x_<=i) (1 - P_i + Z_i) h_i max(P_i p(v) - q(v), 0) / Z_i = q(x_<=i) max(P_i p(v) - q(v), 0). With v as the
+draft's own token, q(x_<=i) min(P_i p(v), q(v)), that makes q(x_<=i) P_i p(v): p's share.
 """
 
 from collections.abc import Callable, Sequence
@@ -71,13 +83,15 @@ def accept(
     sampling: SamplingBatch,
     streams: Streams,
     kernels: Kernels | None = None,
+    *,
+    jointly: bool = False,
 ) -> Accepted:
     """Accept or reject the drafts of a pass, and draw the token that ends each request's cycle.
 
     logits [N, V], float32 (float64 is computed in float64); row_start, R + 1 numbers: rows row_start[r] up to
     row_start[r + 1] belong to request r, ℓ_r + 1 of them; rows [R]: its row of `draft`, -1 if it did not draft;
     sampling: R rows. ℓ_r = 0 is plain sampling, and `draft` may be None if all are 0. `kernels`, if given, compute
-    maxima, and the ratio rule except for rows with controls.
+    maxima, and the ratio rule except for rows with controls. `jointly`: the block rule takes the ratio rule's place.
     """
     device = logits.device
     row = torch.as_tensor(rows, dtype=torch.int64).to(device)
@@ -98,7 +112,7 @@ def accept(
         elif rule is Rule.COUPLED:
             done = _accept_coupled(mine, streams)
         else:
-            done = _accept_by_ratio(mine, draft, streams, kernels)
+            done = _accept_sampled(mine, draft, streams, kernels, jointly)
         if indices is None:
             return done
         result.count[indices], result.token[indices], result.failed[indices] = done.count, done.token, done.failed
@@ -174,7 +188,15 @@ class Noise:
 
 
 def accept_at_once(
-    logits: Tensor, start: Tensor, lengths: Tensor, draft: DraftBlock, row: Tensor, noise: Noise, kernels: Kernels
+    logits: Tensor,
+    start: Tensor,
+    lengths: Tensor,
+    draft: DraftBlock,
+    row: Tensor,
+    noise: Noise,
+    kernels: Kernels,
+    *,
+    jointly: bool,
 ) -> Accepted:
     """`accept` for batches that are `SamplingBatch.at_once`, without reading anything on the host.
 
@@ -196,7 +218,8 @@ def accept_at_once(
     # The kernel runs over all requests, and its results for greedy ones are not used: they bring no draft to it, and
     # theirs may have rows and slots beyond the end of q (`DraftBlock`).
     row = row.clamp(min=0) if draft.q is None else row.clamp(0, len(draft.q) - 1)
-    count, drawn, failed = kernels.accept_by_ratio(
+    call = kernels.accept_by_block if jointly else kernels.accept_by_ratio
+    count, drawn, failed = call(
         logits,
         start,
         lengths if noise.greedy is None else lengths.masked_fill(noise.greedy, 0),
@@ -229,8 +252,10 @@ def _accept_coupled(mine: _Pass, streams: Streams) -> Accepted:
     return _walk(mine, judge)
 
 
-def _accept_by_ratio(mine: _Pass, draft: DraftBlock, streams: Streams, kernels: Kernels | None) -> Accepted:
-    """Accept x with probability min(1, p(x)/q(x)), else draw from the residual; after the last draft token, from p."""
+def _accept_sampled(
+    mine: _Pass, draft: DraftBlock, streams: Streams, kernels: Kernels | None, jointly: bool
+) -> Accepted:
+    """The ratio rule, or the block rule if `jointly`."""
     width = mine.tokens.shape[1]
     offsets = torch.arange(width + 1, device=mine.start.device)
     coins = streams.uniform(Purpose.COIN, mine.sampling, offsets[:-1]) if width else None
@@ -239,11 +264,86 @@ def _accept_by_ratio(mine: _Pass, draft: DraftBlock, streams: Streams, kernels: 
         scale, logits, start = 1 / mine.sampling.temperature, mine.logits, mine.start
         if mine.sampling.filtered:
             logits, start = _filtered(mine, scale, kernels)
+        call = kernels.accept_by_block if jointly else kernels.accept_by_ratio
         return Accepted(
-            *kernels.accept_by_ratio(
-                logits, start, mine.lengths, mine.tokens, scale, draft.q, mine.row, draft.columns, coins, last
-            )
+            *call(logits, start, mine.lengths, mine.tokens, scale, draft.q, mine.row, draft.columns, coins, last)
         )
+    return (_accept_by_block if jointly else _accept_by_ratio)(mine, draft, coins, last)
+
+
+def _accept_by_block(mine: _Pass, draft: DraftBlock, coins: Tensor | None, last: Tensor) -> Accepted:
+    """The block rule. Every row of a block is read: a later node may be accepted where an earlier one is not.
+
+    A row that is broken ends its block: the nodes before it are judged as if it had no more draft tokens.
+    """
+    joint = torch.ones_like(last[:, 0])  # P_i of the node reached
+    accepted = joint.clone()  # and of the one accepted
+    count, ends = torch.zeros_like(mine.lengths), mine.lengths.clone()
+    broken = torch.zeros_like(mine.lengths, dtype=torch.bool)
+    for slot in range(mine.tokens.shape[1] + 1):
+        rows = (slot <= ends).nonzero().squeeze(1)
+        p = distribution(
+            mine.logits[mine.start[rows] + slot], mine.sampling.select(rows, slot, _before(mine, rows, slot))
+        )
+        broken[rows] = p[:, 0].isnan()  # `distribution` turns a broken row into NaN throughout
+        ends[rows[broken[rows]]] = slot
+        further = (slot < ends[rows]).nonzero().squeeze(1)
+        chance = joint[rows]  # h_i: at the end P_i
+        more, p = rows[further], p[further]
+        if slot and len(more):
+            left = (joint[more] - _overlap(draft, mine, more, slot, p, joint[more])).clamp(min=0)
+            rest = left + (1 - joint[more])
+            chance[further] = torch.where(rest > 0, left / rest, 1.0)
+        if slot and coins is not None:
+            stood = rows[coins[rows, slot - 1] < chance]
+            count[stood], accepted[stood] = slot, joint[stood]
+        if len(more):
+            x = mine.tokens[more, slot]
+            gained = p.gather(1, x.unsqueeze(1)).squeeze(1).double() / draft.q_of(mine.row[more], slot, x)
+            joint[more] = (joint[more] * gained).clamp(max=1).nan_to_num(nan=0.0)
+    token = torch.full_like(count, -1)
+    broken &= count == ends
+    drawing = (~broken).nonzero().squeeze(1)
+    if len(drawing):
+        slots = count[drawing]
+        here = mine.sampling.select(drawing, slots, _before(mine, drawing, slots))
+        weights = distribution(mine.logits[mine.start[drawing] + slots], here)
+        short = (slots < ends[drawing]).nonzero().squeeze(1)
+        if len(short):
+            which, at = mine.row[drawing[short]], slots[short]
+            q = None if draft.q is None else draft.q[which, at]
+            columns = None if draft.columns is None else draft.columns[which, at]
+            p = weights[short]
+            scaled = p * accepted[drawing[short]].to(p.dtype).unsqueeze(1)
+            weights[short] = residual(scaled, q, draft.tokens[which, at], columns)
+        token[drawing] = draw(weights, last[drawing, slots])
+    return _outcome(count, token, broken, mine.tokens)
+
+
+def _before(mine: _Pass, rows: Tensor, slots: Tensor | int) -> Callable[[], list[list[int]]]:
+    """Function that gives the first slots[i] draft tokens of each of `rows` [n]."""
+
+    def prefixes() -> list[list[int]]:
+        each = torch.as_tensor(slots).expand(len(rows)).tolist()
+        return [tokens[:slot] for tokens, slot in zip(mine.tokens[rows].tolist(), each, strict=True)]
+
+    return prefixes
+
+
+def _overlap(draft: DraftBlock, mine: _Pass, rows: Tensor, slot: int, p: Tensor, joint: Tensor) -> Tensor:
+    """sum_v min(P p(v), q(v)) [n] float64, of q [C] at a slot of `rows` [n], p [n, V] and P [n]."""
+    scaled = p.double() * joint.unsqueeze(1)
+    which = mine.row[rows]
+    if draft.q is None:
+        return scaled.gather(1, draft.tokens[which, slot].unsqueeze(1)).squeeze(1).clamp(max=1)
+    if draft.columns is not None:
+        scaled = scaled.gather(1, draft.columns[which, slot])
+    return scaled.minimum(draft.q[which, slot].double()).sum(1)
+
+
+def _accept_by_ratio(mine: _Pass, draft: DraftBlock, coins: Tensor | None, last: Tensor) -> Accepted:
+    """Accept x with probability min(1, p(x)/q(x)), else draw from the residual; after the last draft token, from p."""
+    width = mine.tokens.shape[1]
 
     def judge(slot: int, active: Tensor, p: Tensor, here: SamplingBatch) -> tuple[Tensor, Tensor]:
         accepted = torch.zeros_like(active, dtype=torch.bool)

@@ -31,7 +31,7 @@ _SIGNATURES = {
     "dspark_linear": [c_void_p] * 4 + [c_long] * 4 + [c_int, c_int],
     "dspark_draft_loss": [c_void_p] * 9 + [c_long] * 2 + [c_int] * 3,
     "dspark_sequential_head": [c_void_p] * 22 + [c_long] * 4 + [c_int],
-    "dspark_accept_by_ratio": [c_void_p] * 13 + [c_long] * 8 + [c_int],
+    "dspark_accept": [c_void_p] * 13 + [c_long] * 8 + [c_int, c_int],
     "dspark_filter_logits": [c_void_p] * 7 + [c_long] * 2 + [c_int],
     "dspark_experts": [c_void_p, c_long] + [c_void_p] * 5 + [c_long] * 5 + [c_void_p] * 3 + [c_int],
     "dspark_pack_linear": [c_void_p] * 2 + [c_long] * 2 + [c_int],
@@ -154,7 +154,7 @@ class NativeKernels:
         self._experts = native.dspark_experts
         self._draft_loss = native.dspark_draft_loss
         self._decoder_layer = native.dspark_decoder_layer
-        self._accept_by_ratio = native.dspark_accept_by_ratio
+        self._accept = native.dspark_accept
         self._filter_logits = native.dspark_filter_logits
         self._sequential_head = native.dspark_sequential_head
 
@@ -370,18 +370,52 @@ class NativeKernels:
         coins: Tensor | None,
         last: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        drafts = (lengths, tokens, inverse_temperature, q, row, names)
+        return self._accepted(logits, start, *drafts, coins, last, jointly=False)
+
+    def accept_by_block(
+        self,
+        logits: Tensor,
+        start: Tensor,
+        lengths: Tensor,
+        tokens: Tensor,
+        inverse_temperature: Tensor,
+        q: Tensor | None,
+        row: Tensor,
+        names: Tensor | None,
+        coins: Tensor | None,
+        last: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        drafts = (lengths, tokens, inverse_temperature, q, row, names)
+        return self._accepted(logits, start, *drafts, coins, last, jointly=True)
+
+    def _accepted(
+        self,
+        logits: Tensor,
+        start: Tensor,
+        lengths: Tensor,
+        tokens: Tensor,
+        inverse_temperature: Tensor,
+        q: Tensor | None,
+        row: Tensor,
+        names: Tensor | None,
+        coins: Tensor | None,
+        last: Tensor,
+        *,
+        jointly: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         requests, width = tokens.shape
         tokens = tokens.contiguous()
         count, token = empty(requests, dtype=torch.int64), empty(requests, dtype=torch.int64)
         failed = empty(requests, dtype=torch.bool)
         slots, columns = (0, 0) if q is None else q.shape[1:]
-        self._accept_by_ratio(
+        self._accept(
             logits.data_ptr(), start.data_ptr(), lengths.data_ptr(), tokens.data_ptr(),
             inverse_temperature.data_ptr(), None if q is None else q.data_ptr(), row.data_ptr(),
             None if names is None else names.data_ptr(), None if coins is None else coins.data_ptr(), last.data_ptr(),
             count.data_ptr(), token.data_ptr(), failed.data_ptr(), requests, logits.shape[1], width, slots, columns,
             0 if names is None else names.stride(0), 0 if names is None else names.stride(1),
-            0 if coins is None else coins.stride(0), self.count(),
+            0 if coins is None else coins.stride(0), jointly, self.count(),
         )  # fmt: skip
         return count, token, failed
 

@@ -192,6 +192,28 @@ class TritonKernels:
             launch.run()
         return count, token, failed
 
+    def accept_by_block(
+        self,
+        logits: Tensor,
+        start: Tensor,
+        lengths: Tensor,
+        tokens: Tensor,
+        inverse_temperature: Tensor,
+        q: Tensor | None,
+        row: Tensor,
+        names: Tensor | None,
+        coins: Tensor | None,
+        last: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        count, token = empty_like(start), empty_like(start)
+        failed = empty(start.shape, dtype=torch.bool, device=start.device)
+        for launch in accept.launches(
+            logits, start, lengths, tokens.contiguous(), inverse_temperature, q, row, names, coins, last, count, token,
+            failed, jointly=True,
+        ):  # fmt: skip
+            launch.run()
+        return count, token, failed
+
     def filter_logits(self, logits: Tensor, rows: Tensor, inverse_temperature: Tensor, filters: Filters) -> Tensor:
         out = empty((len(rows), logits.shape[1]), dtype=logits.dtype, device=logits.device)
         filter.launch(logits, rows, inverse_temperature, filters, out).run()

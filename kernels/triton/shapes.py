@@ -204,14 +204,18 @@ def _acceptance(model: Model, law: str) -> Iterator[Case]:
     names = _empty(torch.int64, requests, width, columns) if law == "named" else None
     coins, last = _empty(torch.float64, requests, width), _empty(torch.float64, requests, width + 1)
     logits = _empty(torch.float32, requests * (width + 1), model.vocabulary)
-    for launch in accept.launches(
-        logits, whole, whole, _empty(torch.int64, requests, width), _empty(torch.float32, requests), q, whole, names,
-        coins, last, whole, whole, _empty(torch.bool, requests),
-    ):  # fmt: skip
-        depends = launch.kernel in (accept.decide, accept.remainder)
-        if depends or law != "greedy":
-            name = launch.kernel.__name__
-            yield Case("accept_by_ratio", f"{name}, {law} law" if depends else name, launch)
+    seen = set()
+    for family in ("accept_by_ratio", "accept_by_block"):
+        for launch in accept.launches(
+            logits, whole, whole, _empty(torch.int64, requests, width), _empty(torch.float32, requests), q, whole,
+            names, coins, last, whole, whole, _empty(torch.bool, requests), family == "accept_by_block",
+        ):  # fmt: skip
+            depends = launch.kernel in (accept.decide, accept.joints, accept.overlaps, accept.remainder)
+            alike = launch.kernel in seen and launch.kernel is not accept.remainder
+            if (depends or law != "greedy") and not alike:
+                name = launch.kernel.__name__
+                yield Case(family, f"{name}, {law} law" if depends else name, launch)
+            seen.add(launch.kernel)
 
 
 def _empty(dtype: torch.dtype, *shape: int) -> Tensor:

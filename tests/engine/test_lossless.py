@@ -229,6 +229,6 @@ def test_room_is_kept_for_what_the_drafter_drafts_not_for_the_longest_copy() -> 
 
     core = tiny_core(max_num_batched_tokens=8 + 8 * 7, max_num_seqs=8, num_blocks=600)
     core.loop._trace = look
-    core.generate(prompts(8), SamplingParams(max_tokens=30, temperature=1.0, ignore_eos=True))
+    core.generate(prompts(8), SamplingParams(max_tokens=60, temperature=1.0, ignore_eos=True))
     assert len(drafting) > 5
     assert set(drafting) == {8}

@@ -142,9 +142,10 @@ def load(
     selection: str,
     trace: Callable[[StepTrace], None] | None = None,
     dtype: str = "float32",
+    rule: str = "block",
 ) -> EngineCore:
     target, draft = map(str, pair)
-    speculative = SpeculativeConfig(method="dspark", model=draft, selection=selection)
+    speculative = SpeculativeConfig(method="dspark", model=draft, selection=selection, acceptance=rule)
     config = EngineConfig(
         model=target,
         dtype=dtype,
@@ -165,6 +166,7 @@ def run(
     dtype: str = "float32",
     ruled: bool = False,
     count: int = ANSWERS,
+    rule: str = "block",
 ) -> tuple[EngineCore, list[Answer], Counter[str]]:
     """Unseeded answers to one prompt, some forty at a time, beside a greedy request in a hundred and two with a seed.
 
@@ -186,7 +188,7 @@ def run(
             seen["favoured"] += int(step.block.copies.on.sum()) if step.block.copies else 0
             seen["alone"] += len(step.block.requests) - step.block.by_drafter
 
-    core = load(pair, selection, look, dtype)
+    core = load(pair, selection, look, dtype, rule)
     stop = frozenset() if forbidden is None else frozenset({forbidden})
     least = 0 if forbidden is None else FORBIDDEN
     own = SamplingParams(max_tokens=TOKENS, min_tokens=least, temperature=1.0, stop_token_ids=stop, ignore_eos=True)
@@ -209,20 +211,21 @@ def run(
 
 
 @pytest.mark.parametrize(
-    ("selection", "forbidden", "dtype", "ruled"),
+    ("selection", "forbidden", "dtype", "ruled", "rule"),
     [
-        ("causal", None, "float32", False),
-        ("lagged", None, "float32", False),
-        ("causal", 3, "float32", False),
-        ("causal", None, "bfloat16", False),
-        ("causal", None, "float32", True),
+        ("causal", None, "float32", False, "block"),
+        ("causal", None, "float32", False, "ratio"),
+        ("lagged", None, "float32", False, "block"),
+        ("causal", 3, "float32", False, "block"),
+        ("causal", None, "bfloat16", False, "block"),
+        ("causal", None, "float32", True, "block"),
     ],
 )
 def test_the_law_is_the_targets(
-    pair: tuple[Path, Path], selection: str, forbidden: int | None, dtype: str, ruled: bool
+    pair: tuple[Path, Path], selection: str, forbidden: int | None, dtype: str, ruled: bool, rule: str
 ) -> None:
     """In bfloat16, the drafts of steps in which nobody has a seed come from one native call."""
-    core, answers, seen = run(pair, selection, forbidden, dtype, ruled)
+    core, answers, seen = run(pair, selection, forbidden, dtype, ruled, rule=rule)
     assert len(answers) == ANSWERS
     statistic, freedom = chi_square(answers, exact_laws(core, answers, forbidden, ruled))
     assert statistic < critical(freedom)
@@ -246,7 +249,7 @@ def test_a_coin_shared_with_the_draft_is_seen(pair: tuple[Path, Path], monkeypat
         return honest(self, Purpose.DRAFT if purpose is Purpose.COIN else purpose, sampling, offsets)
 
     monkeypatch.setattr(CounterStreams, "uniform", shared)
-    core, answers, _ = run(pair, "fixed", count=500)
+    core, answers, _ = run(pair, "fixed", count=500, rule="ratio")
     statistic, freedom = chi_square(answers, exact_laws(core, answers))
     assert statistic > 4 / 3 * critical(freedom)  # a third of the answers: 4 times as much with all
 

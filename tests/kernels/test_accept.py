@@ -50,15 +50,19 @@ def case(seed: int, vocabulary: int, width: int, law: str, broken: bool) -> tupl
     width=st.integers(0, 4),
     law=st.sampled_from(["whole", "named", "expanded", "one-hot"]),
     broken=st.booleans(),
+    rule=st.sampled_from(["accept_by_ratio", "accept_by_block"]),
 )
-def test_outcomes_are_those_of_the_plain_loop(seed: int, vocabulary: int, width: int, law: str, broken: bool) -> None:
+def test_outcomes_are_those_of_the_plain_loop(
+    seed: int, vocabulary: int, width: int, law: str, broken: bool, rule: str
+) -> None:
     arguments = case(seed, vocabulary, width, law, broken)
-    for ours, plain in zip(NATIVE.accept_by_ratio(*arguments), REFERENCE.accept_by_ratio(*arguments), strict=True):
+    for ours, plain in zip(getattr(NATIVE, rule)(*arguments), getattr(REFERENCE, rule)(*arguments), strict=True):
         assert ours.tolist() == plain.tolist()
 
 
+@pytest.mark.parametrize("rule", ["accept_by_ratio", "accept_by_block"])
 @pytest.mark.parametrize("kernels", [NATIVE, REFERENCE], ids=["native", "reference"])
-def test_ends_of_the_unit_interval(kernels: object) -> None:
+def test_ends_of_the_unit_interval(kernels: object, rule: str) -> None:
     """A coin of 0 lets no impossible token through, and no draw falls on a token without mass."""
     law = torch.tensor([0.0, 0.25, 0.0, 0.75, 0.0])
     logits = law.log().repeat(4, 1)
@@ -66,7 +70,7 @@ def test_ends_of_the_unit_interval(kernels: object) -> None:
     q = torch.full((2, 1, 5), 0.2)
     coins = torch.zeros(2, 1, dtype=torch.float64)
     last = torch.tensor([[0.0, 0.0], [1 - 2.0**-53, 1 - 2.0**-53]], dtype=torch.float64)
-    count, token, failed = kernels.accept_by_ratio(  # type: ignore[attr-defined]
+    count, token, failed = getattr(kernels, rule)(
         logits, torch.tensor([0, 2]), torch.tensor([1, 1]), tokens, torch.ones(2), q, torch.arange(2), None, coins, last
     )
     assert count.tolist() == [0, 1]

@@ -91,26 +91,28 @@ def test_tokens_are_drawn_by_the_law_that_is_reported() -> None:
     test_draft_tokens.test_tokens_are_drawn_by_the_law_that_is_reported(TRITON)
 
 
-@settings(max_examples=16, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=24, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     seed=st.integers(0, 10_000),
     vocabulary=st.sampled_from([2, 17, 300]),
     width=st.integers(0, 3),
     law=st.sampled_from(["whole", "named", "expanded", "one-hot"]),
     broken=st.booleans(),
+    rule=st.sampled_from(["accept_by_ratio", "accept_by_block"]),
 )
 def test_outcomes_are_those_of_the_plain_loop(
-    seed: int, vocabulary: int, width: int, law: str, broken: bool, monkeypatch: pytest.MonkeyPatch
+    seed: int, vocabulary: int, width: int, law: str, broken: bool, rule: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(accept, "PART", 128)
     arguments = test_accept.case(seed, vocabulary, width, law, broken)
-    outcomes = TRITON.accept_by_ratio(*arguments), REFERENCE.accept_by_ratio(*arguments)  # type: ignore[arg-type]
+    outcomes = getattr(TRITON, rule)(*arguments), getattr(REFERENCE, rule)(*arguments)
     for ours, plain in zip(*outcomes, strict=True):
         assert ours.tolist() == plain.tolist()
 
 
-def test_ends_of_the_unit_interval() -> None:
-    test_accept.test_ends_of_the_unit_interval(TRITON)
+@pytest.mark.parametrize("rule", ["accept_by_ratio", "accept_by_block"])
+def test_ends_of_the_unit_interval(rule: str) -> None:
+    test_accept.test_ends_of_the_unit_interval(TRITON, rule)
 
 
 @pytest.mark.parametrize("named", [False, True])

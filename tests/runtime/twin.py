@@ -433,22 +433,8 @@ class TwinKernels(ReferenceKernels):
         coins: Tensor | None,
         last: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        width, where = tokens.shape[1], logits.device
-        slot = torch.arange(width + 1, device=where)
-        scores = logits[start.unsqueeze(1) + slot.minimum(lengths.unsqueeze(1))]  # [n, L + 1, V]
-        fine = scores.amax(-1).isfinite()
-        p = torch.softmax(scores * inverse_temperature[:, None, None], -1).double()
-        law = torch.zeros_like(p)
-        if width and q is None:
-            law[:, :-1].scatter_(2, tokens.unsqueeze(2), 1.0)
-        elif width and q is not None:
-            slots = slot[:-1].clamp(max=q.shape[1] - 1)
-            mine = q[row.unsqueeze(1), slots].double()
-            if names is None:
-                law[:, :-1] = mine
-            else:
-                law[:, :-1].scatter_add_(2, names[row.unsqueeze(1), slots], mine)
-        law = torch.where((slot < lengths.unsqueeze(1)).unsqueeze(2), law, 0.0)
+        fine, p, law = _laws(logits, start, lengths, tokens, inverse_temperature, q, row, names)
+        width, slot = tokens.shape[1], torch.arange(tokens.shape[1] + 1, device=logits.device)
         stands = slot[:-1] < lengths.unsqueeze(1)
         if width and coins is not None:
             at = tokens.unsqueeze(2)
@@ -463,3 +449,79 @@ class TwinKernels(ReferenceKernels):
         token = torch.searchsorted(edges, point, right=True).squeeze(1)
         failed = ~fine.gather(1, count.unsqueeze(1)).squeeze(1)
         return count.masked_fill(failed, 0), token.masked_fill(failed, -1), failed
+
+    @kernel
+    def accept_by_block(
+        self,
+        logits: Tensor,
+        start: Tensor,
+        lengths: Tensor,
+        tokens: Tensor,
+        inverse_temperature: Tensor,
+        q: Tensor | None,
+        row: Tensor,
+        names: Tensor | None,
+        coins: Tensor | None,
+        last: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        fine, p, law = _laws(logits, start, lengths, tokens, inverse_temperature, q, row, names)
+        width, slot = tokens.shape[1], torch.arange(tokens.shape[1] + 1, device=logits.device)
+        joint, reached = [torch.ones_like(last[:, 0])], [torch.ones_like(fine[:, 0])]
+        for k in range(width):
+            at = tokens[:, k : k + 1]
+            p_x, q_x = p[:, k].nan_to_num(0.0).gather(1, at).squeeze(1), law[:, k].gather(1, at).squeeze(1)
+            joint.append(torch.where(q_x > 0, joint[-1] * p_x / q_x, 1.0).clamp(max=1))
+            reached.append(reached[-1] & fine[:, k] & (k < lengths))
+        share, there = torch.stack(joint, 1), torch.stack(reached, 1)
+        left = (share.unsqueeze(2) * p.nan_to_num(0.0) - law).clamp(min=0)
+        rest = left.sum(2)
+        ends = ~fine | (slot >= lengths.unsqueeze(1))
+        bound = torch.where(rest + 1 - share > 0, rest / (rest + 1 - share), 1.0)
+        bound = torch.where(ends, share, bound)
+        stands = there[:, :1]
+        if width and coins is not None:
+            stands = torch.cat([stands, there[:, 1:] & (coins < bound[:, 1:])], 1)
+        count = torch.where(stands, slot[: stands.shape[1]], 0).amax(1)
+        pick = count[:, None, None].expand(-1, 1, p.shape[2])
+        own = p.nan_to_num(0.0).gather(1, pick).squeeze(1)
+        short = ~ends.gather(1, count.unsqueeze(1))
+        weights = torch.where(short & (rest.gather(1, count.unsqueeze(1)) > 0), left.gather(1, pick).squeeze(1), own)
+        edges = weights.cumsum(-1)
+        below = torch.nextafter(edges[:, -1], torch.zeros_like(edges[:, -1]))
+        point = torch.minimum(last.gather(1, count.unsqueeze(1)).squeeze(1) * edges[:, -1], below).unsqueeze(1)
+        token = torch.searchsorted(edges, point, right=True).squeeze(1)
+        broken = ~fine.gather(1, count.unsqueeze(1)).squeeze(1)
+        before = (count - 1).clamp(min=0)
+        if width:
+            token = torch.where(broken, tokens.gather(1, before.unsqueeze(1)).squeeze(1), token)
+        failed = broken & (count == 0)
+        return torch.where(broken, before, count), token.masked_fill(failed, -1), failed
+
+
+def _laws(
+    logits: Tensor,
+    start: Tensor,
+    lengths: Tensor,
+    tokens: Tensor,
+    inverse_temperature: Tensor,
+    q: Tensor | None,
+    row: Tensor,
+    names: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of rows [n, L + 1]: which are fine, p [., V] and q [., V], 0 behind a block's end; float64."""
+    width, where = tokens.shape[1], logits.device
+    slot = torch.arange(width + 1, device=where)
+    scores = logits[start.unsqueeze(1) + slot.minimum(lengths.unsqueeze(1))]
+    fine = scores.amax(-1).isfinite()
+    p = torch.softmax(scores * inverse_temperature[:, None, None], -1).double()
+    law = torch.zeros_like(p)
+    if width and q is None:
+        law[:, :-1].scatter_(2, tokens.unsqueeze(2), 1.0)
+    elif width and q is not None:
+        slots = slot[:-1].clamp(max=q.shape[1] - 1)
+        mine = q[row.unsqueeze(1), slots].double()
+        if names is None:
+            law[:, :-1] = mine
+        else:
+            law[:, :-1].scatter_add_(2, names[row.unsqueeze(1), slots], mine)
+    return fine, p, torch.where((slot < lengths.unsqueeze(1)).unsqueeze(2), law, 0.0)

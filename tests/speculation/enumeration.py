@@ -87,9 +87,12 @@ class RatioProblems:
     lengths: Tensor  # [n]
     weight: Tensor  # [n]: of the block, given the context
     q: Tensor | None  # [n, gamma, V]
+    jointly: bool = False  # by the block rule
 
     @classmethod
-    def of(cls, world: World, lengths: Lengths, claimed: Callable[[World, Tensor], Tensor]) -> "RatioProblems":
+    def of(
+        cls, world: World, lengths: Lengths, claimed: Callable[[World, Tensor], Tensor], *, jointly: bool = False
+    ) -> "RatioProblems":
         law, v = drafted_law(world), world.vocabulary
         blocks = torch.tensor(list(itertools.product(range(v), repeat=world.gamma)))
         states = torch.tensor([state for state in world.states if not world.is_broken(state)])
@@ -105,7 +108,7 @@ class RatioProblems:
             if world.draft_greedy and claimed is claimed_law
             else claimed(world, previous.reshape(-1)).view(*tokens.shape, v)
         )
-        return cls(world, states, tokens, size, weight, q)
+        return cls(world, states, tokens, size, weight, q, jointly)
 
     def run(self, rows: Tensor, coins: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
         """(accepted drafts, token) of production for problems `rows` [m] under coins [m, gamma] and residual uniforms
@@ -116,7 +119,8 @@ class RatioProblems:
         gamma = self.world.gamma
         streams = TableStreams({Purpose.COIN: coins, Purpose.RESIDUAL: last[:, None].expand(-1, gamma + 1)})
         draft = DraftBlock.of(self.tokens, self.q)
-        done = accept(logits, row_start, draft, rows, self.world.sampling(len(rows)), streams)
+        sampling = self.world.sampling(len(rows))
+        done = accept(logits, row_start, draft, rows, sampling, streams, jointly=self.jointly)
         assert not done.failed.any()
         drafted = tokens.gather(1, done.count.clamp(max=gamma - 1).unsqueeze(1)).squeeze(1)
         own_row = torch.tensor(row_start[:-1]) + (done.count + 1).clamp(max=lengths)
@@ -141,6 +145,34 @@ class RatioProblems:
         return edges(rejected, torch.zeros_like(slot), guess.reshape(-1)).view(n, gamma)
 
     @cached_property
+    def joint(self) -> Tensor:
+        """[n, gamma + 1]: P_i of the block rule, for guesses; NaN from a broken row on."""
+        p, q = (law.gather(2, self.tokens.unsqueeze(2)).squeeze(2) for law in (self.p[:, :-1], self.drafted_from))
+        found = [torch.ones(len(p), dtype=torch.float64)]
+        for ratio in (p / q).unbind(1):
+            found.append((found[-1] * ratio).clamp(max=1))
+        return torch.stack(found, 1)
+
+    def bounds(self) -> Tensor:
+        """[n, gamma]: h_i of the block rule, below which the coin of node i + 1 accepts it."""
+        n, gamma = self.tokens.shape
+        node = torch.arange(gamma).repeat(n)
+        rows = torch.arange(n).repeat_interleave(gamma)
+
+        def rejected(u: Tensor, place: Tensor) -> Tensor:
+            coins = torch.full((len(place), gamma), 1 - 2.0**-53, dtype=torch.float64)
+            coins[torch.arange(len(place)), node[place]] = u
+            return (self.run(rows[place], coins, torch.full_like(u, 0.5))[0] <= node[place]).long()
+
+        p, joint = self.p[:, 1:], self.joint[:, 1:]
+        ends = (torch.arange(1, gamma + 1) >= self.lengths.unsqueeze(1)) | p[:, :, 0].isnan()
+        following = torch.cat([self.drafted_from[:, 1:], torch.zeros(n, 1, p.shape[2])], 1)
+        left = (joint.unsqueeze(2) * p - following).clamp(min=0).sum(2)
+        chance = torch.where(ends, joint, torch.where(left + 1 - joint > 0, left / (left + 1 - joint), 1.0))
+        within = torch.arange(1, gamma + 1) <= self.lengths.unsqueeze(1)
+        return edges(rejected, torch.zeros_like(node), torch.where(within, chance, 0.0).reshape(-1)).view(n, gamma)
+
+    @cached_property
     def p(self) -> Tensor:
         """[n, gamma + 1, V]: the target's law along the block, for guesses."""
         whole = torch.full_like(self.lengths, self.world.gamma)
@@ -158,7 +190,8 @@ class RatioProblems:
         After one whose own row is broken, it is that draft token.
         """
         p, slot = self.p[rows, count], count.clamp(max=self.world.gamma - 1)
-        rest = (p - self.drafted_from[rows, slot]).clamp(min=0)
+        share = self.joint[rows, count].unsqueeze(1) if self.jointly else 1.0
+        rest = (share * p - self.drafted_from[rows, slot]).clamp(min=0)
         law = torch.where((count == self.lengths[rows]).unsqueeze(1), p, rest / rest.sum(1, keepdim=True))
         last = one_hot(self.tokens[rows, (count - 1).clamp(min=0)], self.world.vocabulary).double()
         return torch.where(p.isnan(), last, law)
@@ -180,14 +213,40 @@ def ratio_cycles(
         coin = torch.cat([chance[which, :count] / 2, (1 + chance[which, count:]) / 2], dim=1)
         rows.append(which), counts.append(torch.full_like(which, count))
         weights.append(weight[which]), coins.append(coin)
-    row, count, coin = torch.cat(rows), torch.cat(counts), torch.cat(coins)
+    return _cycles(problems, torch.cat(rows), torch.cat(counts), torch.cat(coins), torch.cat(weights))
+
+
+def block_cycles(
+    world: World, lengths: Lengths | None = None, claimed: Callable[[World, Tensor], Tensor] = claimed_law
+) -> dict[State, Law]:
+    """The same of the block rule: the last node whose coin falls below its bound decides."""
+    problems = RatioProblems.of(world, lengths or (lambda block: world.gamma), claimed, jointly=True)
+    bounds = problems.bounds()
+    rows, counts, weights, coins = [], [], [], []
+    for count in range(world.gamma + 1):
+        weight = problems.weight * (1 - bounds[:, count:]).prod(1)  # a bound of 0 behind the end of a block
+        if count:
+            weight = weight * bounds[:, count - 1]
+        which = ((weight > NEGLIGIBLE) & (count <= problems.lengths)).nonzero().squeeze(1)
+        coin = torch.full((len(which), world.gamma), 0.5, dtype=torch.float64)  # of earlier nodes: whatever they say
+        coin[:, count:] = (1 + bounds[which, count:]) / 2
+        if count:
+            coin[:, count - 1] = bounds[which, count - 1] / 2
+        rows.append(which), counts.append(torch.full_like(which, count))
+        weights.append(weight[which]), coins.append(coin)
+    return _cycles(problems, torch.cat(rows), torch.cat(counts), torch.cat(coins), torch.cat(weights))
+
+
+def _cycles(problems: RatioProblems, row: Tensor, count: Tensor, coin: Tensor, weight: Tensor) -> dict[State, Law]:
+    """What is committed after `count` tokens of problems `row`, under coins that give it, with its weights."""
+    world = problems.world
 
     def outcome(u: Tensor, end: Tensor) -> Tensor:
         got, token = problems.run(row[end], coin[end], u)
         assert torch.equal(got, count[end]), "a coin inside its cell gave another count"
         return token
 
-    law = cells(outcome, problems.guess(row, count)) * torch.cat(weights)[:, None]
+    law = cells(outcome, problems.guess(row, count)) * weight[:, None]
     cycles: dict[State, Law] = {state: {} for state in world.states if not world.is_broken(state)}
     for end, (problem, kept) in enumerate(zip(row.tolist(), count.tolist(), strict=True)):
         first, second = problems.states[problem].tolist()

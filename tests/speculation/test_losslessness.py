@@ -11,7 +11,7 @@ from dspark_server.speculation.draft_block import DraftBlock
 from dspark_server.speculation.law import sample
 from dspark_server.speculation.noise import CounterStreams
 from dspark_server.speculation.sampling import SamplingBatch
-from tests.speculation.enumeration import coupled_cycles, pair_cells, ratio_cycles
+from tests.speculation.enumeration import block_cycles, coupled_cycles, pair_cells, ratio_cycles
 from tests.speculation.support import World, joint, worlds, worst_distance
 
 WORLDS = worlds()
@@ -21,6 +21,11 @@ EXACT = 1e-12
 @pytest.mark.parametrize("name", WORLDS)
 def test_ratio_rule_has_the_targets_joint_law(name: str) -> None:
     assert worst_distance(WORLDS[name], ratio_cycles(WORLDS[name])) <= EXACT
+
+
+@pytest.mark.parametrize("name", WORLDS)
+def test_block_rule_has_the_targets_joint_law(name: str) -> None:
+    assert worst_distance(WORLDS[name], block_cycles(WORLDS[name])) <= EXACT
 
 
 @pytest.mark.parametrize("name", [name for name in WORLDS if name != "greedy-drafter"])
@@ -44,6 +49,7 @@ def test_non_anticipating_prefixes_keep_the_law(name: str) -> None:
     blocks = list(itertools.product(range(world.vocabulary), repeat=world.gamma))
     assert len({admitted(block) for block in blocks}) > 1
     assert worst_distance(world, ratio_cycles(world, admitted)) <= EXACT
+    assert worst_distance(world, block_cycles(world, admitted)) <= EXACT
     assert worst_distance(world, coupled_cycles(world, admits)) <= EXACT
 
 

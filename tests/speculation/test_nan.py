@@ -14,7 +14,7 @@ from dspark_server.speculation.draft_block import DraftBlock
 from dspark_server.speculation.heads import ConfidenceHead
 from dspark_server.speculation.prefix_scheduler import Load
 from tests.engine.support import greedy, on_cycles, prompts, seeded, tiny_core
-from tests.speculation.enumeration import ratio_cycles
+from tests.speculation.enumeration import block_cycles, ratio_cycles
 from tests.speculation.support import Joint, Law, State, distance, joint, worlds
 
 
@@ -134,12 +134,13 @@ def test_requests_fail_where_plain_decoding_does(name: str, broken: list[State])
     def plain(state: State) -> Law:
         return {(token,): share for token, share in enumerate(world.p(state)) if share > 0}
 
-    cycles, length, ours, its = ratio_cycles(world), world.gamma + 1, Joint(), Joint()
-    for state in cycles:
-        mine = joint(failing(cycles.__getitem__), state, length, ours)
-        assert distance(mine, joint(failing(plain), state, length, its)) < 1e-12
-    reached = any(FAILED in tokens for state in cycles for tokens in its[state, length])
-    assert reached or name == "disjoint-supports"  # whose contexts lead nowhere else
+    for cycles in (ratio_cycles(world), block_cycles(world)):
+        length, ours, its = world.gamma + 1, Joint(), Joint()
+        for state in cycles:
+            mine = joint(failing(cycles.__getitem__), state, length, ours)
+            assert distance(mine, joint(failing(plain), state, length, its)) < 1e-12
+        reached = any(FAILED in tokens for state in cycles for tokens in its[state, length])
+        assert reached or name == "disjoint-supports"  # whose contexts lead nowhere else
 
 
 def with_draft(core: EngineCore, slot: int, token: int) -> None:
