@@ -84,7 +84,7 @@ class StepObserver:
 
     def __init__(self, cost_model: CostModel | None, clock: Callable[[], float] = monotonic) -> None:
         self.picture: Picture | None = None
-        self._capacity = cost_model
+        self._cost_model = cost_model
         self._clock = clock
         self._drawn = -PICTURE_EVERY
         self._followed: dict[str, deque[Block]] = {}
@@ -149,7 +149,7 @@ class StepObserver:
     def _picture(self, trace: StepTrace, rows: list[Row], committed: int) -> Picture:
         block, load = trace.block, trace.load
         drafts = sum(block.lengths) if block else 0
-        theta, expected = self._theta(trace, block, drafts) if block and self._capacity else ([], None)
+        theta, expected = self._theta(trace, block, drafts) if block and self._cost_model else ([], None)
         return Picture(
             policy=trace.selection,
             tokens=load.tokens + drafts,
@@ -165,12 +165,12 @@ class StepObserver:
 
     def _theta(self, trace: StepTrace, block: DraftBlock, chosen: int) -> tuple[list[tuple[int, float]], float | None]:
         """Theta over B for this step's blocks, on the cost curve of its policy, and Theta of its choice."""
-        assert self._capacity is not None
+        assert self._cost_model is not None
         assert block.survival is not None
         ranked = Ranked.of(block.survival, block.limits)
         count = len(ranked.values)
         slots = None if trace.selection == "lagged" else block.slots
-        seconds = StepCost.of(self._capacity, trace.load, block.by_drafter, slots).upto(count)
+        seconds = StepCost.of(self._cost_model, trace.load, block.by_drafter, slots).upto(count)
         theta = theta_by_count(ranked.values, seconds, trace.load)
         points = np.unique(np.linspace(0, count, min(count + 1, MAX_POINTS)).round().astype(int))
         # The choice lies on this curve if the policy ranks all drafts together; near it for fixed and threshold.

@@ -7,6 +7,7 @@ the others are still to run. A request is *decoding* when only its last token, t
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
+from functools import cached_property
 from typing import Protocol
 
 from dspark_server.engine.blocks import PrefixKey, chain
@@ -14,6 +15,7 @@ from dspark_server.engine.logprobs import TokenLogprob
 from dspark_server.runtime.paging import BlockTable
 from dspark_server.speculation.controls import Control, Controls, Forbidden, Grammar, Penalties
 from dspark_server.speculation.copying import ContextIndex
+from dspark_server.speculation.estimates import Kind
 from dspark_server.speculation.history import SurvivalHistory
 
 
@@ -22,10 +24,10 @@ class SamplingParams:
     """Sampling parameters of one choice. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 are off.
 
     `max_tokens` 0 only runs the prompt. `seed` selects the coupled acceptance rule, whose tokens repeat; without it the
-    ratio rule runs (DSpark, step 8). Penalties, biases and masks are off at the values below; `bad_words` are token
-    sequences, `grammar` is compiled and shared by the choices of a request. `logprobs` and `prompt_logprobs`: number of
-    alternatives to report for each token; None: no log-probabilities. `max_draft_tokens` None: only the server's limit.
-    The lower `priority` goes first.
+    block or the ratio rule runs (DSpark, step 8). Penalties, biases and masks are off at the values below; `bad_words`
+    are token sequences, `grammar` is compiled and shared by the choices of a request. `logprobs` and `prompt_logprobs`:
+    number of alternatives to report for each token; None: no log-probabilities. `max_draft_tokens` None: only the
+    server's limit. The lower `priority` goes first.
     """
 
     max_tokens: int = 16
@@ -134,6 +136,11 @@ class Request:
     controls: Control | None = None  # notified of every committed token
     leader: "Request | None" = None  # an earlier choice for the same prompt, until its keys have been taken
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)  # as far as the prompt has been run
+
+    @cached_property
+    def kind(self) -> Kind:
+        """What its acceptance depends on besides its text, as a class."""
+        return Kind.of(self.params.temperature, isinstance(self.controls, Controls), self.grammar is not None)
 
     @property
     def max_length(self) -> int:

@@ -26,7 +26,7 @@ from dspark_server.speculation.copying import LONG_MATCH, Match
 from dspark_server.speculation.cost_model import CostModel
 from dspark_server.speculation.draft_block import DraftBlock, DraftRequest, Source
 from dspark_server.speculation.drafting import Candidate
-from dspark_server.speculation.history import SurvivalHistory
+from dspark_server.speculation.estimates import Correction, Estimates, corrected
 from dspark_server.speculation.noise import CounterStreams
 from dspark_server.speculation.prefix_scheduler import Load
 from dspark_server.speculation.sampling import GREEDY_BELOW, SamplingBatch
@@ -39,7 +39,6 @@ CONTRADICTION = (
     "follow."
 )
 FIRST_GUESS = 0.6  # assumed survival of a draft token before any was verified
-POPULATION_MEMORY = 0.995  # as history.MEMORY, for all requests together
 
 
 Acceptance = Callable[[Verification, DraftBlock | None, SamplingBatch], Accepted]
@@ -72,7 +71,7 @@ class StepLoop:
         self.stats.accepted_per_position = [0] * executor.gamma
         self.cost_model = cost_model
         self._selection = selection
-        self._everyone = SurvivalHistory(memory=POPULATION_MEMORY)
+        self._estimates = Estimates()
         self._max_draft_tokens = min(executor.gamma, max_draft_tokens or executor.gamma)
         self._block = min(self._max_draft_tokens, executor.block)
         self._copying = copying
@@ -162,12 +161,11 @@ class StepLoop:
         alone = {request for request, match in matches.items() if match and match.length >= LONG_MATCH}
         # The last token a request may commit is never a draft: one token always comes from the target.
         limits = [min(self._allowance(r, r in alone), r.remaining - 1) for r in candidates]
-        prior = self._everyone.rate(FIRST_GUESS)
         choice = self._selection.drafting(
             [
                 Candidate(limit, self._copied_rate(request, matches[request]), copies=True)
                 if request in alone
-                else Candidate(limit, request.history.rate(prior), request.history.probe_due)
+                else Candidate(limit, self._rate(request), request.history.probe_due)
                 for limit, request in zip(limits, candidates, strict=True)
             ],
             load,
@@ -203,7 +201,8 @@ class StepLoop:
         budget = None
         if count is not None:
             sampled = [entry.request for entry in plan.scheduled if entry.samples]
-            budget = Budget(count, self._recorded(requests), sampling_batch(sampled))
+            recorded = corrected(self._recorded(requests), list(map(self._correction, requests)))
+            budget = Budget(count, recorded, sampling_batch(sampled))
         try:
             failpoints.hit("step.draft")
             block = cycle.draft(asked, sampling_batch(requests[:backbone]), budget)
@@ -214,9 +213,14 @@ class StepLoop:
                     "drafting failed, for the %d. time; the step goes on without", self.stats.failed_drafts
                 )
             return None
-        survival = failpoints.passed("draft.survival", self._survival_of(block, requests))
+        stated = self._stated(block, requests)
+        own = [
+            None if each.source is Source.COPY else self._correction(request)
+            for each, request in zip(asked, requests, strict=True)
+        ]
+        survival = failpoints.passed("draft.survival", corrected(stated, own))
         lengths = self._selection.lengths(survival, block.limits, load, by_drafter=backbone, slots=block.slots)
-        return replace(block, survival=survival, lengths=block.lengths or lengths)
+        return replace(block, survival=survival, stated=stated, lengths=block.lengths or lengths)
 
     def _allowance(self, request: Request, alone: bool) -> int:
         """Maximum number of draft tokens in the request's block. `alone`: the block is only copied."""
@@ -249,7 +253,7 @@ class StepLoop:
         assert match is not None
         return self._copying.rate(match, request.copied)
 
-    def _survival_of(self, block: DraftBlock, requests: list[Request]) -> Tensor:
+    def _stated(self, block: DraftBlock, requests: list[Request]) -> Tensor:
         """Survival a_k [R, gamma]: from the confidence head, and from `_recorded` for rows without one."""
         if block.survival is not None and (block.has_confidence or not block.by_drafter):
             return block.survival
@@ -258,9 +262,16 @@ class StepLoop:
 
     def _recorded(self, requests: list[Request]) -> Tensor:
         """Survival a_k [R, gamma] estimated from the acceptance history of each request."""
-        prior = self._everyone.rate(FIRST_GUESS)
-        rates = torch.tensor([request.history.rate(prior) for request in requests])
+        rates = torch.tensor([self._rate(request) for request in requests])
         return rates.unsqueeze(1) ** torch.arange(1, self.executor.gamma + 1)
+
+    def _correction(self, request: Request) -> Correction:
+        """What outcomes have taught of estimates for requests like this one."""
+        return self._estimates.of(request.tenant, request.kind)
+
+    def _rate(self, request: Request) -> float:
+        """Expected survival of the request's next draft token, from its record and those of requests like it."""
+        return request.history.rate(self._correction(request).everyone.rate(FIRST_GUESS))
 
     def _verify(self, cycle: Cycle, plan: Plan, block: DraftBlock | None) -> Verification:
         """The one target pass: every run's committed tokens, then its draft prefix."""
@@ -297,9 +308,10 @@ class StepLoop:
         ended = {output.request for output in outputs if len(output.tokens) <= output.accepted}
         assert block.survival is not None
         known = (~block.survival[:, 0].isnan()).tolist() if block.has_confidence else [False] * len(block.lengths)
-        survival = block.survival.nan_to_num().tolist()
-        rows = zip(drafting(plan, block), block.requests, block.lengths, survival, known, strict=True)
-        for request, asked, verified, chances, confident in rows:
+        assert block.stated is not None
+        survival, stated = block.survival.nan_to_num().tolist(), block.stated.nan_to_num().tolist()
+        rows = zip(drafting(plan, block), block.requests, block.lengths, survival, stated, known, strict=True)
+        for request, asked, verified, chances, said, confident in rows:
             stood = accepted[request]
             length = stood if request in ended else verified
             for position, chance in enumerate(chances[:length]):
@@ -316,8 +328,10 @@ class StepLoop:
                 self.stats.judged_by_context[context] += length
                 self.stats.accepted_by_context[context] += min(stood, length)
                 if confident:
-                    self.stats.trust.observe(sum(chances[:length]), min(stood, length), length)
-            for record in (request.history, self._everyone):
+                    self.stats.trust.observe(sum(said[:length]), min(stood, length), length)
+            correction = self._correction(request)
+            correction.judged(said, length, min(stood, length))
+            for record in (request.history, correction.everyone):
                 if confident:
                     record.expected(chances[: self._block])
                 else:

@@ -105,20 +105,19 @@ def uncalibrated(blocks: Blocks) -> Floats:
 
 def show(result: dict[str, Any], console: Console) -> None:
     """Print the result as a table."""
-    gamma = len(result["per_position"])
-    table = Table(
-        title=f"temperature {result['temperature']:g}, {result['blocks']} blocks of {gamma}; 1-{gamma}: by slot"
-    )
+    # Only greedy copies are longer than the drafter's blocks: without any, the slots beyond say nothing.
+    gamma = max((k for k, value in enumerate(result["per_position"], 1) if value is not None), default=1)
+    table = Table(title=f"temperature {result['temperature']:g}, {result['blocks']} blocks; 1 to {gamma}: by slot")
     for column in ("domain", "tau", "rate", *[str(k) for k in range(1, gamma + 1)]):
         table.add_column(column, justify="left" if column == "domain" else "right")
     for name, part in result["domains"].items():
-        cells = [_two(value) for value in part["per_position"]]
+        cells = [_two(value) for value in part["per_position"][:gamma]]
         table.add_row(name, _two(part["tau"]), _two(part["acceptance_rate"]), *cells)
-    cells = [_two(value) for value in result["per_position"]]
+    cells = [_two(value) for value in result["per_position"][:gamma]]
     table.add_row("all (macro tau)", _two(result["macro_tau"]), _two(result["acceptance_rate"]), *cells)
     for name, title in (("ece_uncalibrated", "ECE before, %"), ("ece", "ECE, %"), ("auc", "AUC")):
         scale = 1 if name == "auc" else 100
-        cells = [_two(value and scale * value) for value in result[name]]
+        cells = [_two(value and scale * value) for value in result[name][:gamma]]
         table.add_row(title, "", "", *cells)
     console.print(table)
     speed = result["tokens_per_second"]

@@ -91,7 +91,8 @@ def accept(
     logits [N, V], float32 (float64 is computed in float64); row_start, R + 1 numbers: rows row_start[r] up to
     row_start[r + 1] belong to request r, ℓ_r + 1 of them; rows [R]: its row of `draft`, -1 if it did not draft;
     sampling: R rows. ℓ_r = 0 is plain sampling, and `draft` may be None if all are 0. `kernels`, if given, compute
-    maxima, and the ratio rule except for rows with controls. `jointly`: the block rule takes the ratio rule's place.
+    maxima, and the ratio and block rules except for rows with controls. `jointly`: the block rule takes the ratio
+    rule's place.
     """
     device = logits.device
     row = torch.as_tensor(rows, dtype=torch.int64).to(device)

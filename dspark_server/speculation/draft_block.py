@@ -48,13 +48,14 @@ class DraftBlock:
 
     tokens [R, gamma] int64. usable [R] int64: number of leading slots that can be verified; those after it came from
     numbers that are not finite, or the request's rules allow no token there. q [R, gamma, C] the distribution from
-    which each token was drawn, after temperature, filters and any shortlist (read for rows of the ratio rule only);
-    None: every draft was greedy, q is one-hot at the token. columns [R, gamma, C] int64 the token of each column of q
-    (a token with two columns has its mass in one of them); None: column v is token v and C = V. Rows of the drafter
-    come first, copies last; q and columns may end before the copies.
+    which each token was drawn, after temperature, filters and any shortlist (read for sampled rows without a seed
+    only); None: every draft was greedy, q is one-hot at the token. columns [R, gamma, C] int64 the token of each column
+    of q (a token with two columns has its mass in one of them); None: column v is token v and C = V. Rows of the
+    drafter come first, copies last; q and columns may end before the copies.
 
     survival [R, gamma] float32 the estimated probability a_k that the prefix up to k survives, from the confidence head
-    and its calibration if the drafter `has_confidence`, else from earlier drafts; None until the estimate is made.
+    and its calibration if the drafter `has_confidence`, else from earlier drafts; None until the estimate is made. In
+    the end it is corrected by outcomes (`estimates`); `stated` [R, gamma] is what it was before that.
     requests [R] asked for the rows; lengths [R] is the number of tokens of each that the target verifies, empty until
     it is selected.
 
@@ -70,6 +71,7 @@ class DraftBlock:
     has_confidence: bool = False
     requests: Sequence[DraftRequest] = ()
     lengths: Sequence[int] = ()
+    stated: Tensor | None = None
     confidence: Tensor | None = None
     copies: CopyBias | None = None
     hidden: Tensor | None = None

@@ -26,7 +26,7 @@ class Exploration:
 
     def __init__(self, cost_model: CostModel, floor: float | None) -> None:
         self.count: int | None = None
-        self._capacity = cost_model
+        self._cost_model = cost_model
         self._floor = floor
         self._budget = ProbeBudget(EXPLORING)
         self._plain = ProbeBudget(PLAIN)
@@ -44,7 +44,7 @@ class Exploration:
         backbone = sum(not candidates[index].copies for index in chosen)
         more = sorted(others, key=lambda index: -candidates[index].rate)[: max(1, backbone)]
         drafting = [*choice.drafting, *more]
-        room = StepCost.of(self._capacity, load, backbone + len(more)).room(load, self._floor)
+        room = StepCost.of(self._cost_model, load, backbone + len(more)).room(load, self._floor)
         slots = sum(candidates[index].limit for index in drafting)
         count = min(room, slots, max(2, load.tokens + 2 * self._usual))
         if count <= self._usual:
@@ -62,10 +62,10 @@ class Exploration:
 
         Its whole time counts as the price, though it commits tokens too.
         """
-        raw, most = self._capacity.raw, len(self._capacity.raw) - 1
+        raw, most = self._cost_model.raw, len(self._cost_model.raw) - 1
         price = float(raw[min(load.tokens, most)])
         step = float(raw[min(load.tokens + self._usual, most)])
-        doubt = self._capacity.doubt(load.tokens)
+        doubt = self._cost_model.doubt(load.tokens)
         promising = doubt > KNOWN and choice.gain < math.exp(DEVIATIONS * doubt)
         wanted = self._plain.afford(1, step, lambda _: price) > 0 and promising
         if wanted:
@@ -83,7 +83,7 @@ class Exploration:
         The extra time is at most one usual pass per usual pass's worth of tokens, whatever the table says, and a draft
         is shorter than a pass: an error of the table must not make its own discovery too expensive.
         """
-        raw, most = self._capacity.raw, len(self._capacity.raw) - 1
-        there, draft = float(raw[min(usual, most)]), self._capacity.draft(backbone)
+        raw, most = self._cost_model.raw, len(self._cost_model.raw) - 1
+        there, draft = float(raw[min(usual, most)]), self._cost_model.draft(backbone)
         verify = min(float(raw[min(tokens, most)]) - there, there * -(-(tokens - usual) // usual))
-        return there + draft, verify + min(self._capacity.draft(drafting) - draft, there)
+        return there + draft, verify + min(self._cost_model.draft(drafting) - draft, there)

@@ -126,13 +126,13 @@ class LoadAware(Selection):
     """Requests draft if that is expected to pay. `floor`: steps per second, and so tokens, that every user must get."""
 
     def __init__(self, cost_model: CostModel, floor: float | None = None) -> None:
-        self._capacity = cost_model
+        self._cost_model = cost_model
         self._floor = floor
         self._budget = ProbeBudget()
         self._exploration = Exploration(cost_model, floor)
 
     def drafting(self, candidates: Sequence[Candidate], load: Load) -> DraftPlan:
-        choice = choose_drafting(candidates, load, self._capacity, self._floor, self._budget)
+        choice = choose_drafting(candidates, load, self._cost_model, self._floor, self._budget)
         return self._exploration.extend(choice, candidates, load)
 
 
@@ -157,7 +157,7 @@ class Causal(LoadAware):
         if self._exploration.count is not None:
             return Ranked.of(survival, limits).first(self._exploration.count)
         backbone = len(limits) if by_drafter is None else by_drafter
-        seconds = StepCost.of(self._capacity, load, backbone, sum(limits) if slots is None else slots)
+        seconds = StepCost.of(self._cost_model, load, backbone, sum(limits) if slots is None else slots)
         lengths = admit(survival.tolist(), limits, load.sampling, seconds.room(load, self._floor), seconds).lengths
         self._exploration.verified(lengths)
         return lengths
@@ -188,7 +188,7 @@ class Lagged(LoadAware):
     ) -> list[int]:
         ranked = Ranked.of(survival, limits)
         backbone = len(limits) if by_drafter is None else by_drafter
-        seconds = StepCost.of(self._capacity, load, backbone)
+        seconds = StepCost.of(self._cost_model, load, backbone)
         best = best_count(ranked.values, seconds.upto(len(ranked.values)), load, seconds.room(load, self._floor))
         # Counted in whole blocks, not in usable slots: whether a slot is usable is known from this block's own tokens.
         whole = survival.numel()
@@ -202,7 +202,7 @@ class Lagged(LoadAware):
         if self._exploration.count is not None:
             return self._exploration.count
         share = self._shares[0] if len(self._shares) == self.LAG else 1.0
-        room = StepCost.of(self._capacity, load, backbone).room(load, self._floor) if self._floor else load.room
+        room = StepCost.of(self._cost_model, load, backbone).room(load, self._floor) if self._floor else load.room
         return min(room, round(share * slots))
 
 

@@ -181,7 +181,7 @@ class BlockSampler:
         streams: Streams,
         copies: CopyBias | None,
     ) -> DraftBlock:
-        """The same in one native call, where the head is vanilla, for greedy requests and for the ratio rule."""
+        """The same in one native call, where the head is vanilla, for greedy and unseeded requests."""
         requests, gamma, vocabulary = base.shape
         favour, columns = copies.whole_block(base, self.draft_tokens) if copies is not None else (None, None)
         if columns is None and self.draft_tokens is not None:

@@ -67,9 +67,11 @@ def step_costs(
         slot += requests * 8 * columns * _reads(8 * columns, requests, gpu)
     launches = (5 + filtered) * drafts
     yield Cost("draft_tokens", 1, launches, drafts * slot, drafts * 2.0 * requests * columns * model.rank)
-    # Each row's softmax, then the row that decides: logits and q are read, the residual written and a part of it read.
+    # Each row's softmax, what q has of it, then the row that decides: logits and q are read, the residual written and a
+    # part of it read.
     decided = requests * 4 * (2 * model.vocabulary + columns + draw.PART)
-    yield Cost("accept_by_ratio", 1, 4, 4 * tokens * model.vocabulary + decided)
+    judged = 2 * 4 * (tokens - 2 * requests) * columns
+    yield Cost("accept_by_block", 1, 6, 4 * tokens * model.vocabulary + judged + decided)
 
 
 def _reads(row: int, rows: int, gpu: Gpu) -> int:

@@ -20,13 +20,12 @@ from dspark_server.engine.core import EngineCore
 from dspark_server.engine.device_executor import DeviceExecutor
 from dspark_server.engine.request import SamplingParams
 from dspark_server.engine.stats import EngineStats
-from dspark_server.engine.step import POPULATION_MEMORY
 from dspark_server.engine.trace import StepTrace
 from dspark_server.runtime.graphs import Graphs
 from dspark_server.runtime.staging import Staging
 from dspark_server.speculation.calibration import Calibration
 from dspark_server.speculation.cost_model import Profile
-from dspark_server.speculation.history import SurvivalHistory
+from dspark_server.speculation.estimates import Estimates
 
 from ..models.test_moe import save_moe
 from ..runtime.twin import TwinDevice, TwinKernels
@@ -106,7 +105,7 @@ def renew(core: EngineCore, selection: str) -> None:
     vars(core.loop.stats).update(vars(stats))
     core.batcher.pool.reset()
     core.select(selection)
-    core.loop._everyone = SurvivalHistory(memory=POPULATION_MEMORY)
+    core.loop._estimates = Estimates()
     core.batcher._drafted = float(core.batcher.gamma)
     if isinstance(core.loop.executor, DeviceExecutor):
         core.loop.executor.passes.replays = core.loop.executor.drafts.replays = 0

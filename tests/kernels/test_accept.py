@@ -76,3 +76,17 @@ def test_ends_of_the_unit_interval(kernels: object, rule: str) -> None:
     assert count.tolist() == [0, 1]
     assert token.tolist() == [1, 3]
     assert failed.tolist() == [False, False]
+
+
+@pytest.mark.parametrize("kernels", [NATIVE, REFERENCE], ids=["native", "reference"])
+def test_the_residual_is_that_of_the_accepted_nodes_share(kernels: object) -> None:
+    """Half of p is left of the first node: after it 0.5 p - q = (.1, .1, 0), where p - q would be (.4, .3, 0)."""
+    p = torch.tensor([[0.3, 0.7, 0.0], [0.6, 0.4, 0.0], [1.0, 0.0, 0.0]])
+    q = torch.tensor([[[0.6, 0.4, 0.0], [0.2, 0.1, 0.7]]])
+    one, tokens = torch.tensor([1]), torch.tensor([[0, 2]])
+    for coin, at, expected in ((0.28, 0.53, (1, 1)), (0.28, 0.47, (1, 0)), (0.29, 0.53, (0, 1))):  # h is 2 / 7
+        coins, last = torch.tensor([[coin, 1e-9]]).double(), torch.full((1, 3), at).double()
+        count, token, _ = kernels.accept_by_block(  # type: ignore[attr-defined]
+            p.log(), one * 0, one * 2, tokens, torch.ones(1), q, one * 0, None, coins, last
+        )
+        assert (count.item(), token.item()) == expected

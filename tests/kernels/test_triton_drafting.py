@@ -115,6 +115,10 @@ def test_ends_of_the_unit_interval(rule: str) -> None:
     test_accept.test_ends_of_the_unit_interval(TRITON, rule)
 
 
+def test_the_residual_is_that_of_the_accepted_nodes_share() -> None:
+    test_accept.test_the_residual_is_that_of_the_accepted_nodes_share(TRITON)
+
+
 @pytest.mark.parametrize("named", [False, True])
 def test_equal_laws_leave_nothing_over_and_p_is_drawn_from(named: bool) -> None:
     """A coin that rejects although p equals q cannot be, but rounding can make it: here it is a coin above 1."""

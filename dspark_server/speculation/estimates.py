@@ -1,0 +1,127 @@
+"""Survival estimates corrected by outcomes: what a drafter says of its tokens, and what became of tokens like them.
+
+A confidence head is calibrated on some traffic; at other temperatures, under penalties or masks, or in other languages
+it is wrong by as much as a factor of two. Without a head the estimate is a request's own record. Either way the chance
+c_k that token k + 1 survives if those before it do is corrected on the logit scale, by a gain and by an offset for each
+position, which are learnt online for each *context*: one tenant's requests of one kind (`Kind`). So one tenant's
+traffic does not move another's estimates, and drafts that are judged by other rules do not mix.
+
+Only outcomes of blocks that are committed are learnt from, so an estimate sees no token of its own block. A prefix that
+selection cut says nothing of its tail: only the tokens up to the first rejection are judged.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import exp, log
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dspark_server.speculation.history import SurvivalHistory
+
+MEMORY = 0.998  # weight of the past after one more judged token: about the last 500 count
+PRIOR = 4.0  # information that the calibration counts for, in judged tokens of chance 1/2 times 1/4
+POSITION_PRIOR = 16.0  # the same for an offset of one position alone, and for the gain
+POPULATION_MEMORY = 0.995  # as history.MEMORY, for all requests of a context together
+FARTHEST = 8.0  # greatest logit
+CONTEXTS = 4096  # the contexts used last are kept
+
+
+class Kind(NamedTuple):
+    """What a request's acceptance depends on besides its text: classes of temperature and of rules."""
+
+    temperature: int  # 0: greedy; 1: up to 0.6; 2: up to 1.1; 3: higher
+    rules: int  # 0: none; 1: penalties, biases or forbidden tokens; 2: a grammar
+
+    @classmethod
+    def of(cls, temperature: float, ruled: bool, grammar: bool) -> "Kind":
+        """Of a sampling temperature, and whether there are rules, a grammar among them."""
+        edges = (0.0, 0.6, 1.1)
+        return cls(sum(temperature > edge for edge in edges), 2 if grammar else int(ruled))
+
+
+@dataclass
+class Correction:
+    """Of one context: logit(c_k) becomes gain * logit(c_k) + offset + by_position[k].
+
+    Online logistic regression: a step of Newton's method on each parameter alone for each judged token, with the
+    information so far, which fades, for its size.
+    """
+
+    gain: float = 1.0
+    offset: float = 0.0
+    by_position: list[float] = field(default_factory=list)
+    everyone: SurvivalHistory = field(default_factory=lambda: SurvivalHistory(memory=POPULATION_MEMORY))
+    _information: list[float] = field(default_factory=lambda: [POSITION_PRIOR / 4, PRIOR / 4])  # of gain and offset
+    _by_position: list[float] = field(default_factory=list)
+
+    def shifts(self, gamma: int) -> list[float]:
+        """What is added at each of `gamma` positions."""
+        known = [self.offset + each for each in self.by_position[:gamma]]
+        return known + [self.offset] * (gamma - len(known))
+
+    def judged(self, stated: Sequence[float], verified: int, accepted: int) -> None:
+        """Learn from a block of which `verified` tokens were verified and the first `accepted` accepted.
+
+        stated [gamma]: the survivals a_k of its prefixes before the correction.
+        """
+        missing = verified - len(self.by_position)
+        if missing > 0:
+            self.by_position += [0.0] * missing
+            self._by_position += [POSITION_PRIOR / 4] * missing
+        before = 1.0
+        for k, survival in enumerate(stated[: min(verified, accepted + 1)]):
+            x = logit(survival / before if before > 0 else 0.0)
+            before = survival
+            chance = sigmoid(self.gain * x + self.offset + self.by_position[k])
+            error, weight = (k < accepted) - chance, max(chance * (1 - chance), 0.01)
+            gain, offset = self._information
+            self._information = [MEMORY * gain + weight * x * x, MEMORY * offset + weight]
+            self._by_position[k] = MEMORY * self._by_position[k] + weight
+            self.gain = min(max(self.gain + error * x / (self._information[0] + POSITION_PRIOR / 4), 0.0), 3.0)
+            self.offset += error / (self._information[1] + PRIOR / 4)
+            self.by_position[k] += error / (self._by_position[k] + POSITION_PRIOR / 4)
+
+
+class Estimates:
+    """The corrections of all contexts; those used last are kept."""
+
+    def __init__(self) -> None:
+        self._corrections: OrderedDict[tuple[str, Kind], Correction] = OrderedDict()
+
+    def of(self, tenant: str, kind: Kind) -> Correction:
+        """The correction of a context, a new one changes nothing."""
+        found = self._corrections.get((tenant, kind))
+        if found is None:
+            found = self._corrections[tenant, kind] = Correction()
+            if len(self._corrections) > CONTEXTS:
+                self._corrections.popitem(last=False)
+        else:
+            self._corrections.move_to_end((tenant, kind))
+        return found
+
+
+def corrected(survival: Tensor, corrections: Sequence[Correction | None]) -> Tensor:
+    """Survivals a_k [R, gamma], each row by its correction (None: as it is). NaN stays where it is."""
+    gamma = survival.shape[1]
+    gains = torch.tensor([1.0 if each is None else each.gain for each in corrections])
+    shifts = torch.tensor([[0.0] * gamma if each is None else each.shifts(gamma) for each in corrections])
+    before = torch.cat([torch.ones_like(survival[:, :1]), survival[:, :-1]], dim=1)
+    chance = (survival / before).nan_to_num(0.0).clamp(0.0, 1.0)
+    logits = torch.logit(chance, eps=1e-6).clamp(-FARTHEST, FARTHEST) * gains.unsqueeze(1) + shifts
+    kept = torch.sigmoid(logits).cumprod(dim=1).where(~survival.isnan(), torch.nan)
+    plain = torch.tensor([each is None for each in corrections]).unsqueeze(1)
+    return torch.where(plain, survival, kept)
+
+
+def logit(chance: float) -> float:
+    """log(c / (1 - c)), at most FARTHEST either way."""
+    chance = min(max(chance, 1e-6), 1 - 1e-6)
+    return min(max(log(chance / (1 - chance)), -FARTHEST), FARTHEST)
+
+
+def sigmoid(x: float) -> float:
+    """1 / (1 + exp(-x)), without overflow."""
+    return 1 / (1 + exp(-x)) if x > -30 else 0.0
