@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from dspark_server.errors import ConfigError
 from dspark_server.settings import build, check, read_object, setting
 
-METHODS = ("auto", "dspark", "dflash", "eagle3", "mtp", "ngram", "none")
+METHODS = ("auto", "dspark", "dflash", "dflash2", "eagle3", "mtp", "ngram", "none")
 ACCEPTANCE = ("block", "ratio")
 TAP_CONVENTIONS = ("auto", "inputs", "outputs")
 SELECTIONS = ("causal", "lagged", "fixed", "threshold", "none")

@@ -117,7 +117,7 @@ def test_the_environment_says_yes_and_no(text: str, value: bool, tmp_path: Path)
         ("speculative-config: {shortlist: many}", "shortlist in speculative-config in .* must be a whole number"),
         (
             "speculative-config: {method: eagle}",
-            "method in .* must be one of auto, dspark, dflash, eagle3, mtp, ngram, none",
+            "method in .* must be one of auto, dspark, dflash, dflash2, eagle3, mtp, ngram, none",
         ),
         ("speculative-config: [1]", "must be a JSON object"),
         ("port: 1\nport: 2", "'port' is there twice"),

@@ -5,15 +5,19 @@ tokens of a block's pass, D hidden size, V vocabulary, N tokens of a target pass
 """
 
 import hashlib
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from dspark_kernels import Kernels
 from torch import Tensor
 
+from dspark_server.models.config import LayerConfig
 from dspark_server.models.decoder import Decoder
 from dspark_server.models.family import Layer
 from dspark_server.models.layers.attention import ContextAttention
+from dspark_server.models.layers.conv import ConvLayer
 from dspark_server.models.layers.embedding import Embedding, Head
 from dspark_server.models.layers.parts import Parts
 from dspark_server.models.loading import WeightReader, open_checkpoint
@@ -25,7 +29,7 @@ from dspark_server.runtime.paging import CacheRows
 from dspark_server.speculation.calibration import Calibration
 from dspark_server.speculation.copying import CopyTables
 from dspark_server.speculation.dspark_formats import DSparkConfig
-from dspark_server.speculation.heads import ConfidenceHead, build_head
+from dspark_server.speculation.heads import ConfidenceHead, SelectorHead, build_head
 from dspark_server.speculation.model_drafter import ModelDrafter, Slots
 from dspark_server.speculation.pair import (
     embeddings,
@@ -98,12 +102,13 @@ class DSparkDrafter(ModelDrafter):
         embed, lm_head = embeddings(
             reader,
             draft_tokens,
-            decoder.embedding_scale,
-            decoder.softcap,
+            config.embedding_scale,
+            config.softcap,
             target,
             target_directory,
             kernels,
             copies=config.copies,
+            logit_scale=config.logit_scale,
         )
         head = build_head(
             config.markov_head_type,
@@ -122,17 +127,32 @@ class DSparkDrafter(ModelDrafter):
                 reader.take("confidence_head.proj.bias", (1,)),
                 with_markov=config.confidence_with_markov,
             )
-        family = DRAFT_LAYERS[config.architecture]
-        layers = [family.layer(parts, layer, f"layers.{i}.") for i, layer in enumerate(decoder.layers)]
+        make: Callable[[Parts, LayerConfig, str], Layer] = DRAFT_LAYERS[config.architecture].layer
+        if config.conv is not None:
+            make = partial(ConvLayer, conv=config.conv)
+        layers = [make(parts, layer, f"layers.{i}.") for i, layer in enumerate(decoder.layers)]
         context, final_norm = ContextFeatures(parts, config), parts.norm("norm")
-        reader.finish(decoder.ropes)
         calibration = Calibration.load(directory, config.gamma)
         vocabulary = decoder.vocab_size
+        if config.selector is not None:
+            rank, shortlist = config.selector
+            head = SelectorHead.load(reader, rank, hidden, vocabulary, kernels)
+        sampler = BlockSampler(
+            vocabulary,
+            head,
+            confidence,
+            calibration,
+            draft_tokens,
+            kernels,
+            shortlist,
+            successors=config.selector is None,
+        )
+        reader.finish(decoder.ropes)
         return cls(
             config,
             layers,
             context,
-            BlockSampler(vocabulary, head, confidence, calibration, draft_tokens, kernels, shortlist),
+            sampler,
             final_norm,
             embed,
             lm_head,

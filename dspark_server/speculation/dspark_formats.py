@@ -11,7 +11,8 @@ from typing import Any
 
 from dspark_server.errors import CheckpointError
 from dspark_server.models.config import ModelConfig
-from dspark_server.models.fields import architecture, flag, integer, read_json, refuse
+from dspark_server.models.fields import architecture, flag, integer, number, read_json, refuse
+from dspark_server.models.layers.conv import ConvConfig
 from dspark_server.models.qwen3 import parse as parse_qwen3
 from dspark_server.models.registry import DRAFT_LAYERS
 from dspark_server.speculation.eagle3_formats import draft_vocabulary, layer_config
@@ -47,6 +48,11 @@ class DSparkConfig:
     draft_vocab_size: int | None = None  # draftable tokens, named by d2t, one row of W2 each; None: all
     from_anchor: bool = True
     causal: tuple[bool, ...] = ()
+    conv: ConvConfig | None = None  # DFlash2: convolutions in its layers
+    selector: tuple[int, int] | None = None  # DFlash2: rank and number of candidates
+    embedding_scale: float = 1.0
+    softcap: float | None = None
+    logit_scale: float = 1.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "causal", self.causal or (False,) * self.decoder.num_layers)
@@ -88,10 +94,12 @@ class DSparkConfig:
 
 def _deepspec(given: Mapping[str, Any], target: ModelConfig) -> DSparkConfig:
     fields = Noted(given)
-    rank = whole(fields, "markov_rank", minimum=0)
+    rank, decoder = whole(fields, "markov_rank", minimum=0), DRAFT_LAYERS[architecture(fields)].parse(fields, {})
     config = DSparkConfig(
         architecture=architecture(fields),
-        decoder=DRAFT_LAYERS[architecture(fields)].parse(fields, {}),
+        decoder=decoder,
+        embedding_scale=decoder.embedding_scale,
+        softcap=decoder.softcap,
         block_size=whole(fields, "block_size", minimum=1),
         mask_token_id=whole(fields, "mask_token_id", minimum=0),
         taps=target_layers(fields, target.num_layers),
@@ -138,7 +146,7 @@ def _speculators(given: Mapping[str, Any], target: ModelConfig) -> DSparkConfig:
 
 
 def _zlab(given: Mapping[str, Any], target: ModelConfig) -> DSparkConfig:
-    """DFlash: `dflash_config` has its own fields, some of which older configs have outside."""
+    """DFlash and DFlash2: `dflash_config` has its own fields, some of which older configs have outside."""
     fields = Noted(given)
     own = fields.get("dflash_config") or {}
     if not isinstance(own, Mapping):
@@ -146,7 +154,6 @@ def _zlab(given: Mapping[str, Any], target: ModelConfig) -> DSparkConfig:
     noted = Noted(own)
     refuse(noted, "projector_type", ("dflash",))
     refuse(noted, "shift_label", (False,))
-    refuse(noted, "input_embedding_scale", (1, 1.0))
     refuse(noted, "attention_mode", ("gqa", "mha"))
 
     def own_or_outer(name: str, minimum: int) -> int:
@@ -156,13 +163,24 @@ def _zlab(given: Mapping[str, Any], target: ModelConfig) -> DSparkConfig:
     sliding = [layer.attention.window is not None for layer in decoder.layers]
     causal = [flag(fields, "is_causal")] * len(sliding) if fields.get("is_causal") is not None else sliding
     ids = noted.get("target_layer_ids", _spread(target.num_layers, decoder.num_layers))
+    width = own_or_outer("block_size", 2)
+    conv = selector = None
+    if architecture(fields) == "DFlash2DraftModel":
+        conv = ConvConfig(own_or_outer("conv_kernel_size", 1), own_or_outer("conv_group_size", 1), width)
+        selector = own_or_outer("selector_rank", 1), own_or_outer("selector_top_k", 1)
+    capped = noted.get("final_logit_softcapping")
     layers = {"target_layer_ids": ids, "num_target_layers": fields.get("num_target_layers", target.num_layers)}
     config = DSparkConfig(
         architecture="Qwen3DSparkModel",
         decoder=decoder,
-        block_size=own_or_outer("block_size", 2),
+        block_size=width,
         mask_token_id=own_or_outer("mask_token_id", 0),
         taps=target_layers(layers, target.num_layers),
+        conv=conv,
+        selector=selector,
+        embedding_scale=number(noted, "input_embedding_scale", 1.0),
+        softcap=number(noted, "final_logit_softcapping") if capped else None,
+        logit_scale=number(noted, "output_multiplier", 1.0),
         markov_rank=0,
         markov_head_type="none",
         confidence=False,
@@ -194,6 +212,7 @@ READERS: dict[str, Callable[[Mapping[str, Any], ModelConfig], DSparkConfig]] = {
     "dspark": _speculators,
     "dflash": _speculators,
     "DFlashDraftModel": _zlab,
+    "DFlash2DraftModel": _zlab,
 }
 _SPECULATORS_HARMLESS = frozenset(
     {

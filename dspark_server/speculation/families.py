@@ -49,7 +49,7 @@ def load_drafter(
     method, or for what the drafter cannot do.
     """
     family, asked = family_of(directory), config.num_speculative_tokens
-    if config.method not in ("auto", family, "dflash" if family == "dspark" else family):
+    if config.method not in ("auto", family) and not (family == "dspark" and config.method in ("dflash", "dflash2")):
         raise ConfigError(f"method is {config.method}, but {directory} holds a drafter of method {family}.")
     if family != "dspark" and config.shortlist is not None:
         raise ConfigError(f"shortlist is for drafters with a sequential head: leave it out for {family}.")
@@ -67,6 +67,12 @@ def load_drafter(
             f"num_speculative_tokens is {asked}, but the drafter was trained for blocks of {drafter.gamma}: "
             f"ask for at most {drafter.gamma}."
         )
-    if config.method == "dflash" and drafter.config.markov_rank:
-        raise ConfigError("method dflash expects a drafter without a Markov head; use method dspark for this one.")
+    if config.method == "dflash" and (drafter.config.markov_rank or drafter.config.selector):
+        raise ConfigError(
+            "method dflash expects a drafter without a sequential head; leave the method out for this one."
+        )
+    if config.method == "dflash2" and drafter.config.selector is None:
+        raise ConfigError(
+            "method dflash2 expects a drafter with a candidate selector; leave the method out for this one."
+        )
     return drafter

@@ -106,6 +106,28 @@ class RNNHead(SequentialHead):
         return torch.tanh(output), kept * state + (1 - kept) * torch.tanh(candidate)
 
 
+class SelectorHead(SequentialHead):
+    """DFlash2's candidate selector: B_k = W2 (W1[x_{k-1}] * (P h_k)), for a few candidates of the position."""
+
+    def __init__(self, w1: Tensor, w2: Tensor, project: Linear, kernels: Kernels) -> None:
+        super().__init__(w1, w2, kernels)
+        self._project = project
+
+    def latent(self, embedding: Tensor, hidden: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return embedding * self._project(hidden), None
+
+    @classmethod
+    def load(
+        cls, reader: WeightReader, rank: int, hidden_size: int, vocab_size: int, kernels: Kernels
+    ) -> "SelectorHead":
+        """Read a checkpoint's `candidate_selector`."""
+        prefix = "candidate_selector."
+        w1 = reader.take(f"{prefix}predecessor_codebook", (vocab_size, rank))
+        w2 = reader.take(f"{prefix}successor_codebook", (vocab_size, rank))
+        project = reader.take(f"{prefix}hidden_projection.weight", (rank, hidden_size))
+        return cls(w1, w2, Linear(project, None, kernels), kernels)
+
+
 class ConfidenceHead:
     """Logit of c_k, the probability that x_k survives if its predecessors did; it never sees x_k (DSpark §3.2.1)."""
 

@@ -156,6 +156,7 @@ def embeddings(
     *,
     copies: bool | None = None,
     width: int | None = None,
+    logit_scale: float = 1.0,
 ) -> tuple[Embedding, Head]:
     """The drafter's embedding and head: the target's own where the checkpoint has none, or copies of them.
 
@@ -185,10 +186,10 @@ def embeddings(
         cut = draft_tokens is not None and reader.shape("lm_head.weight") != (vocabulary, width)
         theirs = reader.take("lm_head.weight", (rows if cut else vocabulary, width))
         if cut:
-            return Embedding(weight, scale), Head(Linear(theirs, None, kernels), softcap)
+            return Embedding(weight, scale), Head(Linear(theirs, None, kernels), softcap, logit_scale)
         if not same or not torch.equal(theirs, head):
             own, head = True, theirs
     if draft_tokens is not None:
         own, head = True, head[draft_tokens]
     linear = Linear(head, None, kernels) if own else target.head.linear
-    return Embedding(weight, scale), Head(linear, softcap)
+    return Embedding(weight, scale), Head(linear, softcap, logit_scale)

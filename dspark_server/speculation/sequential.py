@@ -31,7 +31,8 @@ MASKS_WAIT = 0.005
 class BlockSampler:
     """From a backbone's hidden states to draft blocks.
 
-    draft_tokens [C] names the tokens that may be drafted (None: all of `vocabulary`); `shortlist` is K of Shortlist.
+    draft_tokens [C] names the tokens that may be drafted (None: all of `vocabulary`); `shortlist` is K of Shortlist,
+    `successors` as there.
     """
 
     def __init__(
@@ -43,6 +44,8 @@ class BlockSampler:
         draft_tokens: Tensor | None,
         kernels: Kernels,
         shortlist: int | None = None,
+        *,
+        successors: bool = True,
     ) -> None:
         self.head = head
         self.keep_logits = False  # conformance tests need every intermediate
@@ -52,7 +55,8 @@ class BlockSampler:
         self.draft_tokens = draft_tokens
         self._kernels = kernels
         columns = vocabulary if draft_tokens is None else len(draft_tokens)
-        self._shortlist = Shortlist(head, shortlist) if shortlist and shortlist < columns else None
+        listed = shortlist is not None and shortlist < columns
+        self._shortlist = Shortlist(head, shortlist, successors=successors) if listed and shortlist else None
         self.in_one_call = self._shortlist is None and (head is None or head.packed is not None)
 
     def sample(

@@ -13,12 +13,12 @@ from dspark_server.speculation.heads import SequentialHead
 
 
 class Shortlist:
-    """K candidates of the backbone and half as many successors of the token before."""
+    """K candidates of the backbone and, with `successors`, half as many successors of the token before."""
 
-    def __init__(self, head: SequentialHead | None, size: int) -> None:
+    def __init__(self, head: SequentialHead | None, size: int, *, successors: bool = True) -> None:
         self._head = head
         self._size = size
-        self._successors = Successors(head, size // 2) if head is not None and size >= 2 else None
+        self._successors = Successors(head, size // 2) if head is not None and size >= 2 and successors else None
 
     def best(self, base: Tensor) -> Tensor:
         """The columns [R, gamma, K] of the largest base logits [R, gamma, Vd]."""

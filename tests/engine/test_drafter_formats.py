@@ -264,7 +264,6 @@ def test_a_tap_may_be_the_last_layers_output() -> None:
     ("change", "message"),
     [
         (lambda own: own.update(projector_type="domino"), "projector_type 'domino' is not supported"),
-        (lambda own: own.update(input_embedding_scale=2.0), "input_embedding_scale 2.0 is not supported"),
         (lambda own: own.update(selector_top_k=16), "has selector_top_k, which this server does not know"),
         (lambda own: own.update(target_layer_ids=[1, 5]), "must increase and lie within -1 .. 4"),
         (lambda own: own.pop("mask_token_id"), "needs mask_token_id"),

@@ -21,12 +21,18 @@ class Embedding:
 
 
 class Head:
-    """Hidden rows [M, D] to logits [M, V] float32, capped to softcap * tanh(logit / softcap) where there is a cap."""
+    """Hidden rows [M, D] to logits [M, V] float32, capped to softcap * tanh(logit / softcap) where there is a cap.
 
-    def __init__(self, linear: Linear, softcap: float | None = None) -> None:
+    Before that they are multiplied by `scale`.
+    """
+
+    def __init__(self, linear: Linear, softcap: float | None = None, scale: float = 1.0) -> None:
         self.linear = linear
         self._softcap = softcap
+        self._scale = scale
 
     def __call__(self, hidden: Tensor) -> Tensor:
         logits = self.linear(hidden, out_float32=True)
+        if self._scale != 1.0:
+            logits = logits.mul_(self._scale)
         return logits if self._softcap is None else logits.div_(self._softcap).tanh_().mul_(self._softcap)
