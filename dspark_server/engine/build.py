@@ -130,7 +130,10 @@ def _flash_obstacle(model: ModelConfig) -> str | None:
 def _cache_layout(config: EngineConfig, target: Decoder, drafter: Drafter, place: Place) -> CacheLayout:
     """The layout of caches on this rank. The groups are those of rank 0, which alone has the drafter's layers."""
     wider = {target.caches[layer].reach: reach for layer, reach in drafter.reads.items()}
-    kept = [rows._replace(reach=max(rows.reach or 0, wider.get(rows.reach, 0)) or None) for rows in target.caches]
+    kept = [
+        rows if rows.reach is None else rows._replace(reach=max(rows.reach, wider.get(rows.reach, 0)))
+        for rows in target.caches
+    ]
     owners, itemsize, group = [kept, drafter.caches], place.stored.itemsize, place.group
     layout = CacheLayout.of(owners, config.block_size, itemsize)
     if isinstance(group, TorchGroup):

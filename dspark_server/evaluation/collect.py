@@ -68,7 +68,7 @@ class Blocks:
     """N draft blocks that were verified whole.
 
     group [N]: an index that the caller gave each prompt; confidence [N, gamma]: logits of c_k, NaN without a confidence
-    head; survival [N, gamma]: a_k as the engine used it; accepted [N]: accepted draft tokens; judged [N]: slots whose
+    head; survival [N, gamma]: a_k before outcomes correct it; accepted [N]: accepted draft tokens; judged [N]: slots whose
     outcome counts (all drafted ones, unless the request ended inside the block); committed [N]: tokens that the cycle
     gave, the bonus token included. alone [N]: the block was copied from the context; match [N, gamma]: length of the
     match that biased the slot or was copied, 0 without one; odds [N, gamma]: log odds of the matched token before the
@@ -107,10 +107,10 @@ class Recorder:
         block = step.block
         if block is None:
             return
-        assert block.survival is not None
+        assert block.stated is not None
         fates = zip(step.accepted.count.tolist(), step.accepted.token.tolist(), strict=True)
         fate = dict(zip(step.verified.requests, fates, strict=True))
-        survival, usable = block.survival.numpy(), block.usable.tolist()
+        survival, usable = block.stated.numpy(), block.usable.tolist()
         for row, (request, asked) in enumerate(zip(step.drafting, block.requests, strict=True)):
             if block.lengths[row] < usable[row]:
                 continue

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from dspark_server.speculation.history import SurvivalHistory
 
-MEMORY = 0.998  # weight of the past after one more judged token: about the last 500 count
-PRIOR = 4.0  # information that the calibration counts for, in judged tokens of chance 1/2 times 1/4
-POSITION_PRIOR = 16.0  # the same for an offset of one position alone, and for the gain
+MEMORY = 0.9995  # weight of the past after one more judged token: about the last 2,000 count
+PRIOR = 10.0  # information that the calibration counts for, in judged tokens of chance 1/2 times 1/4
+POSITION_PRIOR = 60.0  # the same for an offset of one position alone, and for the gain
 POPULATION_MEMORY = 0.995  # as history.MEMORY, for all requests of a context together
 FARTHEST = 8.0  # greatest logit
 CONTEXTS = 4096  # the contexts used last are kept
