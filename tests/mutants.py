@@ -91,7 +91,7 @@ LOSSLESS = (
          "        lengths = self._selection.lengths(survival, usable,",
          "tests/engine/test_lossless.py::test_what_a_block_says_does_not_move_how_much_of_it_is_verified"),
     _one("native residual drawn from p", "kernels/cpu/accept.c",
-         "          take_away(all, weights, left, total, request, slot);\n", "",
+         "          take_away(all, weights, left, total, 1, request, slot);\n", "",
          "tests/speculation/test_exact.py::test_the_joint_law_is_the_targets"),
     _one("rules forget the draft tokens before a position", ACCEPTANCE,
          "mine.sampling.select(active, slot, mine.tokens[active, :slot].tolist)", "mine.sampling.select(active, slot)",

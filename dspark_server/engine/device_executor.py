@@ -36,6 +36,7 @@ from dspark_server.speculation.acceptance import Accepted
 from dspark_server.speculation.copy_drafter import Copying, by_drafter
 from dspark_server.speculation.draft_block import DraftBlock, DraftRequest
 from dspark_server.speculation.drafter import Drafter
+from dspark_server.speculation.estimates import Shifts
 from dspark_server.speculation.model_drafter import ModelDrafter
 from dspark_server.speculation.noise import CounterStreams, Streams
 from dspark_server.speculation.prefix_scheduler import keep_likeliest
@@ -91,6 +92,8 @@ class DeviceExecutor:
                 "keep": ((1,), I64),
                 "limits": ((most,), I64),
                 "recorded": ((most, wide), F32),
+                "gains": ((most,), F32),
+                "shifts": ((most, wide), F32),
                 **tables,
             },
         )
@@ -138,7 +141,7 @@ class DeviceExecutor:
         states [N] bool, on the device.
         """
         size = max(size, sum(len(run.tokens) for run in runs) + (budget.count if budget else 0))
-        draft_row = [0] * len(runs) if budget else []
+        wide, draft_row = self.drafted.survival.shape[1], [0] * len(runs) if budget else []
         for row, request in enumerate(requests):
             draft_row[request.run] = row + 1
         self.runs.upload(
@@ -150,7 +153,9 @@ class DeviceExecutor:
                 "draft_row": draft_row,
                 "keep": [budget.count if budget else 0],
                 "limits": [request.limit for request in requests],
-                "recorded": budget.recorded[:, : self.drafted.survival.shape[1]] if budget else [],
+                "recorded": budget.recorded[:, :wide] if budget else [],
+                "gains": budget.corrections.gains if budget else [],
+                "shifts": budget.corrections.shifts[:, :wide] if budget else [],
                 **staged_tables(self.pool.groups, [run.tables for run in runs]),
             },
             rows=len(runs),
@@ -161,7 +166,8 @@ class DeviceExecutor:
 
     def _pass(self, size: int) -> Results:
         staged, pool, drafted = self.runs.there, self.pool, self.drafted
-        survival = torch.where(drafted.survival.isnan(), staged["recorded"], drafted.survival)
+        stated = torch.where(drafted.survival.isnan(), staged["recorded"], drafted.survival)
+        survival = Shifts(staged["gains"], staged["shifts"]).applied(stated)
         kept = keep_likeliest(survival, drafted.usable.minimum(staged["limits"]), staged["keep"])
         layout = lay_out(size, staged, drafted.tokens, kept, pool.groups, pool.scratch)
         taps_and_last = (*self.drafter.taps, self.target.config.num_layers - 1)

@@ -15,6 +15,7 @@ from dspark_server.runtime.kv import KVPool
 from dspark_server.speculation.acceptance import Accepted, accept
 from dspark_server.speculation.draft_block import DraftBlock, DraftRequest
 from dspark_server.speculation.drafter import Drafter
+from dspark_server.speculation.estimates import Shifts
 from dspark_server.speculation.noise import Streams
 from dspark_server.speculation.sampling import SamplingBatch
 
@@ -26,11 +27,13 @@ class Budget:
     """Known before a draft, where the policy fixes the number of verified tokens (§5.2): the rest of the step.
 
     The `count` likeliest draft tokens are verified; recorded [R, gamma] float32 is their survival if the drafter has no
-    confidence. `sampling` has a row for each run of the pass that samples.
+    confidence, `corrections` are those of their rows either way. `sampling` has a row for each run of the pass that
+    samples.
     """
 
     count: int
     recorded: Tensor
+    corrections: Shifts
     sampling: SamplingBatch
 
 

@@ -26,7 +26,7 @@ from dspark_server.speculation.copying import LONG_MATCH, Match
 from dspark_server.speculation.cost_model import CostModel
 from dspark_server.speculation.draft_block import DraftBlock, DraftRequest, Source
 from dspark_server.speculation.drafting import Candidate
-from dspark_server.speculation.estimates import Correction, Estimates, corrected
+from dspark_server.speculation.estimates import Correction, Estimates, Shifts
 from dspark_server.speculation.noise import CounterStreams
 from dspark_server.speculation.prefix_scheduler import Load
 from dspark_server.speculation.sampling import GREEDY_BELOW, SamplingBatch
@@ -199,10 +199,14 @@ class StepLoop:
         backbone = sum(each.source is Source.DRAFTER for each in asked)
         count = self._selection.count(len(asked) * self.executor.gamma, load, backbone)
         budget = None
+        own = [
+            None if each.source is Source.COPY else self._correction(request)
+            for each, request in zip(asked, requests, strict=True)
+        ]
+        corrections = Shifts.of(own, self.executor.gamma)
         if count is not None:
             sampled = [entry.request for entry in plan.scheduled if entry.samples]
-            recorded = corrected(self._recorded(requests), list(map(self._correction, requests)))
-            budget = Budget(count, recorded, sampling_batch(sampled))
+            budget = Budget(count, self._recorded(requests), corrections, sampling_batch(sampled))
         try:
             failpoints.hit("step.draft")
             block = cycle.draft(asked, sampling_batch(requests[:backbone]), budget)
@@ -214,11 +218,7 @@ class StepLoop:
                 )
             return None
         stated = self._stated(block, requests)
-        own = [
-            None if each.source is Source.COPY else self._correction(request)
-            for each, request in zip(asked, requests, strict=True)
-        ]
-        survival = failpoints.passed("draft.survival", corrected(stated, own))
+        survival = failpoints.passed("draft.survival", corrections.applied(stated))
         lengths = self._selection.lengths(survival, block.limits, load, by_drafter=backbone, slots=block.slots)
         return replace(block, survival=survival, stated=stated, lengths=block.lengths or lengths)
 

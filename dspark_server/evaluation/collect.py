@@ -68,11 +68,11 @@ class Blocks:
     """N draft blocks that were verified whole.
 
     group [N]: an index that the caller gave each prompt; confidence [N, gamma]: logits of c_k, NaN without a confidence
-    head; survival [N, gamma]: a_k before outcomes correct it; accepted [N]: accepted draft tokens; judged [N]: slots whose
-    outcome counts (all drafted ones, unless the request ended inside the block); committed [N]: tokens that the cycle
-    gave, the bonus token included. alone [N]: the block was copied from the context; match [N, gamma]: length of the
-    match that biased the slot or was copied, 0 without one; odds [N, gamma]: log odds of the matched token before the
-    bias; repeated [N, gamma]: 1 if the text went on with that token, 0 if not, NaN where that was not seen.
+    head; survival [N, gamma]: a_k before outcomes correct it; accepted [N]: accepted draft tokens; judged [N]: slots
+    whose outcome counts (all drafted ones, unless the request ended inside the block); committed [N]: tokens that the
+    cycle gave, the bonus token included. alone [N]: the block was copied from the context; match [N, gamma]: length of
+    the match that biased the slot or was copied, 0 without one; odds [N, gamma]: log odds of the matched token before
+    the bias; repeated [N, gamma]: 1 if the text went on with that token, 0 if not, NaN where that was not seen.
     """
 
     group: Integers

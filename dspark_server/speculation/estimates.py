@@ -103,17 +103,27 @@ class Estimates:
         return found
 
 
-def corrected(survival: Tensor, corrections: Sequence[Correction | None]) -> Tensor:
-    """Survivals a_k [R, gamma], each row by its correction (None: as it is). NaN stays where it is."""
-    gamma = survival.shape[1]
-    gains = torch.tensor([1.0 if each is None else each.gain for each in corrections])
-    shifts = torch.tensor([[0.0] * gamma if each is None else each.shifts(gamma) for each in corrections])
-    before = torch.cat([torch.ones_like(survival[:, :1]), survival[:, :-1]], dim=1)
-    chance = (survival / before).nan_to_num(0.0).clamp(0.0, 1.0)
-    logits = torch.logit(chance, eps=1e-6).clamp(-FARTHEST, FARTHEST) * gains.unsqueeze(1) + shifts
-    kept = torch.sigmoid(logits).cumprod(dim=1).where(~survival.isnan(), torch.nan)
-    plain = torch.tensor([each is None for each in corrections]).unsqueeze(1)
-    return torch.where(plain, survival, kept)
+class Shifts(NamedTuple):
+    """Corrections of R rows: gains [R] and shifts [R, gamma] float32; a gain of NaN leaves its row as it is."""
+
+    gains: Tensor
+    shifts: Tensor
+
+    @classmethod
+    def of(cls, corrections: Sequence[Correction | None], gamma: int) -> "Shifts":
+        """Of these corrections; None: no correction."""
+        gains = [float("nan") if each is None else each.gain for each in corrections]
+        shifts = [[0.0] * gamma if each is None else each.shifts(gamma) for each in corrections]
+        return cls(torch.tensor(gains), torch.tensor(shifts).view(len(gains), gamma))
+
+    def applied(self, survival: Tensor) -> Tensor:
+        """Survivals a_k [R, gamma] corrected. NaN stays where it is. Reads nothing on the host."""
+        before = torch.cat([torch.ones_like(survival[:, :1]), survival[:, :-1]], dim=1)
+        chance = (survival / before).nan_to_num(0.0).clamp(0.0, 1.0)
+        gains = self.gains.unsqueeze(1)
+        logits = torch.logit(chance, eps=1e-6).clamp(-FARTHEST, FARTHEST) * gains + self.shifts
+        kept = torch.sigmoid(logits).cumprod(dim=1)
+        return torch.where(gains.isnan() | survival.isnan(), survival, kept)
 
 
 def logit(chance: float) -> float:

@@ -10,7 +10,7 @@ import torch
 from dspark_server.cli.ranks import Ranks
 from dspark_server.engine.ranks import follow
 from dspark_server.errors import ConfigError
-from dspark_server.runtime import device, parallel
+from dspark_server.runtime import device, group
 from dspark_server.runtime.group import ONE_RANK, TorchGroup
 
 from ..processes import processes
@@ -112,7 +112,7 @@ def test_a_rank_takes_its_gpu_first_and_its_process_ends_before_nccl(environment
         environment.setenv(name, value)
     environment.setattr(device, "cuda_devices", lambda: 4)
     environment.setattr(device, "find_device", Gpu)
-    environment.setattr(parallel, "TorchGroup", Met)
+    environment.setattr(group, "TorchGroup", Met)
     environment.setattr(Ranks, "leave", lambda self, code: done.append(f"left with {code}"))
     environment.setattr(TorchGroup, "leave", lambda self: done.append("closed"))
     with Ranks.start(1, "auto") as ranks:

@@ -544,7 +544,10 @@ def test_an_input_that_is_not_refilled_is_found_out(
 def test_no_input_is_left_out(servings: Servings) -> None:
     buffers = _buffers(servings.of("filtered").core)
     every = {(buffer, field) for buffer, staging in buffers.items() for field in staging.host}
-    assert {(buffer, field) for _, buffer, field in INPUTS} == every
+    # Corrections change little from step to step: those of the step before are told apart by no token. That they reach
+    # the device at all, `test_the_same_tokens_and_so_many_waits` shows.
+    slow = {("runs", "gains"), ("runs", "shifts")}
+    assert {(buffer, field) for _, buffer, field in INPUTS} | slow == every
 
 
 def _buffers(core: EngineCore) -> dict[str, Staging]:

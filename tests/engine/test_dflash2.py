@@ -183,7 +183,7 @@ def test_blocks_are_those_of_the_formulas(drafter: Path) -> None:
 
 
 def test_tokens_are_the_targets(drafter: Path) -> None:
-    core = load(drafter, method="dflash2", selection="causal", copying=True)
+    core = load(drafter, method="dflash2", copying=True)
     bare = EngineCore.load(
         EngineConfig(str(TARGET), dtype="float32", num_blocks=300, speculative=SpeculativeConfig("none"))
     )

@@ -12,11 +12,15 @@ from dspark_server.config import EngineConfig, SpeculativeConfig
 from dspark_server.engine.core import EngineCore
 from dspark_server.engine.request import SamplingParams
 from dspark_server.engine.trace import StepTrace
-from dspark_server.speculation.estimates import CONTEXTS, Correction, Estimates, Kind, corrected, logit
+from dspark_server.speculation.estimates import CONTEXTS, Correction, Estimates, Kind, Shifts, logit
 
 from ..engine.support import FIXTURES, SMOLLM2_COSTS, prompts, still
 
 GAMMA = 7
+
+
+def corrected(survival: torch.Tensor, corrections: list[Correction | None]) -> torch.Tensor:
+    return Shifts.of(corrections, survival.shape[1]).applied(survival)
 
 
 def blocks(

@@ -75,7 +75,7 @@ def test_measured_acceptance_is_one_minus_tv(
                 )
                 stood.append(slot < count)
 
-    speculative = SpeculativeConfig(method="dspark", model=str(directory), selection="fixed")
+    speculative = SpeculativeConfig(method="dspark", model=str(directory), selection="fixed", acceptance="ratio")
     core = EngineCore.load(EngineConfig(model=str(TARGET), num_blocks=600, speculative=speculative), trace=look)
     core.generate(PROMPTS, PARAMS)
     chance, survived = np.array(chances), np.array(stood)
