@@ -101,7 +101,7 @@ class Eagle3Drafter(ModelDrafter):
         decoder, length = config.decoder, target.max_model_len
         reader = WeightReader(open_checkpoint(directory), dtype, target.embed.weight.device)
         parts = Parts(reader, kernels, decoder.hidden_size, decoder.rms_norm_eps, length, length + config.depth)
-        warn_of_mismatch(None, decoder.max_length, target, target_directory)
+        warn_of_mismatch(config.target_digest, decoder.max_length, target, target_directory)
         draft_tokens = read_draft_tokens(reader, config.draft_vocab_size, decoder.vocab_size)
         embed, head = embeddings(
             reader,

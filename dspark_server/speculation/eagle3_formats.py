@@ -51,7 +51,8 @@ class Eagle3Config:
     """An Eagle3 drafter: its layer as a decoder of one, and its own fields.
 
     `taps` are target layers whose outputs are its features, of `target_hidden_size` channels each (None: the target's
-    own). `depth`: draft tokens of a block. `draft_vocab_size`: tokens that may be drafted, None: all.
+    own). `depth`: draft tokens of a block. `draft_vocab_size`: tokens that may be drafted, None: all. `target_digest`:
+    `head_digest` of its target, where we trained it.
     """
 
     format: Format
@@ -62,6 +63,7 @@ class Eagle3Config:
     draft_vocab_size: int | None = None
     norm_before_residual: bool = False
     norm_before_fc: bool = False
+    target_digest: str | None = None
 
     @property
     def layer(self) -> LayerConfig:
@@ -176,6 +178,7 @@ def _speculators(fields: Mapping[str, Any], target: ModelConfig, tap_convention:
         draft_vocabulary(noted, decoder),
         norm_before_residual=flag(noted, "norm_before_residual"),
         norm_before_fc=flag(noted, "norm_before_fc"),
+        target_digest=noted.get("target_digest"),
     )
     check_known(fields, noted.read, HARMLESS | SPECULATORS_FIELDS)
     return config

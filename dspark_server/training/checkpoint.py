@@ -1,4 +1,7 @@
-"""A trained module to a format-A directory and back; initial weights of a fresh drafter."""
+"""A trained drafter to a checkpoint's directory and back; initial weights of a fresh one.
+
+DSpark and DFlash are written in DeepSpec's format A, Eagle3 as speculators writes it.
+"""
 
 import json
 from dataclasses import asdict
@@ -14,9 +17,11 @@ from dspark_server.models.fields import read_json
 from dspark_server.models.loading import WeightReader, open_checkpoint
 from dspark_server.models.registry import load_config
 from dspark_server.speculation.dspark_formats import DSparkConfig
+from dspark_server.speculation.eagle3_formats import Eagle3Config
 from dspark_server.speculation.pair import head_digest, read_draft_tokens
 from dspark_server.training.config import TrainConfig
-from dspark_server.training.model import DraftModel
+from dspark_server.training.eagle3 import PairModel
+from dspark_server.training.model import DraftModel, TrainedDrafter
 
 _W2 = "markov_head.markov_w2.weight"
 
@@ -29,7 +34,25 @@ _FROM_TARGET = (
 
 
 def draft_fields(run: TrainConfig, target_directory: Path) -> dict[str, Any]:
-    """config.json of the drafter that `run` describes: Qwen3-style layers of the target's width (DSPARK.md, format A).
+    """config.json of the drafter that `run` describes, for the target in `target_directory`."""
+    return (_eagle3_fields if run.method == "eagle3" else _dspark_fields)(run, target_directory)
+
+
+def draft_model(
+    run: TrainConfig, target_directory: Path, embedding: Tensor, max_length: int, *, bfloat16: bool = False
+) -> TrainedDrafter:
+    """An untrained drafter beside the target's `embedding` [V, D], for sequences of up to `max_length` tokens.
+
+    Raises CheckpointError if the target has no such layers.
+    """
+    fields, target = draft_fields(run, target_directory), load_config(target_directory)
+    if run.method == "eagle3":
+        return PairModel(Eagle3Config.parse(fields, target), embedding, max_length, bfloat16=bfloat16)
+    return DraftModel(DSparkConfig.parse(fields, target), embedding, max_length, bfloat16=bfloat16)
+
+
+def _dspark_fields(run: TrainConfig, target_directory: Path) -> dict[str, Any]:
+    """Qwen3-style layers of the target's width (DSPARK.md, format A).
 
     Embedding and head are left out of its weights and shared with the target's (`share_target_embeddings`). If the loss
     saw only a part of the vocabulary, no other token is ever drafted (`draft_vocab_size`).
@@ -64,86 +87,141 @@ def draft_fields(run: TrainConfig, target_directory: Path) -> dict[str, Any]:
     )
 
 
-def draft_config(run: TrainConfig, target_directory: Path) -> DSparkConfig:
-    """The same, parsed and checked against the target."""
-    return DSparkConfig.parse(draft_fields(run, target_directory), load_config(target_directory))
+def _eagle3_fields(run: TrainConfig, target_directory: Path) -> dict[str, Any]:
+    """A layer of the target's own kind, with norms of heads where the target has them; taps are counted as inputs."""
+    theirs = read_json(target_directory / "config.json")
+    shape = load_config(target_directory)
+    attention = shape.layers[0].attention
+    proposal = {"proposal_type": "greedy", "speculative_tokens": run.block_size}
+    return {
+        "architectures": ["Eagle3DraftModel"],
+        "speculators_model_type": "eagle3",
+        "speculators_config": {
+            "algorithm": "eagle3",
+            "default_proposal_method": "greedy",
+            "proposal_methods": [proposal],
+            "verifier": {"name_or_path": run.model, "architectures": theirs["architectures"]},
+        },
+        "transformer_layer_config": {name: theirs[name] for name in _FROM_TARGET if name in theirs}
+        | {
+            "model_type": "qwen3" if attention.qk_norm else "llama",
+            "num_hidden_layers": 1,
+            "head_dim": attention.head_dim,
+            "attention_bias": False,
+        },
+        "draft_vocab_size": min(run.vocabulary or shape.vocab_size, shape.vocab_size),
+        "eagle_aux_hidden_state_layer_ids": [each + 1 for each in run.target_layer_ids],
+        "norm_before_residual": False,
+        "target_digest": head_digest(target_directory),
+        "dtype": "bfloat16",
+    }
 
 
 def export(
-    model: DraftModel, run: TrainConfig, target_directory: Path, draft_tokens: Tensor | None, directory: Path
+    model: TrainedDrafter, run: TrainConfig, target_directory: Path, draft_tokens: Tensor | None, directory: Path
 ) -> None:
     """Write config.json, model.safetensors (bfloat16) and the run's settings.
 
-    `draft_tokens` [Vd] int64, ascending, are the tokens that may be drafted (None: all), kept as offsets in `d2t`.
+    `draft_tokens` [Vd] int64, ascending, are the tokens that may be drafted (None: all), kept as offsets in `d2t`;
+    Eagle3's readers want `t2d` and the head's rows of these tokens, too.
     """
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(draft_fields(run, target_directory), indent=2) + "\n")
     (directory / "training.json").write_text(json.dumps(asdict(run), indent=2) + "\n")
     tensors = {name: tensor.detach().bfloat16().contiguous() for name, tensor in model.state_dict().items()}
     if draft_tokens is not None:
-        tensors["d2t"] = (draft_tokens - torch.arange(len(draft_tokens))).int()
+        offsets = draft_tokens - torch.arange(len(draft_tokens))
+        tensors["d2t"] = offsets.int()
+        if isinstance(model, PairModel):
+            head = target_head(target_directory)
+            tensors["d2t"] = offsets
+            tensors["t2d"] = torch.zeros(len(head), dtype=torch.bool).index_fill(0, draft_tokens, value=True)
+            tensors["lm_head.weight"] = head[draft_tokens].bfloat16()
     save_file(tensors, directory / "model.safetensors")
 
 
-def load_weights(model: DraftModel, draft_tokens: Tensor | None, target_directory: Path, directory: Path) -> None:
-    """Fill the module from a format-A directory; embedding and head are the target's, its copies must be equal.
+def load_weights(model: TrainedDrafter, draft_tokens: Tensor | None, target_directory: Path, directory: Path) -> None:
+    """Fill the module from a checkpoint of its format; embedding and head are the target's, copies must be equal.
 
     It may draft other tokens, or blocks of another size, than the checkpoint: rows of W2 go to the tokens they belong
     to, and those of tokens the checkpoint did not draft start at zero. `draft_tokens` [Vd] are the module's, None: all.
     Raises CheckpointError if a tensor is missing, unexpected or misshapen, or a copy differs.
     """
-    config = DSparkConfig.load(directory, load_config(target_directory))
+    target = load_config(target_directory)
+    source = Eagle3Config if isinstance(model, PairModel) else DSparkConfig
+    config = source.load(directory, target)
     reader = WeightReader(open_checkpoint(directory), torch.float32)
-    own = model.state_dict()
+    own, vocabulary = model.state_dict(), config.decoder.vocab_size
     state = {name: reader.take(name, tensor.shape) for name, tensor in own.items() if name != _W2}
-    theirs = read_draft_tokens(reader, config.draft_vocab_size, config.decoder.vocab_size)
+    theirs = read_draft_tokens(reader, config.draft_vocab_size, vocabulary)
+    every = torch.arange(vocabulary)
+    drafted = every if theirs is None else theirs
     if _W2 in own:
-        vocabulary = config.decoder.vocab_size
-        rows = torch.zeros(vocabulary, config.markov_rank)
-        every = torch.arange(vocabulary)
-        rows[every if theirs is None else theirs] = reader.take(
-            _W2, (config.draft_vocab_size or vocabulary, own[_W2].shape[1])
-        )
+        rank = own[_W2].shape[1]
+        rows = torch.zeros(vocabulary, rank)
+        rows[drafted] = reader.take(_W2, (len(drafted), rank))
         state[_W2] = rows[every if draft_tokens is None else draft_tokens]
-    _check_copies(reader, target_directory, directory)
+    _check_copy(reader, "embed_tokens.weight", _read_embedding(target_directory), directory)
+    _check_copy(reader, "lm_head.weight", target_head(target_directory)[drafted], directory)
     reader.finish(config.decoder.ropes)
     model.load_state_dict(state)
 
 
-def _check_copies(reader: WeightReader, target_directory: Path, directory: Path) -> None:
-    """Raise CheckpointError if the drafter has its own embedding or head: training would ignore it."""
+def target_head(target_directory: Path) -> Tensor:
+    """The target's output matrix [V, D], as stored: its embedding's where they are tied."""
     target = open_checkpoint(target_directory)
-    embedding = "model.embed_tokens.weight"
-    head = "lm_head.weight" if "lm_head.weight" in target.tensors else embedding
-    for name, source in (("embed_tokens.weight", embedding), ("lm_head.weight", head)):
-        if name in reader:
-            theirs = target.read(source).float()
-            mine = reader.take(name, theirs.shape)
-            if not torch.equal(mine, theirs) and not torch.equal(mine, theirs.bfloat16().float()):
-                raise CheckpointError(f"{directory}: {name} is not the target's; training uses the target's own.")
+    if "lm_head.weight" in target.tensors:
+        return target.read("lm_head.weight")
+    return _read_embedding(target_directory)
+
+
+def _read_embedding(target_directory: Path) -> Tensor:
+    return open_checkpoint(target_directory).read("model.embed_tokens.weight")
+
+
+def _check_copy(reader: WeightReader, name: str, theirs: Tensor, directory: Path) -> None:
+    """Raise CheckpointError if the drafter has a tensor of its own in the target's place: training would ignore it."""
+    if name not in reader:
+        return
+    mine, theirs = reader.take(name, theirs.shape), theirs.float()
+    if not torch.equal(mine, theirs) and not torch.equal(mine, theirs.bfloat16().float()):
+        raise CheckpointError(f"{directory}: {name} is not the target's; training uses the target's own.")
 
 
 @torch.no_grad()
-def initialise_from_target(model: DraftModel, target_directory: Path) -> None:
-    """Layers and final norm start as the target's last ones, and `fc` hands on the last tap (TRAINING.md, run B)."""
+def initialise_from_target(model: TrainedDrafter, target_directory: Path) -> None:
+    """Layers and final norm start as the target's last ones, and `fc` hands on the last tap (TRAINING.md, run B).
+
+    Of what Eagle3's attention projects, the embedding's half starts at zero.
+    """
     config = load_config(target_directory)
     checkpoint = open_checkpoint(target_directory)
-    own = model.state_dict()
+    own, hidden = model.state_dict(), config.hidden_size
+    layers = len({name.split(".")[1] for name in own if name.startswith("layers.")})
+    first = config.num_layers - layers
 
-    def copy(name: str, source: str) -> None:
-        own[name].copy_(checkpoint.read(source).float())
+    def source(name: str) -> str:
+        kind, _, rest = name.partition(".")
+        if kind != "layers":
+            return f"model.{name}"
+        index, _, rest = rest.partition(".")
+        return f"model.layers.{first + int(index)}.{rest}"
 
-    first = config.num_layers - len(model.layers)
-    for index in range(len(model.layers)):
-        for name in own:
-            prefix = f"layers.{index}."
-            source = f"model.layers.{first + index}.{name.removeprefix(prefix)}"
-            if name.startswith(prefix) and source in checkpoint.tensors:
-                copy(name, source)
-    copy("norm.weight", "model.norm.weight")
-    # The target made context keys and values of rows scaled by the layer's input norm; here hidden_norm does that.
-    copy("hidden_norm.weight", f"model.layers.{first}.input_layernorm.weight")
-    hidden = config.hidden_size
+    for name, tensor in own.items():
+        if name.startswith(("layers.", "norm.")) and source(name) in checkpoint.tensors:
+            theirs = checkpoint.read(source(name)).float()
+            if tensor.shape == theirs.shape:
+                tensor.copy_(theirs)
+            else:
+                tensor[:, :hidden] = 0
+                tensor[:, hidden:] = theirs
+    # The norm of features: the target made keys and values of rows scaled by the layer's input norm.
+    inputs = checkpoint.read(f"model.layers.{first}.input_layernorm.weight").float()
+    if isinstance(model, PairModel):
+        own["layers.0.hidden_norm.weight"].copy_(inputs)
+        own["layers.0.input_layernorm.weight"].fill_(1)
+    else:
+        own["hidden_norm.weight"].copy_(inputs)
     fc: Tensor = own["fc.weight"]
     fc.normal_(std=0.002, generator=torch.Generator().manual_seed(1))
     fc[:, -hidden:] += torch.eye(hidden)

@@ -13,6 +13,8 @@ from dspark_server.settings import suggest
 class TrainConfig:
     """A training run. Paths are relative to the working directory; sizes are in tokens unless stated otherwise.
 
+    `method` is the family: "dspark", which is DFlash with `markov_rank` 0 and no `confidence`, or "eagle3", whose one
+    layer drafts `block_size` tokens in as many passes, in training too; it has none of the fields of DSpark's heads.
     `vocabulary` restricts the loss to the most frequent tokens of the corpus (None: all). `init` is "target" (the last
     target layers, its final norm, features passed through from the last tap) or "fresh". `weights` is a checkpoint to
     start from. The learning rate warms up over the share `warmup` of the steps and then follows `schedule`: a "cosine"
@@ -26,6 +28,7 @@ class TrainConfig:
     corpus: str
     output: str
     model: str = "SmolLM2-135M-Instruct"
+    method: str = "dspark"
     weights: str | None = None
     cache_gib: float = 20.0
     mask_token_id: int = 16
@@ -70,6 +73,8 @@ class TrainConfig:
         for name in counts:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1.")
+        if self.method not in ("dspark", "eagle3"):
+            raise ConfigError(f"method must be dspark or eagle3, not {self.method!r}.")
         if self.init not in ("target", "fresh"):
             raise ConfigError(f"init must be target or fresh, not {self.init!r}.")
         if self.schedule not in ("cosine", "constant"):

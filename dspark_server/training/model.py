@@ -1,9 +1,10 @@
-"""The drafter as a trainable module, under the tensor names of DeepSpec's format A (DSpark §3.1-3.2).
+"""Drafters as trainable modules: what they have in common, and DSpark's (DSpark §3.1-3.2).
 
-The engine's `speculation.dspark` runs the same network over paged context; here a step's blocks share their
-sequence's context. Shapes: N context tokens, B blocks of gamma slots, D hidden size, m taps, r Markov rank.
+The engine runs the same networks over paged context; here a step's blocks share their sequence's context. Shapes:
+N context tokens, B blocks of gamma slots, D hidden size, m taps, r Markov rank, Vd tokens that may be drafted.
 """
 
+from abc import abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dspark_server.models.config import LayerConfig
+from dspark_server.models.layers.attention import AttentionConfig
+from dspark_server.models.layers.mlp import MlpConfig
 from dspark_server.models.layers.rope import rotary_table
 from dspark_server.speculation.dspark_formats import DSparkConfig
 
@@ -19,101 +22,142 @@ from dspark_server.speculation.dspark_formats import DSparkConfig
 class Blocks:
     """Training blocks of one step.
 
-    taps [N, m * D] float32 and positions [N] of the context of all sequences, one after another; inputs [B, gamma, D]
-    embeddings of (anchor, mask, ...); anchors [B] positions; previous [B, gamma] tokens x_{k-1}; spans: for each
-    sequence its context rows [t0, t1) and its blocks [b0, b1).
+    taps [N, m * D] float32, tokens [N] and positions [N] of the context of all sequences, one after another;
+    anchors [B] positions; previous [B, gamma] tokens x_{k-1}, the anchor first; spans: for each sequence its context
+    rows [t0, t1) and its blocks [b0, b1).
     """
 
     taps: Tensor
+    tokens: Tensor
     positions: Tensor
-    inputs: Tensor
     anchors: Tensor
     previous: Tensor
     spans: list[tuple[int, int, int, int]]
 
 
+class TrainedDrafter(nn.Module):
+    """A drafter whose embedding [V, D] and head are the target's, frozen; parameters bear their checkpoint's names.
+
+    With `bfloat16` the backbone's products, including its attention's, are multiplied and rounded in bfloat16, and
+    summed in float32; the weights, the residual stream, norms, softmaxes and the heads stay float32.
+    """
+
+    embedding: Tensor
+    table: Tensor
+
+    def __init__(self, embedding: Tensor, table: Tensor, *, bfloat16: bool) -> None:
+        super().__init__()
+        self.rounds = bfloat16
+        self.register_buffer("embedding", embedding, persistent=False)
+        self.register_buffer("table", table, persistent=False)
+
+    @property
+    @abstractmethod
+    def w2(self) -> Tensor:
+        """The Markov head's output matrix [Vd, r], a row for each token that may be drafted; [Vd, 0] without one."""
+
+    @abstractmethod
+    def forward(self, blocks: Blocks) -> tuple[Tensor, Tensor, Tensor | None]:
+        """h_k [B, gamma, D], the latent that w2 turns into B_k [B, gamma, r], confidence logits [B, gamma]."""
+
+
+class DraftAttention(nn.Module):
+    """Attention of blocks over their sequence's context before the anchor, and over slots of their own."""
+
+    def __init__(self, config: AttentionConfig, hidden: int, eps: float) -> None:
+        super().__init__()
+        self._config = config
+        width = config.inputs or hidden
+        self.q_proj = nn.Linear(width, config.queries, bias=config.bias)
+        self.k_proj = nn.Linear(width, config.keys, bias=config.bias)
+        self.v_proj = nn.Linear(width, config.keys, bias=config.bias)
+        self.o_proj = nn.Linear(config.queries, hidden, bias=config.output_bias)
+        if config.qk_norm:
+            self.q_norm = nn.RMSNorm(config.head_dim, eps)
+            self.k_norm = nn.RMSNorm(config.head_dim, eps)
+
+    def queries(self, x: Tensor, cos_sin: Tensor) -> Tensor:
+        """x [..., D] and its rotations [..., d] -> [..., Hq, d]."""
+        q = self._heads(self.q_proj(x))
+        return _rotate(self.q_norm(q) if self._config.qk_norm else q, cos_sin.unsqueeze(-2))
+
+    def keys_values(self, x: Tensor, cos_sin: Tensor) -> tuple[Tensor, Tensor]:
+        """x [..., D] and its rotations [..., d] -> keys and values [..., Hkv, d]."""
+        k = self._heads(self.k_proj(x))
+        k = _rotate(self.k_norm(k) if self._config.qk_norm else k, cos_sin.unsqueeze(-2))
+        return k, self._heads(self.v_proj(x))
+
+    def _heads(self, rows: Tensor) -> Tensor:
+        return torch.unflatten(rows.float(), -1, (-1, self._config.head_dim))
+
+    def attend(self, q: Tensor, own: tuple[Tensor, Tensor], context: tuple[Tensor, Tensor], blocks: Blocks) -> Tensor:
+        """q [B, S, Hq, d]; keys and values of the block's slots [B, K, Hkv, d] and context [N, Hkv, d] -> [B, S, D].
+
+        No row is padded: each sequence's blocks attend to that sequence's context, and each block to all K slots.
+        """
+        config = self._config
+        slots, seen, group = q.shape[1], own[0].shape[1], config.heads // config.kv_heads
+        outputs = []
+        for t0, t1, b0, b1 in blocks.spans:
+            count, positions = b1 - b0, blocks.positions[t0:t1]
+            # [nb, S, Hkv, G, d] -> [Hkv, nb, S * G, d]
+            query = q[b0:b1].unflatten(2, (config.kv_heads, group)).permute(2, 0, 1, 3, 4).flatten(2, 3)
+            query = query * config.head_dim**-0.5
+            scores = query.flatten(1, 2) @ context[0][t0:t1].permute(1, 2, 0)
+            hidden = (positions >= blocks.anchors[b0:b1].unsqueeze(1)) | (positions < config.first_key)  # [nb, L]
+            scores = scores.unflatten(1, (count, -1)).masked_fill(hidden.unsqueeze(1), float("-inf"))
+            among = query @ own[0][b0:b1].permute(2, 0, 3, 1)  # [Hkv, nb, S * G, K]
+            weights = torch.cat([scores, among], dim=-1).softmax(-1)
+            from_context, from_own = weights.split([t1 - t0, seen], dim=-1)
+            mixed = (from_context.flatten(1, 2) @ context[1][t0:t1].transpose(0, 1)).unflatten(1, (count, -1))
+            mixed = mixed + from_own @ own[1][b0:b1].permute(2, 0, 1, 3)
+            outputs.append(mixed.unflatten(2, (slots, group)).permute(1, 2, 0, 3, 4).flatten(2))
+        return torch.as_tensor(self.o_proj(torch.cat(outputs)))
+
+
+class DraftMlp(nn.Module):
+    """A gated feed-forward."""
+
+    def __init__(self, config: MlpConfig, hidden: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden, config.features, bias=config.bias)
+        self.up_proj = nn.Linear(hidden, config.features, bias=config.bias)
+        self.down_proj = nn.Linear(config.features, hidden, bias=config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., D] -> [..., D]."""
+        return torch.as_tensor(self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x)))
+
+
 class DraftLayer(nn.Module):
-    """A Qwen3-style layer whose queries see their sequence's context before the anchor, and their whole block."""
+    """A layer of DSpark's backbone; each slot sees the whole block."""
 
     def __init__(self, config: LayerConfig, hidden: int, eps: float) -> None:
         super().__init__()
-        attention, features = config.attention, config.mlp.features
-        head_dim, queries, keys = attention.head_dim, attention.queries, attention.keys
-        self._heads, self._kv_heads, self._head_dim = attention.heads, attention.kv_heads, head_dim
+        assert isinstance(config.mlp, MlpConfig)
         self.input_layernorm = nn.RMSNorm(hidden, eps)
         self.post_attention_layernorm = nn.RMSNorm(hidden, eps)
-        self.self_attn = nn.ModuleDict(
-            {
-                "q_proj": nn.Linear(hidden, queries, bias=False),
-                "k_proj": nn.Linear(hidden, keys, bias=False),
-                "v_proj": nn.Linear(hidden, keys, bias=False),
-                "o_proj": nn.Linear(queries, hidden, bias=False),
-                "q_norm": nn.RMSNorm(head_dim, eps),
-                "k_norm": nn.RMSNorm(head_dim, eps),
-            }
-        )
-        self.mlp = nn.ModuleDict(
-            {
-                "gate_proj": nn.Linear(hidden, features, bias=False),
-                "up_proj": nn.Linear(hidden, features, bias=False),
-                "down_proj": nn.Linear(features, hidden, bias=False),
-            }
-        )
+        self.self_attn = DraftAttention(config.attention, hidden, eps)
+        self.mlp = DraftMlp(config.mlp, hidden)
 
     def forward(self, x: Tensor, context: Tensor, blocks: Blocks, table: Tensor) -> Tensor:
         """x [B, gamma, D] and context features [N, D] -> [B, gamma, D]; table [P, d] of cosines and sines."""
-        attention, gamma = self.self_attn, x.shape[1]
-        normed = self.input_layernorm(x)
-        slots = table[blocks.anchors.unsqueeze(1) + torch.arange(gamma)].unsqueeze(2)  # [B, gamma, 1, d]
-
-        def heads(projection: str, rows: Tensor) -> Tensor:
-            return torch.unflatten(attention[projection](rows).float(), -1, (-1, self._head_dim))
-
-        q = _rotate(attention["q_norm"](heads("q_proj", normed)), slots)
-        k = _rotate(attention["k_norm"](heads("k_proj", normed)), slots)
-        context_k = _rotate(attention["k_norm"](heads("k_proj", context)), table[blocks.positions].unsqueeze(1))
-        attended = self._attend(q, k, heads("v_proj", normed), context_k, heads("v_proj", context), blocks)
-        x = x + attention["o_proj"](attended)
-        normed = self.post_attention_layernorm(x)
-        inner = F.silu(self.mlp["gate_proj"](normed)) * self.mlp["up_proj"](normed)
-        return x + torch.as_tensor(self.mlp["down_proj"](inner))
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, context_k: Tensor, context_v: Tensor, blocks: Blocks) -> Tensor:
-        """q [B, gamma, Hq, d], k and v [B, gamma, Hkv, d], context_k and context_v [N, Hkv, d] -> [B, gamma, Hq * d].
-
-        No row is padded: each sequence's blocks attend to that sequence's context, and each block to itself.
-        """
-        gamma, group = q.shape[1], self._heads // self._kv_heads
-        outputs = []
-        for t0, t1, b0, b1 in blocks.spans:
-            count = b1 - b0
-            # [nb, gamma, Hkv, G, d] -> [Hkv, nb, gamma * G, d]
-            query = q[b0:b1].unflatten(2, (self._kv_heads, group)).permute(2, 0, 1, 3, 4).flatten(2, 3)
-            query = query * self._head_dim**-0.5
-            scores = query.flatten(1, 2) @ context_k[t0:t1].permute(1, 2, 0)
-            future = blocks.positions[t0:t1] >= blocks.anchors[b0:b1].unsqueeze(1)  # [nb, L]
-            scores = scores.unflatten(1, (count, -1)).masked_fill(future.unsqueeze(1), float("-inf"))
-            own = query @ k[b0:b1].permute(2, 0, 3, 1)  # [Hkv, nb, gamma * G, gamma]
-            weights = torch.cat([scores, own], dim=-1).softmax(-1)
-            from_context, from_own = weights.split([t1 - t0, gamma], dim=-1)
-            mixed = (from_context.flatten(1, 2) @ context_v[t0:t1].transpose(0, 1)).unflatten(1, (count, -1))
-            mixed = mixed + from_own @ v[b0:b1].permute(2, 0, 1, 3)
-            outputs.append(mixed.unflatten(2, (gamma, group)).permute(1, 2, 0, 3, 4).flatten(2))
-        return torch.cat(outputs)
+        attention, normed = self.self_attn, self.input_layernorm(x)
+        slots = table[blocks.anchors.unsqueeze(1) + torch.arange(x.shape[1])]
+        q, own = attention.queries(normed, slots), attention.keys_values(normed, slots)
+        x = x + attention.attend(q, own, attention.keys_values(context, table[blocks.positions]), blocks)
+        return x + torch.as_tensor(self.mlp(self.post_attention_layernorm(x)))
 
 
-class DraftModel(nn.Module):
-    """All trained parts of a drafter; embedding and head are the target's.
+class DraftModel(TrainedDrafter):
+    """DSpark, and DFlash, which is DSpark without heads, under the tensor names of DeepSpec's format A."""
 
-    With `bfloat16` the backbone's products, including its attention's, are multiplied and rounded in bfloat16, and
-    summed in float32; the weights, the residual stream, norms, softmaxes and the two heads stay float32.
-    """
-
-    def __init__(self, config: DSparkConfig, max_length: int, *, bfloat16: bool = False) -> None:
-        super().__init__()
-        self._bfloat16 = bfloat16
+    def __init__(self, config: DSparkConfig, embedding: Tensor, max_length: int, *, bfloat16: bool = False) -> None:
         decoder, rank = config.decoder, config.markov_rank
-        hidden = decoder.hidden_size
+        hidden, attention = decoder.hidden_size, decoder.layers[0].attention
+        positions = max_length + config.block_size
+        table = rotary_table(attention.rope, attention.head_dim, max_length, positions)
+        super().__init__(embedding, table, bfloat16=bfloat16)
         self.config = config
         self.fc = nn.Linear(len(config.taps) * hidden, hidden, bias=False)
         self.hidden_norm = nn.RMSNorm(hidden, decoder.rms_norm_eps)
@@ -136,20 +180,17 @@ class DraftModel(nn.Module):
             width = hidden + (rank if config.confidence_with_markov else 0)
             self.confidence_head = nn.ModuleDict({"proj": nn.Linear(width, 1)})
             nn.init.zeros_(_weight(self.confidence_head["proj"]))
-        attention = decoder.layers[0].attention
-        positions = max_length + config.block_size
-        table = rotary_table(attention.rope, attention.head_dim, max_length, positions)
-        self.register_buffer("_table", table, persistent=False)
 
     def forward(self, blocks: Blocks) -> tuple[Tensor, Tensor, Tensor | None]:
-        """h_k [B, gamma, D], the latent that w2 turns into B_k [B, gamma, r], confidence logits [B, gamma]."""
-        x = blocks.inputs
-        with torch.autocast("cpu", torch.bfloat16, enabled=self._bfloat16):
+        """See TrainedDrafter. Slots hold the embeddings of (anchor, mask, ...)."""
+        x = self.embedding[self.config.mask_token_id].repeat(*blocks.previous.shape, 1)
+        x[:, 0] = self.embedding[blocks.previous[:, 0]]
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.rounds):
             context = self.hidden_norm(self.fc(blocks.taps).float())
             for layer in self.layers:
-                x = layer(x, context, blocks, self._table)
+                x = layer(x, context, blocks, self.table)
         hidden = self.norm(x)
-        embedding = self._embedding(blocks.previous)
+        embedding = self._markov_embedding(blocks.previous)
         confidence = None
         if self.config.confidence:
             features = torch.cat([hidden, embedding], dim=-1) if self.config.confidence_with_markov else hidden
@@ -158,12 +199,12 @@ class DraftModel(nn.Module):
 
     @property
     def w2(self) -> Tensor:
-        """The Markov head's output matrix [Vd, r], a row for each token that may be drafted; [Vd, 0] without one."""
+        """See TrainedDrafter."""
         if not self.config.markov_rank:
             return torch.empty(self.config.draft_vocab_size or self.config.decoder.vocab_size, 0)
         return _weight(self.markov_head["markov_w2"])
 
-    def _embedding(self, previous: Tensor) -> Tensor:
+    def _markov_embedding(self, previous: Tensor) -> Tensor:
         if not self.config.markov_rank:
             return torch.empty(*previous.shape, 0)
         return torch.as_tensor(self.markov_head["markov_w1"](previous))

@@ -24,16 +24,21 @@ from tqdm import tqdm
 
 from dspark_server.models.decoder import Decoder
 from dspark_server.models.hub import cache_dir, resolve_model
-from dspark_server.models.loading import open_checkpoint
 from dspark_server.runtime.linear import has_amx, has_bfloat16_pairs
 from dspark_server.runtime.memory import keep_freed_memory
-from dspark_server.training.checkpoint import draft_config, export, initialise_from_target, load_weights
+from dspark_server.training.checkpoint import (
+    draft_model,
+    export,
+    initialise_from_target,
+    load_weights,
+    target_head,
+)
 from dspark_server.training.config import TrainConfig
 from dspark_server.training.corpus import Corpus, Integers, Split
 from dspark_server.training.curve import plot_training
 from dspark_server.training.features import TargetFeatures
 from dspark_server.training.loss import FrozenHead, VocabularyLoss
-from dspark_server.training.model import Blocks, DraftModel
+from dspark_server.training.model import Blocks
 
 EVALUATED = 60  # held-out sequences evaluated during a run; calibration uses the rest too
 LOG_FIELDS = (
@@ -90,14 +95,14 @@ class Trainer:
         longest = int(np.diff(corpus.start).max())
         self.split = Split.of(corpus, run.held_out, run.seed, run.reuse)
         target = Decoder.load(self.target_directory, torch.bfloat16, self.kernels)
-        self.config = draft_config(run, self.target_directory)
+        bfloat16 = multiplies_in_bfloat16(run.precision)
+        torch.manual_seed(run.seed)
+        embedding = target.embed.weight.float()
+        self.model = draft_model(run, self.target_directory, embedding, longest, bfloat16=bfloat16)
         self.features = TargetFeatures(
-            target, self.config.taps, corpus, cache_dir() / "features" / self._features_key(), run.cache_gib
+            target, run.target_layer_ids, corpus, cache_dir() / "features" / self._features_key(), run.cache_gib
         )
-        self._embedding = target.embed.weight.float()
-        self._head = self._embedding
-        if not target.config.tie_word_embeddings:
-            self._head = open_checkpoint(self.target_directory).read("lm_head.weight").float()
+        self._head = embedding if target.config.tie_word_embeddings else target_head(self.target_directory).float()
         # Rows of the head that the loss sees, and the index of each token among them (-1: not among them).
         drafted = self._head
         self._place: Tensor | None = None
@@ -107,10 +112,7 @@ class Trainer:
             self._place = torch.full((len(self._head),), -1).scatter_(0, kept, torch.arange(len(kept)))
             self.draft_tokens = kept
             drafted = self._head[kept]
-        bfloat16 = multiplies_in_bfloat16(run.precision)
         self.drafted_head = FrozenHead(drafted, self.kernels, bfloat16=bfloat16)
-        torch.manual_seed(run.seed)
-        self.model = DraftModel(self.config, longest, bfloat16=bfloat16)
         if run.weights:
             load_weights(self.model, self.draft_tokens, self.target_directory, Path(run.weights))
         elif run.init == "target":
@@ -128,17 +130,16 @@ class Trainer:
     def _features_key(self) -> str:
         """Cache key of the features: they depend on the target, the taps and the corpus."""
         corpus = sha256(Path(self.run.corpus).read_bytes()).hexdigest()
-        return sha256(f"{self.target_directory}|{self.config.taps}|{corpus}".encode()).hexdigest()[:16]
+        return sha256(f"{self.target_directory}|{self.run.target_layer_ids}|{corpus}".encode()).hexdigest()[:16]
 
     def batch(self, chosen: list[tuple[int, Integers]]) -> Batch:
         """Gather the blocks of `chosen` sequences: context only as far as the last anchor needs it."""
-        gamma, corpus = self.config.block_size, self.split.corpus
-        taps, positions, inputs, anchors, previous, labels, inside = [], [], [], [], [], [], []
+        gamma, corpus = self.run.block_size, self.split.corpus
+        taps, context_tokens, positions, anchors, previous, labels, inside = [], [], [], [], [], [], []
         target: list[Tensor] = []
         target_rows: list[Tensor] = []
         logsums: list[Tensor] = []
         spans: list[tuple[int, int, int, int]] = []
-        mask = self._embedding[self.config.mask_token_id]
         t0 = b0 = u0 = 0
         for index, starts in chosen:
             tokens = torch.from_numpy(corpus.sequence(index))
@@ -146,11 +147,9 @@ class Trainer:
             features, hidden = self.features.of(index, min(len(tokens), int(at[-1]) + gamma))
             context = int(at[-1])
             taps.append(features[:context])
+            context_tokens.append(tokens[:context])
             positions.append(torch.arange(context))
             anchors.append(at)
-            block = mask.repeat(len(at), gamma, 1)
-            block[:, 0] = self._embedding[tokens[at]]
-            inputs.append(block)
             places = at.unsqueeze(1) + torch.arange(gamma)  # of x_{k-1}; the target's row there predicts x_k
             within = places + 1 < len(tokens)
             inside.append(within)
@@ -167,8 +166,8 @@ class Trainer:
         return Batch(
             Blocks(
                 torch.cat(taps).float(),
+                torch.cat(context_tokens),
                 torch.cat(positions),
-                torch.cat(inputs),
                 torch.cat(anchors),
                 torch.cat(previous),
                 spans,
@@ -261,7 +260,7 @@ class Trainer:
             batch = self.batch(self.split.blocks([index], anchors, [index]))
             hidden, latent, _ = self.model(batch.blocks)
             logits = hidden.flatten(0, 1)[batch.rows] @ self.drafted_head.weight.T
-            if self.config.markov_rank:
+            if latent.shape[-1]:
                 logits += latent.flatten(0, 1)[batch.rows] @ self.model.w2.T
             if self.draft_tokens is not None:  # the engine never drafts what the loss never saw
                 drafted, logits = logits, torch.full((len(logits), len(self._head)), -1e30)
@@ -275,9 +274,9 @@ class Trainer:
         return tau_and_positions(torch.cat(survivals)), tau_and_positions(torch.cat(matches))
 
     def _whole_blocks(self, batch: Batch, values: Tensor) -> Tensor:
-        slots = torch.full((batch.blocks.inputs.shape[0] * self.config.block_size,), -1.0)
+        slots = torch.full((batch.blocks.previous.numel(),), -1.0)
         slots[batch.rows] = values
-        slots = slots.view(-1, self.config.block_size)
+        slots = slots.view(-1, self.run.block_size)
         return slots[(slots >= 0).all(1)]
 
     def save(self, path: Path) -> None:

@@ -108,7 +108,16 @@ def away_from_zeros(trainer: Trainer) -> None:
     [("vanilla", 8, None), ("gated", 8, None), ("rnn", 8, None), ("vanilla", 0, None), ("vanilla", 8, 100)],
 )
 def test_loss_and_gradient_are_the_plain_ones(run: TrainConfig, kind: str, rank: int, vocabulary: int | None) -> None:
-    trainer = Trainer(replace(run, markov_head_type=kind, markov_rank=rank, vocabulary=vocabulary))
+    assert_loss_is_plain(replace(run, markov_head_type=kind, markov_rank=rank, vocabulary=vocabulary))
+
+
+@pytest.mark.parametrize("vocabulary", [None, 100])
+def test_loss_and_gradient_of_eagle3_are_the_plain_ones(run: TrainConfig, vocabulary: int | None) -> None:
+    assert_loss_is_plain(replace(run, method="eagle3", vocabulary=vocabulary))
+
+
+def assert_loss_is_plain(run: TrainConfig) -> None:
+    trainer = Trainer(run)
     away_from_zeros(trainer)
     batch = trainer.batch(trainer.split.step(0, 4, 6))
     ours = trainer.losses(batch).total
@@ -201,6 +210,44 @@ def test_a_run_learns_and_the_engine_serves_what_it_made(learnt: tuple[TrainConf
     core = EngineCore.load(EngineConfig(model=str(TARGET), kv_cache_memory_bytes=8 << 20, speculative=speculative))
     core.generate([[5, 6, 7, 8, 9, 10]], SamplingParams(max_tokens=40, temperature=1.0, ignore_eos=True))
     assert core.loop.stats.draft_tokens > 0
+
+
+@pytest.mark.usefixtures("run")  # for its cache
+@pytest.mark.parametrize("vocabulary", [None, 300])
+def test_eagle3_learns_continues_and_is_served(
+    learnt: tuple[TrainConfig, Path], vocabulary: int | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In the format of speculators; the engine knows its family, and that it was made for this target."""
+    run = replace(
+        learnt[0],
+        steps=80,
+        eval_every=80,
+        save_every=80,
+        method="eagle3",
+        block_size=3,
+        vocabulary=vocabulary,
+        output=str(tmp_path / "eagle3"),
+    )
+    directory = train(run)
+    trainer = Trainer(run)
+    batch = trainer.batch(trainer.split.step(0, 4, 6))
+    before = float(trainer.losses(batch).survival.mean())
+    again = Trainer(replace(run, weights=str(directory)))
+    assert float(again.losses(batch).survival.mean()) > before + 0.05
+    speculative = SpeculativeConfig(model=str(directory), selection="fixed", copying=False)
+    core = EngineCore.load(EngineConfig(model=str(TARGET), kv_cache_memory_bytes=8 << 20, speculative=speculative))
+    seen: list[int] = []
+
+    def look(step: StepTrace) -> None:
+        if step.block:
+            assert step.block.tokens.shape[1] <= 3
+            seen.extend(step.block.tokens.flatten().tolist())
+
+    core.loop.watch(look)
+    core.generate([[5, 6, 7, 8, 9, 10]], SamplingParams(max_tokens=40, temperature=1.0, ignore_eos=True))
+    assert len(seen) > 20
+    assert trainer.draft_tokens is None or set(seen) <= set(trainer.draft_tokens.tolist())
+    assert "other weights" not in caplog.text
 
 
 def test_averaged_weights_are_the_running_mean_and_the_others_come_back(run: TrainConfig) -> None:
