@@ -64,6 +64,7 @@ class EngineCore:
     cache_dtype: str
     backend: str
     speculation: str  # drafter and policy, as text for people
+    drafter: str | None  # the method of the drafter in use; None without one
     threads: ThreadCount | None = None  # None: the number is set by OMP_NUM_THREADS, or a GPU computes
 
     @property
@@ -129,9 +130,8 @@ class EngineCore:
         cache_identity = f"{place.directory}|{place.dtype}|{place.stored}|{drafter.identity}"
         cost_model = None
         if policy in ("causal", "lagged"):
-            identity = (
-                f"{cache_identity}|{backend}|{place.kernels.build}|{threads_in_use()}|{config.speculative.shortlist}"
-            )
+            drafts = f"{config.speculative.model}|{executor.block}|{config.speculative.shortlist}"
+            identity = f"{cache_identity}|{drafts}|{backend}|{place.kernels.build}|{threads_in_use()}"
             measured = costs or _profile(config, executor, own.pool, target, identity)
             cost_model = CostModel(measured, config.max_num_batched_tokens, config.max_num_seqs)
         loop = StepLoop(
@@ -158,16 +158,9 @@ class EngineCore:
             cache_dtype=str(place.stored).removeprefix("torch."),
             backend=backend,
             speculation=_described(config.speculative, drafter, policy),
+            drafter=drafter.method if executor.gamma else None,
             threads=threads,
         )
-
-    @property
-    def drafter(self) -> str | None:
-        """The method of the drafter in use, None without one."""
-        if not self.loop.executor.gamma:
-            return None
-        method = self.config.speculative.method
-        return method if method != "auto" else "dspark" if self.loop.executor.block else "ngram"
 
     @property
     def policies(self) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ import numpy as np
 
 from dspark_server.config import SpeculativeConfig
 from dspark_server.engine.request import SamplingParams
+from dspark_server.errors import ConfigError
 from dspark_server.evaluation import measures
 from dspark_server.evaluation.collect import Blocks, Floats, collect
 from dspark_server.evaluation.evaluate import uncalibrated, without_nan
@@ -21,6 +22,7 @@ from dspark_server.models.registry import load_config
 from dspark_server.speculation.calibration import Calibration
 from dspark_server.speculation.copying import BUCKETS, CopyTables
 from dspark_server.speculation.dspark_formats import DSparkConfig
+from dspark_server.speculation.families import family_of
 from dspark_server.training.corpus import Corpus, Split
 
 BIASES = np.arange(-2, 16.01, 0.25)
@@ -52,6 +54,11 @@ class Scaling:
 def calibrate(run: CalibrateConfig) -> dict[str, Any]:
     """Fit, store beside the checkpoint, and report the error of predictions before and after on the other prompts."""
     directory = resolve_model(run.drafter)
+    if (family := family_of(directory)) != "dspark":
+        raise ConfigError(
+            f"{run.drafter} is a drafter of method {family}: it has no confidence head to calibrate. How long its "
+            "drafts survive is learnt while serving."
+        )
     corpus = Corpus.load(run.corpus)
     held_out = Split.of(corpus, run.held_out, 0).held_out
     prompts = [corpus.sequence(index)[: int(corpus.prompt_length[index])].tolist() for index in held_out]

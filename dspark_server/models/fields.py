@@ -45,16 +45,20 @@ def whole(fields: Fields, name: str, default: int) -> int:
 
 
 def number(fields: Fields, name: str, default: float | None = None) -> float:
-    """A positive number; `default`, if there is one, for an absent field."""
-    value = fields.get(name, default)
+    """A positive number; `default`, if there is one, for an absent field or null."""
+    value = fields.get(name)
+    if value is None and default is not None:
+        return default
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
         raise CheckpointError(f"config.json: {name} must be a positive number, not {value!r}")
     return float(value)
 
 
 def flag(fields: Fields, name: str, default: bool = False) -> bool:
-    """True or false."""
-    value = fields.get(name, default)
+    """True or false; `default` for an absent field or null."""
+    value = fields.get(name)
+    if value is None:
+        return default
     if not isinstance(value, bool):
         raise CheckpointError(f"config.json: {name} must be true or false, not {value!r}")
     return value

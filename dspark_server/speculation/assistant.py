@@ -88,6 +88,8 @@ class AssistantConfig:
 class AssistantDrafter(ModelDrafter):
     """Drafts a token in each pass. `observe` writes the target's last states."""
 
+    method = "mtp"
+
     def __init__(
         self,
         config: AssistantConfig,
@@ -154,7 +156,7 @@ class AssistantDrafter(ModelDrafter):
         ]
         final_norm = parts.norm("model.norm")
         reader.finish(decoder.ropes)
-        calibration = Calibration.load(directory, depth)
+        calibration = Calibration.load(directory, depth, confidence=False)
         return cls(
             config,
             depth,

@@ -8,7 +8,7 @@ slots that follow a copy also depends on its length (`CopyTables.trust`).
 
 import json
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -41,8 +41,10 @@ class Calibration:
         return cls((1.0,) * gamma, (1.0,) * gamma)
 
     @classmethod
-    def load(cls, directory: Path, gamma: int) -> "Calibration":
+    def load(cls, directory: Path, gamma: int, *, confidence: bool = True) -> "Calibration":
         """Read the calibration stored beside a checkpoint; the identity if there is none.
+
+        Without a `confidence` head there is nothing to scale, and a block may have any gamma: only `copying` counts.
 
         Raises CheckpointError if the file does not hold, for each of the two, gamma positive temperatures and as many
         offsets or none.
@@ -58,6 +60,8 @@ class Calibration:
             copying = CopyTables.parse(fields["copying"]) if "copying" in fields else CopyTables()
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{path} holds no calibration: {error!r}. Run dspark-server calibrate.") from None
+        if not confidence:
+            return replace(cls.identity(gamma), copying=copying)
         if {len(greedy), len(sampled)} != {gamma} or not all(0 < t < float("inf") for t in greedy + sampled):
             raise CheckpointError(f"{path} must hold {gamma} positive temperatures each for 0 and 1.")
         if any(len(values) != gamma or not all(map(math.isfinite, values)) for values in offsets):

@@ -28,6 +28,7 @@ class Copying:
 
     def __init__(self, inner: Drafter, tables: CopyTables) -> None:
         self.inner = inner
+        self.method = inner.method if inner.gamma else "ngram"
         self.gamma = max(inner.gamma, WIDTH)
         self.block = inner.block
         self.taps = inner.taps

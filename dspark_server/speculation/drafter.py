@@ -19,6 +19,7 @@ from dspark_server.speculation.sampling import SamplingBatch
 class Drafter(Protocol):
     """Proposes blocks, and keeps its context from the outputs of target passes."""
 
+    method: str  # its name in `--speculative-config`
     gamma: int  # most draft tokens of a block; 0 for none
     block: int  # most draft tokens of a block from its model; longer ones are copies
     taps: tuple[int, ...]  # target layers whose outputs `observe` takes
@@ -44,6 +45,7 @@ class Drafter(Protocol):
 class NoDrafter:
     """No drafter model."""
 
+    method = "none"
     gamma = 0
     block = 0
     taps: tuple[int, ...] = ()

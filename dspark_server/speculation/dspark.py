@@ -59,6 +59,7 @@ class DSparkDrafter(ModelDrafter):
     ) -> None:
         super().__init__(config.gamma, config.taps, context.digest, sampler, copying)
         self.config = config
+        self.method = "dflash2" if config.selector else "dspark" if config.markov_rank else "dflash"
         self.width = config.block_size
         self.mask_token = config.mask_token_id
         self._layers = layers

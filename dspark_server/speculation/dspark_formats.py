@@ -152,8 +152,11 @@ def _zlab(given: Mapping[str, Any], target: ModelConfig) -> DSparkConfig:
     if not isinstance(own, Mapping):
         raise CheckpointError(f"The drafter's dflash_config should be an object, not {own!r}.")
     noted = Noted(own)
-    refuse(noted, "projector_type", ("dflash",))
+    second = architecture(fields) == "DFlash2DraftModel"
+    refuse(noted, "projector_type", ("dflash", "dflash2") if second else ("dflash",))
     refuse(noted, "shift_label", (False,))
+    refuse(noted, "use_swa", (False,), ": name the layers with a window in layer_types")
+    noted.get("swa_window_size")
     refuse(noted, "attention_mode", ("gqa", "mha"))
 
     def own_or_outer(name: str, minimum: int) -> int:
@@ -161,11 +164,15 @@ def _zlab(given: Mapping[str, Any], target: ModelConfig) -> DSparkConfig:
 
     decoder = parse_qwen3(fields, {})
     sliding = [layer.attention.window is not None for layer in decoder.layers]
-    causal = [flag(fields, "is_causal")] * len(sliding) if fields.get("is_causal") is not None else sliding
+    # Outside as z-lab writes it, inside as NVIDIA's ModelOpt does.
+    stated = [
+        flag(each, name) for each, name in ((fields, "is_causal"), (noted, "causal")) if each.get(name) is not None
+    ]
+    causal = [any(stated)] * len(sliding) if stated else sliding
     ids = noted.get("target_layer_ids", _spread(target.num_layers, decoder.num_layers))
     width = own_or_outer("block_size", 2)
     conv = selector = None
-    if architecture(fields) == "DFlash2DraftModel":
+    if second:
         conv = ConvConfig(own_or_outer("conv_kernel_size", 1), own_or_outer("conv_group_size", 1), width)
         selector = own_or_outer("selector_rank", 1), own_or_outer("selector_top_k", 1)
     capped = noted.get("final_logit_softcapping")

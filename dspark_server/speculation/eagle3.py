@@ -40,6 +40,8 @@ logger = logging.getLogger(__name__)
 class Eagle3Drafter(ModelDrafter):
     """Drafts a token in each pass. `observe` writes features of the target's tokens, and keys and values of pairs."""
 
+    method = "eagle3"
+
     def __init__(
         self,
         config: Eagle3Config,
@@ -114,10 +116,13 @@ class Eagle3Drafter(ModelDrafter):
             copies=config.format.copies,
             width=decoder.hidden_size,
         )
-        layer, context = PairLayer(parts, config), PairContext(parts, config, target.config.hidden_size)
+        prefixes = config.format.layers
+        prefix = next((each for each in prefixes if f"{each}hidden_norm.weight" in reader), prefixes[0])
+        layer = PairLayer(parts, config, prefix)
+        context = PairContext(parts, config, prefix, target.config.hidden_size)
         final_norm = parts.norm("norm")
         reader.finish(decoder.ropes)
-        calibration = Calibration.load(directory, config.depth)
+        calibration = Calibration.load(directory, config.depth, confidence=False)
         sampler = BlockSampler(decoder.vocab_size, None, None, calibration, draft_tokens, kernels)
         copies = calibration.copying if copying else None
         return cls(config, layer, context, sampler, final_norm, embed, head, kernels, length, copies)
@@ -144,8 +149,8 @@ class PairLayer:
     Gemma4's has norms on both sides, and a scale.
     """
 
-    def __init__(self, parts: Parts, config: Eagle3Config) -> None:
-        prefix, layer = config.format.layer, config.layer
+    def __init__(self, parts: Parts, config: Eagle3Config, prefix: str) -> None:
+        layer = config.layer
         self._kernels, self._eps = parts.kernels, parts.eps
         self._norm_before_residual = config.norm_before_residual
         self._input_norm = parts.norm(f"{prefix}input_layernorm")
@@ -183,15 +188,15 @@ class PairLayer:
 
 
 class PairContext:
-    """Features of the target's taps, and keys and values of pairs. `digest` names the weights that shape the rows."""
+    """Features of the target's taps, and keys and values of pairs. `digest` names the drafter by weights of these."""
 
-    def __init__(self, parts: Parts, config: Eagle3Config, target_hidden: int) -> None:
+    def __init__(self, parts: Parts, config: Eagle3Config, prefix: str, target_hidden: int) -> None:
         taps = len(config.taps) * (config.target_hidden_size or target_hidden)
         weight = parts.reader.take("fc.weight", (parts.hidden, taps))
         self._features = Linear(weight, None, parts.kernels)
         self._norm = parts.norm("input_norm", taps) if config.norm_before_fc else None
         self._kernels, self._eps = parts.kernels, parts.eps
-        self._rows = ContextAttention(parts, [config.layer.attention], [f"{config.format.layer}self_attn."])
+        self._rows = ContextAttention(parts, [config.layer.attention], [f"{prefix}self_attn."])
         digest = hashlib.sha256()
         for tensor in (weight, *([] if self._norm is None else [self._norm]), *self._rows.tensors):
             digest.update(tensor.contiguous().view(torch.uint8).cpu().numpy().tobytes())

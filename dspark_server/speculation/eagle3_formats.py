@@ -13,7 +13,7 @@ from transformers import CONFIG_MAPPING
 
 from dspark_server.errors import CheckpointError
 from dspark_server.models.config import LayerConfig, ModelConfig
-from dspark_server.models.fields import Fields, architecture, flag, integer, read_json
+from dspark_server.models.fields import Fields, architecture, flag, integer, read_json, refuse
 from dspark_server.models.gemma4 import parse_drafter as parse_gemma4
 from dspark_server.models.llama import parse as parse_llama
 from dspark_server.models.qwen3 import parse as parse_qwen3
@@ -28,22 +28,22 @@ Parse = Callable[[Fields, Fields], ModelConfig]
 class Format:
     """Whose checkpoints these are, and what they have in common.
 
-    `layer` is the prefix of the layer's tensors; `sandwich`: norms on both sides, as in Gemma4; `copies`: whether
-    embedding and head are there (None: each may be). `counts_outputs`: a tap's number is that of a layer; its output is
-    meant.
+    `layers` are prefixes that the layer's tensors may have; `sandwich`: norms on both sides, as in Gemma4; `copies`:
+    whether embedding and head are there (None: each may be). `counts_outputs`: a tap's number is that of a layer; its
+    output is meant. None: the first number tells (`_taps`).
     """
 
     name: str
-    layer: str
-    counts_outputs: bool
+    layers: tuple[str, ...]
+    counts_outputs: bool | None
     sandwich: bool = False
     copies: bool | None = None
 
 
-DEEPSPEC = Format("DeepSpec", "layers.0.", True, copies=True)
+DEEPSPEC = Format("DeepSpec", ("layers.0.",), True, copies=True)
 DEEPSPEC_GEMMA4 = replace(DEEPSPEC, sandwich=True)
-SAFEAILAB = Format("SafeAILab", "midlayer.", False)
-SPECULATORS = Format("speculators", "layers.0.", False)
+SAFEAILAB = Format("SafeAILab", ("midlayer.", "layers.0."), None)  # the second is ModelOpt's
+SPECULATORS = Format("speculators", ("layers.0.",), False)
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,13 @@ def _safeailab(fields: Mapping[str, Any], target: ModelConfig, tap_convention: s
             "The drafter's config.json has use_aux_hidden_state false: only Eagle3 with taps is supported."
         )
     ids = own.get("eagle_aux_hidden_state_layer_ids")
-    own.get("next_layer_regular")  # of layers after the first: there are none
+    # What NVIDIA's ModelOpt writes beside these.
+    refuse(own, "use_input_layernorm_in_first_layer", (True,))
+    refuse(own, "use_last_layernorm", (True,))
+    refuse(own, "use_mtp_layernorm", (False,))
+    refuse(own, "parallel_draft_step", (0, 1))
+    for name in ("next_layer_regular", "parallel_draft_heads_num_layers"):  # of layers and steps that are not there
+        own.get(name)
     decoder = parse_llama(noted, {})
     config = Eagle3Config(
         SAFEAILAB,
@@ -194,12 +200,23 @@ def layer_config(fields: Fields) -> ModelConfig:
             f"The drafter's transformer_layer_config has model_type {kind!r}; llama and qwen3 are supported."
         )
     assert isinstance(given, Mapping)
-    return parse(CONFIG_MAPPING[str(kind)](**given).to_dict(), {})
+    try:
+        whole_config = CONFIG_MAPPING[str(kind)](**given).to_dict()
+    except Exception as error:  # transformers raises exceptions of any type
+        raise CheckpointError(
+            f"The drafter's transformer_layer_config is no {kind} config: {' '.join(str(error).split())}"
+        ) from None
+    return parse(whole_config, {})
 
 
 def speculative_tokens(fields: Fields, default: int) -> int:
     """The number of draft tokens of speculators' first proposal method."""
-    methods = (fields.get("speculators_config") or {}).get("proposal_methods") or [{}]
+    own = fields.get("speculators_config") or {}
+    methods = own.get("proposal_methods") or [{}] if isinstance(own, Mapping) else None
+    if not isinstance(methods, list) or not isinstance(methods[0], Mapping):
+        raise CheckpointError(
+            f"The drafter's speculators_config should be an object with a list of proposal_methods, not {own!r}."
+        )
     return integer(methods[0], "speculative_tokens", default)
 
 
@@ -216,7 +233,11 @@ def _taps(ids: Any, target: ModelConfig, format: Format, convention: str) -> tup
         ids, convention = [2, layers // 2, layers - 3], "inputs"  # everyone's default, of hidden_states
     if not isinstance(ids, list) or not all(isinstance(each, int) and not isinstance(each, bool) for each in ids):
         raise CheckpointError(f"The drafter's eagle_aux_hidden_state_layer_ids must be a list of layers, not {ids!r}.")
-    outputs = format.counts_outputs if convention == "auto" else convention == "outputs"
+    outputs = convention == "outputs"
+    if convention == "auto":
+        # SpecForge and ModelOpt count outputs, by default 1, L/2 - 1 and L - 4; others count inputs in the same format.
+        # SGLang (PR 25454) tells the two by the first number, too.
+        outputs = ids[:1] == [1] if format.counts_outputs is None else format.counts_outputs
     return tuple(ids) if outputs else tuple(each - 1 for each in ids)
 
 
@@ -226,6 +247,7 @@ READERS: dict[str, Reader] = {
     "Qwen3Eagle3Model": _deepspec(DEEPSPEC, parse_qwen3),
     "Gemma4Eagle3Model": _deepspec(DEEPSPEC_GEMMA4, parse_gemma4),
     "LlamaForCausalLMEagle3": _safeailab,
+    "Eagle3LlamaForCausalLM": _safeailab,  # the same, elsewhere
     "eagle3": _speculators,
 }
 SPECULATORS_FIELDS = frozenset(

@@ -36,6 +36,7 @@ class ModelDrafter(ABC):
     its own tokens say: then prefix hits, preemption and rollback by length are the same as the target's.
     """
 
+    method: str  # see `Drafter`
     passes: int  # of a draft: 1 if parallel, gamma if autoregressive
     width: int  # tokens of a block's passes, the anchor included; gamma, or gamma and the anchor
     mask_token: int = 0  # stands for the tokens of a block that its pass does not know yet

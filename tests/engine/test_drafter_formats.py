@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dspark_server.config import EngineConfig, SpeculativeConfig
+from dspark_server.engine import core as engine_core
 from dspark_server.engine.core import EngineCore
 from dspark_server.errors import CheckpointError, ConfigError
+from dspark_server.evaluation.calibrate import CalibrateConfig, calibrate
 from dspark_server.models.registry import load_config
+from dspark_server.speculation.calibration import Calibration
+from dspark_server.speculation.cost_model import Profile
 from dspark_server.speculation.dspark_formats import DSparkConfig
 from dspark_server.speculation.eagle3_formats import Eagle3Config
 
@@ -105,7 +110,7 @@ def test_eagle3_as_safeailab_and_as_speculators_write_it(tmp_path: Path) -> None
     made = written(tmp_path / "safeailab", theirs, eagle(tensors, "midlayer."))
     nested = speculators(fields | llama, "eagle3", eagle_aux_hidden_state_layer_ids=ids) | {"draft_vocab_size": 192}
     other = written(tmp_path / "speculators", nested, tensors)
-    mine = drafts(EAGLE, made)
+    mine = drafts(EAGLE, made, tap_convention="inputs")  # the first being 1, they would be outputs
     agree(mine, drafts(EAGLE, other))
     assert all(token % 2 == 0 for block in mine.values() for token in block)
     outputs = {**theirs, "eagle_config": {"eagle_aux_hidden_state_layer_ids": fields["target_layer_ids"]}}
@@ -255,6 +260,94 @@ def test_an_eagle3_that_is_not_understood_is_refused(changes: Fields, message: s
         Eagle3Config.parse(EAGLE_MADE | changes, load_config(EAGLE / "target"))
 
 
+@pytest.mark.parametrize(
+    ("ids", "taps"),
+    [
+        ([1, 46, 90], (1, 46, 90)),  # SpecForge's for Qwen3-235B-A22B, what its trainer has for a default
+        (None, (1, 46, 90)),
+        ([24, 30, 36], (23, 29, 35)),  # NVIDIA's for gpt-oss
+    ],
+)
+def test_numbers_of_taps_count_outputs_where_the_first_is_one(ids: list[int] | None, taps: tuple[int, ...]) -> None:
+    target = load_config(EAGLE / "target")
+    target = replace(target, layers=(target.layers[0],) * 94)
+    own = {} if ids is None else {"eagle_config": {"eagle_aux_hidden_state_layer_ids": ids}}
+    for architecture in ("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM"):
+        assert Eagle3Config.parse(EAGLE_MADE | own | {"architectures": [architecture]}, target).taps == taps
+
+
+MODELOPT = {"use_input_layernorm_in_first_layer": True, "use_last_layernorm": True, "use_mtp_layernorm": False,
+            "next_layer_regular": True, "parallel_draft_step": 1, "parallel_draft_heads_num_layers": 1,
+            "use_aux_hidden_state": True, "norm_before_fc": None}  # fmt: skip
+
+
+def test_eagle3_as_nvidias_modelopt_writes_it(tmp_path: Path) -> None:
+    """Fields that say what is always so here, and tensors under layers.0."""
+    tensors = load_file(EAGLE / "draft" / "model.safetensors")
+    bare = {n: t for n, t in own_only(tensors).items() if not n.endswith(("q_norm.weight", "k_norm.weight"))}
+    bare["fc.weight"] = bare["fc.weight"][:, : 3 * 48]
+    made = EAGLE_MADE | {"draft_vocab_size": 384}
+    mine = written(tmp_path / "modelopt", made | {"eagle_config": MODELOPT}, bare)
+    agree(drafts(EAGLE, mine), drafts(EAGLE, written(tmp_path / "safeailab", made, eagle(bare, "midlayer."))))
+    for name, other in (("use_last_layernorm", False), ("use_mtp_layernorm", True), ("parallel_draft_step", 4)):
+        with pytest.raises(CheckpointError, match=name):
+            Eagle3Config.parse(made | {"eagle_config": {**MODELOPT, name: other}}, load_config(EAGLE / "target"))
+
+
+def test_dflash_as_nvidias_modelopt_writes_it() -> None:
+    made, target = dflash_fields(fields_of(DSPARK)), load_config(DSPARK / "target")
+    for causal in (False, True):
+        own = made["dflash_config"] | {"causal": causal}
+        assert DSparkConfig.parse(made | {"dflash_config": own}, target).causal == (causal, causal)
+    with pytest.raises(CheckpointError, match="use_swa True is not supported, only False is: name the layers"):
+        DSparkConfig.parse(made | {"dflash_config": made["dflash_config"] | {"use_swa": True}}, target)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"speculators_config": "x"},
+        {"speculators_config": {"proposal_methods": ["greedy"]}},
+        {"speculators_config": {"proposal_methods": {"a": 1}}},
+        {"transformer_layer_config": {"model_type": "qwen3", "hidden_size": "big"}},
+        {"transformer_layer_config": {"model_type": "llama", "hidden_size": 100, "num_attention_heads": 32}},
+    ],
+)
+def test_malformed_fields_of_speculators_are_one_line(changes: Fields) -> None:
+    made = speculators(fields_of(EAGLE), "eagle3") | changes
+    with pytest.raises(CheckpointError) as refusal:
+        Eagle3Config.parse(made, load_config(EAGLE / "target"))
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_calibration_does_not_bind_a_drafter_without_confidence(tmp_path: Path) -> None:
+    made = Path(shutil.copytree(EAGLE / "draft", tmp_path / "draft"))
+    Calibration.identity(7).save(made, {})
+    for depth in (2, 12):
+        assert load(EAGLE, made, num_speculative_tokens=depth).loop.executor.gamma == depth
+
+
+def test_a_drafter_without_confidence_is_not_calibrated(tmp_path: Path) -> None:
+    run = CalibrateConfig(str(EAGLE / "draft"), tmp_path / "corpus.npz", str(EAGLE / "target"))
+    with pytest.raises(ConfigError, match="of method eagle3: it has no confidence head to calibrate"):
+        calibrate(run)
+
+
+def test_costs_are_measured_for_each_depth(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A draft of more passes costs more: a profile is kept for it alone."""
+    seen: list[str] = []
+
+    def measured(*_: object, identity: str, **__: object) -> Profile:
+        seen.append(identity)
+        return Profile((1, 256), (1e-3, 9e-3), (1, 8), (1e-3, 2e-3), 1e-9, 1e-9)
+
+    monkeypatch.setattr(engine_core, "profile", measured)
+    for depth in (2, 12):
+        made = load(EAGLE, EAGLE / "draft", selection="causal", num_speculative_tokens=depth)
+        assert made.drafter == "eagle3"
+    assert len(set(seen)) == 2
+
+
 def test_a_tap_may_be_the_last_layers_output() -> None:
     made = EAGLE_MADE | {"eagle_config": {"eagle_aux_hidden_state_layer_ids": [2, 7]}}
     assert Eagle3Config.parse(made, load_config(EAGLE / "target")).taps == (1, 6)
@@ -264,6 +357,7 @@ def test_a_tap_may_be_the_last_layers_output() -> None:
     ("change", "message"),
     [
         (lambda own: own.update(projector_type="domino"), "projector_type 'domino' is not supported"),
+        (lambda own: own.update(projector_type="dflash2"), "projector_type 'dflash2' is not supported"),
         (lambda own: own.update(selector_top_k=16), "has selector_top_k, which this server does not know"),
         (lambda own: own.update(target_layer_ids=[1, 5]), "must increase and lie within -1 .. 4"),
         (lambda own: own.pop("mask_token_id"), "needs mask_token_id"),
