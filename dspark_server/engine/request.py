@@ -140,7 +140,12 @@ class Request:
     @cached_property
     def kind(self) -> Kind:
         """What its acceptance depends on besides its text, as a class."""
-        return Kind.of(self.params.temperature, isinstance(self.controls, Controls), self.grammar is not None)
+        return Kind.of(
+            self.params.temperature,
+            ruled=isinstance(self.controls, Controls),
+            grammar=self.grammar is not None,
+            seeded=self.params.seed is not None,
+        )
 
     @property
     def max_length(self) -> int:

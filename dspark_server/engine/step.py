@@ -330,7 +330,10 @@ class StepLoop:
                 if confident:
                     self.stats.trust.observe(sum(said[:length]), min(stood, length), length)
             correction = self._correction(request)
-            correction.judged(said, length, min(stood, length))
+            if verified:
+                correction.judged(said, length, min(stood, length))
+            else:
+                correction.unheard()
             for record in (request.history, correction.everyone):
                 if confident:
                     record.expected(chances[: self._block])

@@ -20,11 +20,13 @@ import torch
 from torch import Tensor
 
 from dspark_server.speculation.history import SurvivalHistory
+from dspark_server.speculation.sampling import GREEDY_BELOW
 
 MEMORY = 0.9995  # weight of the past after one more judged token: about the last 2,000 count
 PRIOR = 10.0  # information that the calibration counts for, in judged tokens of chance 1/2 times 1/4
 POSITION_PRIOR = 60.0  # the same for an offset of one position alone, and for the gain
 POPULATION_MEMORY = 0.995  # as history.MEMORY, for all requests of a context together
+UNHEARD = 0.99  # what is left of a correction after a block of which nothing was verified, so that none is final
 FARTHEST = 8.0  # greatest logit
 CONTEXTS = 4096  # the contexts used last are kept
 
@@ -33,28 +35,31 @@ class Kind(NamedTuple):
     """What a request's acceptance depends on besides its text: classes of temperature and of rules."""
 
     temperature: int  # 0: greedy; 1: up to 0.6; 2: up to 1.1; 3: higher
-    rules: int  # 0: none; 1: penalties, biases or forbidden tokens; 2: a grammar
+    rules: int  # 0: none, or min_tokens; 1: penalties, biases or forbidden tokens; 2: a grammar
+    seeded: bool  # sampled with a seed: accepted by another rule than without
 
     @classmethod
-    def of(cls, temperature: float, ruled: bool, grammar: bool) -> "Kind":
-        """Of a sampling temperature, and whether there are rules, a grammar among them."""
-        edges = (0.0, 0.6, 1.1)
-        return cls(sum(temperature > edge for edge in edges), 2 if grammar else int(ruled))
+    def of(cls, temperature: float, *, ruled: bool, grammar: bool, seeded: bool) -> "Kind":
+        """Of a sampling temperature, whether there are rules, a grammar among them, and whether there is a seed."""
+        sampled = temperature >= GREEDY_BELOW
+        rules = 2 if grammar else int(ruled)
+        return cls(int(sampled) + (temperature > 0.6) + (temperature > 1.1), rules, seeded and sampled)
 
 
-@dataclass
+@dataclass(eq=False)
 class Correction:
     """Of one context: logit(c_k) becomes gain * logit(c_k) + offset + by_position[k].
 
-    Online logistic regression: a step of Newton's method on each parameter alone for each judged token, with the
-    information so far, which fades, for its size.
+    Online logistic regression: a step of Newton's method for each judged token, with the information so far, which
+    fades, for its size. Gain and offset take it together: logits far from 0 leave hardly any difference between the
+    two, and alone each would make up for the other's error.
     """
 
     gain: float = 1.0
     offset: float = 0.0
     by_position: list[float] = field(default_factory=list)
     everyone: SurvivalHistory = field(default_factory=lambda: SurvivalHistory(memory=POPULATION_MEMORY))
-    _information: list[float] = field(default_factory=lambda: [POSITION_PRIOR / 4, PRIOR / 4])  # of gain and offset
+    _information: tuple[float, float, float] = (POSITION_PRIOR / 4, 0.0, PRIOR / 4)  # of gain, both and offset
     _by_position: list[float] = field(default_factory=list)
 
     def shifts(self, gamma: int) -> list[float]:
@@ -71,18 +76,29 @@ class Correction:
         if missing > 0:
             self.by_position += [0.0] * missing
             self._by_position += [POSITION_PRIOR / 4] * missing
-        before = 1.0
+        before, gain, offset = 1.0, self.gain, self.offset
+        of_gain, of_both, of_offset = self._information
         for k, survival in enumerate(stated[: min(verified, accepted + 1)]):
             x = logit(survival / before if before > 0 else 0.0)
             before = survival
-            chance = sigmoid(self.gain * x + self.offset + self.by_position[k])
+            chance = sigmoid(gain * x + offset + self.by_position[k])
             error, weight = (k < accepted) - chance, max(chance * (1 - chance), 0.01)
-            gain, offset = self._information
-            self._information = [MEMORY * gain + weight * x * x, MEMORY * offset + weight]
+            of_gain, of_both = MEMORY * of_gain + weight * x * x, MEMORY * of_both + weight * x
+            of_offset = MEMORY * of_offset + weight
+            along, across = of_gain + POSITION_PRIOR / 4, of_offset + PRIOR / 4
+            step = error / (along * across - of_both * of_both)  # positive: both priors are
+            gain = min(max(gain + step * (across * x - of_both), 0.0), 3.0)
+            offset += step * (along - of_both * x)
             self._by_position[k] = MEMORY * self._by_position[k] + weight
-            self.gain = min(max(self.gain + error * x / (self._information[0] + POSITION_PRIOR / 4), 0.0), 3.0)
-            self.offset += error / (self._information[1] + PRIOR / 4)
             self.by_position[k] += error / (self._by_position[k] + POSITION_PRIOR / 4)
+        self.gain, self.offset = gain, offset
+        self._information = of_gain, of_both, of_offset
+
+    def unheard(self) -> None:
+        """Fade after a block of which nothing was verified: an estimate that forbids drafts must not last for ever."""
+        self.gain += (1 - UNHEARD) * (1 - self.gain)
+        self.offset *= UNHEARD
+        self.by_position = [UNHEARD * each for each in self.by_position]
 
 
 class Estimates:
@@ -92,7 +108,7 @@ class Estimates:
         self._corrections: OrderedDict[tuple[str, Kind], Correction] = OrderedDict()
 
     def of(self, tenant: str, kind: Kind) -> Correction:
-        """The correction of a context, a new one changes nothing."""
+        """The correction of a context; a new one changes no chance whose logit is within FARTHEST."""
         found = self._corrections.get((tenant, kind))
         if found is None:
             found = self._corrections[tenant, kind] = Correction()
@@ -112,9 +128,11 @@ class Shifts(NamedTuple):
     @classmethod
     def of(cls, corrections: Sequence[Correction | None], gamma: int) -> "Shifts":
         """Of these corrections; None: no correction."""
-        gains = [float("nan") if each is None else each.gain for each in corrections]
-        shifts = [[0.0] * gamma if each is None else each.shifts(gamma) for each in corrections]
-        return cls(torch.tensor(gains), torch.tensor(shifts).view(len(gains), gamma))
+        distinct = {each: index for index, each in enumerate(dict.fromkeys(corrections))}  # many rows, few contexts
+        gains = [float("nan") if each is None else each.gain for each in distinct]
+        shifts = [[0.0] * gamma if each is None else each.shifts(gamma) for each in distinct]
+        rows = torch.tensor([distinct[each] for each in corrections], dtype=torch.int64)
+        return cls(torch.tensor(gains)[rows], torch.tensor(shifts).view(len(gains), gamma)[rows])
 
     def applied(self, survival: Tensor) -> Tensor:
         """Survivals a_k [R, gamma] corrected. NaN stays where it is. Reads nothing on the host."""
