@@ -26,9 +26,8 @@ from dspark_server.runtime.paging import BlockTable, CacheLayout
 from dspark_server.speculation.cost_model import Profile
 from dspark_server.speculation.noise import CounterStreams, Purpose
 from dspark_server.speculation.sampling import SamplingBatch
-from dspark_server.training.checkpoint import draft_config, export
+from dspark_server.training.checkpoint import draft_model, export, target_head
 from dspark_server.training.config import TrainConfig
-from dspark_server.training.model import DraftModel
 from tests.engine.support import still
 from tests.models.support import save_tiny
 from tests.speculation.test_controls import reference
@@ -128,7 +127,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     target, draft = tmp_path_factory.mktemp("target"), tmp_path_factory.mktemp("draft")
     save_tiny(target, "qwen3", vocab_size=VOCABULARY)
     options = TrainConfig("", "", mask_token_id=0, target_layer_ids=(0, 1), num_layers=1, block_size=4, markov_rank=8)
-    model = DraftModel(draft_config(options, target), 64)
+    model = draft_model(options, target, target_head(target).float(), 64)
     noise = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in model.parameters():
