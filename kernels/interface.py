@@ -274,7 +274,7 @@ class Kernels(Protocol):
         """
         ...
 
-    def accept_by_ratio(
+    def accept_drafts(
         self,
         logits: Tensor,
         start: Tensor,
@@ -286,8 +286,11 @@ class Kernels(Protocol):
         names: Tensor | None,
         coins: Tensor | None,
         last: Tensor,
+        *,
+        jointly: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Accept or reject n requests' drafts by the ratio rule, for plain softmaxes of the target (DSpark §3.2.2).
+        """Accept or reject n requests' drafts, for plain softmaxes of the target: token by token by the ratio rule
+        (DSpark §3.2.2), or `jointly` by the block rule (Sun et al., arXiv 2403.10444; speculation/acceptance.py).
 
         logits [M, V] float32 contiguous: request i owns rows start[i] .. start[i] + lengths[i]; tokens [n, L] int64, L
         the longest of lengths; inverse_temperature [n] float32, positive; q [Rd, gamma, C] float32 contiguous: the
@@ -296,27 +299,9 @@ class Kernels(Protocol):
         column; coins [n, L] and last [n, L + 1] float64, uniform (coins None where nothing was drafted). Returns count
         [n] int64 of accepted tokens, token [n] int64 that follows them (-1 of a failed request), failed [n] bool: the
         request's first row is broken, it holds NaN or +inf, or nothing but -inf. A later row that is broken and would
-        decide belongs to an accepted draft token: `token` is that one, and it is not counted.
-        """
-        ...
-
-    def accept_by_block(
-        self,
-        logits: Tensor,
-        start: Tensor,
-        lengths: Tensor,
-        tokens: Tensor,
-        inverse_temperature: Tensor,
-        q: Tensor | None,
-        row: Tensor,
-        names: Tensor | None,
-        coins: Tensor | None,
-        last: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """`accept_by_ratio` under the block rule (Sun et al., arXiv 2403.10444; speculation/acceptance.py).
-
-        coins[i, k] is that of the node after draft token k + 1. A broken row ends its block: the nodes before it are
-        judged as if it had no more draft tokens.
+        decide belongs to an accepted draft token: `token` is that one, and it is not counted. Jointly, coins[i, k] is
+        that of the node after draft token k + 1, and a broken row ends its block: the nodes before it are judged as if
+        it had no more draft tokens.
         """
         ...
 

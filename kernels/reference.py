@@ -209,7 +209,7 @@ class ReferenceKernels:
                 following = following & (previous == favour.tokens[:, k])
         return DraftedTokens(tokens, None if uniforms is None else laws, on, odds, usable)
 
-    def accept_by_ratio(
+    def accept_drafts(
         self,
         logits: Tensor,
         start: Tensor,
@@ -221,80 +221,23 @@ class ReferenceKernels:
         names: Tensor | None,
         coins: Tensor | None,
         last: Tensor,
+        *,
+        jointly: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        decide = _decided_jointly if jointly else _decided
         outcomes = []
         for i, length in enumerate(lengths.tolist()):
-            outcome = (0, -1, True)
-            for slot in range(length + 1):
-                scores = logits[int(start[i]) + slot]
-                if not bool(scores.max().isfinite()):
-                    if slot:  # the draft token of this row is accepted, and ends the cycle
-                        outcome = (slot - 1, int(tokens[i, slot - 1]), False)
-                    break
-                p = torch.softmax(scores * inverse_temperature[i], -1).double()
-                if slot < length:
-                    assert coins is not None
-                    law = torch.zeros_like(p)
-                    if q is None:
-                        law[tokens[i, slot]] = 1.0
-                    elif names is None:
-                        law += q[row[i], slot]
-                    else:
-                        law.index_add_(0, names[row[i], slot], q[row[i], slot].double())
-                    drafted = tokens[i, slot]
-                    if coins[i, slot] * law[drafted] < p[drafted]:
-                        continue
-                    left = (p - law).clamp(min=0)
-                    p = left if left.sum() > 0 else p
-                outcome = (slot, _drawn(p, last[i, slot]), False)
-                break
-            outcomes.append(outcome)
-        count, token, failed = zip(*outcomes, strict=True)
-        return torch.tensor(count), torch.tensor(token), torch.tensor(failed)
-
-    def accept_by_block(
-        self,
-        logits: Tensor,
-        start: Tensor,
-        lengths: Tensor,
-        tokens: Tensor,
-        inverse_temperature: Tensor,
-        q: Tensor | None,
-        row: Tensor,
-        names: Tensor | None,
-        coins: Tensor | None,
-        last: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        outcomes = []
-        for i, length in enumerate(lengths.tolist()):
-            joint, kept, weights, broken = 1.0, 0, None, False
-            for slot in range(length + 1):
-                scores = logits[int(start[i]) + slot]
-                broken = not bool(scores.max().isfinite())
-                ends = broken or slot == length
-                p = torch.softmax(scores * inverse_temperature[i], -1).double()
-                left, rest = p, 1.0
-                law = torch.zeros_like(p)
-                if not ends:
-                    if q is None:
-                        law[tokens[i, slot]] = 1.0
-                    elif names is None:
-                        law += q[row[i], slot]
-                    else:
-                        law.index_add_(0, names[row[i], slot], q[row[i], slot].double())
-                    left = (joint * p - law).clamp(min=0)
-                    rest = float(left.sum())
-                chance = joint if ends else rest / (rest + 1 - joint) if rest + 1 - joint > 0 else 1.0
-                if slot == 0 or float(_given(coins)[i, slot - 1]) < chance:
-                    kept, weights = slot, None if broken else left if rest > 0 else p
-                if ends:
-                    break
-                drafted = tokens[i, slot]
-                joint = min(1.0, joint * float(p[drafted]) / float(law[drafted])) if law[drafted] > 0 else 1.0
-            if weights is None:  # a draft token with a broken row of its own ends the cycle; so does the anchor's
-                outcomes.append((kept - 1, int(tokens[i, kept - 1]), False) if kept else (0, -1, True))
+            rows = logits[int(start[i]) : int(start[i]) + length + 1]
+            p = torch.softmax(rows * inverse_temperature[i], -1).double()
+            fine = rows.amax(-1).isfinite().tolist()
+            drafted = tokens[i, :length]
+            law = torch.zeros_like(p[:length])
+            if q is None:
+                law.scatter_(1, drafted.unsqueeze(1), 1.0)
             else:
-                outcomes.append((kept, _drawn(weights, last[i, kept]), False))
+                mine = q[row[i], :length].double()
+                law = mine if names is None else law.scatter_add_(1, names[row[i], :length], mine)
+            outcomes.append(decide(p, law, fine, drafted.tolist(), None if coins is None else coins[i], last[i]))
         count, token, failed = zip(*outcomes, strict=True)
         return torch.tensor(count), torch.tensor(token), torch.tensor(failed)
 
@@ -364,6 +307,47 @@ def _places(cache: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
 def _given(coins: Tensor | None) -> Tensor:
     assert coins is not None, "drafts need coins"
     return coins
+
+
+def _decided(
+    p: Tensor, law: Tensor, fine: list[bool], drafted: list[int], coins: Tensor | None, last: Tensor
+) -> tuple[int, int, bool]:
+    """Count, token and whether it failed, of one request by the ratio rule; p [n + 1, V], law [n, V] float64."""
+    for slot, drafted_token in enumerate([*drafted, -1]):
+        if not fine[slot]:  # the draft token of this row is accepted, and ends the cycle
+            return (slot - 1, drafted[slot - 1], False) if slot else (0, -1, True)
+        weights = p[slot]
+        if slot < len(drafted):
+            if _given(coins)[slot] * law[slot, drafted_token] < p[slot, drafted_token]:
+                continue
+            left = (p[slot] - law[slot]).clamp(min=0)
+            weights = left if left.sum() > 0 else weights
+        break
+    return slot, _drawn(weights, last[slot]), False
+
+
+def _decided_jointly(
+    p: Tensor, law: Tensor, fine: list[bool], drafted: list[int], coins: Tensor | None, last: Tensor
+) -> tuple[int, int, bool]:
+    """The same by the block rule."""
+    joint, kept, weights = 1.0, 0, p[0]
+    end = min([*(slot for slot, each in enumerate(fine) if not each), len(drafted)])
+    for slot in range(end + 1):
+        left, rest = p[slot], 1.0
+        if slot < end:
+            left = (joint * p[slot] - law[slot]).clamp(min=0)
+            rest = float(left.sum())
+            chance = rest / (rest + 1 - joint) if rest + 1 - joint > 0 else 1.0
+        else:
+            chance = joint
+        if slot == 0 or float(_given(coins)[slot - 1]) < chance:
+            kept, weights = slot, left if rest > 0 else p[slot]
+        if slot < end:
+            p_x, q_x = float(p[slot, drafted[slot]]), float(law[slot, drafted[slot]])
+            joint = min(1.0, joint * p_x / q_x) if q_x > 0 else 1.0
+    if not fine[kept]:  # a draft token with a broken row of its own ends the cycle; so does the anchor's
+        return (kept - 1, drafted[kept - 1], False) if kept else (0, -1, True)
+    return kept, _drawn(weights, last[kept]), False
 
 
 def _drawn(weights: Tensor, at: Tensor) -> int:

@@ -139,7 +139,7 @@ class Request:
 
     @cached_property
     def kind(self) -> Kind:
-        """What its acceptance depends on besides its text, as a class."""
+        """The class of requests whose outcomes tell of this one's."""
         return Kind.of(
             self.params.temperature,
             ruled=isinstance(self.controls, Controls),

@@ -266,7 +266,7 @@ class StepLoop:
         return rates.unsqueeze(1) ** torch.arange(1, self.executor.gamma + 1)
 
     def _correction(self, request: Request) -> Correction:
-        """What outcomes have taught of estimates for requests like this one."""
+        """The correction of survival estimates for requests like this one."""
         return self._estimates.of(request.tenant, request.kind)
 
     def _rate(self, request: Request) -> float:

@@ -219,8 +219,7 @@ def accept_at_once(
     # The kernel runs over all requests, and its results for greedy ones are not used: they bring no draft to it, and
     # theirs may have rows and slots beyond the end of q (`DraftBlock`).
     row = row.clamp(min=0) if draft.q is None else row.clamp(0, len(draft.q) - 1)
-    call = kernels.accept_by_block if jointly else kernels.accept_by_ratio
-    count, drawn, failed = call(
+    count, drawn, failed = kernels.accept_drafts(
         logits,
         start,
         lengths if noise.greedy is None else lengths.masked_fill(noise.greedy, 0),
@@ -231,6 +230,7 @@ def accept_at_once(
         draft.columns,
         noise.coins,
         noise.last,
+        jointly=jointly,
     )
     if noise.greedy is None or greedy is None:
         return Accepted(count, drawn, failed)
@@ -265,10 +265,8 @@ def _accept_sampled(
         scale, logits, start = 1 / mine.sampling.temperature, mine.logits, mine.start
         if mine.sampling.filtered:
             logits, start = _filtered(mine, scale, kernels)
-        call = kernels.accept_by_block if jointly else kernels.accept_by_ratio
-        return Accepted(
-            *call(logits, start, mine.lengths, mine.tokens, scale, draft.q, mine.row, draft.columns, coins, last)
-        )
+        drafts = mine.lengths, mine.tokens, scale, draft.q, mine.row, draft.columns
+        return Accepted(*kernels.accept_drafts(logits, start, *drafts, coins, last, jointly=jointly))
     return (_accept_by_block if jointly else _accept_by_ratio)(mine, draft, coins, last)
 
 

@@ -168,7 +168,7 @@ class PairLayer:
         self.mlp = Mlp(parts, layer.mlp, f"{prefix}mlp.")
 
     def inputs(self, embedding: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
-        """What attention projects [N, 2 D], and the residual [N, D], of pairs; the residual is not `before` itself."""
+        """The input of attention [N, 2 D] and the residual [N, D] of pairs; the residual is not `before` itself."""
         normed = self._kernels.rms_norm(before, self._hidden_norm, self._eps)
         wide = torch.cat([self._kernels.rms_norm(embedding, self._input_norm, self._eps), normed], dim=1)
         return wide, normed if self._norm_before_residual else before.clone()
@@ -211,5 +211,5 @@ class PairContext:
         return self._features(joined)
 
     def write(self, wide: Tensor, batch: Batch, cache: LayerCache) -> None:
-        """Write keys and values of pairs, of what attention projects [N, 2 D]."""
+        """Write keys and values of pairs, from the input of attention [N, 2 D]."""
         self._rows.write(wide, batch, [cache])

@@ -32,7 +32,7 @@ CONTEXTS = 4096  # the contexts used last are kept
 
 
 class Kind(NamedTuple):
-    """What a request's acceptance depends on besides its text: classes of temperature and of rules."""
+    """A class of requests that are accepted alike: by temperature, rules and seed."""
 
     temperature: int  # 0: greedy; 1: up to 0.6; 2: up to 1.1; 3: higher
     rules: int  # 0: none, or min_tokens; 1: penalties, biases or forbidden tokens; 2: a grammar
@@ -63,7 +63,7 @@ class Correction:
     _by_position: list[float] = field(default_factory=list)
 
     def shifts(self, gamma: int) -> list[float]:
-        """What is added at each of `gamma` positions."""
+        """The shifts of the logit at each of `gamma` positions."""
         known = [self.offset + each for each in self.by_position[:gamma]]
         return known + [self.offset] * (gamma - len(known))
 

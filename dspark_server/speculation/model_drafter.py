@@ -22,7 +22,7 @@ from dspark_server.speculation.sequential import BlockSampler, Drawing, Draws
 
 
 class Slots(NamedTuple):
-    """What a pass gives: hidden [R, n, D] and base logits [R, n, C] float32 of the next slots, and a state [R, .]."""
+    """The outputs of a pass: hidden [R, n, D] and base logits [R, n, C] float32 of the next slots, a state [R, .]."""
 
     hidden: Tensor
     base: Tensor

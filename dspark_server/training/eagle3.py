@@ -28,7 +28,7 @@ class PairLayer(nn.Module):
         self.mlp = DraftMlp(config.mlp, hidden)
 
     def inputs(self, embedded: Tensor, features: Tensor) -> Tensor:
-        """What attention reads [..., 2 D] of pairs: embeddings and features [..., D]."""
+        """The input of attention [..., 2 D] for pairs of embeddings and features [..., D]."""
         return torch.cat([self.input_layernorm(embedded), self.hidden_norm(features)], dim=-1)
 
     def after(self, features: Tensor, attended: Tensor) -> Tensor:

@@ -357,39 +357,7 @@ class NativeKernels:
         )  # fmt: skip
         return DraftedTokens(tokens, law, on, odds, usable)
 
-    def accept_by_ratio(
-        self,
-        logits: Tensor,
-        start: Tensor,
-        lengths: Tensor,
-        tokens: Tensor,
-        inverse_temperature: Tensor,
-        q: Tensor | None,
-        row: Tensor,
-        names: Tensor | None,
-        coins: Tensor | None,
-        last: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        drafts = (lengths, tokens, inverse_temperature, q, row, names)
-        return self._accepted(logits, start, *drafts, coins, last, jointly=False)
-
-    def accept_by_block(
-        self,
-        logits: Tensor,
-        start: Tensor,
-        lengths: Tensor,
-        tokens: Tensor,
-        inverse_temperature: Tensor,
-        q: Tensor | None,
-        row: Tensor,
-        names: Tensor | None,
-        coins: Tensor | None,
-        last: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        drafts = (lengths, tokens, inverse_temperature, q, row, names)
-        return self._accepted(logits, start, *drafts, coins, last, jointly=True)
-
-    def _accepted(
+    def accept_drafts(
         self,
         logits: Tensor,
         start: Tensor,

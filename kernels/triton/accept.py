@@ -363,9 +363,9 @@ def launches(
     count: Tensor,
     token: Tensor,
     failed: Tensor,
-    jointly: bool = False,
+    jointly: bool,
 ) -> Iterator[Launch]:
-    """The launches of `Kernels.accept_by_ratio`, or of `accept_by_block`: count, token [n] int64, failed [n] bool."""
+    """The launches of `Kernels.accept_drafts`, which fill count and token [n] int64 and failed [n] bool."""
     (requests, width), vocabulary, device = tokens.shape, logits.shape[1], logits.device
     slots, columns = (0, 0) if q is None else q.shape[1:]
     part = min(power_of_two(vocabulary), PART)

@@ -71,7 +71,7 @@ def step_costs(
     # part of it read.
     decided = requests * 4 * (2 * model.vocabulary + columns + draw.PART)
     judged = 2 * 4 * (tokens - 2 * requests) * columns
-    yield Cost("accept_by_block", 1, 6, 4 * tokens * model.vocabulary + judged + decided)
+    yield Cost("accept_drafts, jointly", 1, 6, 4 * tokens * model.vocabulary + judged + decided)
 
 
 def _reads(row: int, rows: int, gpu: Gpu) -> int:

@@ -170,7 +170,7 @@ class TritonKernels:
             launch.run()
         return drawn
 
-    def accept_by_ratio(
+    def accept_drafts(
         self,
         logits: Tensor,
         start: Tensor,
@@ -182,34 +182,14 @@ class TritonKernels:
         names: Tensor | None,
         coins: Tensor | None,
         last: Tensor,
+        *,
+        jointly: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         count, token = empty_like(start), empty_like(start)
         failed = empty(start.shape, dtype=torch.bool, device=start.device)
         for launch in accept.launches(
             logits, start, lengths, tokens.contiguous(), inverse_temperature, q, row, names, coins, last, count, token,
-            failed,
-        ):  # fmt: skip
-            launch.run()
-        return count, token, failed
-
-    def accept_by_block(
-        self,
-        logits: Tensor,
-        start: Tensor,
-        lengths: Tensor,
-        tokens: Tensor,
-        inverse_temperature: Tensor,
-        q: Tensor | None,
-        row: Tensor,
-        names: Tensor | None,
-        coins: Tensor | None,
-        last: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        count, token = empty_like(start), empty_like(start)
-        failed = empty(start.shape, dtype=torch.bool, device=start.device)
-        for launch in accept.launches(
-            logits, start, lengths, tokens.contiguous(), inverse_temperature, q, row, names, coins, last, count, token,
-            failed, jointly=True,
+            failed, jointly,
         ):  # fmt: skip
             launch.run()
         return count, token, failed

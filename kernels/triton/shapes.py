@@ -205,10 +205,10 @@ def _acceptance(model: Model, law: str) -> Iterator[Case]:
     coins, last = _empty(torch.float64, requests, width), _empty(torch.float64, requests, width + 1)
     logits = _empty(torch.float32, requests * (width + 1), model.vocabulary)
     seen = set()
-    for family in ("accept_by_ratio", "accept_by_block"):
+    for family in ("accept_drafts", "accept_drafts, jointly"):
         for launch in accept.launches(
             logits, whole, whole, _empty(torch.int64, requests, width), _empty(torch.float32, requests), q, whole,
-            names, coins, last, whole, whole, _empty(torch.bool, requests), family == "accept_by_block",
+            names, coins, last, whole, whole, _empty(torch.bool, requests), family == "accept_drafts, jointly",
         ):  # fmt: skip
             depends = launch.kernel in (accept.decide, accept.joints, accept.overlaps, accept.remainder)
             alike = launch.kernel in seen and launch.kernel is not accept.remainder

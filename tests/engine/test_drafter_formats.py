@@ -62,7 +62,7 @@ def own_only(tensors: Tensors) -> Tensors:
 
 
 def speculators(fields: Fields, kind: str, **more: Any) -> Fields:
-    """What speculators writes: the layer's config nested, without what transformers has for defaults."""
+    """A config as speculators writes it: the layer's nested, without the defaults of transformers."""
     nested = {name: fields[name] for name in LAYER}
     proposal = {"proposal_type": "greedy", "speculative_tokens": 7}
     config = {"algorithm": kind, "proposal_methods": [proposal], "verifier": {"architectures": ["Qwen3ForCausalLM"]}}

@@ -150,7 +150,7 @@ class OnDevice:
         return self._moving(value) if callable(value) else value
 
     def _moving(self, method: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any) -> Any:
+        def call(*arguments: Any, **named: Any) -> Any:
             changed: list[tuple[Tensor, Tensor]] = []
 
             def move(tensor: Tensor) -> Tensor:
@@ -160,7 +160,7 @@ class OnDevice:
                 changed.append((tensor, copy.copy_(tensor)))
                 return copy
 
-            result = method(*_each(arguments, move))
+            result = method(*_each(arguments, move), **{name: _each(each, move) for name, each in named.items()})
             for tensor, copy in changed:
                 tensor.copy_(copy)
             return _each(result, Tensor.cpu)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from dspark_kernels import load
+from dspark_kernels import Kernels, load
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -13,7 +13,7 @@ NATIVE, REFERENCE = load("native"), load("reference")
 
 
 def case(seed: int, vocabulary: int, width: int, law: str, broken: bool) -> tuple[Tensor | None, ...]:
-    """Arguments of `accept_by_ratio` for nine requests; `broken`: three of them meet rows that are not finite."""
+    """Arguments of `accept_drafts` for nine requests; `broken`: three of them meet rows that are not finite."""
     noise = torch.Generator().manual_seed(seed)
     requests, slots = 9, width + 1
     lengths = torch.randint(0, width + 1, (requests,), generator=noise)
@@ -50,19 +50,20 @@ def case(seed: int, vocabulary: int, width: int, law: str, broken: bool) -> tupl
     width=st.integers(0, 4),
     law=st.sampled_from(["whole", "named", "expanded", "one-hot"]),
     broken=st.booleans(),
-    rule=st.sampled_from(["accept_by_ratio", "accept_by_block"]),
+    jointly=st.booleans(),
 )
 def test_outcomes_are_those_of_the_plain_loop(
-    seed: int, vocabulary: int, width: int, law: str, broken: bool, rule: str
+    seed: int, vocabulary: int, width: int, law: str, broken: bool, jointly: bool
 ) -> None:
     arguments = case(seed, vocabulary, width, law, broken)
-    for ours, plain in zip(getattr(NATIVE, rule)(*arguments), getattr(REFERENCE, rule)(*arguments), strict=True):
+    outcomes = (kernels.accept_drafts(*arguments, jointly=jointly) for kernels in (NATIVE, REFERENCE))
+    for ours, plain in zip(*outcomes, strict=True):
         assert ours.tolist() == plain.tolist()
 
 
-@pytest.mark.parametrize("rule", ["accept_by_ratio", "accept_by_block"])
+@pytest.mark.parametrize("jointly", [False, True])
 @pytest.mark.parametrize("kernels", [NATIVE, REFERENCE], ids=["native", "reference"])
-def test_ends_of_the_unit_interval(kernels: object, rule: str) -> None:
+def test_ends_of_the_unit_interval(kernels: Kernels, jointly: bool) -> None:
     """A coin of 0 lets no impossible token through, and no draw falls on a token without mass."""
     law = torch.tensor([0.0, 0.25, 0.0, 0.75, 0.0])
     logits = law.log().repeat(4, 1)
@@ -70,23 +71,24 @@ def test_ends_of_the_unit_interval(kernels: object, rule: str) -> None:
     q = torch.full((2, 1, 5), 0.2)
     coins = torch.zeros(2, 1, dtype=torch.float64)
     last = torch.tensor([[0.0, 0.0], [1 - 2.0**-53, 1 - 2.0**-53]], dtype=torch.float64)
-    count, token, failed = getattr(kernels, rule)(
-        logits, torch.tensor([0, 2]), torch.tensor([1, 1]), tokens, torch.ones(2), q, torch.arange(2), None, coins, last
-    )
+    count, token, failed = kernels.accept_drafts(
+        logits, torch.tensor([0, 2]), torch.tensor([1, 1]), tokens, torch.ones(2), q, torch.arange(2), None, coins,
+        last, jointly=jointly,
+    )  # fmt: skip
     assert count.tolist() == [0, 1]
     assert token.tolist() == [1, 3]
     assert failed.tolist() == [False, False]
 
 
 @pytest.mark.parametrize("kernels", [NATIVE, REFERENCE], ids=["native", "reference"])
-def test_the_residual_is_that_of_the_accepted_nodes_share(kernels: object) -> None:
+def test_the_residual_is_that_of_the_accepted_nodes_share(kernels: Kernels) -> None:
     """Half of p is left of the first node: after it 0.5 p - q = (.1, .1, 0), where p - q would be (.4, .3, 0)."""
     p = torch.tensor([[0.3, 0.7, 0.0], [0.6, 0.4, 0.0], [1.0, 0.0, 0.0]])
     q = torch.tensor([[[0.6, 0.4, 0.0], [0.2, 0.1, 0.7]]])
     one, tokens = torch.tensor([1]), torch.tensor([[0, 2]])
     for coin, at, expected in ((0.28, 0.53, (1, 1)), (0.28, 0.47, (1, 0)), (0.29, 0.53, (0, 1))):  # h is 2 / 7
         coins, last = torch.tensor([[coin, 1e-9]]).double(), torch.full((1, 3), at).double()
-        count, token, _ = kernels.accept_by_block(  # type: ignore[attr-defined]
-            p.log(), one * 0, one * 2, tokens, torch.ones(1), q, one * 0, None, coins, last
+        count, token, _ = kernels.accept_drafts(
+            p.log(), one * 0, one * 2, tokens, torch.ones(1), q, one * 0, None, coins, last, jointly=True
         )
         assert (count.item(), token.item()) == expected

@@ -34,8 +34,8 @@ def test_every_family_compiles_for_every_target_without_spills(table: list[list[
     over_fp8 = {"attention, e4m3", "rotary, e4m3"}
     families |= over_fp8 | {
         "draft_tokens",
-        "accept_by_ratio",
-        "accept_by_block",
+        "accept_drafts",
+        "accept_drafts, jointly",
         "draft_tokens, filtered",
         "filter_logits",
     }

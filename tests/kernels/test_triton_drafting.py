@@ -98,21 +98,21 @@ def test_tokens_are_drawn_by_the_law_that_is_reported() -> None:
     width=st.integers(0, 3),
     law=st.sampled_from(["whole", "named", "expanded", "one-hot"]),
     broken=st.booleans(),
-    rule=st.sampled_from(["accept_by_ratio", "accept_by_block"]),
+    jointly=st.booleans(),
 )
 def test_outcomes_are_those_of_the_plain_loop(
-    seed: int, vocabulary: int, width: int, law: str, broken: bool, rule: str, monkeypatch: pytest.MonkeyPatch
+    seed: int, vocabulary: int, width: int, law: str, broken: bool, jointly: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(accept, "PART", 128)
     arguments = test_accept.case(seed, vocabulary, width, law, broken)
-    outcomes = getattr(TRITON, rule)(*arguments), getattr(REFERENCE, rule)(*arguments)
+    outcomes = (kernels.accept_drafts(*arguments, jointly=jointly) for kernels in (TRITON, REFERENCE))
     for ours, plain in zip(*outcomes, strict=True):
         assert ours.tolist() == plain.tolist()
 
 
-@pytest.mark.parametrize("rule", ["accept_by_ratio", "accept_by_block"])
-def test_ends_of_the_unit_interval(rule: str) -> None:
-    test_accept.test_ends_of_the_unit_interval(TRITON, rule)
+@pytest.mark.parametrize("jointly", [False, True])
+def test_ends_of_the_unit_interval(jointly: bool) -> None:
+    test_accept.test_ends_of_the_unit_interval(TRITON, jointly)
 
 
 def test_the_residual_is_that_of_the_accepted_nodes_share() -> None:
@@ -127,8 +127,8 @@ def test_equal_laws_leave_nothing_over_and_p_is_drawn_from(named: bool) -> None:
     names = torch.arange(5).expand(1, 1, 5).contiguous() if named else None
     coins, last = torch.full((1, 1), 2.0).double(), torch.tensor([[0.6, 0.0]]).double()
     one = torch.tensor([1])
-    count, token, failed = TRITON.accept_by_ratio(
-        logits, one * 0, one, torch.tensor([[0]]), torch.ones(1), q, one * 0, names, coins, last
+    count, token, failed = TRITON.accept_drafts(
+        logits, one * 0, one, torch.tensor([[0]]), torch.ones(1), q, one * 0, names, coins, last, jointly=False
     )
     assert (count.item(), token.item(), failed.item()) == (0, 3, False)
 
@@ -141,5 +141,5 @@ def test_a_name_that_stands_twice_loses_both_shares() -> None:
     arguments = (p.log().repeat(2, 1), one * 0, one, torch.tensor([[1]]), torch.ones(1), q, one * 0, names)
     for coin, expected in ((0.83, (1, 0)), (0.84, (0, 2))):  # p / q of token 1 is 5 / 6
         coins, last = torch.full((1, 1), coin).double(), torch.zeros(1, 2).double()
-        count, token, _ = TRITON.accept_by_ratio(*arguments, coins, last)
+        count, token, _ = TRITON.accept_drafts(*arguments, coins, last, jointly=False)
         assert (count.item(), token.item()) == expected

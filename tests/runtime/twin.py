@@ -420,7 +420,7 @@ class TwinKernels(ReferenceKernels):
         return out.masked_fill(fine & (scaled < floor.unsqueeze(1)), -torch.inf)
 
     @kernel
-    def accept_by_ratio(
+    def accept_drafts(
         self,
         logits: Tensor,
         start: Tensor,
@@ -432,70 +432,70 @@ class TwinKernels(ReferenceKernels):
         names: Tensor | None,
         coins: Tensor | None,
         last: Tensor,
+        *,
+        jointly: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        fine, p, law = _laws(logits, start, lengths, tokens, inverse_temperature, q, row, names)
-        width, slot = tokens.shape[1], torch.arange(tokens.shape[1] + 1, device=logits.device)
-        stands = slot[:-1] < lengths.unsqueeze(1)
-        if width and coins is not None:
-            at = tokens.unsqueeze(2)
-            stands = stands & (coins * law[:, :-1].gather(2, at).squeeze(2) < p[:, :-1].gather(2, at).squeeze(2))
-        count = (stands & fine[:, :-1]).long().cumprod(1).sum(1)
-        pick = count[:, None, None].expand(-1, 1, p.shape[2])
-        own, left = p.gather(1, pick).squeeze(1), (p - law).clamp(min=0).gather(1, pick).squeeze(1)
-        weights = torch.where(left.sum(-1, keepdim=True) > 0, left, own)
-        edges = weights.cumsum(-1)
-        below = torch.nextafter(edges[:, -1], torch.zeros_like(edges[:, -1]))
-        point = torch.minimum(last.gather(1, count.unsqueeze(1)).squeeze(1) * edges[:, -1], below).unsqueeze(1)
-        token = torch.searchsorted(edges, point, right=True).squeeze(1)
-        failed = ~fine.gather(1, count.unsqueeze(1)).squeeze(1)
-        return count.masked_fill(failed, 0), token.masked_fill(failed, -1), failed
+        decide = _decided_jointly if jointly else _decided
+        laws = _laws(logits, start, lengths, tokens, inverse_temperature, q, row, names)
+        return decide(*laws, lengths, tokens, coins, last)
 
-    @kernel
-    def accept_by_block(
-        self,
-        logits: Tensor,
-        start: Tensor,
-        lengths: Tensor,
-        tokens: Tensor,
-        inverse_temperature: Tensor,
-        q: Tensor | None,
-        row: Tensor,
-        names: Tensor | None,
-        coins: Tensor | None,
-        last: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        fine, p, law = _laws(logits, start, lengths, tokens, inverse_temperature, q, row, names)
-        width, slot = tokens.shape[1], torch.arange(tokens.shape[1] + 1, device=logits.device)
-        joint, reached = [torch.ones_like(last[:, 0])], [torch.ones_like(fine[:, 0])]
-        for k in range(width):
-            at = tokens[:, k : k + 1]
-            p_x, q_x = p[:, k].nan_to_num(0.0).gather(1, at).squeeze(1), law[:, k].gather(1, at).squeeze(1)
-            joint.append(torch.where(q_x > 0, joint[-1] * p_x / q_x, 1.0).clamp(max=1))
-            reached.append(reached[-1] & fine[:, k] & (k < lengths))
-        share, there = torch.stack(joint, 1), torch.stack(reached, 1)
-        left = (share.unsqueeze(2) * p.nan_to_num(0.0) - law).clamp(min=0)
-        rest = left.sum(2)
-        ends = ~fine | (slot >= lengths.unsqueeze(1))
-        bound = torch.where(rest + 1 - share > 0, rest / (rest + 1 - share), 1.0)
-        bound = torch.where(ends, share, bound)
-        stands = there[:, :1]
-        if width and coins is not None:
-            stands = torch.cat([stands, there[:, 1:] & (coins < bound[:, 1:])], 1)
-        count = torch.where(stands, slot[: stands.shape[1]], 0).amax(1)
-        pick = count[:, None, None].expand(-1, 1, p.shape[2])
-        own = p.nan_to_num(0.0).gather(1, pick).squeeze(1)
-        short = ~ends.gather(1, count.unsqueeze(1))
-        weights = torch.where(short & (rest.gather(1, count.unsqueeze(1)) > 0), left.gather(1, pick).squeeze(1), own)
-        edges = weights.cumsum(-1)
-        below = torch.nextafter(edges[:, -1], torch.zeros_like(edges[:, -1]))
-        point = torch.minimum(last.gather(1, count.unsqueeze(1)).squeeze(1) * edges[:, -1], below).unsqueeze(1)
-        token = torch.searchsorted(edges, point, right=True).squeeze(1)
-        broken = ~fine.gather(1, count.unsqueeze(1)).squeeze(1)
-        before = (count - 1).clamp(min=0)
-        if width:
-            token = torch.where(broken, tokens.gather(1, before.unsqueeze(1)).squeeze(1), token)
-        failed = broken & (count == 0)
-        return torch.where(broken, before, count), token.masked_fill(failed, -1), failed
+
+def _decided(
+    fine: Tensor, p: Tensor, law: Tensor, lengths: Tensor, tokens: Tensor, coins: Tensor | None, last: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Counts, tokens and which failed, by the ratio rule."""
+    width, slot = tokens.shape[1], torch.arange(tokens.shape[1] + 1, device=p.device)
+    stands = slot[:-1] < lengths.unsqueeze(1)
+    if width and coins is not None:
+        at = tokens.unsqueeze(2)
+        stands = stands & (coins * law[:, :-1].gather(2, at).squeeze(2) < p[:, :-1].gather(2, at).squeeze(2))
+    count = (stands & fine[:, :-1]).long().cumprod(1).sum(1)
+    pick = count[:, None, None].expand(-1, 1, p.shape[2])
+    own, left = p.gather(1, pick).squeeze(1), (p - law).clamp(min=0).gather(1, pick).squeeze(1)
+    weights = torch.where(left.sum(-1, keepdim=True) > 0, left, own)
+    edges = weights.cumsum(-1)
+    below = torch.nextafter(edges[:, -1], torch.zeros_like(edges[:, -1]))
+    point = torch.minimum(last.gather(1, count.unsqueeze(1)).squeeze(1) * edges[:, -1], below).unsqueeze(1)
+    token = torch.searchsorted(edges, point, right=True).squeeze(1)
+    failed = ~fine.gather(1, count.unsqueeze(1)).squeeze(1)
+    return count.masked_fill(failed, 0), token.masked_fill(failed, -1), failed
+
+
+def _decided_jointly(
+    fine: Tensor, p: Tensor, law: Tensor, lengths: Tensor, tokens: Tensor, coins: Tensor | None, last: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same by the block rule."""
+    width, slot = tokens.shape[1], torch.arange(tokens.shape[1] + 1, device=p.device)
+    joint, reached = [torch.ones_like(last[:, 0])], [torch.ones_like(fine[:, 0])]
+    for k in range(width):
+        at = tokens[:, k : k + 1]
+        p_x, q_x = p[:, k].nan_to_num(0.0).gather(1, at).squeeze(1), law[:, k].gather(1, at).squeeze(1)
+        joint.append(torch.where(q_x > 0, joint[-1] * p_x / q_x, 1.0).clamp(max=1))
+        reached.append(reached[-1] & fine[:, k] & (k < lengths))
+    share, there = torch.stack(joint, 1), torch.stack(reached, 1)
+    left = (share.unsqueeze(2) * p.nan_to_num(0.0) - law).clamp(min=0)
+    rest = left.sum(2)
+    ends = ~fine | (slot >= lengths.unsqueeze(1))
+    bound = torch.where(rest + 1 - share > 0, rest / (rest + 1 - share), 1.0)
+    bound = torch.where(ends, share, bound)
+    stands = there[:, :1]
+    if width and coins is not None:
+        stands = torch.cat([stands, there[:, 1:] & (coins < bound[:, 1:])], 1)
+    count = torch.where(stands, slot[: stands.shape[1]], 0).amax(1)
+    pick = count[:, None, None].expand(-1, 1, p.shape[2])
+    own = p.nan_to_num(0.0).gather(1, pick).squeeze(1)
+    short = ~ends.gather(1, count.unsqueeze(1))
+    weights = torch.where(short & (rest.gather(1, count.unsqueeze(1)) > 0), left.gather(1, pick).squeeze(1), own)
+    edges = weights.cumsum(-1)
+    below = torch.nextafter(edges[:, -1], torch.zeros_like(edges[:, -1]))
+    point = torch.minimum(last.gather(1, count.unsqueeze(1)).squeeze(1) * edges[:, -1], below).unsqueeze(1)
+    token = torch.searchsorted(edges, point, right=True).squeeze(1)
+    broken = ~fine.gather(1, count.unsqueeze(1)).squeeze(1)
+    before = (count - 1).clamp(min=0)
+    if width:
+        token = torch.where(broken, tokens.gather(1, before.unsqueeze(1)).squeeze(1), token)
+    failed = broken & (count == 0)
+    return torch.where(broken, before, count), token.masked_fill(failed, -1), failed
 
 
 def _laws(

@@ -31,7 +31,7 @@ class ConvConfig:
 class BlockConv:
     """out_i = sum_t (base_t + dynamic_t(x_i)) * in_{i-t}, tap 0 being the token itself; two of them, around a sublayer.
 
-    The dynamic parts of both come from what the first takes in.
+    The dynamic parts of both come from the input of the first.
     """
 
     def __init__(self, parts: Parts, config: ConvConfig, prefix: str) -> None:
@@ -45,12 +45,12 @@ class BlockConv:
         self.kernels = Linear(parts.matrix(f"{prefix}kernel_projection", 2 * config.taps * groups), None, parts.kernels)
 
     def before(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """What goes into the sublayer [N, D] for x [N, D], and the dynamic kernels [N, T, G] for what comes out."""
+        """The sublayer's input [N, D] for x [N, D], and the dynamic kernels [N, T, G] of its output."""
         dynamic = self.kernels(x).float().view(len(x), 2, self._config.taps, -1)
         return self._convolve(x, dynamic[:, 0], 0), dynamic[:, 1]
 
     def after(self, x: Tensor, dynamic: Tensor) -> Tensor:
-        """The same of what comes out of the sublayer."""
+        """The convolution of the sublayer's output x [N, D] by the kernels that `before` gave."""
         return self._convolve(x, dynamic, 1)
 
     def _convolve(self, x: Tensor, dynamic: Tensor, side: int) -> Tensor:
