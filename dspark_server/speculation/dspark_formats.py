@@ -16,7 +16,7 @@ from dspark_server.models.layers.conv import ConvConfig
 from dspark_server.models.qwen3 import parse as parse_qwen3
 from dspark_server.models.registry import DRAFT_LAYERS
 from dspark_server.speculation.eagle3_formats import draft_vocabulary, layer_config
-from dspark_server.speculation.pair import HARMLESS, Noted, check_known, check_widths, target_layers, whole
+from dspark_server.speculation.pair import HARMLESS, Noted, check_known, check_widths, format_name, target_layers, whole
 
 # Fields of a format-A config that say nothing about the computation, or are read where they count.
 _HARMLESS = HARMLESS | {
@@ -70,12 +70,9 @@ class DSparkConfig:
     @classmethod
     def parse(cls, fields: Mapping[str, Any], target: ModelConfig) -> "DSparkConfig":
         """The same from the file's fields, of any format."""
-        read = READERS.get(str(fields.get("speculators_model_type") or architecture(fields)))
+        read = READERS.get(format_name(fields))
         if read is None:
-            raise CheckpointError(
-                f"architectures {fields.get('architectures')} is not a drafter this server runs; "
-                f"{', '.join(DRAFT_LAYERS)} are."
-            )
+            raise CheckpointError(f"{format_name(fields)!r} is no DSpark or DFlash drafter; {', '.join(READERS)} are.")
         config = read(fields, target)
         config._check(target)
         return config

@@ -13,11 +13,11 @@ from transformers import CONFIG_MAPPING
 
 from dspark_server.errors import CheckpointError
 from dspark_server.models.config import LayerConfig, ModelConfig
-from dspark_server.models.fields import Fields, architecture, flag, integer, read_json, refuse
+from dspark_server.models.fields import Fields, flag, integer, read_json, refuse
 from dspark_server.models.gemma4 import parse_drafter as parse_gemma4
 from dspark_server.models.llama import parse as parse_llama
 from dspark_server.models.qwen3 import parse as parse_qwen3
-from dspark_server.speculation.pair import HARMLESS, Noted, check_known, check_widths, target_layers, whole
+from dspark_server.speculation.pair import HARMLESS, Noted, check_known, check_widths, format_name, target_layers, whole
 
 TRAINED_DEPTH = 7  # draft tokens where a config does not say how many: SafeAILab and SpecForge train so many steps
 
@@ -86,11 +86,9 @@ class Eagle3Config:
         cls, fields: Mapping[str, Any], target: ModelConfig, depth: int | None = None, tap_convention: str = "auto"
     ) -> "Eagle3Config":
         """The same from the file's fields."""
-        read = READERS.get(str(fields.get("speculators_model_type") or architecture(fields)))
+        read = READERS.get(format_name(fields))
         if read is None:
-            raise CheckpointError(
-                f"architectures {fields.get('architectures')} is no Eagle3 drafter that this server runs."
-            )
+            raise CheckpointError(f"{format_name(fields)!r} is no Eagle3 drafter; {', '.join(READERS)} are.")
         config = read(fields, target, tap_convention)
         if depth is not None:
             config = replace(config, depth=depth)

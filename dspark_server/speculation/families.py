@@ -8,12 +8,13 @@ from dspark_kernels import Kernels
 from dspark_server.config import SpeculativeConfig
 from dspark_server.errors import CheckpointError, ConfigError
 from dspark_server.models.decoder import Decoder
-from dspark_server.models.fields import architecture, read_json
+from dspark_server.models.fields import read_json
 from dspark_server.speculation import dspark_formats, eagle3_formats
 from dspark_server.speculation.assistant import AssistantDrafter
 from dspark_server.speculation.dspark import DSparkDrafter
 from dspark_server.speculation.eagle3 import Eagle3Drafter
 from dspark_server.speculation.model_drafter import ModelDrafter
+from dspark_server.speculation.pair import format_name
 
 # By a config's `speculators_model_type`, or else its architecture.
 FAMILIES = {
@@ -25,12 +26,11 @@ FAMILIES = {
 
 def family_of(directory: Path) -> str:
     """The family of a drafter's checkpoint, a method of `--speculative-config`. CheckpointError if it has none."""
-    fields = read_json(directory / "config.json")
-    family = FAMILIES.get(str(fields.get("speculators_model_type") or architecture(fields)))
+    name = format_name(read_json(directory / "config.json"))
+    family = FAMILIES.get(name)
     if family is None:
         raise CheckpointError(
-            f"{directory / 'config.json'}: architectures {fields.get('architectures')} is not a drafter this server "
-            f"runs; {', '.join(FAMILIES)} are."
+            f"{directory / 'config.json'}: {name!r} is not a drafter this server runs; {', '.join(FAMILIES)} are."
         )
     return family
 

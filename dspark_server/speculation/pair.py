@@ -16,6 +16,7 @@ from torch import Tensor
 from dspark_server.errors import CheckpointError
 from dspark_server.models.config import ModelConfig
 from dspark_server.models.decoder import Decoder
+from dspark_server.models.fields import architecture
 from dspark_server.models.layers.embedding import Embedding, Head
 from dspark_server.models.loading import WeightReader, open_checkpoint
 from dspark_server.runtime.linear import Linear
@@ -65,6 +66,11 @@ def check_known(given: Collection[str], read: Collection[str], harmless: Collect
             f"The drafter's config.json has {', '.join(unknown)}, which this server does not know: it could change "
             "what the drafter computes. If it does not, remove it."
         )
+
+
+def format_name(fields: Mapping[str, Any]) -> str:
+    """What a config calls its format: `speculators_model_type`, or else the architecture; "" if neither says it."""
+    return str(fields.get("speculators_model_type") or architecture(fields))
 
 
 def whole(fields: Mapping[str, Any], name: str, *, minimum: int) -> int:

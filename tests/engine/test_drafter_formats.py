@@ -320,6 +320,19 @@ def test_malformed_fields_of_speculators_are_one_line(changes: Fields) -> None:
     assert "\n" not in str(refusal.value)
 
 
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({"speculators_model_type": "peagle", "architectures": ["PEagleSpeculator"]}, "peagle"),
+        ({"architectures": ["LlamaForCausalLM"]}, "LlamaForCausalLM"),
+        ({}, ""),
+    ],
+)
+def test_a_checkpoint_of_no_family_is_named(fields: Fields, name: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=f"'{name}' is not a drafter this server runs; .*eagle3"):
+        load(EAGLE, written(tmp_path / "made", fields, {}))
+
+
 def test_a_calibration_does_not_bind_a_drafter_without_confidence(tmp_path: Path) -> None:
     made = Path(shutil.copytree(EAGLE / "draft", tmp_path / "draft"))
     Calibration.identity(7).save(made, {})

@@ -42,7 +42,10 @@ def test_a_field_that_nobody_reads_is_an_error(name: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"architectures": ["Qwen3Eagle9Model"]}, "is not a drafter this server runs; Qwen3DSparkModel"),
+        (
+            {"architectures": ["Qwen3Eagle9Model"]},
+            "'Qwen3Eagle9Model' is no DSpark or DFlash drafter; Qwen3DSparkModel",
+        ),
         ({"hidden_size": 128}, "The drafter's hidden_size is 128, the target's 64: not a pair"),
         ({"vocab_size": 516}, "The drafter's vocab_size is 516, the target's 512"),
         ({"target_layer_ids": [1, 5]}, "must increase and lie within -1 .. 4"),
