@@ -60,7 +60,7 @@ class PairModel(TrainedDrafter):
         (layer,) = self.layers
         assert isinstance(layer, PairLayer)
         attention, hidden = layer.self_attn, []
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.rounds):
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.in_bfloat16):
             features = self.fc(blocks.taps).float()
             # The pair at a place holds the features of the place before; place 0 has none, and no query sees it.
             pairs = layer.inputs(self.embedding[blocks.tokens], features.roll(1, 0))

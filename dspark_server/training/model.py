@@ -47,7 +47,7 @@ class TrainedDrafter(nn.Module):
 
     def __init__(self, embedding: Tensor, table: Tensor, *, bfloat16: bool) -> None:
         super().__init__()
-        self.rounds = bfloat16
+        self.in_bfloat16 = bfloat16
         self.register_buffer("embedding", embedding, persistent=False)
         self.register_buffer("table", table, persistent=False)
 
@@ -185,7 +185,7 @@ class DraftModel(TrainedDrafter):
         """See TrainedDrafter. Slots hold the embeddings of (anchor, mask, ...)."""
         x = self.embedding[self.config.mask_token_id].repeat(*blocks.previous.shape, 1)
         x[:, 0] = self.embedding[blocks.previous[:, 0]]
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.rounds):
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.in_bfloat16):
             context = self.hidden_norm(self.fc(blocks.taps).float())
             for layer in self.layers:
                 x = layer(x, context, blocks, self.table)

@@ -48,18 +48,21 @@ def tiny_core(
     selection: str = "fixed",
     method: str = "none",
     shallow: bool = False,
+    clock: Callable[[], float] = still,
     **settings: Any,
 ) -> EngineCore:
     """An engine over a fixture pair, or a shallow one, checking its invariants after every step.
 
-    `method` is what it has instead of the drafter.
+    `method` is what it has instead of the drafter. Its costs are given: by measured ones an adaptive policy may draft
+    nothing where other processes slow the passes of a tiny model.
     """
     pair = shallow_pair(head) if shallow else FIXTURES / f"dspark_qwen3_{head}"
     speculative = SpeculativeConfig(method=method, selection=selection)
     if drafter:
         speculative = SpeculativeConfig(method="dspark", model=str(pair / "draft"), selection=selection)
     values: dict[str, Any] = {"num_blocks": 256, "block_size": 4, "check_invariants": True} | settings
-    return EngineCore.load(EngineConfig(model=str(pair / "target"), dtype="float32", speculative=speculative, **values))
+    config = EngineConfig(model=str(pair / "target"), dtype="float32", speculative=speculative, **values)
+    return EngineCore.load(config, SMOLLM2_COSTS, clock=clock)
 
 
 @cache

@@ -16,7 +16,7 @@ from dspark_server.engine.core import EngineCore
 from dspark_server.engine.request import SamplingParams
 from dspark_server.engine.trace import StepTrace
 
-from .support import FIXTURES, greedy, prompts, seeded
+from .support import FIXTURES, SMOLLM2_COSTS, greedy, prompts, seeded, still
 
 PAIRS = {
     "dspark": "dspark_qwen3_vanilla",
@@ -36,7 +36,8 @@ def load(family: str, *, drafter: bool = True, **settings: Any) -> EngineCore:
     draft = SpeculativeConfig(model=str(pair / "draft"), **{"selection": "fixed", "copying": False} | own)
     values: dict[str, Any] = {"num_blocks": 400, "block_size": 4, "check_invariants": True} | settings
     speculative = draft if drafter else SpeculativeConfig("none")
-    return EngineCore.load(EngineConfig(model=str(pair / "target"), dtype="float32", speculative=speculative, **values))
+    config = EngineConfig(model=str(pair / "target"), dtype="float32", speculative=speculative, **values)
+    return EngineCore.load(config, SMOLLM2_COSTS, clock=still)
 
 
 @cache

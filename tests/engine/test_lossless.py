@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from itertools import pairwise
+from time import perf_counter
 from typing import Any
 
 import pytest
@@ -161,7 +162,7 @@ def test_min_tokens_holds_inside_a_draft_block() -> None:
 @pytest.mark.parametrize("selection", ["fixed", "threshold"])
 def test_what_drafts_came_to_is_counted(selection: str) -> None:
     """Greedy circles of the tiny model: some blocks are copies. Every count is a part of another."""
-    core = tiny_core(selection=selection, shallow=True)
+    core = tiny_core(selection=selection, shallow=True, clock=perf_counter)
     core.generate(REPETITIVE, [greedy(60), SamplingParams(max_tokens=30, temperature=1.0, ignore_eos=True)] * 3)
     stats = core.loop.stats
     assert stats.drafting["copied"] > 5
