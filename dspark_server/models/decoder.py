@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dspark_server.errors import ConfigError
 from dspark_server.models.config import ModelConfig
-from dspark_server.models.family import Layer
+from dspark_server.models.family import Family, Layer
 from dspark_server.models.layers.embedding import Embedding, Head
 from dspark_server.models.layers.parts import Parts
 from dspark_server.models.loading import WeightReader, open_checkpoint
@@ -83,7 +83,7 @@ class Decoder:
             raise ConfigError(f"dtype {dtype} is not supported on the CPU; use bfloat16 or float32")
 
         reader = WeightReader(open_checkpoint(directory), dtype, where)
-        prefix = next((each for each in family.prefixes if f"{each}embed_tokens.weight" in reader), family.prefixes[0])
+        prefix = _prefix(family, reader)
         parts = Parts(reader, kernels, config.hidden_size, config.rms_norm_eps, length, length + ROTARY_MARGIN, group)
         vocabulary = (config.vocab_size, config.hidden_size)
         embedding = reader.take(f"{prefix}embed_tokens.weight", vocabulary)
@@ -149,6 +149,15 @@ class Decoder:
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden rows after the final norm [M, D] -> logits [M, V] float32; those of all ranks on rank 0 only."""
         return self.group.gather(self.head(hidden), self.config.vocab_size)
+
+
+def layers_prefix(directory: Path, reader: WeightReader) -> str:
+    """What the names of a checkpoint's layers begin with, such as "model.layers."."""
+    return f"{_prefix(family_of(directory), reader)}layers."
+
+
+def _prefix(family: Family, reader: WeightReader) -> str:
+    return next((each for each in family.prefixes if f"{each}embed_tokens.weight" in reader), family.prefixes[0])
 
 
 def _is_tied(reader: WeightReader, embedding: Tensor, directory: Path) -> bool:

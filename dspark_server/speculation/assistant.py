@@ -3,6 +3,9 @@
 A pass takes the last token's embedding beside the target's last state, or what the pass before made of it, and gives
 one token. All passes of a draft have the anchor's position and see the rows before it.
 
+Where ranks share the target, each has the rows of some heads, and only rank 0 drafts: there the drafter keeps those
+rows itself, with all heads, computed again from the inputs of these layers, which are whole on every rank.
+
 Shapes: R drafting requests, N tokens of a target pass, D the target's width, Da the assistant's, V vocabulary.
 """
 
@@ -15,17 +18,17 @@ import torch
 from dspark_kernels import Kernels
 from torch import Tensor
 
-from dspark_server.errors import CheckpointError, ConfigError
+from dspark_server.errors import CheckpointError
 from dspark_server.models.config import ModelConfig
-from dspark_server.models.decoder import Decoder
+from dspark_server.models.decoder import Decoder, layers_prefix
 from dspark_server.models.fields import integer, read_json, refuse
 from dspark_server.models.gemma4 import SandwichLayer, parse_assistant
-from dspark_server.models.layers.attention import QueryAttention
+from dspark_server.models.layers.attention import AttentionConfig, ContextAttention, QueryAttention
 from dspark_server.models.layers.embedding import Head
 from dspark_server.models.layers.parts import Parts
 from dspark_server.models.loading import WeightReader, open_checkpoint
 from dspark_server.runtime.batch import Batch
-from dspark_server.runtime.kv import KVPool
+from dspark_server.runtime.kv import KVPool, LayerCache
 from dspark_server.runtime.linear import Linear
 from dspark_server.runtime.paging import CacheRows
 from dspark_server.speculation import features
@@ -102,9 +105,12 @@ class AssistantDrafter(ModelDrafter):
         sampler: BlockSampler,
         kernels: Kernels,
         copying: CopyTables | None,
+        own: dict[int, "SourceRows"],
     ) -> None:
+        """`own` rows by layer of the target; empty where the target's are whole."""
         last = target.config.num_layers - 1
-        super().__init__(depth, (last,), f"states of layer {last}", sampler, copying)
+        taps = (*(layer - 1 for layer in own), last)
+        super().__init__(depth, taps, f"states of layer {last}, rows of {sorted(own)}", sampler, copying)
         self.config = config
         self.passes = depth
         self._layers = layers
@@ -113,11 +119,17 @@ class AssistantDrafter(ModelDrafter):
         self._final_norm = final_norm
         self._head = head
         self._kernels = kernels
+        self._own = own
 
     @property
     def caches(self) -> list[CacheRows]:
-        """The target's last states."""
-        return [CacheRows(1, self._target.config.hidden_size, values=False, dtype=self._target.embed.weight.dtype)]
+        """Rows of its own, if any, and the target's last states."""
+        target, reads = self._target, self.reads
+        mine = [target.config.layers[source].attention for source in self._own]
+        return [
+            *(CacheRows(each.kv_heads, each.head_dim, reads.get(i)) for i, each in zip(self._own, mine, strict=True)),
+            CacheRows(1, target.config.hidden_size, values=False, dtype=target.embed.weight.dtype),
+        ]
 
     @property
     def reads(self) -> dict[int, int]:
@@ -131,6 +143,7 @@ class AssistantDrafter(ModelDrafter):
         cls,
         directory: Path,
         target: Decoder,
+        target_directory: Path,
         dtype: torch.dtype,
         kernels: Kernels,
         depth: int | None = None,
@@ -138,11 +151,8 @@ class AssistantDrafter(ModelDrafter):
     ) -> "AssistantDrafter":
         """Load a checkpoint for `target`; `depth` tokens a draft. `copying` as in `DSparkDrafter.load`.
 
-        Raises CheckpointError if a tensor is missing, unexpected or misshapen, or the pair does not fit, ConfigError if
-        ranks share the target: each has the rows of some heads only.
+        Raises CheckpointError if a tensor is missing, unexpected or misshapen, or the pair does not fit.
         """
-        if target.group.size > 1:
-            raise ConfigError("Gemma4's assistant reads rows of the target: it is not supported on several ranks.")
         config, depth = AssistantConfig.load(directory, target.config), depth or DEPTH
         decoder, length = config.decoder, target.max_model_len
         reader = WeightReader(open_checkpoint(directory), dtype, target.embed.weight.device)
@@ -156,6 +166,21 @@ class AssistantDrafter(ModelDrafter):
         ]
         final_norm = parts.norm("model.norm")
         reader.finish(decoder.ropes)
+        own: dict[int, SourceRows] = {}
+        if target.group.size > 1:
+            whole = Parts(
+                WeightReader(open_checkpoint(target_directory), dtype, target.embed.weight.device),
+                kernels,
+                wide,
+                target.config.rms_norm_eps,
+                length,
+                length,
+            )
+            prefix = layers_prefix(target_directory, whole.reader)
+            own = {
+                source: SourceRows(whole, target.config.layers[source].attention, f"{prefix}{source}.")
+                for source in sorted(set(config.sources))
+            }
         calibration = Calibration.load(directory, depth, confidence=False)
         return cls(
             config,
@@ -168,16 +193,21 @@ class AssistantDrafter(ModelDrafter):
             BlockSampler(decoder.vocab_size, None, None, calibration, None, kernels),
             kernels,
             calibration.copying if copying else None,
+            own,
         )
 
     def observe(self, taps: list[Tensor], batch: Batch, pool: KVPool) -> None:
-        """Write each token's last state, after the target's final norm."""
-        (kept,) = pool.layers(1)
-        features.keep(self._target.normed(taps[0]), batch, kept)
+        """Write each token's last state, after the target's final norm, and its rows."""
+        *inputs, last = taps
+        *rows, kept = pool.layers(1)
+        features.keep(self._target.normed(last), batch, kept)
+        for own, x, cache in zip(self._own.values(), inputs, rows, strict=True):
+            own.write(x, batch, cache)
 
     def forward(self, number: int, blocks: Batch, previous: Tensor, state: Tensor | None, pool: KVPool) -> Slots:
         """One token more: its state is the target's last one, or that of the pass before."""
-        (kept,), rows = pool.layers(1), pool.layers(0)
+        *own, kept = pool.layers(1)
+        rows = dict(zip(self._own, own, strict=True)) or dict(enumerate(pool.layers(0)))
         before = features.last(blocks, kept) if state is None else state
         batch = blocks.slot(0, self.gamma, previous)
         residual = self._into(torch.cat([self._target.embed(previous), before], dim=1))
@@ -186,3 +216,18 @@ class AssistantDrafter(ModelDrafter):
         normed = self._kernels.rms_norm(residual, self._final_norm, self.config.decoder.rms_norm_eps)
         after = self._out_of(normed)
         return Slots(after.unsqueeze(1), self._head(normed).unsqueeze(1), after)
+
+
+class SourceRows:
+    """Keys and values of a layer of the target, with all heads, from the layer's input."""
+
+    def __init__(self, parts: Parts, config: AttentionConfig, prefix: str) -> None:
+        """Read the target's weights under `prefix`, such as "model.layers.46."."""
+        self._norm = parts.norm(f"{prefix}input_layernorm")
+        self._rows = ContextAttention(parts, [config], [f"{prefix}self_attn."])
+        self._rows.tensors.clear()
+        self._kernels, self._eps = parts.kernels, parts.eps
+
+    def write(self, x: Tensor, batch: Batch, cache: LayerCache) -> None:
+        """Write the rows of the pass's tokens, from the layer's input [N, D]."""
+        self._rows.write(self._kernels.rms_norm(x, self._norm, self._eps), batch, [cache])

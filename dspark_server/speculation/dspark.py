@@ -137,7 +137,7 @@ class DSparkDrafter(ModelDrafter):
         vocabulary = decoder.vocab_size
         if config.selector is not None:
             rank, shortlist = config.selector
-            head = SelectorHead.load(reader, rank, hidden, vocabulary, kernels)
+            head = SelectorHead.load(reader, rank, hidden, vocabulary, config.draft_vocab_size or vocabulary, kernels)
         sampler = BlockSampler(
             vocabulary,
             head,

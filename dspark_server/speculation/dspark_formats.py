@@ -143,7 +143,10 @@ def _speculators(given: Mapping[str, Any], target: ModelConfig) -> DSparkConfig:
 
 
 def _zlab(given: Mapping[str, Any], target: ModelConfig) -> DSparkConfig:
-    """DFlash and DFlash2: `dflash_config` has its own fields, some of which older configs have outside."""
+    """DFlash and DFlash2: `dflash_config` has its own fields, some of which older configs have outside.
+
+    Ours are `draft_vocab_size` and `target_digest`, as in DeepSpec's format.
+    """
     fields = Noted(given)
     own = fields.get("dflash_config") or {}
     if not isinstance(own, Mapping):
@@ -190,6 +193,8 @@ def _zlab(given: Mapping[str, Any], target: ModelConfig) -> DSparkConfig:
         confidence=False,
         confidence_with_markov=False,
         copies=False,
+        target_digest=fields.get("target_digest"),
+        draft_vocab_size=draft_vocabulary(fields, decoder),
         from_anchor=False,
         causal=tuple(causal),
     )

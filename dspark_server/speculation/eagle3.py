@@ -1,11 +1,6 @@
-"""Eagle3: one layer that runs token by token over pairs of a target's features and the next token (Li et al., 2025).
+"""Eagle3: one layer over pairs of a target's features and the next token (Li et al., 2025).
 
-Pair i is (features of token i, token i + 1) and predicts token i + 2. Its row goes to the place of token i + 1, on
-whose pass both are known: then a row depends on tokens up to its own place alone. Rotary embedding sees differences of
-positions only, so the place serves for the position. Place 0 has no pair, and no query sees it.
-
-Shapes: R drafting requests, N tokens of a target pass, D the drafter's width, Dt the target's, m taps, Vd tokens that
-may be drafted.
+Shapes as in `pairs`; Vd tokens that may be drafted.
 """
 
 import hashlib
@@ -23,22 +18,21 @@ from dspark_server.models.layers.mlp import Mlp, MlpConfig
 from dspark_server.models.layers.parts import Parts
 from dspark_server.models.loading import WeightReader, open_checkpoint
 from dspark_server.runtime.batch import Batch
-from dspark_server.runtime.kv import KVPool, LayerCache
+from dspark_server.runtime.kv import LayerCache
 from dspark_server.runtime.linear import Linear
 from dspark_server.runtime.paging import CacheRows
-from dspark_server.speculation import features
 from dspark_server.speculation.calibration import Calibration
 from dspark_server.speculation.copying import CopyTables
 from dspark_server.speculation.eagle3_formats import Eagle3Config
-from dspark_server.speculation.model_drafter import ModelDrafter, Slots
 from dspark_server.speculation.pair import embeddings, read_draft_tokens, warn_of_mismatch
+from dspark_server.speculation.pairs import PairDrafter
 from dspark_server.speculation.sequential import BlockSampler
 
 logger = logging.getLogger(__name__)
 
 
-class Eagle3Drafter(ModelDrafter):
-    """Drafts a token in each pass. `observe` writes features of the target's tokens, and keys and values of pairs."""
+class Eagle3Drafter(PairDrafter):
+    """Features are a projection of the taps; those of a drafted token are the layer's output before the final norm."""
 
     method = "eagle3"
 
@@ -47,33 +41,21 @@ class Eagle3Drafter(ModelDrafter):
         config: Eagle3Config,
         layer: "PairLayer",
         context: "PairContext",
-        sampler: BlockSampler,
         final_norm: Tensor,
         embed: Embedding,
         head: Head,
+        sampler: BlockSampler,
         kernels: Kernels,
-        max_model_len: int,
         copying: CopyTables | None,
     ) -> None:
-        super().__init__(config.depth, config.taps, context.digest, sampler, copying)
+        own = layer.attention.config
+        rows = CacheRows(own.kv_heads, own.head_dim)
+        super().__init__(config.depth, config.taps, context.digest, rows, embed, head, sampler, copying)
         self.config = config
-        self.passes = config.depth
         self._layer = layer
         self._context = context
         self._final_norm = final_norm
-        self._embed = embed
-        self._head = head
         self._kernels = kernels
-        self._max_model_len = max_model_len
-
-    @property
-    def caches(self) -> list[CacheRows]:
-        """Keys and values of the layer, and the features."""
-        own = self._layer.attention.config
-        return [
-            CacheRows(own.kv_heads, own.head_dim),
-            CacheRows(1, self.config.decoder.hidden_size, values=False, dtype=self._embed.weight.dtype),
-        ]
 
     @classmethod
     def load(
@@ -125,22 +107,20 @@ class Eagle3Drafter(ModelDrafter):
         calibration = Calibration.load(directory, config.depth, confidence=False)
         sampler = BlockSampler(decoder.vocab_size, None, None, calibration, draft_tokens, kernels)
         copies = calibration.copying if copying else None
-        return cls(config, layer, context, sampler, final_norm, embed, head, kernels, length, copies)
+        return cls(config, layer, context, final_norm, embed, head, sampler, kernels, copies)
 
-    def observe(self, taps: list[Tensor], batch: Batch, pool: KVPool) -> None:
-        """Write each token's features, and the row of the pair that ends with it."""
-        rows, kept = pool.layers(1)
-        before = features.keep(self._context.features(taps), batch, kept)
-        self._context.write(self._layer.inputs(self._embed(batch.tokens), before)[0], batch, rows)
+    def features(self, taps: list[Tensor]) -> Tensor:
+        """See PairDrafter."""
+        return self._context.features(taps)
 
-    def forward(self, number: int, blocks: Batch, previous: Tensor, state: Tensor | None, pool: KVPool) -> Slots:
-        """One token more: the pair of the features before it, the target's or the drafter's own, and the last token."""
-        rows, kept = pool.layers(1)
-        before = features.last(blocks, kept) if state is None else state
-        batch = blocks.slot(number, self.gamma, previous)
-        hidden = self._layer.forward(self._embed(previous), before, batch, rows)
-        base = self._head(self._kernels.rms_norm(hidden, self._final_norm, self.config.decoder.rms_norm_eps))
-        return Slots(hidden.unsqueeze(1), base.unsqueeze(1), hidden)
+    def write(self, embedded: Tensor, before: Tensor, batch: Batch, cache: LayerCache) -> None:
+        """See PairDrafter."""
+        self._context.write(self._layer.inputs(embedded, before)[0], batch, cache)
+
+    def step(self, embedded: Tensor, before: Tensor, batch: Batch, cache: LayerCache) -> tuple[Tensor, Tensor]:
+        """See PairDrafter."""
+        hidden = self._layer.forward(embedded, before, batch, cache)
+        return hidden, self._kernels.rms_norm(hidden, self._final_norm, self.config.decoder.rms_norm_eps)
 
 
 class PairLayer:

@@ -14,13 +14,14 @@ from dspark_server.speculation.assistant import AssistantDrafter
 from dspark_server.speculation.dspark import DSparkDrafter
 from dspark_server.speculation.eagle3 import Eagle3Drafter
 from dspark_server.speculation.model_drafter import ModelDrafter
+from dspark_server.speculation.mtp import MtpDrafter
 from dspark_server.speculation.pair import format_name
 
 # By a config's `speculators_model_type`, or else its architecture.
 FAMILIES = {
     **dict.fromkeys(dspark_formats.READERS, "dspark"),
     **dict.fromkeys(eagle3_formats.READERS, "eagle3"),
-    **dict.fromkeys(("Gemma4UnifiedAssistantForCausalLM", "Gemma4AssistantForCausalLM"), "mtp"),
+    **dict.fromkeys(("Gemma4UnifiedAssistantForCausalLM", "Gemma4AssistantForCausalLM", "mtp"), "mtp"),
 }
 
 
@@ -56,7 +57,9 @@ def load_drafter(
     if family != "eagle3" and config.tap_convention != "auto":
         raise ConfigError("tap_convention is for eagle3 drafters: leave it out for this one.")
     if family == "mtp":
-        return AssistantDrafter.load(directory, target, dtype, kernels, asked, config.copying)
+        layer = format_name(read_json(directory / "config.json")) == "mtp"
+        load = MtpDrafter.load if layer else AssistantDrafter.load
+        return load(directory, target, target_directory, dtype, kernels, asked, config.copying)
     if family == "eagle3":
         return Eagle3Drafter.load(
             directory, target, target_directory, dtype, kernels, asked, config.tap_convention, config.copying

@@ -118,12 +118,18 @@ class SelectorHead(SequentialHead):
 
     @classmethod
     def load(
-        cls, reader: WeightReader, rank: int, hidden_size: int, vocab_size: int, kernels: Kernels
+        cls,
+        reader: WeightReader,
+        rank: int,
+        hidden_size: int,
+        vocab_size: int,
+        draft_vocab_size: int,
+        kernels: Kernels,
     ) -> "SelectorHead":
-        """Read a checkpoint's `candidate_selector`."""
+        """Read a checkpoint's `candidate_selector`. W1 is [vocab_size, rank], W2 [draft_vocab_size, rank]."""
         prefix = "candidate_selector."
         w1 = reader.take(f"{prefix}predecessor_codebook", (vocab_size, rank))
-        w2 = reader.take(f"{prefix}successor_codebook", (vocab_size, rank))
+        w2 = reader.take(f"{prefix}successor_codebook", (draft_vocab_size, rank))
         project = reader.take(f"{prefix}hidden_projection.weight", (rank, hidden_size))
         return cls(w1, w2, Linear(project, None, kernels), kernels)
 

@@ -1,9 +1,10 @@
 """A trained drafter to a checkpoint's directory and back; initial weights of a fresh one.
 
-DSpark and DFlash are written in DeepSpec's format A, Eagle3 as speculators writes it.
+DSpark and DFlash are written in DeepSpec's format A, DFlash2 as z-lab writes it, Eagle3 and MTP as speculators does.
 """
 
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,16 @@ from dspark_server.models.loading import WeightReader, open_checkpoint
 from dspark_server.models.registry import load_config
 from dspark_server.speculation.dspark_formats import DSparkConfig
 from dspark_server.speculation.eagle3_formats import Eagle3Config
+from dspark_server.speculation.mtp import MtpConfig
 from dspark_server.speculation.pair import head_digest, read_draft_tokens
 from dspark_server.training.config import TrainConfig
-from dspark_server.training.eagle3 import PairModel
 from dspark_server.training.model import DraftModel, TrainedDrafter
+from dspark_server.training.pairs import Eagle3Model, MtpModel, PairModel
 
-_W2 = "markov_head.markov_w2.weight"
+CONV_TAPS, CONV_GROUP = 2, 16  # of DFlash2, as z-lab publishes it
+
+# A row for each token that may be drafted.
+_SUCCESSORS = ("markov_head.markov_w2.weight", "candidate_selector.successor_codebook")
 
 # Rope settings are the target's: the drafter rotates at the target's own positions.
 _FROM_TARGET = (
@@ -35,7 +40,7 @@ _FROM_TARGET = (
 
 def draft_fields(run: TrainConfig, target_directory: Path) -> dict[str, Any]:
     """config.json of the drafter that `run` describes, for the target in `target_directory`."""
-    return (_eagle3_fields if run.method == "eagle3" else _dspark_fields)(run, target_directory)
+    return _FIELDS[run.method](run, target_directory)
 
 
 def draft_model(
@@ -47,15 +52,16 @@ def draft_model(
     """
     fields, target = draft_fields(run, target_directory), load_config(target_directory)
     if run.method == "eagle3":
-        return PairModel(Eagle3Config.parse(fields, target), embedding, max_length, bfloat16=bfloat16)
+        return Eagle3Model(Eagle3Config.parse(fields, target), embedding, max_length, bfloat16=bfloat16)
+    if run.method == "mtp":
+        return MtpModel(MtpConfig.parse(fields, target), embedding, max_length, bfloat16=bfloat16)
     return DraftModel(DSparkConfig.parse(fields, target), embedding, max_length, bfloat16=bfloat16)
 
 
-def _dspark_fields(run: TrainConfig, target_directory: Path) -> dict[str, Any]:
-    """Qwen3-style layers of the target's width (DSPARK.md, format A).
+def _backbone(run: TrainConfig, target_directory: Path) -> dict[str, Any]:
+    """Qwen3-style layers of the target's width, and the tokens that may be drafted.
 
-    Embedding and head are left out of its weights and shared with the target's (`share_target_embeddings`). If the loss
-    saw only a part of the vocabulary, no other token is ever drafted (`draft_vocab_size`).
+    If the loss saw only a part of the vocabulary, no other token ever is (`draft_vocab_size`).
     """
     theirs = read_json(target_directory / "config.json")
     shape = load_config(target_directory)
@@ -65,7 +71,6 @@ def _dspark_fields(run: TrainConfig, target_directory: Path) -> dict[str, Any]:
         {name: theirs[name] for name in _FROM_TARGET if name in theirs}
         | drafted
         | {
-            "architectures": ["Qwen3DSparkModel"],
             "model_type": "qwen3",
             "head_dim": shape.layers[0].attention.head_dim,
             "attention_bias": False,
@@ -73,48 +78,89 @@ def _dspark_fields(run: TrainConfig, target_directory: Path) -> dict[str, Any]:
             "dtype": "bfloat16",
             "num_target_layers": shape.num_layers,
             "num_hidden_layers": run.num_layers,
-            "block_size": run.block_size,
-            "mask_token_id": run.mask_token_id,
-            "target_layer_ids": list(run.target_layer_ids),
-            "num_anchors": run.anchors_per_sequence,
-            "enable_confidence_head": run.confidence,
-            "confidence_head_with_markov": run.confidence and run.markov_rank > 0,
-            "markov_rank": run.markov_rank,
-            "markov_head_type": run.markov_head_type,
-            "share_target_embeddings": True,
             "target_digest": head_digest(target_directory),
         }
     )
 
 
+def _dspark_fields(run: TrainConfig, target_directory: Path) -> dict[str, Any]:
+    """Format A (DSPARK.md); embedding and head are shared with the target's (`share_target_embeddings`)."""
+    return _backbone(run, target_directory) | {
+        "architectures": ["Qwen3DSparkModel"],
+        "block_size": run.block_size,
+        "mask_token_id": run.mask_token_id,
+        "target_layer_ids": list(run.target_layer_ids),
+        "num_anchors": run.anchors_per_sequence,
+        "enable_confidence_head": run.confidence,
+        "confidence_head_with_markov": run.confidence and run.markov_rank > 0,
+        "markov_rank": run.markov_rank,
+        "markov_head_type": run.markov_head_type,
+        "share_target_embeddings": True,
+    }
+
+
+def _dflash2_fields(run: TrainConfig, target_directory: Path) -> dict[str, Any]:
+    """A block holds the anchor beside the slots that predict."""
+    return _backbone(run, target_directory) | {
+        "architectures": ["DFlash2DraftModel"],
+        "is_causal": False,
+        "dflash_config": {
+            "block_size": run.block_size + 1,
+            "conv_kernel_size": CONV_TAPS,
+            "conv_group_size": math.gcd(CONV_GROUP, load_config(target_directory).hidden_size),
+            "selector_rank": run.markov_rank,
+            "selector_top_k": run.selector_top_k,
+            "mask_token_id": run.mask_token_id,
+            "target_layer_ids": list(run.target_layer_ids),
+        },
+    }
+
+
 def _eagle3_fields(run: TrainConfig, target_directory: Path) -> dict[str, Any]:
     """A layer of the target's own kind, with norms of heads where the target has them; taps are counted as inputs."""
+    norms = load_config(target_directory).layers[0].attention.qk_norm
+    return _speculators(run, target_directory, "Eagle3DraftModel", "qwen3" if norms else "llama", 1) | {
+        "eagle_aux_hidden_state_layer_ids": [each + 1 for each in run.target_layer_ids],
+        "norm_before_residual": False,
+    }
+
+
+def _mtp_fields(run: TrainConfig, target_directory: Path) -> dict[str, Any]:
+    """A Qwen3-style layer, as speculators has no other; the number of layers is the target's there."""
+    layers = load_config(target_directory).num_layers
+    return _speculators(run, target_directory, "MTPDraftModel", "qwen3", layers) | {"num_nextn_predict_layers": 1}
+
+
+def _speculators(
+    run: TrainConfig, target_directory: Path, architecture: str, model_type: str, layers: int
+) -> dict[str, Any]:
+    """What drafters of speculators have in common, for a layer of this `model_type`."""
     theirs = read_json(target_directory / "config.json")
     shape = load_config(target_directory)
-    attention = shape.layers[0].attention
     proposal = {"proposal_type": "greedy", "speculative_tokens": run.block_size}
     return {
-        "architectures": ["Eagle3DraftModel"],
-        "speculators_model_type": "eagle3",
+        "architectures": [architecture],
+        "speculators_model_type": run.method,
         "speculators_config": {
-            "algorithm": "eagle3",
+            "algorithm": run.method,
             "default_proposal_method": "greedy",
             "proposal_methods": [proposal],
             "verifier": {"name_or_path": run.model, "architectures": theirs["architectures"]},
         },
         "transformer_layer_config": {name: theirs[name] for name in _FROM_TARGET if name in theirs}
         | {
-            "model_type": "qwen3" if attention.qk_norm else "llama",
-            "num_hidden_layers": 1,
-            "head_dim": attention.head_dim,
+            "model_type": model_type,
+            "num_hidden_layers": layers,
+            "head_dim": shape.layers[0].attention.head_dim,
             "attention_bias": False,
         },
         "draft_vocab_size": min(run.vocabulary or shape.vocab_size, shape.vocab_size),
-        "eagle_aux_hidden_state_layer_ids": [each + 1 for each in run.target_layer_ids],
-        "norm_before_residual": False,
         "target_digest": head_digest(target_directory),
         "dtype": "bfloat16",
     }
+
+
+_FIELDS = {"dspark": _dspark_fields, "dflash2": _dflash2_fields, "eagle3": _eagle3_fields, "mtp": _mtp_fields}
 
 
 def export(
@@ -132,7 +178,7 @@ def export(
     if draft_tokens is not None:
         offsets = draft_tokens - torch.arange(len(draft_tokens))
         tensors["d2t"] = offsets.int()
-        if isinstance(model, PairModel):
+        if isinstance(model, Eagle3Model):
             head = target_head(target_directory)
             tensors["d2t"] = offsets
             tensors["t2d"] = torch.zeros(len(head), dtype=torch.bool).index_fill(0, draft_tokens, value=True)
@@ -148,19 +194,22 @@ def load_weights(model: TrainedDrafter, draft_tokens: Tensor | None, target_dire
     Raises CheckpointError if a tensor is missing, unexpected or misshapen, or a copy differs.
     """
     target = load_config(target_directory)
-    source = Eagle3Config if isinstance(model, PairModel) else DSparkConfig
-    config = source.load(directory, target)
+    config: Eagle3Config | MtpConfig | DSparkConfig
+    if isinstance(model, PairModel):
+        config = (MtpConfig if isinstance(model, MtpModel) else Eagle3Config).load(directory, target)
+    else:
+        config = DSparkConfig.load(directory, target)
     reader = WeightReader(open_checkpoint(directory), torch.float32)
     own, vocabulary = model.state_dict(), config.decoder.vocab_size
-    state = {name: reader.take(name, tensor.shape) for name, tensor in own.items() if name != _W2}
+    state = {name: reader.take(name, tensor.shape) for name, tensor in own.items() if name not in _SUCCESSORS}
     theirs = read_draft_tokens(reader, config.draft_vocab_size, vocabulary)
     every = torch.arange(vocabulary)
     drafted = every if theirs is None else theirs
-    if _W2 in own:
-        rank = own[_W2].shape[1]
+    for name in own.keys() & _SUCCESSORS:
+        rank = own[name].shape[1]
         rows = torch.zeros(vocabulary, rank)
-        rows[drafted] = reader.take(_W2, (len(drafted), rank))
-        state[_W2] = rows[every if draft_tokens is None else draft_tokens]
+        rows[drafted] = reader.take(name, (len(drafted), rank))
+        state[name] = rows[every if draft_tokens is None else draft_tokens]
     _check_copy(reader, "embed_tokens.weight", _read_embedding(target_directory), directory)
     _check_copy(reader, "lm_head.weight", target_head(target_directory)[drafted], directory)
     reader.finish(config.decoder.ropes)
@@ -190,25 +239,25 @@ def _check_copy(reader: WeightReader, name: str, theirs: Tensor, directory: Path
 
 @torch.no_grad()
 def initialise_from_target(model: TrainedDrafter, target_directory: Path) -> None:
-    """Layers and final norm start as the target's last ones, and `fc` hands on the last tap (TRAINING.md, run B).
+    """Layers and final norm start as the target's last ones, and the last features pass through (TRAINING.md, run B).
 
-    Of what Eagle3's attention projects, the embedding's half starts at zero.
+    Of what an Eagle3 or MTP layer projects, the embedding's half starts at zero, or nearly so.
     """
     config = load_config(target_directory)
     checkpoint = open_checkpoint(target_directory)
     own, hidden = model.state_dict(), config.hidden_size
-    layers = len({name.split(".")[1] for name in own if name.startswith("layers.")})
+    layers = len({name.split(".")[1] for name in own if name.startswith(("layers.", "mtp_layers."))})
     first = config.num_layers - layers
 
     def source(name: str) -> str:
         kind, _, rest = name.partition(".")
-        if kind != "layers":
+        if kind not in ("layers", "mtp_layers"):
             return f"model.{name}"
         index, _, rest = rest.partition(".")
-        return f"model.layers.{first + int(index)}.{rest}"
+        return "model.norm.weight" if rest == "final_layernorm.weight" else f"model.layers.{first + int(index)}.{rest}"
 
     for name, tensor in own.items():
-        if name.startswith(("layers.", "norm.")) and source(name) in checkpoint.tensors:
+        if name.startswith(("layers.", "mtp_layers.", "norm.")) and source(name) in checkpoint.tensors:
             theirs = checkpoint.read(source(name)).float()
             if tensor.shape == theirs.shape:
                 tensor.copy_(theirs)
@@ -217,11 +266,12 @@ def initialise_from_target(model: TrainedDrafter, target_directory: Path) -> Non
                 tensor[:, hidden:] = theirs
     # The norm of features: the target made keys and values of rows scaled by the layer's input norm.
     inputs = checkpoint.read(f"model.layers.{first}.input_layernorm.weight").float()
-    if isinstance(model, PairModel):
+    into = "mtp_layers.0.input_proj.weight" if isinstance(model, MtpModel) else "fc.weight"
+    if isinstance(model, Eagle3Model):
         own["layers.0.hidden_norm.weight"].copy_(inputs)
         own["layers.0.input_layernorm.weight"].fill_(1)
-    else:
+    elif not isinstance(model, MtpModel):
         own["hidden_norm.weight"].copy_(inputs)
-    fc: Tensor = own["fc.weight"]
-    fc.normal_(std=0.002, generator=torch.Generator().manual_seed(1))
-    fc[:, -hidden:] += torch.eye(hidden)
+    project: Tensor = own[into]
+    project.normal_(std=0.002, generator=torch.Generator().manual_seed(1))
+    project[:, -hidden:] += torch.eye(hidden)

@@ -13,8 +13,9 @@ from dspark_server.settings import suggest
 class TrainConfig:
     """A training run. Paths are relative to the working directory; sizes are in tokens unless stated otherwise.
 
-    `method` is the family: "dspark", which is DFlash with `markov_rank` 0 and no `confidence`, or "eagle3", whose one
-    layer drafts `block_size` tokens in as many passes, in training too; it has none of the fields of DSpark's heads.
+    `method` is the family: "dspark", which is DFlash with `markov_rank` 0 and no `confidence`; "dflash2", whose
+    candidate selector has rank `markov_rank` and chooses among `selector_top_k` tokens; "eagle3" and "mtp", whose one
+    layer drafts `block_size` tokens in as many passes, in training too, and which have no such heads.
     `vocabulary` restricts the loss to the most frequent tokens of the corpus (None: all). `init` is "target" (the last
     target layers, its final norm, features passed through from the last tap) or "fresh". `weights` is a checkpoint to
     start from. The learning rate warms up over the share `warmup` of the steps and then follows `schedule`: a "cosine"
@@ -37,6 +38,7 @@ class TrainConfig:
     block_size: int = 7
     markov_rank: int = 64
     markov_head_type: str = "vanilla"
+    selector_top_k: int = 16
     confidence: bool = True
     init: str = "target"
     ce_weight: float = 0.1
@@ -69,12 +71,15 @@ class TrainConfig:
             "steps",
             "held_out",
             "reuse",
+            "selector_top_k",
         )
         for name in counts:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1.")
-        if self.method not in ("dspark", "eagle3"):
-            raise ConfigError(f"method must be dspark or eagle3, not {self.method!r}.")
+        if self.method not in ("dspark", "dflash2", "eagle3", "mtp"):
+            raise ConfigError(f"method must be dspark, dflash2, eagle3 or mtp, not {self.method!r}.")
+        if self.method == "dflash2" and self.markov_rank < 1:
+            raise ConfigError("markov_rank must be at least 1 for dflash2: it is its candidate selector's rank.")
         if self.init not in ("target", "fresh"):
             raise ConfigError(f"init must be target or fresh, not {self.init!r}.")
         if self.schedule not in ("cosine", "constant"):

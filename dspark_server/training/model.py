@@ -1,10 +1,11 @@
-"""Drafters as trainable modules: what they have in common, and DSpark's (DSpark §3.1-3.2).
+"""Drafters as trainable modules: what they have in common, and those that draft in parallel (DSpark §3.1-3.2).
 
 The engine runs the same networks over paged context; here a step's blocks share their sequence's context. Shapes:
 N context tokens, B blocks of gamma slots, D hidden size, m taps, r Markov rank, Vd tokens that may be drafted.
 """
 
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from dspark_server.models.config import LayerConfig
 from dspark_server.models.layers.attention import AttentionConfig
+from dspark_server.models.layers.conv import ConvConfig
 from dspark_server.models.layers.mlp import MlpConfig
 from dspark_server.models.layers.rope import rotary_table
 from dspark_server.speculation.dspark_formats import DSparkConfig
@@ -22,12 +24,13 @@ from dspark_server.speculation.dspark_formats import DSparkConfig
 class Blocks:
     """Training blocks of one step.
 
-    taps [N, m * D] float32, tokens [N] and positions [N] of the context of all sequences, one after another;
-    anchors [B] positions; previous [B, gamma] tokens x_{k-1}, the anchor first; spans: for each sequence its context
-    rows [t0, t1) and its blocks [b0, b1).
+    taps [N, m * D] and states [N, D], the target's last ones after its final norm, float32; tokens [N] and positions
+    [N] of the context of all sequences, one after another; anchors [B] positions; previous [B, gamma] tokens x_{k-1},
+    the anchor first; spans: for each sequence its context rows [t0, t1) and its blocks [b0, b1).
     """
 
     taps: Tensor
+    states: Tensor
     tokens: Tensor
     positions: Tensor
     anchors: Tensor
@@ -129,28 +132,81 @@ class DraftMlp(nn.Module):
         return torch.as_tensor(self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x)))
 
 
-class DraftLayer(nn.Module):
-    """A layer of DSpark's backbone; each slot sees the whole block."""
+class DraftConv(nn.Module):
+    """DFlash2's convolutions around a sublayer, at first the identity: see `models.layers.conv.BlockConv`."""
 
-    def __init__(self, config: LayerConfig, hidden: int, eps: float) -> None:
+    def __init__(self, config: ConvConfig, hidden: int) -> None:
+        super().__init__()
+        self._config = config
+        base = torch.zeros(2, config.taps, hidden)
+        base[:, 0] = 1
+        self.base_kernel = nn.Parameter(base)
+        self.kernel_projection = nn.Linear(hidden, 2 * config.taps * hidden // config.group_size, bias=False)
+        nn.init.zeros_(self.kernel_projection.weight)
+
+    def before(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The sublayer's input [B, W, D] for x [B, W, D], and the dynamic kernels [B, W, T, G] of its output."""
+        dynamic = self.kernel_projection(x).float().unflatten(-1, (2, self._config.taps, -1))
+        return self._convolve(x, dynamic[:, :, 0], 0), dynamic[:, :, 1]
+
+    def after(self, x: Tensor, dynamic: Tensor) -> Tensor:
+        """The convolution of the sublayer's output x [B, W, D] by the kernels that `before` gave."""
+        return self._convolve(x, dynamic, 1)
+
+    def _convolve(self, x: Tensor, dynamic: Tensor, side: int) -> Tensor:
+        out = torch.zeros_like(x)
+        for tap in range(self._config.taps):
+            kernel = self.base_kernel[side, tap] + dynamic[:, :, tap].repeat_interleave(self._config.group_size, -1)
+            out = out + kernel * F.pad(x, (0, 0, tap, 0))[:, : x.shape[1]]
+        return out
+
+
+class DraftLayer(nn.Module):
+    """A layer of a parallel backbone; each slot sees the whole block. DFlash2's has convolutions around its halves."""
+
+    def __init__(self, config: LayerConfig, hidden: int, eps: float, conv: ConvConfig | None) -> None:
         super().__init__()
         assert isinstance(config.mlp, MlpConfig)
         self.input_layernorm = nn.RMSNorm(hidden, eps)
         self.post_attention_layernorm = nn.RMSNorm(hidden, eps)
         self.self_attn = DraftAttention(config.attention, hidden, eps)
         self.mlp = DraftMlp(config.mlp, hidden)
+        self.attention_conv = self.mlp_conv = None
+        if conv is not None:
+            self.attention_conv, self.mlp_conv = DraftConv(conv, hidden), DraftConv(conv, hidden)
 
     def forward(self, x: Tensor, context: Tensor, blocks: Blocks, table: Tensor) -> Tensor:
-        """x [B, gamma, D] and context features [N, D] -> [B, gamma, D]; table [P, d] of cosines and sines."""
-        attention, normed = self.self_attn, self.input_layernorm(x)
+        """x [B, W, D] and context features [N, D] -> [B, W, D]; table [P, d] of cosines and sines."""
+        attention = self.self_attn
         slots = table[blocks.anchors.unsqueeze(1) + torch.arange(x.shape[1])]
-        q, own = attention.queries(normed, slots), attention.keys_values(normed, slots)
-        x = x + attention.attend(q, own, attention.keys_values(context, table[blocks.positions]), blocks)
-        return x + torch.as_tensor(self.mlp(self.post_attention_layernorm(x)))
+
+        def attend(normed: Tensor) -> Tensor:
+            q, own = attention.queries(normed, slots), attention.keys_values(normed, slots)
+            return attention.attend(q, own, attention.keys_values(context, table[blocks.positions]), blocks)
+
+        x = x + _between(self.attention_conv, attend, self.input_layernorm(x))
+        return x + _between(self.mlp_conv, self.mlp, self.post_attention_layernorm(x))
+
+
+def _between(conv: DraftConv | None, sublayer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    if conv is None:
+        return sublayer(x)
+    x, dynamic = conv.before(x)
+    return conv.after(sublayer(x).float(), dynamic)
+
+
+class CandidateSelector(nn.Module):
+    """DFlash2's sequential head: see `speculation.heads.SelectorHead`. In training it scores all of the Vd tokens."""
+
+    def __init__(self, vocabulary: int, drafted: int, rank: int, hidden: int) -> None:
+        super().__init__()
+        self.predecessor_codebook = nn.Parameter(torch.empty(vocabulary, rank).normal_(std=0.05))
+        self.successor_codebook = nn.Parameter(torch.zeros(drafted, rank))
+        self.hidden_projection = nn.Linear(hidden, rank, bias=False)
 
 
 class DraftModel(TrainedDrafter):
-    """DSpark, and DFlash, which is DSpark without heads, under the tensor names of DeepSpec's format A."""
+    """DSpark, DFlash, which is DSpark without heads, and DFlash2, under the tensor names of DeepSpec and z-lab."""
 
     def __init__(self, config: DSparkConfig, embedding: Tensor, max_length: int, *, bfloat16: bool = False) -> None:
         decoder, rank = config.decoder, config.markov_rank
@@ -161,13 +217,18 @@ class DraftModel(TrainedDrafter):
         self.config = config
         self.fc = nn.Linear(len(config.taps) * hidden, hidden, bias=False)
         self.hidden_norm = nn.RMSNorm(hidden, decoder.rms_norm_eps)
-        self.layers = nn.ModuleList(DraftLayer(each, hidden, decoder.rms_norm_eps) for each in decoder.layers)
+        self.layers = nn.ModuleList(
+            DraftLayer(each, hidden, decoder.rms_norm_eps, config.conv) for each in decoder.layers
+        )
         self.norm = nn.RMSNorm(hidden, decoder.rms_norm_eps)
+        drafted = config.draft_vocab_size or decoder.vocab_size
+        if config.selector is not None:
+            self.candidate_selector = CandidateSelector(decoder.vocab_size, drafted, config.selector[0], hidden)
         if rank:
             self.markov_head = nn.ModuleDict(
                 {
                     "markov_w1": nn.Embedding(decoder.vocab_size, rank),
-                    "markov_w2": nn.Linear(rank, config.draft_vocab_size or decoder.vocab_size, bias=False),
+                    "markov_w2": nn.Linear(rank, drafted, bias=False),
                 }
             )
             nn.init.normal_(_weight(self.markov_head["markov_w1"]), std=0.05)
@@ -182,34 +243,41 @@ class DraftModel(TrainedDrafter):
             nn.init.zeros_(_weight(self.confidence_head["proj"]))
 
     def forward(self, blocks: Blocks) -> tuple[Tensor, Tensor, Tensor | None]:
-        """See TrainedDrafter. Slots hold the embeddings of (anchor, mask, ...)."""
-        x = self.embedding[self.config.mask_token_id].repeat(*blocks.previous.shape, 1)
+        """See TrainedDrafter. A pass holds the embeddings of (anchor, mask, ...); its last gamma slots predict."""
+        config = self.config
+        x = self.embedding[config.mask_token_id].repeat(len(blocks.previous), config.block_size, 1)
         x[:, 0] = self.embedding[blocks.previous[:, 0]]
         with torch.autocast("cpu", torch.bfloat16, enabled=self.in_bfloat16):
             context = self.hidden_norm(self.fc(blocks.taps).float())
             for layer in self.layers:
                 x = layer(x, context, blocks, self.table)
-        hidden = self.norm(x)
+        hidden = self.norm(x[:, config.block_size - config.gamma :])
         embedding = self._markov_embedding(blocks.previous)
         confidence = None
-        if self.config.confidence:
-            features = torch.cat([hidden, embedding], dim=-1) if self.config.confidence_with_markov else hidden
+        if config.confidence:
+            features = torch.cat([hidden, embedding], dim=-1) if config.confidence_with_markov else hidden
             confidence = self.confidence_head["proj"](features).squeeze(-1)
         return hidden, self._latent(hidden, embedding), confidence
 
     @property
     def w2(self) -> Tensor:
         """See TrainedDrafter."""
+        if self.config.selector is not None:
+            return self.candidate_selector.successor_codebook
         if not self.config.markov_rank:
             return torch.empty(self.config.draft_vocab_size or self.config.decoder.vocab_size, 0)
         return _weight(self.markov_head["markov_w2"])
 
     def _markov_embedding(self, previous: Tensor) -> Tensor:
+        if self.config.selector is not None:
+            return self.candidate_selector.predecessor_codebook[previous]
         if not self.config.markov_rank:
             return torch.empty(*previous.shape, 0)
         return torch.as_tensor(self.markov_head["markov_w1"](previous))
 
     def _latent(self, hidden: Tensor, embedding: Tensor) -> Tensor:
+        if self.config.selector is not None:
+            return embedding * torch.as_tensor(self.candidate_selector.hidden_projection(hidden))
         kind = self.config.markov_head_type
         if kind == "gated":
             gate = self.markov_head["gate_proj"](torch.cat([hidden, embedding], dim=-1))

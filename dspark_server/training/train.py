@@ -40,6 +40,7 @@ from dspark_server.training.features import TargetFeatures
 from dspark_server.training.loss import FrozenHead, VocabularyLoss
 from dspark_server.training.model import Blocks
 
+SEQUENTIAL = ("markov_head.", "candidate_selector.")  # parameters that train at `markov_rate`
 EVALUATED = 60  # held-out sequences evaluated during a run; calibration uses the rest too
 LOG_FIELDS = (
     "step",
@@ -118,8 +119,8 @@ class Trainer:
         elif run.init == "target":
             initialise_from_target(self.model, self.target_directory)
         named = list(self.model.named_parameters())
-        markov = [parameter for name, parameter in named if name.startswith("markov_head.")]
-        others = [parameter for name, parameter in named if not name.startswith("markov_head.")]
+        markov = [parameter for name, parameter in named if name.startswith(SEQUENTIAL)]
+        others = [parameter for name, parameter in named if not name.startswith(SEQUENTIAL)]
         self._rates = [run.learning_rate, run.learning_rate * run.markov_rate]
         groups = [{"params": others}, {"params": markov}]
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
@@ -135,7 +136,7 @@ class Trainer:
     def batch(self, chosen: list[tuple[int, Integers]]) -> Batch:
         """Gather the blocks of `chosen` sequences: context only as far as the last anchor needs it."""
         gamma, corpus = self.run.block_size, self.split.corpus
-        taps, context_tokens, positions, anchors, previous, labels, inside = [], [], [], [], [], [], []
+        taps, states, context_tokens, positions, anchors, previous, labels, inside = [], [], [], [], [], [], [], []
         target: list[Tensor] = []
         target_rows: list[Tensor] = []
         logsums: list[Tensor] = []
@@ -147,6 +148,7 @@ class Trainer:
             features, hidden = self.features.of(index, min(len(tokens), int(at[-1]) + gamma))
             context = int(at[-1])
             taps.append(features[:context])
+            states.append(hidden[:context])
             context_tokens.append(tokens[:context])
             positions.append(torch.arange(context))
             anchors.append(at)
@@ -166,6 +168,7 @@ class Trainer:
         return Batch(
             Blocks(
                 torch.cat(taps).float(),
+                torch.cat(states).float(),
                 torch.cat(context_tokens),
                 torch.cat(positions),
                 torch.cat(anchors),

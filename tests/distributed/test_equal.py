@@ -89,6 +89,23 @@ def test_layers_of_two_geometries_and_a_head_that_ranks_share(two: Together) -> 
         assert core.loop.stats.prefix_hits > 0
 
 
+@pytest.mark.parametrize("pair", ["eagle3_qwen3", "mtp_gemma4_assistant"])
+def test_drafters_of_one_token_a_pass(two: Together, pair: str) -> None:
+    """On rank 0 alone, and as good as on one rank: the assistant has the rows of all heads."""
+    target = {"model": str(FIXTURES / pair / "target"), "num_blocks": 300}
+    made, own = [[token % 380 for token in prompt] for prompt in prompts(6, shortest=20, longest=90)], mixed(6)
+    expected = one_rank(tiny_config(drafter=False, **target)).generate(made, own)
+    drafter = SpeculativeConfig(model=str(FIXTURES / pair / "draft"), selection="fixed", copying=False)
+    config = replace(tiny_config(**target), speculative=drafter)
+    alone = one_rank(config)
+    assert alone.generate(made, own) == expected
+    with two.core(config) as core:
+        assert core.generate(made, own) == expected
+        assert core.loop.stats.accepted_tokens == alone.loop.stats.accepted_tokens > 0
+        assert core.generate(made, own) == expected
+        assert core.loop.stats.prefix_hits > 0
+
+
 @pytest.mark.parametrize("variant", ["qwen3-some-plain", "qwen2-shared"])
 def test_mixtures_of_experts(two: Together, variant: str, tmp_path: Path) -> None:
     """Each rank has a part of every expert, and the whole router."""

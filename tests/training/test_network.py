@@ -17,7 +17,7 @@ from dspark_server.runtime.kv import KVPool
 from dspark_server.runtime.paging import BlockTable, CacheLayout
 from dspark_server.speculation.draft_block import DraftBlock
 from dspark_server.speculation.dspark import DSparkDrafter
-from dspark_server.speculation.eagle3 import Eagle3Drafter
+from dspark_server.speculation.model_drafter import ModelDrafter
 from dspark_server.training.checkpoint import draft_model, export, load_weights, target_head
 from dspark_server.training.config import TrainConfig
 from dspark_server.training.model import Blocks, DraftModel
@@ -44,9 +44,11 @@ def blocks_of(core: EngineCore) -> list[tuple[list[int], DraftBlock]]:
 def block_at(tokens: list[int], drafted: list[int], taps: tuple[int, ...], target: Decoder, pool: KVPool) -> Blocks:
     """The block whose anchor is the last of `tokens`, as training sees it."""
     context, anchor = tokens[:-1], tokens[-1]
-    batch = Batch.of([Run(context, 0, [BlockTable(0, list(range(8)))], 0)], pool.groups)
+    batch = Batch.of([Run(context, 0, [BlockTable(0, list(range(8)))], len(context))], pool.groups)
+    states, outputs = target.forward(batch, pool.layers(0), taps)
     return Blocks(
-        taps=torch.cat(target.forward(batch, pool.layers(0), taps)[1], dim=1),
+        taps=torch.cat(outputs, dim=1),
+        states=states,
         tokens=torch.tensor(context),
         positions=torch.arange(len(context)),
         anchors=torch.tensor([len(context)]),
@@ -85,30 +87,49 @@ def test_trained_network_is_the_engines(kind: str) -> None:
         torch.testing.assert_close(confidence, block.confidence, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["Qwen3", "SmolLM2"])
-def test_trained_eagle3_is_the_engines(kind: str, tmp_path: Path) -> None:
-    """From the same checkpoint, both make the same logits of every slot, with norms of heads and without."""
+@pytest.mark.parametrize(
+    ("method", "kind"),
+    [("eagle3", "Qwen3"), ("eagle3", "SmolLM2"), ("mtp", "Qwen3"), ("mtp", "SmolLM2"), ("dflash2", "Qwen3")],
+)
+@pytest.mark.parametrize("vocabulary", [None, 200])
+def test_what_is_exported_is_what_was_trained(method: str, kind: str, vocabulary: int | None, tmp_path: Path) -> None:
+    """Trainer and engine make the same logits of every slot from one checkpoint, and draft the same tokens."""
     directory = FIXTURES / "dspark_qwen3_vanilla" / "target" if kind == "Qwen3" else resolve_model(SMOLLM2)
-    run = TrainConfig("", "", str(directory), method="eagle3", target_layer_ids=(0, 1), block_size=5)
+    run = TrainConfig(
+        "", "", str(directory), method, mask_token_id=3, target_layer_ids=(0, 1), block_size=5, vocabulary=vocabulary
+    )
     embedding = target_head(directory).float()
     model = draft_model(run, directory, embedding, 256)
     noise = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_((parameter + 0.2 * torch.randn(parameter.shape, generator=noise)).bfloat16())
-    export(model, run, directory, None, tmp_path)
+    kept = None if vocabulary is None else torch.randperm(len(embedding), generator=noise)[:vocabulary].sort().values
+    export(model, run, directory, kept, tmp_path)
     core = drafting_core(directory, tmp_path)
     executor = core.loop.executor
     assert isinstance(executor, TorchExecutor)
-    assert isinstance(executor.drafter, Eagle3Drafter)
-    executor.drafter.sampler.keep_logits = True
+    drafter = executor.drafter
+    assert isinstance(drafter, ModelDrafter)
+    assert (drafter.method, drafter.gamma) == (method, 5)
+    drafter.sampler.keep_logits = True
     model.embedding = executor.target.embed.weight
     pool = KVPool(8, CacheLayout.of([executor.target.caches], 16, 4), torch.float32)
+    head = embedding if kept is None else embedding[kept]
+    if method == "eagle3" and kept is not None:  # its own head, which is written in bfloat16
+        head = head.bfloat16().float()
     for tokens, block in blocks_of(core):
+        drafted = block.tokens[0].tolist()
         with torch.inference_mode():
-            blocks = block_at(tokens, block.tokens[0].tolist(), run.target_layer_ids, executor.target, pool)
-            drawn, _, confidence = model(blocks)
+            blocks = block_at(tokens, drafted, run.target_layer_ids, executor.target, pool)
+            drawn, latent, confidence = model(blocks)
+            base = (drawn @ head.T)[0]
+            logits = base + (latent @ model.w2.T)[0] if latent.shape[-1] else base
         assert confidence is None
-        assert block.logits is not None
-        slots = block.logits.shape[1]  # near its end, a request wants fewer
-        torch.testing.assert_close(drawn[:, :slots] @ embedding.T, block.logits, atol=1e-3, rtol=1e-3)
+        assert block.base_logits is not None
+        slots = block.base_logits.shape[1]  # near its end, a request wants fewer
+        torch.testing.assert_close(base[:slots], block.base_logits[0], atol=1e-3, rtol=1e-3)
+        for slot in range(slots):
+            among = torch.arange(len(head)) if method != "dflash2" else base[slot].topk(run.selector_top_k).indices
+            best = int(among[logits[slot, among].argmax()])
+            assert drafted[slot] == (best if kept is None else int(kept[best]))

@@ -112,8 +112,9 @@ def test_loss_and_gradient_are_the_plain_ones(run: TrainConfig, kind: str, rank:
 
 
 @pytest.mark.parametrize("vocabulary", [None, 100])
-def test_loss_and_gradient_of_eagle3_are_the_plain_ones(run: TrainConfig, vocabulary: int | None) -> None:
-    assert_loss_is_plain(replace(run, method="eagle3", vocabulary=vocabulary))
+@pytest.mark.parametrize("method", ["eagle3", "mtp", "dflash2"])
+def test_loss_and_gradient_of_others_are_the_plain_ones(run: TrainConfig, method: str, vocabulary: int | None) -> None:
+    assert_loss_is_plain(replace(run, method=method, vocabulary=vocabulary))
 
 
 def assert_loss_is_plain(run: TrainConfig) -> None:
@@ -213,20 +214,24 @@ def test_a_run_learns_and_the_engine_serves_what_it_made(learnt: tuple[TrainConf
 
 
 @pytest.mark.usefixtures("run")  # for its cache
-@pytest.mark.parametrize("vocabulary", [None, 300])
-def test_eagle3_learns_continues_and_is_served(
-    learnt: tuple[TrainConfig, Path], vocabulary: int | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(("method", "vocabulary"), [("eagle3", None), ("eagle3", 300), ("mtp", 300), ("dflash2", 300)])
+def test_others_learn_continue_and_are_served(
+    learnt: tuple[TrainConfig, Path],
+    method: str,
+    vocabulary: int | None,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """In the format of speculators; the engine knows its family, and that it was made for this target."""
+    """In the formats of others; the engine knows the family, and that it was made for this target."""
     run = replace(
         learnt[0],
         steps=80,
         eval_every=80,
         save_every=80,
-        method="eagle3",
+        method=method,
         block_size=3,
         vocabulary=vocabulary,
-        output=str(tmp_path / "eagle3"),
+        output=str(tmp_path / method),
     )
     directory = train(run)
     trainer = Trainer(run)
@@ -243,6 +248,7 @@ def test_eagle3_learns_continues_and_is_served(
             assert step.block.tokens.shape[1] <= 3
             seen.extend(step.block.tokens.flatten().tolist())
 
+    assert core.drafter == method
     core.loop.watch(look)
     core.generate([[5, 6, 7, 8, 9, 10]], SamplingParams(max_tokens=40, temperature=1.0, ignore_eos=True))
     assert len(seen) > 20
