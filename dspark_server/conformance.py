@@ -1,9 +1,11 @@
 """Replays a folder of DeepSpec outputs through the real engine, with forced acceptance counts.
 
-A folder holds `target/`, `draft/` and `expected.safetensors`: caseC.prompt [T], then per round R the anchor, its
+A folder holds `target/`, `draft/` (or both in one directory, as DeepSeek-V4) and `expected.safetensors`: caseC.prompt
+[T], then per round R the anchor, its
 position, draft_hidden [gamma, D], base_logits, draft_logits and target_logits (the last with gamma + 1 rows) [., V],
 confidence_logits [gamma], draft_tokens [gamma], the forced `accepted` and the `committed` tokens; caseC.sequence, the
-prompt and all committed tokens; caseC.prefill_logits [., V], those of the prompt's last positions.
+prompt and all committed tokens; caseC.prefill_logits [., V], those of the prompt's last positions, and prefill_taps
+[., m D]; caseC.mtp_logits [T - 1, V], those of an MTP layer for each token's features and the next token.
 """
 
 import itertools
@@ -25,8 +27,8 @@ from dspark_server.engine.executor import TorchExecutor
 from dspark_server.engine.request import SamplingParams
 from dspark_server.engine.trace import StepTrace, Verification
 from dspark_server.errors import CheckpointError
-from dspark_server.models.fields import read_json
-from dspark_server.runtime.batch import Run
+from dspark_server.models.fields import architecture, read_json
+from dspark_server.runtime.batch import Batch, Run
 from dspark_server.runtime.paging import tables_for
 from dspark_server.speculation.acceptance import Accepted
 from dspark_server.speculation.draft_block import DraftBlock
@@ -36,7 +38,9 @@ from dspark_server.speculation.sampling import SamplingBatch
 
 TOLERANCE = 1e-4  # absolute, float32
 # Of the numbers of drafters whose hidden states are large.
-LOOSER = {"Gemma4DSparkModel": 5e-4, "Gemma4UnifiedAssistantForCausalLM": 5e-4}
+LOOSER = {"Gemma4DSparkModel": 5e-4, "Gemma4UnifiedAssistantForCausalLM": 5e-4, "DeepseekV4ForCausalLM": 2e-4}
+# Of the target's logits.
+LOOSER_TARGET = {"DeepseekV4ForCausalLM": 2e-4}
 # Of hidden states before any norm, which grow to 180 in the fixture: there float64 is 3e-4 from DeepSpec's float32.
 LOOSER_HIDDEN = {"Qwen3Eagle3Model": 5e-4, "Gemma4Eagle3Model": 5e-4}
 
@@ -45,9 +49,11 @@ LOOSER_HIDDEN = {"Qwen3Eagle3Model": 5e-4, "Gemma4Eagle3Model": 5e-4}
 class Report:
     """Largest absolute error per kind of tensor, and every difference in exact values.
 
-    `of_drafts` is the tolerance for what the drafter computes, `of_hidden` for its hidden states.
+    `of_target` is the tolerance of the target's numbers, `of_drafts` of what the drafter computes, `of_hidden` of its
+    hidden states.
     """
 
+    of_target: float = TOLERANCE
     of_drafts: float = TOLERANCE
     of_hidden: float = TOLERANCE
     largest: dict[str, float] = field(default_factory=dict)
@@ -61,8 +67,8 @@ class Report:
 
     def tolerance(self, kind: str) -> float:
         """Largest absolute error allowed."""
-        if kind in ("target_logits", "prefill_logits"):
-            return TOLERANCE
+        if kind in ("target_logits", "prefill_logits", "prefill_taps"):
+            return self.of_target
         return self.of_hidden if kind == "draft_hidden" else self.of_drafts
 
     def close(self, kind: str, where: str, ours: Tensor | None, theirs: Tensor) -> None:
@@ -108,9 +114,9 @@ def replay(directory: Path, progress: Callable[[str], None] = lambda line: None)
         raise CheckpointError(
             f"{path} cannot be read ({error}); a conformance folder has target/, draft/ and it."
         ) from error
-    architectures = read_json(directory / "draft" / "config.json").get("architectures") or [""]
-    looser = LOOSER.get(architectures[0], TOLERANCE)
-    report = Report(looser, LOOSER_HIDDEN.get(architectures[0], looser))
+    own = architecture(read_json(_parts(directory)[1] / "config.json"))
+    looser = LOOSER.get(own, TOLERANCE)
+    report = Report(LOOSER_TARGET.get(own, TOLERANCE), looser, LOOSER_HIDDEN.get(own, looser))
     names = {m[1] for key in expected if (m := re.fullmatch(r"(case\d+)\.prompt", key))}
     if not names:
         raise CheckpointError(f"{path} has no caseC.prompt tensor.")
@@ -121,15 +127,25 @@ def replay(directory: Path, progress: Callable[[str], None] = lambda line: None)
     return report
 
 
+def _parts(directory: Path) -> tuple[Path, Path]:
+    """The directories of target and drafter."""
+    whole = (directory / "config.json").is_file()
+    return (directory, directory) if whole else (directory / "target", directory / "draft")
+
+
 def _replay_case(directory: Path, case: str, expected: dict[str, Tensor], report: Report) -> None:
-    forced, depth = _Forced(), len(expected["round0.draft_tokens"])
+    forced, (target, draft) = _Forced(), _parts(directory)
+    depth = len(expected["round0.draft_tokens"]) if "round0.draft_tokens" in expected else None
     core = EngineCore.load(
         EngineConfig(
-            model=str(directory / "target"),
+            model=str(target),
             dtype="float32",
             kv_cache_memory_bytes=256 << 20,
             speculative=SpeculativeConfig(
-                model=str(directory / "draft"), num_speculative_tokens=depth, selection="fixed", copying=False
+                model=None if draft == target else str(draft),
+                num_speculative_tokens=depth,
+                selection="fixed",
+                copying=False,
             ),
             check_invariants=True,
         ),
@@ -158,16 +174,35 @@ def _replay_case(directory: Path, case: str, expected: dict[str, Tensor], report
     if "sequence" in expected:
         report.equal(f"{case}.sequence", request.tokens, expected["sequence"])
     core.batcher.remove(request)
-    if "prefill_logits" in expected:
-        ours = _prompt_logits(executor, prompt)[-len(expected["prefill_logits"]) :]
-        report.close("prefill_logits", f"{case}.prefill_logits", ours, expected["prefill_logits"])
+    ours = _of_prompt(executor, prompt)
+    for kind in ("prefill_logits", "prefill_taps"):
+        if kind in expected:
+            report.close(kind, f"{case}.{kind}", ours[kind][-len(expected[kind]) :], expected[kind])
+    if "mtp_logits" in expected:
+        report.rounds += 1
+        mine = torch.cat([_pair_logits(executor, prompt, place) for place in range(1, len(prompt))])
+        report.close("mtp_logits", f"{case}.mtp_logits", mine, expected["mtp_logits"])
 
 
 @torch.inference_mode()
-def _prompt_logits(executor: TorchExecutor, prompt: list[int]) -> Tensor:
-    """Logits [T, V] of every position of a prompt, in one pass."""
+def _of_prompt(executor: TorchExecutor, prompt: list[int]) -> dict[str, Tensor]:
+    """Logits [T, V] and taps [T, m D] of every position of a prompt, in one pass."""
     tables = tables_for(executor.pool.groups, itertools.count(), 0, len(prompt))
-    return executor.cycle([Run(prompt, 0, tables, len(prompt))], CounterStreams(), time.perf_counter).verify(None)[0]
+    run = Run(prompt, 0, tables, len(prompt))
+    logits = executor.cycle([run], CounterStreams(), time.perf_counter).verify(None)[0]
+    target, pool = executor.target, executor.pool
+    taps = target.forward(Batch.of([run], pool.groups), pool.layers(0), executor.drafter.taps)[1]
+    return {"prefill_logits": logits, "prefill_taps": torch.cat(taps, dim=-1)}
+
+
+@torch.inference_mode()
+def _pair_logits(executor: TorchExecutor, prompt: list[int], place: int) -> Tensor:
+    """Logits [1, V] of the pair that ends with the token at `place` of a prompt whose rows `_of_prompt` has written."""
+    drafter, pool = executor.drafter, executor.pool
+    assert isinstance(drafter, ModelDrafter)
+    tables = tables_for(pool.groups, itertools.count(), 0, len(prompt))
+    blocks = Batch.of([Run([prompt[place]] * drafter.width, place, tables, 0)], pool.groups)
+    return drafter.forward(0, blocks, torch.tensor([prompt[place]]), None, pool).base[:, 0]
 
 
 def _compare_round(

@@ -38,7 +38,7 @@ from dspark_server.speculation.copy_drafter import Copying
 from dspark_server.speculation.copying import ContextIndex, CopyTables
 from dspark_server.speculation.cost_model import CostModel, Profile
 from dspark_server.speculation.drafter import Drafter, NoDrafter
-from dspark_server.speculation.families import load_drafter
+from dspark_server.speculation.families import load_drafter, load_own, own_stages
 from dspark_server.speculation.selection import POLICIES, Selection, build_selection
 
 logger = logging.getLogger(__name__)
@@ -307,6 +307,9 @@ def _drafter(config: SpeculativeConfig, target: Decoder, place: Place) -> Drafte
         return copies_only
     if config.model:
         where = resolve_model(config.model)
+    elif stages := own_stages(place.directory, target.config):
+        own = load_own(stages, target, place.directory, place.dtype, place.kernels, config)
+        return Copying(own, own.copying) if own.copying else own
     else:
         shipped = shipped_drafter(place.directory)
         if shipped is None and config.method == "auto":

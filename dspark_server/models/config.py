@@ -8,6 +8,7 @@ from dspark_server.models.layers.attention import AttentionConfig
 from dspark_server.models.layers.mlp import MlpConfig
 from dspark_server.models.layers.moe import MoeConfig
 from dspark_server.models.layers.rope import RopeConfig
+from dspark_server.models.layers.streams import StreamConfig
 
 
 @dataclass(frozen=True)
@@ -16,6 +17,7 @@ class LayerConfig:
 
     attention: AttentionConfig
     mlp: MlpConfig | MoeConfig
+    streams: StreamConfig | None = None
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,8 @@ class ModelConfig:
     """A decoder. `max_length` is the longest sequence that its positions support, in tokens.
 
     `eos_token_ids` are those of config.json and generation_config.json; the tokenizer may have another. Embeddings are
-    multiplied by `embedding_scale`; a logit becomes softcap * tanh(logit / softcap) if there is a `softcap`.
+    multiplied by `embedding_scale`; a logit becomes softcap * tanh(logit / softcap) if there is a `softcap`. With
+    `streams` the residual has several of them.
     """
 
     vocab_size: int
@@ -36,6 +39,7 @@ class ModelConfig:
     bos_token_id: int | None
     embedding_scale: float = 1.0
     softcap: float | None = None
+    streams: StreamConfig | None = None
 
     @property
     def num_layers(self) -> int:
@@ -65,7 +69,10 @@ class ModelConfig:
                 f"--tensor-parallel-size must divide this model's {_named(heads)} key/value heads and "
                 f"{_named(features)} feed-forward units: it can be {working}, not {size}."
             )
-        layers = [LayerConfig(each.attention.shared_by(size), each.mlp.shared_by(size)) for each in self.layers]
+        layers = [
+            replace(each, attention=each.attention.shared_by(size), mlp=each.mlp.shared_by(size))
+            for each in self.layers
+        ]
         return replace(self, layers=tuple(layers))
 
 

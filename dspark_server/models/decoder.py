@@ -7,6 +7,7 @@ each rank has its share of every layer and of the head's V; D is whole on all of
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from dspark_server.models.config import ModelConfig
 from dspark_server.models.family import Family, Layer
 from dspark_server.models.layers.embedding import Embedding, Head
 from dspark_server.models.layers.parts import Parts
+from dspark_server.models.layers.streams import StreamHead
 from dspark_server.models.loading import WeightReader, open_checkpoint
 from dspark_server.models.registry import family_of, load_config
 from dspark_server.runtime.batch import Batch
@@ -49,15 +51,19 @@ class Decoder:
         kernels: Kernels,
         max_model_len: int,
         group: Group = ONE_RANK,
+        streams: StreamHead | None = None,
     ) -> None:
         self.config = config
         self.group = group
         self.layers = layers
+        ends = list(accumulate(len(layer.attention.caches(max_model_len)) for layer in layers))
+        self._kinds = [slice(*each) for each in pairwise([0, *ends])]  # by layer, its caches among all
         self.embed = embed
         self.head = head
         self.max_model_len = max_model_len
         self._final_norm = final_norm
         self._kernels = kernels
+        self._streams = streams
 
     @classmethod
     def load(
@@ -86,14 +92,15 @@ class Decoder:
         prefix = _prefix(family, reader)
         parts = Parts(reader, kernels, config.hidden_size, config.rms_norm_eps, length, length + ROTARY_MARGIN, group)
         vocabulary = (config.vocab_size, config.hidden_size)
-        embedding = reader.take(f"{prefix}embed_tokens.weight", vocabulary)
+        embedding = reader.take(f"{prefix}{family.embedding}", vocabulary)
         layers = [family.layer(parts, layer, f"{prefix}layers.{i}.") for i, layer in enumerate(config.layers)]
         final_norm = parts.norm(f"{prefix}norm")
+        streams = StreamHead(parts, config.streams, f"{prefix}hc_head_") if config.streams else None
         if config.tie_word_embeddings and not _is_tied(reader, embedding, directory):
             config = replace(config, tie_word_embeddings=False)
         rows = group.share(config.vocab_size)
         tied = config.tie_word_embeddings
-        head = embedding[rows] if tied else reader.take("lm_head.weight", vocabulary, rows)
+        head = embedding[rows] if tied else reader.take(family.head, vocabulary, rows)
         missing = -(-config.vocab_size // group.size) - len(head)
         if missing:  # the last rank's logits must be as wide as the others' to be gathered
             head = F.pad(head, (0, 0, 0, missing))
@@ -107,12 +114,13 @@ class Decoder:
             kernels,
             length,
             group,
+            streams,
         )
 
     @property
     def caches(self) -> list[CacheRows]:
-        """The rows that each layer keeps, with the heads of this rank."""
-        return [layer.attention.config.caches(self.max_model_len) for layer in self.layers]
+        """The kinds of rows that each layer keeps, with the heads of this rank, one layer after the other."""
+        return [rows for layer in self.layers for rows in layer.attention.caches(self.max_model_len)]
 
     def forward(
         self, batch: Batch, caches: Sequence[LayerCache], taps: tuple[int, ...] = ()
@@ -121,20 +129,28 @@ class Decoder:
 
         Returns the hidden rows of `batch.logits_index` after the final norm [M, D], and for each tap the output of that
         decoder layer before any norm [N, D] (HF hidden_states[tap + 1]; -1 = the embeddings), in the order of `taps`,
-        none of them a view of another.
+        none of them a view of another. Where the residual has several streams, their mean; a tap one beyond the last
+        layer is the streams themselves.
         """
         residual = self.embed(batch.tokens)
         tapped = {-1: residual.clone()} if -1 in taps else {}
+        if self._streams is not None:
+            residual = self._streams.begin(residual)
         delta: Tensor | None = None
-        for index, (layer, cache) in enumerate(zip(self.layers, caches, strict=True)):
-            delta = layer.forward(delta, residual, batch, cache)
+        for index, (layer, kinds) in enumerate(zip(self.layers, self._kinds, strict=True)):
+            delta = layer.forward(delta, residual, batch, caches[kinds])
             if index in taps:
                 # The same sum, rounded the same way, as the next norm computes in place.
-                tapped[index] = residual.clone() if delta is None else residual + delta
+                output = residual.clone() if delta is None else residual + delta
+                tapped[index] = output if self._streams is None else self._streams.mean(output)
+        if len(self.layers) in taps:
+            tapped[len(self.layers)] = residual.clone()
         return self._final_rows(delta, residual, batch.logits_index), [tapped[tap] for tap in taps]
 
     def _final_rows(self, delta: Tensor | None, residual: Tensor, rows: Tensor) -> Tensor:
         residual = residual.index_select(0, rows)
+        if self._streams is not None:
+            residual = self._streams.end(residual)
         if len(rows) == 0:  # a pass of prefill chunks alone
             return residual
         if delta is None:
@@ -157,7 +173,7 @@ def layers_prefix(directory: Path, reader: WeightReader) -> str:
 
 
 def _prefix(family: Family, reader: WeightReader) -> str:
-    return next((each for each in family.prefixes if f"{each}embed_tokens.weight" in reader), family.prefixes[0])
+    return next((each for each in family.prefixes if f"{each}{family.embedding}" in reader), family.prefixes[0])
 
 
 def _is_tied(reader: WeightReader, embedding: Tensor, directory: Path) -> bool:

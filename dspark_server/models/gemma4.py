@@ -5,7 +5,7 @@ full layers may use their keys as values.
 """
 
 from collections import ChainMap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from math import sqrt
 from typing import Any
@@ -70,10 +70,11 @@ class SandwichLayer:
         return [*self.attention.products, *self.mlp.products]
 
     def forward(
-        self, delta: Tensor | None, residual: Tensor, batch: Batch, cache: LayerCache, causal: bool = True
+        self, delta: Tensor | None, residual: Tensor, batch: Batch, caches: Sequence[LayerCache], causal: bool = True
     ) -> None:
         """See `Layer.forward`; the output is in `residual`."""
         assert delta is None
+        (cache,) = caches
         kernels, eps = self._kernels, self._eps
         x = kernels.rms_norm(residual, self._input_norm, eps)
         kernels.norm_add(self.attention.forward(x, batch, cache, causal), residual, self._post_attention_norm, eps)

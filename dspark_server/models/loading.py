@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dspark_server.errors import CheckpointError
+from dspark_server.models.block_scaled import expanded, scale_shape, stored_shape
 from dspark_server.models.fields import GGUF_IS_NOT_READ, read_json
 from dspark_server.models.layers.rope import RopeConfig, may_be_frequencies
 
@@ -24,6 +25,8 @@ INDEX_FILE = "model.safetensors.index.json"
 EVERY = slice(None)
 _INTEGERS = ("I64", "I32", "I16", "U16", "U8", "BOOL")
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_BLOCK_SCALED = ("F8_E4M3", "I8")  # beside e8m0 scales
+_SCALES = ("F8_E8M0",)
 # Buffers that old exporters saved; rotary frequencies are computed from the config, and must agree with them.
 _FREQUENCIES = r".*rotary_emb\.inv_freq"
 
@@ -144,24 +147,46 @@ class WeightReader:
         info = self._checkpoint.tensors.get(name)
         return None if info is None else info.shape
 
-    def take(self, name: str, shape: Sequence[int], rows: slice = EVERY, columns: slice = EVERY) -> Tensor:
-        """Return the tensor, or these of its rows and columns, in the reader's dtype; `shape` is that of the whole.
+    def take(
+        self,
+        name: str,
+        shape: Sequence[int],
+        rows: slice = EVERY,
+        columns: slice = EVERY,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """Return the tensor, or these of its rows and columns, in `dtype` (None: the reader's); `shape` of the whole.
 
         Files are memory-mapped: other rows are neither read nor checked; the rank that uses them does both.
 
         Raises CheckpointError if it is absent, of another shape or an unsupported dtype, or holds NaN or infinity.
         """
         info = self._find(name, shape)
-        if info.dtype not in _DTYPES:
+        if info.dtype in _BLOCK_SCALED:
+            tensor = self._expanded(name, info, tuple(shape), rows, columns)
+        elif info.dtype in _DTYPES:
+            tensor = self._checkpoint.read(name)[rows]
+            tensor = tensor if columns == EVERY else tensor[:, columns]
+        else:
             raise CheckpointError(
-                f"{info.file}: tensor {name} has dtype {info.dtype}; {', '.join(_DTYPES.values())} are supported, "
-                "quantized weights are not"
+                f"{info.file}: tensor {name} has dtype {info.dtype}; {', '.join(_DTYPES.values())} are supported, and "
+                "8 and 4 bits with scales of blocks"
             )
-        tensor = self._checkpoint.read(name)[rows]
-        tensor = (tensor if columns == EVERY else tensor[:, columns]).to(self.where).to(self.dtype)
+        tensor = tensor.to(self.where).to(dtype or self.dtype)
         if not all(bound.isfinite() for bound in tensor.aminmax()):  # either bound is NaN if any element is
             raise CheckpointError(f"{info.file}: tensor {name} holds NaN or infinity; download or export it again")
         return tensor
+
+    def _expanded(self, name: str, info: TensorInfo, shape: tuple[int, ...], rows: slice, columns: slice) -> Tensor:
+        """Part of a weight that is stored beside scales of its blocks, in float32."""
+        scale = name.removesuffix("weight") + "scale"
+        if self._find(scale, scale_shape(info.dtype, shape)).dtype not in _SCALES:
+            raise CheckpointError(f"{info.file}: tensor {scale} should hold e8m0 scales of {name}")
+        codes, scales = self._checkpoint.read(name), self._checkpoint.read(scale)
+        try:
+            return expanded(codes, scales, shape, rows, columns)
+        except CheckpointError as error:
+            raise CheckpointError(f"{info.file}: tensor {name}: {error}; download or export it again") from None
 
     def integers(self, name: str, shape: Sequence[int]) -> Tensor:
         """Return a tensor of indices or flags, as int64.
@@ -180,7 +205,7 @@ class WeightReader:
                 f"{self._checkpoint.directory}: tensor {name} is missing; the checkpoint is incomplete, "
                 "or its config.json belongs to another model"
             )
-        if info.shape != tuple(shape):
+        if info.shape != stored_shape(info.dtype, tuple(shape)):
             raise CheckpointError(
                 f"{info.file}: tensor {name} has shape {list(info.shape)}, but config.json asks for {list(shape)}; "
                 "weights and config.json must come from the same model"

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from dspark_server.errors import CheckpointError
 from dspark_server.models.config import ModelConfig
+from dspark_server.models.deepseek_v4 import DEEPSEEK_V4
 from dspark_server.models.family import Family
 from dspark_server.models.fields import architecture, read_json
 from dspark_server.models.gemma4 import GEMMA4, GEMMA4_DRAFTER
@@ -25,6 +26,13 @@ FAMILIES: dict[str, Family] = {
     "Gemma4ForCausalLM": GEMMA4,
     "Gemma4UnifiedForConditionalGeneration": GEMMA4,
     "Gemma4UnifiedForCausalLM": GEMMA4,
+    "DeepseekV4ForCausalLM": DEEPSEEK_V4,
+}
+
+# Architectures that resemble one of these, and why they are none.
+REFUSED: dict[str, str] = {
+    "DeepseekV41ForCausalLM": "V4.1 compresses by other ratios, shares key-value rows between layers and adds Engram "
+    "tables, none of which this server computes; it runs DeepSeek-V4 (DeepseekV4ForCausalLM)",
 }
 
 # By the architecture of a DSpark drafter, the family of its layers.
@@ -38,6 +46,8 @@ def family_of(directory: Path) -> Family:
     """The family of a target checkpoint. Raises CheckpointError if it is none that this server runs."""
     fields = read_json(directory / "config.json")
     family = FAMILIES.get(architecture(fields))
+    if reason := REFUSED.get(architecture(fields)):
+        raise CheckpointError(f"{directory / 'config.json'}: {architecture(fields)} is not supported: {reason}")
     if family is None:
         raise CheckpointError(
             f"{directory / 'config.json'}: architectures {fields.get('architectures')} is not supported; "

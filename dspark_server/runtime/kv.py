@@ -15,7 +15,7 @@ class LayerCache(NamedTuple):
     """A layer's rows: keys and values, each [blocks, C, Hkv, d], C the tokens per block of its group.
 
     A layer's part of a block is contiguous; the other layers' parts lie between one block and the next. `values` are
-    `keys` where the layer keeps none.
+    `keys` where the layer keeps none. Where there is one row for several tokens, C is as much smaller.
     """
 
     keys: Tensor
@@ -38,7 +38,8 @@ class KVPool:
 
         def cache(place: CachePlace) -> LayerCache:
             heads, head_dim, kind = place.rows.heads, place.rows.head_dim, place.rows.dtype or dtype
-            shape = (blocks, self.groups[place.group].block_size, heads, head_dim)
+            rows = self.groups[place.group].block_size // place.rows.every
+            shape = (blocks, rows, heads, head_dim)
             strides = (layout.block_bytes // kind.itemsize, heads * head_dim, head_dim, 1)
             keys, values = (
                 memory.view(kind).as_strided(shape, strides, start // kind.itemsize)

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from math import inf
 from pathlib import Path
 
 import torch
@@ -45,15 +46,17 @@ class Linear:
 class Experts:
     """The gated feed-forwards of a layer's experts: gate_up [E, 2F, D], the gates first, and down [E, D, F].
 
-    As with `Linear` only a packed copy is kept. `backend` names the products in use: "grouped" of the kernels, or
-    "plain", torch's batched ones over the experts that are touched.
+    Gates are cut at `limit`, what they multiply at +-`limit`. As with `Linear` only a packed copy is kept. `backend`
+    names the products in use: "grouped" of the kernels, or "plain", torch's batched ones over the experts touched.
     """
 
-    def __init__(self, gate_up: Tensor, down: Tensor, kernels: Kernels) -> None:
+    def __init__(self, gate_up: Tensor, down: Tensor, kernels: Kernels, limit: float = inf) -> None:
         on_cpu = gate_up.device.type == "cpu"
         grouped = kernels.name.startswith("native") and gate_up.dtype == torch.bfloat16 if on_cpu else True
+        grouped = grouped and limit == inf
         self.backend = "grouped" if grouped else "plain"
         self._kernels = kernels
+        self._limit = limit
         self._packed = kernels.pack_experts(gate_up, down) if grouped else None
         self._plain = None if grouped else (gate_up, down)
 
@@ -62,11 +65,11 @@ class Experts:
         if self._packed is not None:
             return self._kernels.experts(x, self._packed, chosen, shares)
         assert self._plain is not None
-        return _plain_experts(x, *self._plain, chosen, shares, self._kernels)
+        return _plain_experts(x, *self._plain, chosen, shares, self._kernels, self._limit)
 
 
 def _plain_experts(
-    x: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, shares: Tensor, kernels: Kernels
+    x: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, shares: Tensor, kernels: Kernels, limit: float = inf
 ) -> Tensor:
     """`Kernels.experts` by batched products: the rows of each touched expert, padded to the most that one has."""
     (tokens, each), of_slot = chosen.shape, chosen.flatten().long()
@@ -76,12 +79,20 @@ def _plain_experts(
     place = torch.arange(len(order)) - (counts.cumsum(0) - counts)[sorted_number]
     rows = x.new_zeros(len(touched), int(counts.max()), x.shape[1])
     rows[sorted_number, place] = x[order // each]
-    inner = kernels.silu_mul(torch.bmm(rows, gate_up[touched].transpose(1, 2)).flatten(0, 1))
+    inner = limited(torch.bmm(rows, gate_up[touched].transpose(1, 2)).flatten(0, 1), limit, kernels)
     outputs = torch.bmm(inner.unflatten(0, rows.shape[:2]), down[touched].transpose(1, 2)).float()
     of_slots = torch.empty(tokens * each, x.shape[1])
     of_slots[order] = outputs[sorted_number, place]
     outputs = of_slots.view(tokens, each, -1) * shares.unsqueeze(2)
     return outputs.sum(1).to(x.dtype)
+
+
+def limited(gate_up: Tensor, limit: float, kernels: Kernels) -> Tensor:
+    """`Kernels.silu_mul` of gate_up [M, 2F], with gates of at most `limit`, and what they multiply within +-`limit`."""
+    if limit != inf:
+        gate, up = gate_up.chunk(2, dim=1)
+        gate_up = torch.cat([gate.clamp(max=limit), up.clamp(-limit, limit)], dim=1)
+    return kernels.silu_mul(gate_up)
 
 
 def choose_backend(dtype: torch.dtype, kernels: Kernels) -> str:

@@ -21,6 +21,7 @@ class CacheRows(NamedTuple):
     """Rows that a layer keeps of a token: a key and, with `values`, a value row of `heads` times `head_dim` elements.
 
     A later token reads the rows of the last `reach` tokens, itself included; None: of all. `dtype` None: the cache's.
+    With `every` > 1 there is one row for so many tokens, from a multiple of `every` on.
     """
 
     heads: int
@@ -28,9 +29,10 @@ class CacheRows(NamedTuple):
     reach: int | None = None
     values: bool = True
     dtype: torch.dtype | None = None
+    every: int = 1
 
     def parts(self, itemsize: int) -> list[int]:
-        """Bytes of each of its rows of a token; elements of the cache take `itemsize` bytes."""
+        """Bytes of each of its rows; elements of the cache take `itemsize` bytes."""
         size = self.heads * self.head_dim * (self.dtype.itemsize if self.dtype else itemsize)
         return [size, size] if self.values else [size]
 
@@ -116,9 +118,11 @@ class CacheLayout:
         reaches = sorted({layer.reach for layer in layers}, key=lambda reach: (reach is not None, reach or 0))
         if groups is not None:
             reaches = [group.reach for group in groups]
-        row_bytes = [sum(sum(layer.parts(itemsize)) for layer in layers if layer.reach == reach) for reach in reaches]
         if groups is None:
-            sizes = _sizes(row_bytes, [reach is not None for reach in reaches], block_size)
+            members = [[layer for layer in layers if layer.reach == reach] for reach in reaches]
+            token_bytes = [sum(sum(each.parts(itemsize)) / each.every for each in own) for own in members]
+            units = [lcm(*(each.every for each in own)) for own in members]
+            sizes = _sizes(token_bytes, [reach is not None for reach in reaches], units, block_size)
             groups = [CacheGroup(size, reach, TILE) for size, reach in zip(sizes, reaches, strict=True)]
         ends = [0] * len(groups)
 
@@ -132,7 +136,7 @@ class CacheLayout:
             starts = []
             for part in layer.parts(itemsize):
                 starts.append(ends[group])
-                ends[group] += -(-groups[group].block_size * part // ALIGNMENT) * ALIGNMENT
+                ends[group] += -(-groups[group].block_size // layer.every * part // ALIGNMENT) * ALIGNMENT
             return CachePlace(layer, group, starts[0], starts[-1])
 
         places = tuple(tuple(map(place, owner)) for owner in owners)
@@ -149,29 +153,30 @@ def segment_size(groups: Sequence[CacheGroup]) -> int:
     return lcm(*(group.block_size for group in groups))
 
 
-def _sizes(row_bytes: Sequence[int], windowed: Sequence[bool], block_size: int) -> list[int]:
-    """Tokens per block of groups with `row_bytes` for a token, where a block has the same bytes in all.
+def _sizes(token_bytes: Sequence[float], windowed: Sequence[bool], units: Sequence[int], block_size: int) -> list[int]:
+    """Tokens per block of groups with `token_bytes` for a token, where a block has the same bytes in all.
 
     The group with the widest rows has between a quarter of `block_size` and twice as many. Of these the sizes are
     chosen that waste few bytes and have a short segment, of equals the largest. Where a table may begin behind a
-    sequence's first token, blocks fill tiles.
+    sequence's first token, blocks fill tiles; elsewhere they are multiples of the group's unit.
     """
-    if len(row_bytes) == 1:
-        return [block_size]
-    widest = max(row_bytes)
+    if len(token_bytes) == 1:
+        return [-(-block_size // units[0]) * units[0]]
+    widest = max(token_bytes)
 
     def cost(sizes: Sequence[int]) -> float:
-        used = [size * own for size, own in zip(sizes, row_bytes, strict=True)]
+        used = [size * own for size, own in zip(sizes, token_bytes, strict=True)]
         return 1 - min(used) / max(used) + 0.01 * max(1.0, lcm(*sizes) / block_size)
+
+    def fitted(sizes: Sequence[int], low: int) -> list[int]:
+        steps = (1 if window else lcm(low, unit) for window, unit in zip(windowed, units, strict=True))
+        return [max(step, size // step * step) for size, step in zip(sizes, steps, strict=True)]
 
     candidates: list[list[int]] = []
     for size in range(2 * block_size, max(0, block_size // 4 - 1), -1):
-        most = [size * widest // own for own in row_bytes]
+        most = [int(size * widest / own) for own in token_bytes]
         most = [min(TILE, power_below(each)) if window else each for each, window in zip(most, windowed, strict=True)]
-        low = min(most)
-        # The latter have the shortest segments.
-        short = [each if window else each // low * low for each, window in zip(most, windowed, strict=True)]
-        candidates += [most, short]
+        candidates += [fitted(most, 1), fitted(most, min(most))]  # the latter have the shortest segments
     return min(candidates, key=cost)
 
 

@@ -212,7 +212,7 @@ class AssistantDrafter(ModelDrafter):
         batch = blocks.slot(0, self.gamma, previous)
         residual = self._into(torch.cat([self._target.embed(previous), before], dim=1))
         for layer, source in zip(self._layers, self.config.sources, strict=True):
-            layer.forward(None, residual, batch, rows[source])
+            layer.forward(None, residual, batch, [rows[source]])
         normed = self._kernels.rms_norm(residual, self._final_norm, self.config.decoder.rms_norm_eps)
         after = self._out_of(normed)
         return Slots(after.unsqueeze(1), self._head(normed).unsqueeze(1), after)

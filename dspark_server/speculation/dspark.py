@@ -73,7 +73,7 @@ class DSparkDrafter(ModelDrafter):
     @property
     def caches(self) -> list[CacheRows]:
         """The rows that each of its layers keeps."""
-        return [layer.attention.config.caches(self._max_model_len) for layer in self._layers]
+        return [rows for layer in self._layers for rows in layer.attention.caches(self._max_model_len)]
 
     @classmethod
     def load(
@@ -174,7 +174,7 @@ class DSparkDrafter(ModelDrafter):
         residual = self._embed(blocks.tokens)
         delta: Tensor | None = None
         for layer, cache, causal in zip(self._layers, pool.layers(1), self.config.causal, strict=True):
-            delta = layer.forward(delta, residual, blocks, cache, causal)
+            delta = layer.forward(delta, residual, blocks, [cache], causal)
         eps = self.config.decoder.rms_norm_eps
         if delta is None:
             hidden = self._kernels.rms_norm(residual, self._final_norm, eps)

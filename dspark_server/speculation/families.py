@@ -7,6 +7,7 @@ from dspark_kernels import Kernels
 
 from dspark_server.config import SpeculativeConfig
 from dspark_server.errors import CheckpointError, ConfigError
+from dspark_server.models.config import ModelConfig
 from dspark_server.models.decoder import Decoder
 from dspark_server.models.fields import read_json
 from dspark_server.speculation import dspark_formats, eagle3_formats
@@ -16,6 +17,7 @@ from dspark_server.speculation.eagle3 import Eagle3Drafter
 from dspark_server.speculation.model_drafter import ModelDrafter
 from dspark_server.speculation.mtp import MtpDrafter
 from dspark_server.speculation.pair import format_name
+from dspark_server.speculation.stages import StageDrafter, StagesConfig, StreamMtpDrafter
 
 # By a config's `speculators_model_type`, or else its architecture.
 FAMILIES = {
@@ -23,6 +25,37 @@ FAMILIES = {
     **dict.fromkeys(eagle3_formats.READERS, "eagle3"),
     **dict.fromkeys(("Gemma4UnifiedAssistantForCausalLM", "Gemma4AssistantForCausalLM", "mtp"), "mtp"),
 }
+
+
+def own_stages(target_directory: Path, target: ModelConfig) -> StagesConfig | None:
+    """The drafter inside the target's checkpoint; None: there is none."""
+    return StagesConfig.parse(read_json(target_directory / "config.json"), target) if target.streams else None
+
+
+def load_own(
+    stages: StagesConfig,
+    target: Decoder,
+    directory: Path,
+    dtype: torch.dtype,
+    kernels: Kernels,
+    config: SpeculativeConfig,
+) -> ModelDrafter:
+    """Load the drafter inside the target's checkpoint. Raises as `load_drafter`."""
+    method, asked = "dspark" if stages.block_size else "mtp", config.num_speculative_tokens
+    if config.method not in ("auto", method):
+        raise ConfigError(f"method is {config.method}, but the drafter in {directory} is of method {method}.")
+    if config.shortlist is not None and method == "mtp":
+        raise ConfigError("shortlist is for drafters with a sequential head: leave it out for mtp.")
+    if config.tap_convention != "auto":
+        raise ConfigError("tap_convention is for eagle3 drafters: leave it out for this one.")
+    if method == "mtp":
+        return StreamMtpDrafter.load(stages, target, directory, dtype, kernels, asked, config.copying)
+    if asked is not None and asked > stages.block_size:
+        raise ConfigError(
+            f"num_speculative_tokens is {asked}, but the drafter was trained for blocks of {stages.block_size}: "
+            f"ask for at most {stages.block_size}."
+        )
+    return StageDrafter.load(stages, target, directory, dtype, kernels, config.copying, config.shortlist)
 
 
 def family_of(directory: Path) -> str:

@@ -160,17 +160,18 @@ def build_head(
     vocab_size: int,
     draft_vocab_size: int,
     kernels: Kernels,
+    prefix: str = "",
 ) -> SequentialHead | None:
     """The head named by a checkpoint's `markov_head_type` and `markov_rank`; rank 0 is none (DFlash).
 
-    W1 is [vocab_size, rank], W2 [draft_vocab_size, rank].
+    W1 is [vocab_size, rank], W2 [draft_vocab_size, rank]. Names of tensors begin with `prefix`.
 
     Raises CheckpointError for a kind that does not exist, or a tensor that is missing or misshapen.
     """
     if rank == 0:
         return None
-    w1 = reader.take("markov_head.markov_w1.weight", (vocab_size, rank))
-    w2 = reader.take("markov_head.markov_w2.weight", (draft_vocab_size, rank))
+    w1 = reader.take(f"{prefix}markov_head.markov_w1.weight", (vocab_size, rank))
+    w2 = reader.take(f"{prefix}markov_head.markov_w2.weight", (draft_vocab_size, rank))
     if kind == "vanilla":
         return VanillaHead(w1, w2, kernels)
     if kind == "gated":

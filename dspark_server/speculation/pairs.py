@@ -34,19 +34,20 @@ class PairDrafter(ModelDrafter):
         head: Head,
         sampler: BlockSampler,
         copying: CopyTables | None,
+        width: int | None = None,
     ) -> None:
-        """`caches` are the rows of its layer."""
+        """`caches` are the rows of its layer, `width` the channels of features (None: the model's)."""
         super().__init__(depth, taps, identity, sampler, copying)
         self.passes = depth
         self._caches = caches
+        self._width = width or embed.weight.shape[1]
         self._embed = embed
         self._head = head
 
     @property
     def caches(self) -> list[CacheRows]:
         """Keys and values of the layer, and the features."""
-        width, dtype = self._embed.weight.shape[1], self._embed.weight.dtype
-        return [self._caches, CacheRows(1, width, values=False, dtype=dtype)]
+        return [self._caches, CacheRows(1, self._width, values=False, dtype=self._embed.weight.dtype)]
 
     @abstractmethod
     def features(self, taps: list[Tensor]) -> Tensor:

@@ -196,7 +196,7 @@ def test_a_layer_that_is_not_causal_sees_its_whole_run(kernels: Kernels, tmp_pat
         runner = PagedRunner(decoder, [[3, 4, 5, last_token]], 0, torch.float32)
         batch = Batch.of([Run([3, 4, 5, last_token], 0, runner.tables[0], 1)], runner.groups)
         residual = decoder.embed(batch.tokens)
-        delta = decoder.layers[0].forward(None, residual, batch, runner.layers[0], causal)
+        delta = decoder.layers[0].forward(None, residual, batch, runner.layers[:1], causal)
         return (residual + delta)[0]
 
     assert torch.equal(first_row(7, causal=True), first_row(8, causal=True))

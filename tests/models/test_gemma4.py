@@ -90,7 +90,7 @@ def test_the_released_12b_is_read() -> None:
     fields |= {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 256, "global_head_dim": 512}
     fields |= {"sliding_window": 1024, "max_position_embeddings": 262_144, "vocab_size": 262_144}
     config = GEMMA4.parse({"text_config": fields, "eos_token_id": 1}, {"eos_token_id": [1, 106]})
-    caches = [layer.attention.caches(config.max_length) for layer in config.layers]
+    caches = [layer.attention.rows(config.max_length) for layer in config.layers]
     assert sum(rows == CacheRows(8, 256, 1024) for rows in caches) == 40
     assert sum(rows == CacheRows(1, 512) for rows in caches) == 8
     assert config.eos_token_ids == (1, 106)

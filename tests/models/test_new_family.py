@@ -5,6 +5,7 @@ size and head size, and the feed-forward is another. The reference recomputes ev
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -46,8 +47,9 @@ class ParallelLayer:
         return [self.attention.qkv, self.attention.output, *self.mlp.products]
 
     def forward(
-        self, delta: Tensor | None, residual: Tensor, batch: Batch, cache: LayerCache, causal: bool = True
+        self, delta: Tensor | None, residual: Tensor, batch: Batch, caches: Sequence[LayerCache], causal: bool = True
     ) -> Tensor:
+        (cache,) = caches
         if delta is None:
             x = self._kernels.rms_norm(residual, self._norm, self._eps)
         else:

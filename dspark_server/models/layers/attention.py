@@ -62,7 +62,7 @@ class AttentionConfig:
         """Return the share of one of `size` ranks; fewer key/value heads than ranks are on several of them."""
         return replace(self, heads=self.heads // size, kv_heads=max(1, self.kv_heads // size))
 
-    def caches(self, length: int) -> CacheRows:
+    def rows(self, length: int) -> CacheRows:
         """The rows that it keeps. A window as long as the longest sequence, of `length` tokens, is none."""
         return CacheRows(self.kv_heads, self.head_dim, None if (self.window or length) >= length else self.window)
 
@@ -118,6 +118,10 @@ class Attention:
     def load(cls, parts: Parts, config: AttentionConfig, prefix: str) -> "Attention":
         """Read the weights under `prefix`, and build it."""
         return cls(parts, config, AttentionWeights.read(parts, config, prefix))
+
+    def caches(self, length: int) -> list[CacheRows]:
+        """The kinds of rows that it keeps, for sequences of up to `length` tokens."""
+        return [self.config.rows(length)]
 
     @property
     def products(self) -> list[Linear]:

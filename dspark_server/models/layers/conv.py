@@ -3,6 +3,7 @@
 Shapes: N tokens, blocks of W after another; D the model's width, G groups of channels, T taps.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -85,9 +86,10 @@ class ConvLayer:
         return [convolutions[0], *self.attention.products, convolutions[1], *self.mlp.products]
 
     def forward(
-        self, delta: Tensor | None, residual: Tensor, batch: Batch, cache: LayerCache, causal: bool = True
+        self, delta: Tensor | None, residual: Tensor, batch: Batch, caches: Sequence[LayerCache], causal: bool = True
     ) -> Tensor:
         """See `Layer.forward`, for whole blocks."""
+        (cache,) = caches
         kernels, eps = self._kernels, self._eps
         if delta is None:
             x = kernels.rms_norm(residual, self._input_norm, eps)

@@ -6,11 +6,12 @@ Shapes: N tokens, D the model's width, E experts of F features, of which a token
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dspark_server.models.layers.mlp import Mlp, MlpConfig
 from dspark_server.models.layers.parts import Parts
-from dspark_server.runtime.linear import Experts, Linear
+from dspark_server.runtime.linear import Experts, Linear, limited
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,20 @@ class MoeConfig:
     def shared_by(self, size: int) -> "MoeConfig":
         """Return the share of one of `size` ranks: a part of each expert's features."""
         return replace(self, features=self.features // size, shared=self.shared // size)
+
+
+@dataclass(frozen=True)
+class ScoredMoeConfig(MoeConfig):
+    """DeepSeek-V4's: each expert's score is of its own, shares are scores over their sum, times `scale`.
+
+    The experts of a token are `hashed` by its id, or those of the highest scores plus a bias. Gates are cut at `limit`,
+    what they multiply at +-`limit`, in the shared expert, too.
+    """
+
+    vocabulary: int = 0
+    scale: float = 1.0
+    limit: float = float("inf")
+    hashed: bool = False
 
 
 class Moe:
@@ -71,3 +86,56 @@ class Moe:
             return mixed
         gate = self._shared_gate(x, out_float32=True).sigmoid()
         return mixed + (gate * self._shared.forward(x)).to(x.dtype)
+
+
+class ScoredMoe:
+    """The mixture of one layer of DeepSeek-V4, without the norm before it."""
+
+    def __init__(self, parts: Parts, config: ScoredMoeConfig, prefix: str) -> None:
+        """Read this rank's share of the weights under `prefix`, such as "layers.3.ffn."."""
+        self.config = config
+        self._group, self._kernels = parts.group, parts.kernels
+        reader, experts = parts.reader, config.experts
+        self._router = Linear(parts.matrix(f"{prefix}gate", experts), None, parts.kernels)
+        self._by_token = self._bias = None
+        if config.hashed:
+            self._by_token = reader.integers(f"{prefix}gate.tid2eid", (config.vocabulary, config.chosen))
+        else:
+            self._bias = reader.take(f"{prefix}gate.bias", (experts,), dtype=torch.float32)
+        own = parts.group.share(config.features)
+        gate_up, down = zip(
+            *(_expert(parts, f"{prefix}experts.{i}.", config.features, own) for i in range(experts)), strict=True
+        )
+        self._experts = Experts(torch.stack(gate_up), torch.stack(down), parts.kernels, config.limit)
+        gates, out = _expert(parts, f"{prefix}shared_experts.", config.shared, parts.group.share(config.shared))
+        self._shared = Linear(gates, None, parts.kernels), Linear(out, None, parts.kernels)
+
+    @property
+    def products(self) -> list[Linear]:
+        """Its matrix products beside those of the experts."""
+        return [self._router, *self._shared]
+
+    def route(self, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """The experts [N, K] int32 of each token [N] and its x [N, D], and their shares [N, K] float32."""
+        scores = F.softplus(self._router(x, out_float32=True)).sqrt()
+        if self._by_token is not None:
+            chosen = self._by_token[tokens]
+        else:
+            assert self._bias is not None
+            # Of equal scores the lower expert, whatever else is in the batch.
+            ranked = (scores + self._bias).sort(dim=-1, descending=True, stable=True).indices
+            chosen = ranked[:, : self.config.chosen]
+        shares = scores.gather(1, chosen)
+        return chosen.int(), (shares / shares.sum(-1, keepdim=True) * self.config.scale).contiguous()
+
+    def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
+        """x [N, D] of tokens [N] -> [N, D], the sum of all ranks."""
+        mixed = self._experts(x, *self.route(x, tokens))
+        gate_up, down = self._shared
+        return self._group.all_reduce(mixed + down(limited(gate_up(x), self.config.limit, self._kernels)))
+
+
+def _expert(parts: Parts, prefix: str, features: int, own: slice) -> tuple[Tensor, Tensor]:
+    """Gates and what they multiply [2F, D] of this rank, and its columns of the output [D, F]."""
+    rows = {f"{prefix}w1": (features, own), f"{prefix}w3": (features, own)}
+    return parts.fused(rows, parts.hidden, bias=False)[0], parts.summed(f"{prefix}w2", features, own, bias=False)[0]

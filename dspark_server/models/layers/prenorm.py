@@ -4,6 +4,8 @@ The residual stream is explicit: a layer takes and returns (delta, residual), th
 that each addition is fused with the norm after it.
 """
 
+from collections.abc import Sequence
+
 from dspark_kernels import FusedLayer, LayerParts
 from torch import Tensor
 
@@ -67,9 +69,10 @@ class PreNormLayer:
         return [*self.attention.products, *self.mlp.products]
 
     def forward(
-        self, delta: Tensor | None, residual: Tensor, batch: Batch, cache: LayerCache, causal: bool = True
+        self, delta: Tensor | None, residual: Tensor, batch: Batch, caches: Sequence[LayerCache], causal: bool = True
     ) -> Tensor:
         """See `Layer.forward`."""
+        (cache,) = caches
         if self._fused is not None:
             paging = batch.paging[cache.group]
             return self._fused(
