@@ -58,7 +58,7 @@ class ModelConfig:
         """
         heads = sorted({layer.attention.kv_heads for layer in self.layers})
         features = sorted({layer.mlp.features for layer in self.layers})
-        most = math.gcd(*(layer.attention.heads for layer in self.layers), *features)
+        most = math.gcd(*(layer.attention.parts for layer in self.layers), *features)
 
         def works(size: int) -> bool:
             return most % size == 0 and all(count % size == 0 or size % count == 0 for count in heads)

@@ -20,6 +20,7 @@ from dspark_server.models.config import LayerConfig, ModelConfig
 from dspark_server.models.decoder import Decoder
 from dspark_server.models.deepseek_v4 import StreamLayer, stage_config
 from dspark_server.models.fields import integer
+from dspark_server.models.layers.embedding import Head
 from dspark_server.models.layers.latent import write
 from dspark_server.models.layers.parts import Parts
 from dspark_server.models.layers.streams import StreamHead
@@ -87,6 +88,7 @@ class StageDrafter(ModelDrafter):
         context: "StageContext",
         streams: StreamHead,
         final_norm: Tensor,
+        head: Head,
         sampler: BlockSampler,
         kernels: Kernels,
         copying: CopyTables | None,
@@ -99,6 +101,7 @@ class StageDrafter(ModelDrafter):
         self._context = context
         self._streams = streams
         self._final_norm = final_norm
+        self._head = head
         self._kernels = kernels
 
     @property
@@ -153,8 +156,8 @@ class StageDrafter(ModelDrafter):
         calibration = Calibration.load(directory, config.block_size)
         sampler = BlockSampler(vocabulary, head, confidence, calibration, None, kernels, shortlist)
         copies = calibration.copying if copying else None
-        final_norm = parts.norm(f"{last}norm")
-        return cls(config, target, stages, context, streams, final_norm, sampler, kernels, copies)
+        final_norm, whole = parts.norm(f"{last}norm"), _head(parts, target)
+        return cls(config, target, stages, context, streams, final_norm, whole, sampler, kernels, copies)
 
     def observe(self, taps: list[Tensor], batch: Batch, pool: KVPool) -> None:
         """Write the context row of every token of the pass in each stage."""
@@ -166,7 +169,7 @@ class StageDrafter(ModelDrafter):
         for stage, cache in zip(self._stages, pool.layers(1), strict=True):
             stage.forward(None, residual, blocks, [cache], causal=False)
         hidden = self._streams.end(residual)
-        base = self._target.head(self._kernels.rms_norm(hidden, self._final_norm, self._target.config.rms_norm_eps))
+        base = self._head(self._kernels.rms_norm(hidden, self._final_norm, self._target.config.rms_norm_eps))
         return Slots(hidden.unflatten(0, (-1, self.gamma)), base.unflatten(0, (-1, self.gamma)))
 
 
@@ -206,6 +209,7 @@ class StreamMtpDrafter(PairDrafter):
         pairs: "StreamPairs",
         streams: StreamHead,
         final_norm: Tensor,
+        head: Head,
         sampler: BlockSampler,
         kernels: Kernels,
         copying: CopyTables | None,
@@ -214,7 +218,7 @@ class StreamMtpDrafter(PairDrafter):
         width = streams.count * config.hidden_size
         # One more than the number of the last layer: its streams, not their mean.
         taps = (config.num_layers,)
-        super().__init__(depth, taps, pairs.digest, rows[0], target.embed, target.head, sampler, copying, width)
+        super().__init__(depth, taps, pairs.digest, rows[0], target.embed, head, sampler, copying, width)
         self._layer = layer
         self._pairs = pairs
         self._streams = streams
@@ -250,6 +254,7 @@ class StreamMtpDrafter(PairDrafter):
             StreamPairs(parts, target.config.streams.count),
             StreamHead(parts, target.config.streams, "mtp.0.hc_head_"),
             parts.norm("mtp.0.norm"),
+            _head(parts, target),
             BlockSampler(target.config.vocab_size, None, None, calibration, None, kernels),
             kernels,
             calibration.copying if copying else None,
@@ -293,6 +298,13 @@ def _parts(target: Decoder, directory: Path, dtype: torch.dtype, kernels: Kernel
     config, length = target.config, target.max_model_len
     reader = WeightReader(open_checkpoint(directory), dtype, target.embed.weight.device)
     return Parts(reader, kernels, config.hidden_size, config.rms_norm_eps, length, length + beyond)
+
+
+def _head(parts: Parts, target: Decoder) -> Head:
+    """The target's head; where ranks share it, only rank 0 drafts, and has it whole beside its part."""
+    if target.group.size == 1:
+        return target.head
+    return Head(Linear(parts.matrix("head", target.config.vocab_size), None, parts.kernels))
 
 
 def _digest(*tensors: Tensor) -> str:

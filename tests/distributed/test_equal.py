@@ -19,6 +19,7 @@ from ..engine.support import FIXTURES, greedy, prompts, still
 from ..engine.test_lossless import mixed
 from ..models.support import save_tiny
 from ..models.test_moe import save_moe
+from ..models.v4 import DSPARK, save_v4
 from .support import Together, one_rank, tiny_config
 
 
@@ -103,6 +104,23 @@ def test_drafters_of_one_token_a_pass(two: Together, pair: str) -> None:
         assert core.generate(made, own) == expected
         assert core.loop.stats.accepted_tokens == alone.loop.stats.accepted_tokens > 0
         assert core.generate(made, own) == expected
+        assert core.loop.stats.prefix_hits > 0
+
+
+@pytest.mark.parametrize("drafter", [{"stages": 3, **DSPARK}, {"stages": 1}], ids=["dspark", "mtp"])
+def test_deepseek_v4(two: Together, drafter: dict[str, Any], tmp_path: Path) -> None:
+    """Groups of heads and parts of experts are shared, rows and entries are on both ranks."""
+    save_v4(tmp_path, **drafter)
+    target = {"model": str(tmp_path), "num_blocks": 300, "block_size": 16}
+    made, own = [[2 + token % 250 for token in prompt] for prompt in prompts(4, shortest=20, longest=140)], mixed(4)
+    expected = one_rank(tiny_config(drafter=False, **target)).generate(made, own)
+    config = replace(tiny_config(**target), speculative=SpeculativeConfig(selection="fixed", copying=False))
+    alone = one_rank(config)
+    assert alone.generate(made, own) == expected
+    with two.core(config) as core:
+        for _ in range(2):
+            assert core.generate(made, own) == expected
+        assert core.loop.stats.accepted_tokens == 2 * alone.loop.stats.accepted_tokens > 0
         assert core.loop.stats.prefix_hits > 0
 
 

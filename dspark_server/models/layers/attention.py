@@ -49,6 +49,11 @@ class AttentionConfig:
             )
 
     @property
+    def parts(self) -> int:
+        """The number of parts that ranks can share: whole heads."""
+        return self.heads
+
+    @property
     def queries(self) -> int:
         """Channels of all queries."""
         return self.heads * self.head_dim

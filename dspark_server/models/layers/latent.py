@@ -52,6 +52,11 @@ class LatentConfig(AttentionConfig):
         """The number of windows of `ratio` tokens that an entry is made of: its own, with an indexer the one before."""
         return 2 if self.index else 1
 
+    @property
+    def parts(self) -> int:
+        """Ranks share whole groups."""
+        return self.groups
+
     def shared_by(self, size: int) -> "LatentConfig":
         """Return the share of one of `size` ranks: heads, with their groups. Rows and entries are on every rank."""
         return replace(self, heads=self.heads // size, groups=self.groups // size)
@@ -238,7 +243,7 @@ class Indexer:
         rows, seen = places.entries(keys, visible, None)
         products = torch.einsum("nhd,nmd->nhm", q, rows.float()).relu()
         scores = (weights.unsqueeze(-1) * products).sum(1).masked_fill(~seen, -torch.inf)
-        return scores.sort(dim=1, descending=True, stable=True).indices[:, : index.chosen]
+        return torch.sort(scores, dim=1, descending=True, stable=True).indices[:, : index.chosen]
 
 
 class Places:

@@ -77,7 +77,7 @@ class StreamHead:
         """Streams [N, n D] -> [N, D]."""
         wide = streams.float()
         pre = torch.sigmoid(normed(wide, self._eps) @ self._fn.T * self._scale + self._base) + self._config.eps
-        return (pre.unsqueeze(-1) * wide.unflatten(-1, (self.count, -1))).sum(1).to(streams.dtype)
+        return (pre.unsqueeze(-1) * torch.unflatten(wide, -1, (self.count, -1))).sum(1).to(streams.dtype)
 
     def mean(self, streams: Tensor) -> Tensor:
         """The mean [N, D] of the streams [N, n D], a tap."""
