@@ -30,6 +30,7 @@ from dspark_server.models.ends import end_tokens
 from dspark_server.models.fields import read_json
 from dspark_server.models.generation import Defaults, sampling_defaults
 from dspark_server.models.hub import cache_dir, resolve_model, shipped_drafter
+from dspark_server.models.registry import family_of
 from dspark_server.runtime.backend import threads_in_use, use_threads
 from dspark_server.runtime.device import Device
 from dspark_server.runtime.group import ONE_RANK, Group, TorchGroup
@@ -279,13 +280,21 @@ def _tokenizer(config: EngineConfig, directory: Path, vocab_size: int) -> PreTra
     """
     if config.tokenizer is None:
         has_own = any((directory / name).is_file() for name in TOKENIZER_FILES)
-        return load_tokenizer(directory) if has_own else None
-    tokenizer = load_tokenizer(resolve_model(config.tokenizer, weights=False))
+        return _with_template(load_tokenizer(directory), directory) if has_own else None
+    tokenizer = _with_template(load_tokenizer(resolve_model(config.tokenizer, weights=False)), directory)
     if len(tokenizer) > vocab_size:
         raise ConfigError(
             f"--tokenizer {config.tokenizer} has {len(tokenizer)} tokens, but the model knows {vocab_size}: it belongs "
             "to another model."
         )
+    return tokenizer
+
+
+def _with_template(tokenizer: PreTrainedTokenizerBase, directory: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer, with the chat template of the model's family where checkpoints have none."""
+    own = family_of(directory).chat_template
+    if own is not None and tokenizer.chat_template is None:
+        tokenizer.chat_template = own.read_text(encoding="utf-8")
     return tokenizer
 
 

@@ -5,6 +5,7 @@ Released tensor names, without a prefix. The stages of a draft (`mtp.*`) in the 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -180,4 +181,12 @@ def _attention(fields: Fields, rope: RopeConfig) -> LatentConfig:
     )
 
 
-DEEPSEEK_V4 = Family(parse, StreamLayer, prefixes=("",), embedding="embed.weight", head="head.weight", unused=("mtp.",))
+DEEPSEEK_V4 = Family(
+    parse,
+    StreamLayer,
+    prefixes=("",),
+    embedding="embed.weight",
+    head="head.weight",
+    unused=("mtp.",),
+    chat_template=Path(__file__).with_name("deepseek_v4.jinja"),
+)

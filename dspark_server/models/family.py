@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
@@ -50,7 +51,7 @@ class Family:
 
     `parse` takes the fields of config.json and of generation_config.json. `prefixes` are those that the model's own
     tensors may have, `embedding` and `head` the names of these matrices. Tensors whose names begin with one of `unused`
-    are not needed for text.
+    are not needed for text. `chat_template` is a Jinja file for checkpoints that have none.
     """
 
     parse: Callable[[Fields, Fields], ModelConfig]
@@ -59,3 +60,4 @@ class Family:
     embedding: str = "embed_tokens.weight"  # after the prefix
     head: str = "lm_head.weight"
     unused: tuple[str, ...] = ()
+    chat_template: Path | None = None
