@@ -8,6 +8,8 @@ Four questions, the first two and the last answered as a ratio of figures taken 
 3. How a decoding step grows, with running requests and with context, drafter on (`--only growth --plot FILE`).
 4. A pass of a random mixture of eight experts of SmolLM2's width against its products, each expert's alone
    (`--only mixture`).
+5. The same of a random DeepSeek-V4 of that width, eight layers of all kinds and 16 experts, and how the time of a token
+   grows with the context (`--only deepseek`).
 """
 
 import argparse
@@ -21,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 from pathlib import Path
 
 import dspark_kernels
@@ -33,13 +36,14 @@ from dspark_server.config import EngineConfig, SpeculativeConfig
 from dspark_server.engine.core import EngineCore
 from dspark_server.engine.request import SamplingParams
 from dspark_server.models.decoder import Decoder
+from dspark_server.models.deepseek_v4 import StreamLayer
 from dspark_server.models.hub import resolve_model
 from dspark_server.models.layers.moe import Moe
 from dspark_server.models.layers.prenorm import PreNormLayer
 from dspark_server.runtime.batch import Batch, Run
 from dspark_server.runtime.kv import KVPool
 from dspark_server.runtime.linear import Linear
-from dspark_server.runtime.paging import BlockTable, CacheLayout
+from dspark_server.runtime.paging import CacheLayout, tables_for
 
 MODEL = "SmolLM2-135M-Instruct"
 BLOCK = 16
@@ -88,13 +92,111 @@ def mixture(sizes: list[int], context: int, repeats: int) -> None:
             assert isinstance(layer, PreNormLayer)
             assert isinstance(layer.mlp, Moe)
             chosen, _ = layer.mlp.route(wide[hidden])
-            for expert, count in zip(*(each.tolist() for each in chosen.unique(return_counts=True)), strict=True):
+            for expert, rows in zip(*(each.tolist() for each in chosen.unique(return_counts=True)), strict=True):
                 gate_up, down = own[expert]
-                gate_up(wide[hidden][:count])
-                down(wide[features][:count])
+                gate_up(wide[hidden][:rows])
+                down(wide[features][:rows])
         decoder.head(wide[hidden])
 
     compare(decoder, products, sizes, context, repeats)
+
+
+@torch.inference_mode()
+def deepseek(sizes: list[int], context: int, contexts: list[int], repeats: int) -> None:
+    """The same of DeepSeek-V4; then milliseconds a token of one request at several lengths of context."""
+    hidden, features, experts, kernels = 576, 384, 16, dspark_kernels.load("native")
+    with tempfile.TemporaryDirectory() as directory:
+        random_deepseek(Path(directory), hidden, features, experts)
+        decoder = Decoder.load(Path(directory), torch.bfloat16, kernels, max(contexts) + 64)
+
+    def random_linear(rows: int, columns: int) -> Linear:
+        return Linear((torch.randn(rows, columns) * columns**-0.5).bfloat16(), None, kernels)
+
+    alone = [
+        [(random_linear(2 * features, hidden), random_linear(hidden, features)) for _ in range(experts)]
+        for _ in decoder.layers
+    ]
+
+    def products(wide: dict[int, Tensor]) -> None:
+        tokens = torch.arange(len(wide[hidden]))
+        for layer, own in zip(decoder.layers, alone, strict=True):
+            for linear in layer.products:
+                linear(wide[linear.in_features])
+            assert isinstance(layer, StreamLayer)
+            chosen, _ = layer.mlp.route(wide[hidden], tokens)
+            for expert, rows in zip(*(each.tolist() for each in chosen.unique(return_counts=True)), strict=True):
+                gate_up, down = own[expert]
+                gate_up(wide[hidden][:rows])
+                down(wide[features][:rows])
+        decoder.head(wide[hidden])
+
+    compare(decoder, products, sizes, context, repeats)
+    print("\n| context | ms a token |\n| --- | --- |")
+    for length in contexts:
+        layout = CacheLayout.of([decoder.caches], BLOCK, 2)
+        tables = tables_for(layout.groups, count(), length, length + 1)
+        pool = KVPool(sum(len(table.blocks) for table in tables), layout, torch.bfloat16)
+        times = []
+        for _ in range(repeats):
+            started = time.perf_counter()
+            decoder.forward(Batch.of([Run([7], length, tables, 1)], layout.groups), pool.layers(0))
+            times.append(time.perf_counter() - started)
+        print(f"| {length} | {1e3 * statistics.median(times[3:]):.2f} |", flush=True)
+
+
+def random_deepseek(directory: Path, hidden: int, features: int, experts: int) -> None:
+    """Write a random DeepSeek-V4 checkpoint with all kinds of layers."""
+    ratios, heads, size, rank, groups, inner = [0, 0, 4, 128, 4, 128, 4, 4], 9, 64, 288, 3, 192
+    index_heads, index_size, streams = 16, 32, 4
+    fields = {
+        "architectures": ["DeepseekV4ForCausalLM"], "vocab_size": 49152, "hidden_size": hidden, "head_dim": size,
+        "num_hidden_layers": len(ratios), "compress_ratios": ratios, "num_attention_heads": heads, "o_groups": groups,
+        "o_lora_rank": inner, "q_lora_rank": rank, "qk_rope_head_dim": 16, "sliding_window": 128, "hc_mult": streams,
+        "hc_sinkhorn_iters": 20, "hc_eps": 1e-6, "index_n_heads": index_heads, "index_head_dim": index_size,
+        "index_topk": 64, "n_routed_experts": experts, "num_experts_per_tok": 2, "moe_intermediate_size": features,
+        "num_hash_layers": 2, "swiglu_limit": 10.0, "routed_scaling_factor": 1.5, "max_position_embeddings": 65536,
+    }  # fmt: skip
+    (directory / "config.json").write_text(json.dumps(fields))
+    wide, both = streams * hidden, (2 + streams) * streams
+    shapes: dict[str, tuple[int, ...]] = {
+        "embed.weight": (49152, hidden), "head.weight": (49152, hidden), "norm.weight": (hidden,),
+        "hc_head_fn": (streams, wide), "hc_head_base": (streams,), "hc_head_scale": (1,),
+    }  # fmt: skip
+    for index, ratio in enumerate(ratios):
+        layer, at, ff = f"layers.{index}.", f"layers.{index}.attn.", f"layers.{index}.ffn."
+        for half in ("attn", "ffn"):
+            shapes |= {f"{layer}hc_{half}_fn": (both, wide), f"{layer}hc_{half}_base": (both,)}
+            shapes |= {f"{layer}hc_{half}_scale": (3,), f"{layer}{half}_norm.weight": (hidden,)}
+        shapes |= {f"{at}wq_a.weight": (rank, hidden), f"{at}wq_b.weight": (heads * size, rank)}
+        shapes |= {f"{at}q_norm.weight": (rank,), f"{at}kv_norm.weight": (size,), f"{at}attn_sink": (heads,)}
+        shapes |= {f"{at}wkv.weight": (size, hidden), f"{at}wo_b.weight": (hidden, groups * inner)}
+        shapes[f"{at}wo_a.weight"] = (groups * inner, heads * size // groups)
+        parts = [(f"{at}compressor.", size)] if ratio else []
+        if ratio == 4:
+            parts.append((f"{at}indexer.compressor.", index_size))
+            shapes[f"{at}indexer.wq_b.weight"] = (index_heads * index_size, rank)
+            shapes[f"{at}indexer.weights_proj.weight"] = (index_heads, hidden)
+        for part, width in parts:
+            columns = width * (2 if ratio == 4 else 1)
+            shapes |= {f"{part}{name}.weight": (columns, hidden) for name in ("wkv", "wgate")}
+            shapes |= {f"{part}ape": (ratio, columns), f"{part}norm.weight": (width,)}
+        shapes[f"{ff}gate.weight"] = (experts, hidden)
+        if index >= 2:
+            shapes[f"{ff}gate.bias"] = (experts,)
+        for name in (*(f"experts.{each}" for each in range(experts)), "shared_experts"):
+            shapes |= {f"{ff}{name}.{gate}.weight": (features, hidden) for gate in ("w1", "w3")}
+            shapes[f"{ff}{name}.w2.weight"] = (hidden, features)
+    plain = ("hc_", "attn_sink", "ape", "gate.bias")
+    tensors = {
+        name: (torch.randn(shape) * shape[-1] ** -0.5).to(
+            torch.float32 if any(p in name for p in plain) else torch.bfloat16
+        )
+        for name, shape in shapes.items()
+    }
+    for index in range(2):
+        order = torch.rand(49152, experts).argsort(1)
+        tensors[f"layers.{index}.ffn.gate.tid2eid"] = order[:, :2].contiguous()
+    save_file(tensors, directory / "model.safetensors")
 
 
 def random_mixture(directory: Path, hidden: int, features: int, experts: int, layers: int) -> None:
@@ -124,11 +226,11 @@ def compare(
 ) -> None:
     """Time passes and `products`, which gets rows of every width [size, width], in turn."""
     kernels = dspark_kernels.load("native")
-    width = -(-(context + 1) // BLOCK)
-    pool = KVPool(max(sizes) * width, CacheLayout.of([decoder.caches], BLOCK, 2), torch.bfloat16)
+    layout, numbers = CacheLayout.of([decoder.caches], BLOCK, 2), count()
+    tables = [tables_for(layout.groups, numbers, context, context + 1) for _ in range(max(sizes))]
+    pool = KVPool(next(numbers), layout, torch.bfloat16)
     print(f"| B, context {context} | pass, ms | products alone, ms | ratio |\n| --- | --- | --- | --- |")
     for size in sizes:
-        tables = [[BlockTable(0, list(range(index * width, (index + 1) * width)))] for index in range(size)]
         runs = [Run([index], context, tables[index], 1) for index in range(size)]
         wide = {
             columns: torch.randn(size, columns).bfloat16()
@@ -298,7 +400,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64, 128, 256])
     parser.add_argument("--contexts", type=int, nargs="+", default=[128, 512, 1024, 2048, 4096, 8000])
     parser.add_argument("--plot", type=Path, help="where to draw the growth of a step")
-    parser.add_argument("--only", choices=["passes", "streaming", "growth", "mixture"])
+    parser.add_argument("--only", choices=["passes", "streaming", "growth", "mixture", "deepseek"])
     arguments = parser.parse_args()
     if arguments.only in (None, "passes"):
         # In a thread that ends, so that its OpenMP pool is gone before the engine's is made.
@@ -307,6 +409,10 @@ def main() -> None:
     if arguments.only in (None, "mixture"):
         with ThreadPoolExecutor(1) as thread:
             thread.submit(mixture, arguments.sizes, arguments.context, arguments.repeats).result()
+    if arguments.only in (None, "deepseek"):
+        with ThreadPoolExecutor(1) as thread:
+            sizes, context, contexts = arguments.sizes, arguments.context, [1024, 2048, 4096, 8192]
+            thread.submit(deepseek, sizes, context, contexts, arguments.repeats).result()
     if arguments.only in (None, "streaming"):
         streaming(arguments.streams, arguments.tokens, arguments.rounds)
     if arguments.only in (None, "growth"):

@@ -10,14 +10,22 @@ from hypothesis import strategies as st
 from dspark_server.runtime.kv import KVPool
 from dspark_server.runtime.paging import TILE, CacheGroup, CacheLayout, CacheRows, segment_size, tables_for
 
-ROWS = st.builds(
-    CacheRows,
+HEADS, SIZES, DTYPES = (
     st.integers(1, 8),
     st.sampled_from([1, 20, 64, 256]),
-    st.sampled_from([None, 1, 7, 1024]),
-    st.booleans(),
     st.sampled_from([None, torch.float32, torch.float8_e4m3fn]),
 )
+ROWS = st.builds(
+    CacheRows, HEADS, SIZES, st.sampled_from([None, 1, 7, 1024]), st.booleans(), DTYPES, st.just(1)
+) | st.builds(CacheRows, HEADS, SIZES, st.none(), st.booleans(), DTYPES, st.sampled_from([2, 4, 128]))
+# DeepSeek-V4-Flash: 43 layers with a window, of them 21 with entries of 4 tokens and an indexer, 20 with those of 128.
+RAW = {"values": False, "dtype": torch.float32}
+FLASH = [
+    *[CacheRows(1, 512, 128, values=False)] * 43,
+    *[CacheRows(1, 512, values=False, every=4), CacheRows(1, 2048, 8, **RAW)] * 21,
+    *[CacheRows(1, 128, values=False, every=4), CacheRows(1, 512, 8, **RAW)] * 21,
+    *[CacheRows(1, 512, values=False, every=128), CacheRows(1, 1024, 128, **RAW)] * 20,
+]
 
 
 @given(st.lists(ROWS, min_size=1, max_size=6), st.lists(ROWS, max_size=3), st.integers(1, 64))
@@ -28,7 +36,9 @@ def test_no_layers_rows_share_a_byte(target: list[CacheRows], drafter: list[Cach
     own, theirs = pool.layers(0), pool.layers(1)
     by_group: dict[int, list[torch.Tensor]] = {}
     for rows, cache in zip(target + drafter, own + theirs, strict=True):
-        assert cache.keys.shape == cache.values.shape == (2, pool.groups[cache.group].block_size, *rows[:2])
+        size = pool.groups[cache.group].block_size
+        assert size % rows.every == 0
+        assert cache.keys.shape == cache.values.shape == (2, size // rows.every, *rows[:2])
         assert pool.groups[cache.group].reach == rows.reach
         assert cache.keys.stride() == cache.values.stride()
         assert cache.keys.dtype == cache.values.dtype == (rows.dtype or torch.bfloat16)
@@ -56,6 +66,7 @@ def test_no_layers_rows_share_a_byte(target: list[CacheRows], drafter: list[Cach
         ([CacheRows(8, 256, 1024)] * 40 + [CacheRows(1, 512)] * 13, [48, 4], 0.03, 48),
         ([CacheRows(8, 64, 128)] * 12 + [CacheRows(8, 64)] * 12, [16, 16], 0.0, 16),  # every other layer has a window
         ([CacheRows(8, 128, 4096)] * 10 + [CacheRows(8, 128)] * 18, None, 0.1, 192),
+        (FLASH, [128, 4, 8], 0.15, 128),
     ],
 )
 def test_blocks_waste_little_and_segments_are_short(
@@ -64,7 +75,9 @@ def test_blocks_waste_little_and_segments_are_short(
     layout = CacheLayout.of([layers], 16, 2)
     assert sizes is None or [group.block_size for group in layout.groups] == sizes
     for group in layout.groups:
-        used = sum(4 * rows.heads * rows.head_dim for rows in layers if rows.reach == group.reach) * group.block_size
+        used = sum(
+            sum(rows.parts(2)) * (group.block_size // rows.every) for rows in layers if rows.reach == group.reach
+        )
         assert layout.block_bytes * (1 - wasted) <= used <= layout.block_bytes
     assert segment_size(layout.groups) <= segment
     assert all(TILE % group.block_size == 0 for group in layout.groups if group.reach is not None)
