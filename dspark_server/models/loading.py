@@ -162,7 +162,7 @@ class WeightReader:
         Raises CheckpointError if it is absent, of another shape or an unsupported dtype, or holds NaN or infinity.
         """
         info = self._find(name, shape)
-        if info.dtype in _BLOCK_SCALED:
+        if info.dtype in _BLOCK_SCALED and len(shape) == 2:
             tensor = self._expanded(name, info, tuple(shape), rows, columns)
         elif info.dtype in _DTYPES:
             tensor = self._checkpoint.read(name)[rows]
