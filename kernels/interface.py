@@ -222,6 +222,138 @@ class Kernels(Protocol):
         """`residual` = (residual + rms_norm(x)) * scale in place; each step is rounded. x and residual [N, D]."""
         ...
 
+    def read_streams(
+        self,
+        streams: Tensor,
+        fn: Tensor,
+        base: Tensor,
+        scale: Tensor,
+        norm: Tensor,
+        iterations: int,
+        floor: float,
+        eps: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Read a layer's input from n residual streams (DeepSeek-V4, hyper-connections).
+
+        streams [N, n D], fn [(2 + n) n, n D], base [(2 + n) n] and scale [3] float32, norm [D]. m = fn rms(streams);
+        pre = sigmoid(m[:n] scale_0 + base) + floor, post = 2 sigmoid(m[n:2n] scale_1 + base), mixing the softmax of
+        rows of m[2n:] scale_2 + base, plus floor, after `iterations` of Sinkhorn's, columns first. Returns
+        rms_norm(sum_j pre_j X_j) [N, D], whose sum is rounded first, post [N, n] and mixing [N, n, n] float32.
+        """
+        ...
+
+    def write_streams(self, streams: Tensor, output: Tensor, post: Tensor, mixing: Tensor) -> None:
+        """Write a layer's output [N, D] into streams [N, n D], in place: X'_k = post_k output + sum_j mixing_jk X_j."""
+        ...
+
+    def score_experts(
+        self, logits: Tensor, bias: Tensor | None, chosen: Tensor | None, count: int, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """A router's choice (DeepSeek-V4): experts [N, count] int32, best first, and their shares [N, count] float32.
+
+        logits [N, E] float32 contiguous; an expert's score is sqrt(softplus(logit)). Those with the highest scores plus
+        bias [E] are chosen, of equal ones the lower, or, without a bias, the `chosen` [N, count]. Shares are scores
+        over their sum, times `scale`.
+        """
+        ...
+
+    def latent_rows(
+        self,
+        x: Tensor,
+        norm: Tensor,
+        positions: Tensor,
+        cos_sin: Tensor,
+        eps: float,
+        cache: Tensor | None = None,
+        slots: Tensor | None = None,
+    ) -> Tensor | None:
+        """Rows that are key and value in one (DeepSeek-V4): norm(x), whose last r channels are rotated.
+
+        x [N, d] float32 (rows may be strided), norm [d], positions [N] int32, cos_sin [P, r] float32 (r/2 cosines, then
+        r/2 sines; pairs are 2i, 2i + 1). Writes them to `cache` [blocks, C, 1, d] at slots [N] int32, or returns them
+        [N, d].
+        """
+        ...
+
+    def compress(
+        self,
+        values: Tensor,
+        gates: Tensor,
+        places: Tensor,
+        positions: Tensor,
+        query_start: Tensor,
+        slots: Tensor,
+        raw: Tensor,
+        raw_tables: Tensor,
+        raw_context: Tensor,
+        entries: Tensor,
+        entry_tables: Tensor,
+        norm: Tensor,
+        cos_sin: Tensor,
+        eps: float,
+    ) -> None:
+        """Keep what tokens bring to compressed entries, and write the entries of windows that they close.
+
+        values and gates [N, s w] float32 (rows may be strided), s 1 or 2; places [ratio, s w] float32 are added to
+        gates by position in the window. They go to raw [blocks, C, 1, 2 s w] float32 at slots [N], with raw_tables [R,
+        W] and raw_context [R], as in `paged_attention`. An entry [w] is, by channel, the softmax of gates times values
+        over the `ratio` tokens of its window, and with s = 2 over those of the window before, which then have the first
+        w columns, normalised and rotated at the window's first position. Entry e of a run lies at e of entry_tables, in
+        entries [blocks, C, 1, w].
+        """
+        ...
+
+    def choose_entries(
+        self,
+        queries: Tensor,
+        weights: Tensor,
+        positions: Tensor,
+        query_start: Tensor,
+        keys: Tensor,
+        tables: Tensor,
+        cos_sin: Tensor,
+        ratio: int,
+        most: int,
+        scale: float,
+    ) -> Tensor:
+        """The `most` entries of greatest score of each token -> [N, most] int32, ascending, -1 behind the last.
+
+        queries [N, H d] float32, which are rotated first; weights [N, H] float32 (rows of both may be strided); keys
+        [blocks, C, 1, d] and tables [R, W]. The score of an entry is scale * sum_h weights_h relu(q_h . key); a token
+        at p sees (p + 1) // ratio of them, and of equal scores the lower entries are chosen.
+        """
+        ...
+
+    def latent_attention(
+        self,
+        queries: Tensor,
+        positions: Tensor,
+        query_start: Tensor,
+        cos_sin: Tensor,
+        sinks: Tensor,
+        window: Tensor,
+        tables: Tensor,
+        context_len: Tensor,
+        seen: int,
+        scale: float,
+        eps: float,
+        first_key: int = 0,
+        own: Tensor | None = None,
+        entries: Tensor | None = None,
+        entry_tables: Tensor | None = None,
+        ratio: int = 1,
+        chosen: Tensor | None = None,
+    ) -> Tensor:
+        """Attention over the last `seen` rows, and entries -> [N, H d], rotated back at the queries' positions.
+
+        queries [N, H d] float32 (rows may be strided), each head normalised and rotated first; sinks [H] float32, the
+        logit of a row of zeros that every query sees; window [blocks, C, 1, d] with tables and context_len as in
+        `paged_attention`; no row before `first_key` is seen. With `own` [N, d] the runs are draft blocks of one width:
+        each query sees the window before its run, and all own rows of it. Of entries [blocks, C, 1, d], found by
+        entry_tables, a token at p sees the first (p + 1) // ratio, or those of them that are `chosen` [N, K].
+        """
+        ...
+
     def argmax(self, logits: Tensor) -> Tensor:
         """The lowest index of each row's maximum; a NaN counts as the maximum. logits [M, V] -> [M] int64."""
         ...
@@ -241,12 +373,14 @@ class Kernels(Protocol):
         """Copy gate_up [E, 2F, D], the gates first, and down [E, D, F] once into this kernel set's own layout."""
         ...
 
-    def experts(self, x: Tensor, packed: PackedExperts, chosen: Tensor, shares: Tensor) -> Tensor:
+    def experts(
+        self, x: Tensor, packed: PackedExperts, chosen: Tensor, shares: Tensor, limit: float | None = None
+    ) -> Tensor:
         """Sum of the outputs of each token's experts, times their shares -> [N, D].
 
         x [N, D]; chosen [N, K] int32: a token's experts, each another; shares [N, K] float32. An expert is
-        down(silu(gate x) * up x); gate, up and what goes into down are rounded, the K outputs are not. A token's result
-        does not depend on N, nor on the other tokens.
+        down(silu(gate x) * up x); gate, up and what goes into down are rounded, the K outputs are not. With a `limit`
+        gate x is at most that, and up x within +-limit. A token's result does not depend on N, nor on the other tokens.
         """
         ...
 

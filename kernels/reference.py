@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from dspark_kernels.interface import UNNAMED, DraftedTokens, Favour, Filters, LayerParts, PackedExperts, PackedLinear
+from dspark_kernels.reference_latent import LatentReference
 from torch import Tensor
 
 
@@ -39,7 +40,7 @@ class PlainExperts:
         return self.gate_up.shape[0]
 
 
-class ReferenceKernels:
+class ReferenceKernels(LatentReference):
     """`interface.Kernels` in plain PyTorch."""
 
     name = "reference"
@@ -128,6 +129,49 @@ class ReferenceKernels:
         if scale != 1.0:
             residual.mul_(scale)
 
+    def score_experts(
+        self, logits: Tensor, bias: Tensor | None, chosen: Tensor | None, count: int, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        scores = F.softplus(logits).sqrt()
+        if chosen is None:
+            assert bias is not None
+            chosen = torch.sort(scores + bias, dim=-1, descending=True, stable=True).indices[:, :count]
+        shares = scores.gather(1, chosen.long())
+        return chosen.int(), shares / shares.sum(-1, keepdim=True) * scale
+
+    def read_streams(
+        self,
+        streams: Tensor,
+        fn: Tensor,
+        base: Tensor,
+        scale: Tensor,
+        norm: Tensor,
+        iterations: int,
+        floor: float,
+        eps: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        count = streams.shape[1] // len(norm)
+        wide = streams.float()
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        sizes = [count, count, count * count]
+        products, offsets = (normed @ fn.T).split(sizes, dim=-1), base.split(sizes)
+        before, after, among = (
+            part * factor + offset for part, factor, offset in zip(products, scale, offsets, strict=True)
+        )
+        mixing = torch.unflatten(among, -1, (count, count)).softmax(-1) + floor
+        mixing = mixing / (mixing.sum(-2, keepdim=True) + floor)
+        for _ in range(iterations - 1):
+            mixing = mixing / (mixing.sum(-1, keepdim=True) + floor)
+            mixing = mixing / (mixing.sum(-2, keepdim=True) + floor)
+        pre = torch.sigmoid(before) + floor
+        x = (pre.unsqueeze(-1) * torch.unflatten(wide, -1, (count, -1))).sum(1).to(streams.dtype)
+        return self.rms_norm(x, norm, eps), 2 * torch.sigmoid(after), mixing
+
+    def write_streams(self, streams: Tensor, output: Tensor, post: Tensor, mixing: Tensor) -> None:
+        wide = torch.unflatten(streams.float(), -1, (post.shape[1], -1))
+        mixed = (mixing.unsqueeze(-1) * wide.unsqueeze(2)).sum(1)
+        streams.copy_((mixed + post.unsqueeze(-1) * output.float().unsqueeze(1)).flatten(1))
+
     def argmax(self, logits: Tensor) -> Tensor:
         return logits.argmax(-1)
 
@@ -142,12 +186,17 @@ class ReferenceKernels:
     def pack_experts(self, gate_up: Tensor, down: Tensor) -> PlainExperts:
         return PlainExperts(gate_up.clone(), down.clone())
 
-    def experts(self, x: Tensor, packed: PackedExperts, chosen: Tensor, shares: Tensor) -> Tensor:
+    def experts(
+        self, x: Tensor, packed: PackedExperts, chosen: Tensor, shares: Tensor, limit: float | None = None
+    ) -> Tensor:
         assert isinstance(packed, PlainExperts)
         out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
         for token, (row, own, share) in enumerate(zip(x, chosen.tolist(), shares, strict=True)):
             for place, expert in enumerate(own):
                 gate_up = F.linear(row.float(), packed.gate_up[expert].float()).to(x.dtype)
+                if limit is not None:
+                    gate, up = gate_up.chunk(2)
+                    gate_up = torch.cat([gate.clamp(max=limit), up.clamp(-limit, limit)])
                 inner = self.silu_mul(gate_up.unsqueeze(0))[0]
                 out[token] += share[place] * F.linear(inner.float(), packed.down[expert].float())
         return out.to(x.dtype)

@@ -102,8 +102,8 @@ def mixture(sizes: list[int], context: int, repeats: int) -> None:
 
 
 @torch.inference_mode()
-def deepseek(sizes: list[int], context: int, contexts: list[int], repeats: int) -> None:
-    """The same of DeepSeek-V4; then milliseconds a token of one request at several lengths of context."""
+def deepseek(sizes: list[int], context: int, contexts: list[int], repeats: int, plot: Path | None) -> None:
+    """The same of DeepSeek-V4, the mixing of its streams included; then milliseconds a token by length of context."""
     hidden, features, experts, kernels = 576, 384, 16, dspark_kernels.load("native")
     with tempfile.TemporaryDirectory() as directory:
         random_deepseek(Path(directory), hidden, features, experts)
@@ -117,8 +117,14 @@ def deepseek(sizes: list[int], context: int, contexts: list[int], repeats: int) 
         for _ in decoder.layers
     ]
 
+    assert decoder.config.streams is not None
+    streams = decoder.config.streams.count
+    mixes = [random_linear((2 + streams) * streams, streams * hidden) for _ in range(2 * len(decoder.layers))]
+
     def products(wide: dict[int, Tensor]) -> None:
-        tokens = torch.arange(len(wide[hidden]))
+        tokens, mixed = torch.arange(len(wide[hidden])), wide[hidden].repeat(1, streams)
+        for mix in mixes:
+            mix(mixed)
         for layer, own in zip(decoder.layers, alone, strict=True):
             for linear in layer.products:
                 linear(wide[linear.in_features])
@@ -132,6 +138,7 @@ def deepseek(sizes: list[int], context: int, contexts: list[int], repeats: int) 
 
     compare(decoder, products, sizes, context, repeats)
     print("\n| context | ms a token |\n| --- | --- |")
+    medians = []
     for length in contexts:
         layout = CacheLayout.of([decoder.caches], BLOCK, 2)
         tables = tables_for(layout.groups, count(), length, length + 1)
@@ -141,12 +148,19 @@ def deepseek(sizes: list[int], context: int, contexts: list[int], repeats: int) 
             started = time.perf_counter()
             decoder.forward(Batch.of([Run([7], length, tables, 1)], layout.groups), pool.layers(0))
             times.append(time.perf_counter() - started)
-        print(f"| {length} | {1e3 * statistics.median(times[3:]):.2f} |", flush=True)
+        medians.append(1e3 * statistics.median(times[3:]))
+        print(f"| {length} | {medians[-1]:.2f} |", flush=True)
+    if plot is not None:
+        figure = Figure(figsize=(6, 3.5), layout="constrained")
+        axes = figure.subplots()
+        axes.plot(contexts, medians, marker="o")
+        axes.set(xlabel="tokens of context", ylabel="ms a token", ylim=(0, None), title="DeepSeek-V4, D 576, 8 layers")
+        figure.savefig(plot)
 
 
 def random_deepseek(directory: Path, hidden: int, features: int, experts: int) -> None:
     """Write a random DeepSeek-V4 checkpoint with all kinds of layers."""
-    ratios, heads, size, rank, groups, inner = [0, 0, 4, 128, 4, 128, 4, 4], 9, 64, 288, 3, 192
+    ratios, heads, size, rank, groups, inner = [0, 0, 4, 128, 4, 128, 4, 4], 8, 64, 144, 4, 288
     index_heads, index_size, streams = 16, 32, 4
     fields = {
         "architectures": ["DeepseekV4ForCausalLM"], "vocab_size": 49152, "hidden_size": hidden, "head_dim": size,
@@ -412,7 +426,7 @@ def main() -> None:
     if arguments.only in (None, "deepseek"):
         with ThreadPoolExecutor(1) as thread:
             sizes, context, contexts = arguments.sizes, arguments.context, [1024, 2048, 4096, 8192]
-            thread.submit(deepseek, sizes, context, contexts, arguments.repeats).result()
+            thread.submit(deepseek, sizes, context, contexts, arguments.repeats, arguments.plot).result()
     if arguments.only in (None, "streaming"):
         streaming(arguments.streams, arguments.tokens, arguments.rounds)
     if arguments.only in (None, "growth"):

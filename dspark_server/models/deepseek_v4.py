@@ -15,7 +15,7 @@ from dspark_server.models.block_scaled import FP8_BLOCK
 from dspark_server.models.config import LayerConfig, ModelConfig
 from dspark_server.models.family import Family
 from dspark_server.models.fields import Fields, flag, integer, number, refuse, whole
-from dspark_server.models.layers.latent import IndexConfig, LatentAttention, LatentConfig, write
+from dspark_server.models.layers.latent import IndexConfig, LatentAttention, LatentConfig
 from dspark_server.models.layers.moe import ScoredMoe, ScoredMoeConfig
 from dspark_server.models.layers.parts import Parts
 from dspark_server.models.layers.rope import RopeConfig, rope_parameters
@@ -47,12 +47,9 @@ class StreamLayer:
         assert isinstance(config.attention, LatentConfig)
         assert isinstance(config.mlp, ScoredMoeConfig)
         assert config.streams is not None
-        self._kernels, self._eps = parts.kernels, parts.eps
-        self._before_attention = StreamMix(parts, config.streams, f"{prefix}hc_attn_")
-        self._attention_norm = parts.norm(f"{prefix}attn_norm")
+        self._before_attention = StreamMix(parts, config.streams, f"{prefix}hc_attn_", f"{prefix}attn_norm")
         self.attention = LatentAttention(parts, config.attention, f"{prefix}attn.")
-        self._before_experts = StreamMix(parts, config.streams, f"{prefix}hc_ffn_")
-        self._experts_norm = parts.norm(f"{prefix}ffn_norm")
+        self._before_experts = StreamMix(parts, config.streams, f"{prefix}hc_ffn_", f"{prefix}ffn_norm")
         self.mlp = ScoredMoe(parts, config.mlp, f"{prefix}ffn.")
 
     @property
@@ -65,19 +62,14 @@ class StreamLayer:
     ) -> None:
         """See `Layer.forward`; the output is in `residual`, the streams [N, n D]."""
         assert delta is None
-        norm, eps = self._kernels.rms_norm, self._eps
         x, post, mixing = self._before_attention.read(residual)
-        attended = self.attention.forward(norm(x, self._attention_norm, eps), batch, caches, causal)
-        self._before_attention.write(residual, attended, post, mixing)
+        self._before_attention.write(residual, self.attention.forward(x, batch, caches, causal), post, mixing)
         x, post, mixing = self._before_experts.read(residual)
-        mixed = self.mlp.forward(norm(x, self._experts_norm, eps), batch.tokens)
-        self._before_experts.write(residual, mixed, post, mixing)
+        self._before_experts.write(residual, self.mlp.forward(x, batch.tokens), post, mixing)
 
-    def write(self, residual: Tensor, batch: Batch, cache: LayerCache) -> None:
-        """Write the row of each token that attention would, from the streams [N, n D], without compressed entries."""
-        x, _, _ = self._before_attention.read(residual)
-        x = self._kernels.rms_norm(x, self._attention_norm, self._eps)
-        write(cache, batch, self.attention.row(x, batch.positions.long()))
+    def read(self, residual: Tensor) -> Tensor:
+        """The input [N, D] of attention for streams [N, n D]."""
+        return self._before_attention.read(residual)[0]
 
 
 def parse(fields: Fields, generation: Fields) -> ModelConfig:

@@ -53,7 +53,6 @@ class Experts:
     def __init__(self, gate_up: Tensor, down: Tensor, kernels: Kernels, limit: float = inf) -> None:
         on_cpu = gate_up.device.type == "cpu"
         grouped = kernels.name.startswith("native") and gate_up.dtype == torch.bfloat16 if on_cpu else True
-        grouped = grouped and limit == inf
         self.backend = "grouped" if grouped else "plain"
         self._kernels = kernels
         self._limit = limit
@@ -63,7 +62,7 @@ class Experts:
     def __call__(self, x: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
         """See `Kernels.experts`."""
         if self._packed is not None:
-            return self._kernels.experts(x, self._packed, chosen, shares)
+            return self._kernels.experts(x, self._packed, chosen, shares, None if self._limit == inf else self._limit)
         assert self._plain is not None
         return _plain_experts(x, *self._plain, chosen, shares, self._kernels, self._limit)
 

@@ -21,7 +21,7 @@ from dspark_server.models.decoder import Decoder
 from dspark_server.models.deepseek_v4 import StreamLayer, stage_config
 from dspark_server.models.fields import integer
 from dspark_server.models.layers.embedding import Head
-from dspark_server.models.layers.latent import write
+from dspark_server.models.layers.latent import LatentConfig, LatentContext
 from dspark_server.models.layers.parts import Parts
 from dspark_server.models.layers.streams import StreamHead
 from dspark_server.models.loading import WeightReader, open_checkpoint
@@ -152,7 +152,7 @@ class StageDrafter(ModelDrafter):
         )
         weight = reader.take(f"{last}confidence_head.proj.weight", (1, hidden + rank))
         confidence = ConfidenceHead(weight, weight.new_zeros(1), with_markov=True)
-        context = StageContext(parts, config, stages)
+        context = StageContext(parts, config)
         calibration = Calibration.load(directory, config.block_size)
         sampler = BlockSampler(vocabulary, head, confidence, calibration, None, kernels, shortlist)
         copies = calibration.copying if copying else None
@@ -179,18 +179,19 @@ class StageContext:
     `digest` names the weights that shape the rows, for the prefix cache.
     """
 
-    def __init__(self, parts: Parts, config: StagesConfig, stages: list[StreamLayer]) -> None:
+    def __init__(self, parts: Parts, config: StagesConfig) -> None:
         weight = parts.reader.take("mtp.0.main_proj.weight", (parts.hidden, len(config.taps) * parts.hidden))
         self._project = Linear(weight, None, parts.kernels)
         self._norm = parts.norm("mtp.0.main_norm")
-        self._kernels, self._eps, self._stages = parts.kernels, parts.eps, stages
+        self._kernels, self._eps = parts.kernels, parts.eps
+        self._stages = [LatentContext(parts, latent(config), f"mtp.{i}.attn.") for i in range(config.stages)]
         self.digest = _digest(weight, self._norm)
 
     def write(self, taps: list[Tensor], batch: Batch, caches: list[LayerCache]) -> None:
         """Write each token's row in each stage, rotated at its own position. taps: m times [N, D]."""
         context = self._kernels.rms_norm(self._project(torch.cat(taps, dim=-1)), self._norm, self._eps)
         for stage, cache in zip(self._stages, caches, strict=True):
-            write(cache, batch, stage.attention.row(context, batch.positions.long()))
+            stage.write(context, batch, cache)
 
 
 class StreamMtpDrafter(PairDrafter):
@@ -206,6 +207,7 @@ class StreamMtpDrafter(PairDrafter):
         depth: int,
         target: Decoder,
         layer: StreamLayer,
+        context: LatentContext,
         pairs: "StreamPairs",
         streams: StreamHead,
         final_norm: Tensor,
@@ -220,6 +222,7 @@ class StreamMtpDrafter(PairDrafter):
         taps = (config.num_layers,)
         super().__init__(depth, taps, pairs.digest, rows[0], target.embed, head, sampler, copying, width)
         self._layer = layer
+        self._context = context
         self._pairs = pairs
         self._streams = streams
         self._final_norm = final_norm
@@ -251,6 +254,7 @@ class StreamMtpDrafter(PairDrafter):
             depth,
             target,
             layer,
+            LatentContext(parts, latent(config), "mtp.0.attn."),
             StreamPairs(parts, target.config.streams.count),
             StreamHead(parts, target.config.streams, "mtp.0.hc_head_"),
             parts.norm("mtp.0.norm"),
@@ -266,7 +270,7 @@ class StreamMtpDrafter(PairDrafter):
 
     def write(self, embedded: Tensor, before: Tensor, batch: Batch, cache: LayerCache) -> None:
         """See PairDrafter."""
-        self._layer.write(self._pairs.join(embedded, before), batch, cache)
+        self._context.write(self._layer.read(self._pairs.join(embedded, before)), batch, cache)
 
     def step(self, embedded: Tensor, before: Tensor, batch: Batch, cache: LayerCache) -> tuple[Tensor, Tensor]:
         """See PairDrafter."""
@@ -292,6 +296,12 @@ class StreamPairs:
         each = before.unflatten(1, (self._count, -1)).flatten(0, 1).contiguous()
         features = torch.unflatten(self._feature(norm(each, self._feature_norm, eps)), 0, (-1, self._count))
         return (features + token.unsqueeze(1)).flatten(1)
+
+
+def latent(config: StagesConfig) -> LatentConfig:
+    """Attention of a stage."""
+    assert isinstance(config.layer.attention, LatentConfig)
+    return config.layer.attention
 
 
 def _parts(target: Decoder, directory: Path, dtype: torch.dtype, kernels: Kernels, beyond: int) -> Parts:

@@ -111,6 +111,7 @@ typedef struct {
   int gated;  // W has as many rows again: out = silu(x times the first of them) * (x times the others)
   const Part *parts;       // null: all rows are multiplied by one W; else weight holds one W after another
   const int32_t *sources;  // null: row i is row i of x; else the row of x that it is
+  float limit;             // gates are cut at it, what they multiply at +-it; 0: not so
 } Linear;
 
 // Rows of x that a thread goes through at a time, copied or converted unless they can be read where they lie: they stay
@@ -132,14 +133,20 @@ static void multiply_tile(const Linear *linear, const input *x, int height, long
     for (int j = 0; j < BLOCK; j++) result[i * BLOCK + j] += linear->bias[block * BLOCK + j];
 }
 
+ALWAYS_INLINE floats at_most(floats x, float limit) { return choose(x > splat(limit), splat(limit), x); }
+
 // gate [height, BLOCK] = silu(gate) * up, of numbers rounded to bfloat16 as if each had been a product of its own.
-static void gate_tile(int height, float *gate, float *up) {
+static void gate_tile(int height, float *gate, float *up, float limit) {
   uint16_t rounded[BLOCK];
   for (int i = 0; i < height; i++, gate += BLOCK, up += BLOCK) {
     write_floats(rounded, gate, BFLOAT16, BLOCK);
     read_floats(gate, rounded, BFLOAT16, BLOCK);
     write_floats(rounded, up, BFLOAT16, BLOCK);
     read_floats(up, rounded, BFLOAT16, BLOCK);
+    for (int j = 0; limit && j < BLOCK; j += LANES) {
+      store(gate + j, at_most(load(gate + j), limit));
+      store(up + j, -at_most(-at_most(load(up + j), limit), limit));
+    }
     for (int j = 0; j < BLOCK; j += LANES) store(gate + j, silu_lanes(load(gate + j)) * load(up + j));
   }
 }
@@ -157,7 +164,7 @@ static void multiply_block(const Linear *linear, const input *x, long rows, long
     if (linear->gated) {
       multiply_tile(linear, tile_rows, height, block, block + gap, later, t, count, result);
       multiply_tile(linear, tile_rows, height, block + gap, then, later + gap, t, count, up);
-      gate_tile(height, result, up);
+      gate_tile(height, result, up, linear->limit);
     } else {
       multiply_tile(linear, tile_rows, height, block, then, later, t, count, result);
     }
@@ -219,14 +226,14 @@ static void run_linear(Linear linear) {
 // x [rows, K] bfloat16, weight packed, bias float32 -> out [rows, Nout] float32 or bfloat16.
 EXPORT void dspark_linear(const uint16_t *x, const uint16_t *weight, const float *bias, void *out, long rows,
                           long x_stride, long in_features, long out_features, int out_dtype, int threads) {
-  run_linear((Linear){{0}, x, weight, bias, out, rows, x_stride, in_features, out_features, out_dtype, threads, 0, 0, 0});
+  run_linear((Linear){{0}, x, weight, bias, out, rows, x_stride, in_features, out_features, out_dtype, threads, 0, 0, 0, 0});
 }
 
 // The same and `silu_mul` of it: weight [2 * features, K] with the gate first -> out [rows, features] bfloat16, where
 // features is a multiple of BLOCK. The halves never leave the caches of the core that made them.
 void dspark_gated_linear(const uint16_t *x, const uint16_t *weight, const float *bias, uint16_t *out, long rows,
                          long x_stride, long in_features, long features, int threads) {
-  run_linear((Linear){{0}, x, weight, bias, out, rows, x_stride, in_features, features, BFLOAT16, threads, 1, 0, 0});
+  run_linear((Linear){{0}, x, weight, bias, out, rows, x_stride, in_features, features, BFLOAT16, threads, 1, 0, 0, 0});
 }
 
 typedef struct {
@@ -254,14 +261,14 @@ static void combine_tokens(void *context) {
 }
 
 // Each of `chosen` experts of a token, by their shares: out [tokens, hidden] = sum of share * down(silu(gate x) * up x).
-// experts and shares [tokens, chosen]; gate_up and down hold one packed matrix after another, features is a multiple of
+// Gates are cut at `limit`, what they multiply at +-limit (0: not so). experts and shares [tokens, chosen]; gate_up and down hold one packed matrix after another, features is a multiple of
 // BLOCK. Rows are sorted by expert, so that each matrix is read once; a row's result depends on no other row.
 // activated [tokens * chosen, features], rows [tokens * chosen, hidden] and index [2 * tokens * chosen + count + 1] are
 // scratch; count is the number of experts.
 EXPORT void dspark_experts(const uint16_t *x, long x_stride, const uint16_t *gate_up, const uint16_t *down,
                            const int32_t *experts, const float *shares, uint16_t *out, long tokens, long chosen,
-                           long count, long hidden, long features, uint16_t *activated, float *rows, int32_t *index,
-                           int threads) {
+                           long count, long hidden, long features, float limit, uint16_t *activated, float *rows,
+                           int32_t *index, int threads) {
   long slots = tokens * chosen, parts_in = 0, parts_down = 0;
   int32_t *sources = index, *places = sources + slots, *starts = places + slots;
   memset(starts, 0, (count + 1) * sizeof *starts);
@@ -282,10 +289,10 @@ EXPORT void dspark_experts(const uint16_t *x, long x_stride, const uint16_t *gat
     places[slot] = (int32_t)place;
   }
   Linear in = {{0, parts_in * (features / BLOCK), 1}, x, gate_up, 0, activated, slots, x_stride, hidden, features,
-               BFLOAT16, threads, 1, parts, sources};
+               BFLOAT16, threads, 1, parts, sources, limit};
   run_parallel(multiply_blocks, &in, threads);
   Linear back = {{0, parts_down * ((hidden + BLOCK - 1) / BLOCK), 1}, activated, down, 0, rows, slots, features,
-                 features, hidden, FLOAT32, threads, 0, later, 0};
+                 features, hidden, FLOAT32, threads, 0, later, 0, 0};
   run_parallel(multiply_blocks, &back, threads);
   free(parts);
   Combine combine = {tasks_of_rows(tokens, chosen * hidden, &threads), rows, shares, places, out, chosen, hidden};

@@ -27,13 +27,26 @@ _SIGNATURES = {
     + [c_float, c_float, c_int, c_long, c_long, c_int, c_int],
     "dspark_gate_mul": [c_void_p] * 2 + [c_long] * 3 + [c_int] * 3,
     "dspark_norm_add": [c_void_p] * 3 + [c_long] * 4 + [c_float, c_float, c_int, c_int],
+    "dspark_read_streams": [c_void_p] * 8 + [c_long] * 4 + [c_float] * 2 + [c_int] * 2,
+    "dspark_write_streams": [c_void_p] * 4 + [c_long] * 3 + [c_int] * 2,
+    "dspark_latent_rows": [c_void_p, c_long] + [c_void_p] * 3 + [c_long] + [c_void_p] * 2 + [c_long] * 2 + [c_void_p]
+    + [c_long] * 2 + [c_float, c_int, c_int],
+    "dspark_compress": [c_void_p] * 2 + [c_long] + [c_void_p] * 3 + [c_long] + [c_void_p] * 2 + [c_long] * 2
+    + [c_void_p, c_long] + [c_void_p] * 2 + [c_long] * 2 + [c_void_p, c_long] + [c_void_p] * 2 + [c_long] * 5
+    + [c_float, c_int, c_int],
+    "dspark_choose_entries": [c_void_p, c_long] * 2 + [c_void_p] * 2 + [c_long, c_void_p] + [c_long] * 2
+    + [c_void_p, c_long] * 2 + [c_void_p] * 2 + [c_long] * 6 + [c_float, c_int, c_int],
+    "dspark_score_experts": [c_void_p] * 4 + [c_long] * 3 + [c_float, c_int],
+    "dspark_latent_attention": [c_void_p, c_long] + [c_void_p] * 2 + [c_long, c_void_p, c_long] + [c_void_p] * 2
+    + [c_long] * 2 + [c_void_p, c_long, c_void_p] + [c_long] * 2 + [c_void_p] * 2 + [c_long] * 2 + [c_void_p]
+    + [c_long] * 2 + [c_void_p] + [c_long] * 2 + [c_void_p] + [c_long] * 3 + [c_float] * 2 + [c_int] * 2,
     "dspark_argmax": [c_void_p] * 2 + [c_long] * 3 + [c_int, c_int],
     "dspark_linear": [c_void_p] * 4 + [c_long] * 4 + [c_int, c_int],
     "dspark_draft_loss": [c_void_p] * 9 + [c_long] * 2 + [c_int] * 3,
     "dspark_sequential_head": [c_void_p] * 22 + [c_long] * 4 + [c_int],
     "dspark_accept": [c_void_p] * 13 + [c_long] * 8 + [c_int, c_int],
     "dspark_filter_logits": [c_void_p] * 7 + [c_long] * 2 + [c_int],
-    "dspark_experts": [c_void_p, c_long] + [c_void_p] * 5 + [c_long] * 5 + [c_void_p] * 3 + [c_int],
+    "dspark_experts": [c_void_p, c_long] + [c_void_p] * 5 + [c_long] * 5 + [c_float] + [c_void_p] * 3 + [c_int],
     "dspark_pack_linear": [c_void_p] * 2 + [c_long] * 2 + [c_int],
     "dspark_decoder_layer": [c_void_p] * 2 + [c_int] + [c_void_p] * 9 + [c_long] * 5 + [c_int, c_void_p, c_int],
 }  # fmt: skip
@@ -148,6 +161,13 @@ class NativeKernels:
         self._paged_attention = native.dspark_paged_attention
         self._gate_mul = native.dspark_gate_mul
         self._norm_add = native.dspark_norm_add
+        self._read_streams = native.dspark_read_streams
+        self._write_streams = native.dspark_write_streams
+        self._latent_rows = native.dspark_latent_rows
+        self._compress = native.dspark_compress
+        self._choose_entries = native.dspark_choose_entries
+        self._score_experts = native.dspark_score_experts
+        self._latent_attention = native.dspark_latent_attention
         self._argmax = native.dspark_argmax
         self._linear = native.dspark_linear
         self._pack_linear = native.dspark_pack_linear
@@ -253,6 +273,162 @@ class NativeKernels:
             eps, scale, _CODES[x.dtype], self.count(),
         )  # fmt: skip
 
+    def read_streams(
+        self,
+        streams: Tensor,
+        fn: Tensor,
+        base: Tensor,
+        scale: Tensor,
+        norm: Tensor,
+        iterations: int,
+        floor: float,
+        eps: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        tokens, features, dtype = streams.shape[0], norm.shape[0], streams.dtype
+        count = streams.shape[1] // features
+        out = empty((tokens, features), dtype=dtype)
+        post, mixing = empty((tokens, count)), empty((tokens, count, count))
+        self._read_streams(
+            streams.data_ptr(), fn.data_ptr(), base.data_ptr(), scale.data_ptr(), norm.data_ptr(), out.data_ptr(),
+            post.data_ptr(), mixing.data_ptr(), tokens, count, features, iterations, floor, eps, _CODES[dtype],
+            self.count(),
+        )  # fmt: skip
+        return out, post, mixing
+
+    def write_streams(self, streams: Tensor, output: Tensor, post: Tensor, mixing: Tensor) -> None:
+        tokens, features = output.shape
+        self._write_streams(
+            streams.data_ptr(), output.data_ptr(), post.data_ptr(), mixing.data_ptr(), tokens, post.shape[1], features,
+            _CODES[streams.dtype], self.count(),
+        )  # fmt: skip
+
+    def latent_rows(
+        self,
+        x: Tensor,
+        norm: Tensor,
+        positions: Tensor,
+        cos_sin: Tensor,
+        eps: float,
+        cache: Tensor | None = None,
+        slots: Tensor | None = None,
+    ) -> Tensor | None:
+        tokens, channels = x.shape
+        out = empty((tokens, channels), dtype=norm.dtype) if cache is None else None
+        size, stride = (1, 0) if cache is None else (cache.shape[1], cache.stride(0))
+        self._latent_rows(
+            x.data_ptr(), x.stride(0), norm.data_ptr(), positions.data_ptr(), cos_sin.data_ptr(), cos_sin.shape[1],
+            None if slots is None else slots.data_ptr(), None if cache is None else cache.data_ptr(), size, stride,
+            None if out is None else out.data_ptr(), tokens, channels, eps, _CODES[norm.dtype], self.count(),
+        )  # fmt: skip
+        return out
+
+    def compress(
+        self,
+        values: Tensor,
+        gates: Tensor,
+        places: Tensor,
+        positions: Tensor,
+        query_start: Tensor,
+        slots: Tensor,
+        raw: Tensor,
+        raw_tables: Tensor,
+        raw_context: Tensor,
+        entries: Tensor,
+        entry_tables: Tensor,
+        norm: Tensor,
+        cos_sin: Tensor,
+        eps: float,
+    ) -> None:
+        (ratio, columns), width = places.shape, norm.shape[0]
+        self._compress(
+            values.data_ptr(), gates.data_ptr(), values.stride(0), places.data_ptr(), positions.data_ptr(),
+            query_start.data_ptr(), query_start.shape[0] - 1, slots.data_ptr(), raw.data_ptr(), raw.shape[1],
+            raw.stride(0), raw_tables.data_ptr(), raw_tables.shape[1], raw_context.data_ptr(), entries.data_ptr(),
+            entries.shape[1], entries.stride(0), entry_tables.data_ptr(), entry_tables.shape[1], norm.data_ptr(),
+            cos_sin.data_ptr(), cos_sin.shape[1], values.shape[0], ratio, columns // width, width, eps,
+            _CODES[norm.dtype], self.count(),
+        )  # fmt: skip
+
+    def choose_entries(
+        self,
+        queries: Tensor,
+        weights: Tensor,
+        positions: Tensor,
+        query_start: Tensor,
+        keys: Tensor,
+        tables: Tensor,
+        cos_sin: Tensor,
+        ratio: int,
+        most: int,
+        scale: float,
+    ) -> Tensor:
+        tokens, heads = weights.shape
+        chosen = empty((tokens, most), dtype=torch.int32)
+        longest = (int(positions.max()) + 1) // ratio
+        scores = empty(tokens * longest if longest > most else 0)
+        self._choose_entries(
+            queries.data_ptr(), queries.stride(0), weights.data_ptr(), weights.stride(0), positions.data_ptr(),
+            query_start.data_ptr(), query_start.shape[0] - 1, keys.data_ptr(), keys.shape[1], keys.stride(0),
+            tables.data_ptr(), tables.shape[1], cos_sin.data_ptr(), cos_sin.shape[1], chosen.data_ptr(),
+            scores.data_ptr(), tokens, heads, keys.shape[3], ratio, most, longest, scale, _CODES[keys.dtype],
+            self.count(),
+        )  # fmt: skip
+        return chosen
+
+    def score_experts(
+        self, logits: Tensor, bias: Tensor | None, chosen: Tensor | None, count: int, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        tokens, experts = logits.shape
+        chosen = empty((tokens, count), dtype=torch.int32) if chosen is None else chosen.int()
+        shares = empty((tokens, count))
+        self._score_experts(
+            logits.data_ptr(), None if bias is None else bias.data_ptr(), chosen.data_ptr(), shares.data_ptr(), tokens,
+            experts, count, scale, self.count(),
+        )  # fmt: skip
+        return chosen, shares
+
+    def latent_attention(
+        self,
+        queries: Tensor,
+        positions: Tensor,
+        query_start: Tensor,
+        cos_sin: Tensor,
+        sinks: Tensor,
+        window: Tensor,
+        tables: Tensor,
+        context_len: Tensor,
+        seen: int,
+        scale: float,
+        eps: float,
+        first_key: int = 0,
+        own: Tensor | None = None,
+        entries: Tensor | None = None,
+        entry_tables: Tensor | None = None,
+        ratio: int = 1,
+        chosen: Tensor | None = None,
+    ) -> Tensor:
+        tokens, heads, channels, longest = queries.shape[0], sinks.shape[0], window.shape[3], seen
+        out = empty((tokens, heads * channels), dtype=window.dtype)
+        if own is not None:
+            longest += own.shape[0] // context_len.shape[0]
+        compressed: tuple[int | None, ...] = (None, 0, 0, None, 0, ratio, None, 0)
+        if entries is not None and entry_tables is not None:
+            held, listed = entry_tables.shape[1] * entries.shape[1], None if chosen is None else chosen.data_ptr()
+            most = held if chosen is None else chosen.shape[1]
+            longest += most
+            compressed = (
+                entries.data_ptr(), entries.shape[1], entries.stride(0), entry_tables.data_ptr(),
+                entry_tables.shape[1], ratio, listed, most,
+            )  # fmt: skip
+        self._latent_attention(
+            queries.data_ptr(), queries.stride(0), positions.data_ptr(), query_start.data_ptr(),
+            query_start.shape[0] - 1, cos_sin.data_ptr(), cos_sin.shape[1], sinks.data_ptr(), window.data_ptr(),
+            window.shape[1], window.stride(0), tables.data_ptr(), tables.shape[1], context_len.data_ptr(), seen,
+            first_key, None if own is None else own.data_ptr(), *compressed, longest, out.data_ptr(), tokens, heads,
+            channels, scale, eps, _CODES[window.dtype], self.count(),
+        )  # fmt: skip
+        return out
+
     def argmax(self, logits: Tensor) -> Tensor:
         rows, vocabulary = logits.shape
         out = empty(rows, dtype=torch.int64)
@@ -304,7 +480,9 @@ class NativeKernels:
             self._pack_linear(weight.data_ptr(), own.data_ptr(), in_features, out_features, self.count())
         return packed
 
-    def experts(self, x: Tensor, packed: PackedExperts, chosen: Tensor, shares: Tensor) -> Tensor:
+    def experts(
+        self, x: Tensor, packed: PackedExperts, chosen: Tensor, shares: Tensor, limit: float | None = None
+    ) -> Tensor:
         assert isinstance(packed, NativeExperts)
         (tokens, each), hidden, features = chosen.shape, packed.hidden, packed.features
         out = empty((tokens, hidden), dtype=torch.bfloat16)
@@ -313,8 +491,8 @@ class NativeKernels:
         index = empty(2 * tokens * each + packed.count + 1, dtype=torch.int32)
         self._experts(
             x.data_ptr(), x.stride(0), packed.gate_up.data_ptr(), packed.down.data_ptr(), chosen.data_ptr(),
-            shares.data_ptr(), out.data_ptr(), tokens, each, packed.count, hidden, features, activated.data_ptr(),
-            rows.data_ptr(), index.data_ptr(), self.count(),
+            shares.data_ptr(), out.data_ptr(), tokens, each, packed.count, hidden, features, limit or 0.0,
+            activated.data_ptr(), rows.data_ptr(), index.data_ptr(), self.count(),
         )  # fmt: skip
         return out
 

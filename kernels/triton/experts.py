@@ -22,12 +22,13 @@ COLUMNS = 64  # of a tile
 def multiply(
     x, weight, sources, start, out, experts, x_stride, INPUTS: tl.constexpr, FEATURES: tl.constexpr,
     GATED: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
-    WIDEN: tl.constexpr,
+    WIDEN: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles, FEATURES / COLUMNS): out [rows, FEATURES] = each row times its expert's weight [FEATURES, INPUTS].
 
     GATED: weight is [2 FEATURES, INPUTS], out = silu(product with the first half) * product with the second, each
-    rounded. sources [rows]: the row of x that a row is; None: itself. WIDEN as in attention.py.
+    rounded; the former is at most LIMIT, the latter within +-LIMIT, unless that is 0. sources [rows]: the row of x
+    that a row is; None: itself. WIDEN as in attention.py.
     """
     TYPE: tl.constexpr = x.dtype.element_ty
     expert, first_tile = owner_of(start, tl.program_id(0), experts, TILE)
@@ -65,7 +66,11 @@ def multiply(
             second += tl.dot(a, c, input_precision=PRECISION)
     if GATED:
         gate = total.to(TYPE).to(tl.float32)
-        total = gate / (1.0 + tl.exp(-gate)) * second.to(TYPE).to(tl.float32)
+        up = second.to(TYPE).to(tl.float32)
+        if LIMIT > 0:
+            gate = tl.minimum(gate, LIMIT, propagate_nan=tl.PropagateNan.ALL)
+            up = tl.clamp(up, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
+        total = gate / (1.0 + tl.exp(-gate)) * up
     tl.store(
         out + row.to(tl.int64)[:, None] * FEATURES + column[None, :],
         total.to(out.dtype.element_ty),
@@ -87,7 +92,15 @@ def combine(rows, places, shares, out, CHOSEN: tl.constexpr, WIDTH: tl.constexpr
     tl.store(out + token * WIDTH + column, total.to(out.dtype.element_ty), mask=inside)
 
 
-def launches(x: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, shares: Tensor, out: Tensor) -> Iterator[Launch]:
+def launches(
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    chosen: Tensor,
+    shares: Tensor,
+    out: Tensor,
+    limit: float | None = None,
+) -> Iterator[Launch]:
     """`Kernels.experts` into `out` [N, D]; nothing is read from the device."""
     (tokens, each), (experts, hidden, features) = chosen.shape, down.shape
     of_slot = chosen.flatten()
@@ -99,8 +112,8 @@ def launches(x: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, shares: T
     activated = torch.empty(tokens * each, features, dtype=x.dtype, device=x.device)
     rows = torch.empty(tokens * each, hidden, dtype=torch.float32, device=x.device)
     tile = min(max(power_of_two(-(-tokens * each // experts)), 16), 64)
-    yield _product(x, gate_up, sources, start, activated, True, tile)
-    yield _product(activated, down, None, start, rows, False, tile)
+    yield _product(x, gate_up, sources, start, activated, tile, True, limit)
+    yield _product(activated, down, None, start, rows, tile)
     block = min(power_of_two(hidden), 1024)
     yield Launch(
         combine,
@@ -111,7 +124,14 @@ def launches(x: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, shares: T
 
 
 def _product(
-    x: Tensor, weight: Tensor, sources: Tensor | None, start: Tensor, out: Tensor, gated: bool, tile: int
+    x: Tensor,
+    weight: Tensor,
+    sources: Tensor | None,
+    start: Tensor,
+    out: Tensor,
+    tile: int,
+    gated: bool = False,
+    limit: float | None = None,
 ) -> Launch:
     (rows, features), experts = out.shape, weight.shape[0]
     return Launch(
@@ -124,6 +144,7 @@ def _product(
         dict(
             INPUTS=weight.shape[2], FEATURES=features, GATED=gated, TILE=tile, COLUMNS=COLUMNS, STEP=INPUTS,
             PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
+            LIMIT=limit or 0.0,
             WIDEN=triton.knobs.runtime.interpret and x.dtype == torch.bfloat16,
         ),
     )  # fmt: skip

@@ -103,6 +103,15 @@ class TritonKernels:
     def norm_add(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, scale: float = 1.0) -> None:
         elementwise.norm_add_launch(x, residual, weight, eps, scale).run()
 
+    # Of DeepSeek-V4, which is not served on GPUs yet: torch's own operations.
+    read_streams = ReferenceKernels.read_streams
+    write_streams = ReferenceKernels.write_streams
+    score_experts = ReferenceKernels.score_experts
+    latent_rows = ReferenceKernels.latent_rows
+    compress = ReferenceKernels.compress
+    choose_entries = ReferenceKernels.choose_entries
+    latent_attention = ReferenceKernels.latent_attention
+
     def argmax(self, logits: Tensor) -> Tensor:
         out = empty(logits.shape[0], dtype=torch.int64, device=logits.device)
         for launch in elementwise.argmax_launches(logits, out):
@@ -124,10 +133,12 @@ class TritonKernels:
     def pack_experts(self, gate_up: Tensor, down: Tensor) -> PlainExperts:
         return PlainExperts(gate_up.contiguous(), down.contiguous())
 
-    def experts(self, x: Tensor, packed: PackedExperts, chosen: Tensor, shares: Tensor) -> Tensor:
+    def experts(
+        self, x: Tensor, packed: PackedExperts, chosen: Tensor, shares: Tensor, limit: float | None = None
+    ) -> Tensor:
         assert isinstance(packed, PlainExperts)
         out = empty(x.shape, dtype=x.dtype, device=x.device)
-        for launch in experts.launches(x, packed.gate_up, packed.down, chosen, shares, out):
+        for launch in experts.launches(x, packed.gate_up, packed.down, chosen, shares, out, limit):
             launch.run()
         return out
 

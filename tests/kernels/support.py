@@ -84,8 +84,8 @@ class Mixture:
     chosen: Tensor
     shares: Tensor
 
-    def run(self, kernels: dspark_kernels.Kernels) -> Tensor:
-        return kernels.experts(self.x, kernels.pack_experts(self.gate_up, self.down), self.chosen, self.shares)
+    def run(self, kernels: dspark_kernels.Kernels, limit: float | None = None) -> Tensor:
+        return kernels.experts(self.x, kernels.pack_experts(self.gate_up, self.down), self.chosen, self.shares, limit)
 
 
 def mixture(tokens: int, experts: int, each: int, hidden: int, features: int, dtype: torch.dtype) -> Mixture:

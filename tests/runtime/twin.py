@@ -352,6 +352,8 @@ class TwinKernels(ReferenceKernels):
     gelu_tanh_mul = kernel(ReferenceKernels.gelu_tanh_mul)
     norm_add = kernel(ReferenceKernels.norm_add)
     argmax = kernel(ReferenceKernels.argmax)
+    read_streams = kernel(ReferenceKernels.read_streams)
+    write_streams = kernel(ReferenceKernels.write_streams)
     linear = kernel(ReferenceKernels.linear)
     draft_tokens = kernel(ReferenceKernels.draft_tokens)
 

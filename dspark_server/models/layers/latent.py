@@ -10,14 +10,14 @@ are rotated; G groups of heads in the output; M entries.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dspark_server.models.layers.attention import AttentionConfig
 from dspark_server.models.layers.parts import Parts
-from dspark_server.models.layers.streams import normed
-from dspark_server.runtime.batch import Batch, Paging
+from dspark_server.runtime.batch import Batch
 from dspark_server.runtime.kv import LayerCache
 from dspark_server.runtime.linear import Linear
 from dspark_server.runtime.paging import CacheRows
@@ -63,38 +63,46 @@ class LatentConfig(AttentionConfig):
 
 
 class LatentAttention:
-    """Attention of one layer, without the norm before it."""
+    """Attention of one layer, without the norm before it.
+
+    All projections of its input are one product, and so are those of the narrow queries.
+    """
 
     def __init__(self, parts: Parts, config: LatentConfig, prefix: str) -> None:
         """Read this rank's share of the weights under `prefix`, such as "layers.3.attn."."""
-        group, kernels, width = parts.group, parts.kernels, config.head_dim
-        own = group.share(config.heads * width)
+        group, kernels, width, reader = parts.group, parts.kernels, config.head_dim, parts.reader
         groups = config.groups * config.output_rank
         self.config = config.shared_by(group.size)
         self._group, self._kernels, self._eps = group, kernels, parts.eps
-        self._narrow = Linear(parts.matrix(f"{prefix}wq_a", config.query_rank), None, kernels)
         self._query_norm = parts.norm(f"{prefix}q_norm", config.query_rank)
-        reader = parts.reader
-        queries = reader.take(f"{prefix}wq_b.weight", (config.heads * width, config.query_rank), own)
-        self._queries = Linear(queries, None, kernels)
-        self._row = Linear(parts.matrix(f"{prefix}wkv", width), None, kernels)
         self._row_norm = parts.norm(f"{prefix}kv_norm", width)
+        self._table = parts.rotary_table(config.rope, config.rotated)
+        self._compressor = self._indexer = None
+        into = [parts.matrix(f"{prefix}wq_a", config.query_rank), parts.matrix(f"{prefix}wkv", width)]
+        own = group.share(config.heads * width)
+        queries = [reader.take(f"{prefix}wq_b.weight", (config.heads * width, config.query_rank), own)]
+        if config.ratio:
+            self._compressor = Compressor(parts, config, width, self._table, f"{prefix}compressor.")
+            into += self._compressor.take()
+        if config.index is not None:
+            self._indexer = Indexer(parts, config, config.index, self._table, f"{prefix}indexer.")
+            into += self._indexer.keys.take()
+            into.append(parts.matrix(f"{prefix}indexer.weights_proj", config.index.heads))
+            shape = (config.index.heads * config.index.head_dim, config.query_rank)
+            queries.append(reader.take(f"{prefix}indexer.wq_b.weight", shape))
+        self._into = Linear(torch.cat(into), None, kernels)
+        self._parts = [len(each) for each in into]
+        self._queries = Linear(torch.cat(queries), None, kernels)
         shape = (groups, config.heads * width // config.groups)
         outputs = reader.take(f"{prefix}wo_a.weight", shape, group.share(groups))
         self._outputs = [Linear(each.clone(), None, kernels) for each in outputs.split(config.output_rank)]
         self._joined = Linear(parts.summed(f"{prefix}wo_b", groups, group.share(groups), bias=False)[0], None, kernels)
         heads = group.share(config.heads)
         self._sinks = reader.take(f"{prefix}attn_sink", (config.heads,), heads, dtype=torch.float32)
-        self._table = parts.rotary_table(config.rope, config.rotated)
-        self._compressor = self._indexer = None
-        if config.ratio:
-            self._compressor = Compressor(parts, config, width, self._table, f"{prefix}compressor.")
-        if config.index is not None:
-            self._indexer = Indexer(parts, config, config.index, self._table, f"{prefix}indexer.")
 
     def caches(self, length: int) -> list[CacheRows]:
         """Rows of tokens; entries and the rows that become entries; the indexer's."""
-        config, parts = self.config, (self._compressor, self._indexer)
+        config, parts = self.config, (self._compressor, self._indexer.keys if self._indexer else None)
         assert config.window is not None
         rows = [CacheRows(1, config.head_dim, _reach(config.window, length), values=False)]
         return [*rows, *(each for part in parts if part is not None for each in part.caches(length))]
@@ -102,9 +110,7 @@ class LatentAttention:
     @property
     def products(self) -> list[Linear]:
         """Its matrix products, in order."""
-        own = [self._narrow, self._queries, self._row]
-        more = [each for part in (self._compressor, self._indexer) if part is not None for each in part.products]
-        return [*own, *more, *self._outputs, self._joined]
+        return [self._into, self._queries, *self._outputs, self._joined]
 
     def forward(self, x: Tensor, batch: Batch, caches: Sequence[LayerCache], causal: bool = True) -> Tensor:
         """Attend from x [N, D] over the caches, which get the batch's rows, -> [N, D], the sum of all ranks.
@@ -112,72 +118,77 @@ class LatentAttention:
         With causal=False runs are draft blocks of one width: each token sees the window before its block and the whole
         block, whose rows are not kept.
         """
-        config, positions = self.config, batch.positions.long()
-        narrow = self._kernels.rms_norm(self._narrow(x), self._query_norm, self._eps)
-        q = self._queries(narrow, out_float32=True).unflatten(1, (-1, config.head_dim))
-        q = rotate(normed(q, self._eps), self._table[positions])
-        own, *others = caches
-        mine, places, window = self.row(x, positions), Places(batch), config.window or 0
-        if not causal:
-            rows, seen = places.before_and_among(own, window, mine)
-            return self.output(self.attend(q, rows, seen), positions)
-        write(own, batch, mine)
-        rows, seen = places.window(own, window)
-        if config.first_key:
-            seen = seen & (positions.unsqueeze(1) + torch.arange(1 - window, 1, device=x.device) >= config.first_key)
+        config, kernels, eps = self.config, self._kernels, self._eps
+        narrow, row, *others = self._into(x, out_float32=True).split(self._parts, dim=1)
+        narrow = kernels.rms_norm(narrow.to(x.dtype), self._query_norm, eps)
+        queries = self._queries(narrow, out_float32=True)
+        window, *compressed = caches
+        paging, positions, starts = batch.paging[window.group], batch.positions, batch.query_start
+        own = None
+        if causal:
+            kernels.latent_rows(row, self._row_norm, positions, self._table, eps, window.keys, paging.slots)
+        else:
+            own = kernels.latent_rows(row, self._row_norm, positions, self._table, eps)
+        seen: dict[str, Any] = {}
         if self._compressor is not None:
-            entries, raw, *index = others
-            self._compressor.forward(x, places, entries, raw)
-            visible = places.visible(entries, config.ratio)
-            chosen = None
+            entries, raw, *index = compressed
+            self._compressor.write(*others[:2], batch, entries, raw)
+            tables = batch.paging[entries.group].block_tables
+            seen = {"entries": entries.keys, "entry_tables": tables, "ratio": config.ratio}
             if self._indexer is not None:
-                chosen = self._indexer.forward(x, narrow, places, visible, *index)
-            entry_rows, entry_seen = places.entries(entries, visible, chosen)
-            rows, seen = torch.cat([rows, entry_rows], 1), torch.cat([seen, entry_seen], 1)
-        return self.output(self.attend(q, rows, seen), positions)
-
-    def row(self, x: Tensor, positions: Tensor) -> Tensor:
-        """The row [N, d] of each token at `positions` [N], key and value in one, from x [N, D]."""
-        rows = self._kernels.rms_norm(self._row(x), self._row_norm, self._eps)
-        return rotate(rows.unsqueeze(1), self._table[positions]).squeeze(1)
-
-    def attend(self, q: Tensor, rows: Tensor, seen: Tensor) -> Tensor:
-        """Queries [N, H, d] over rows [N, S, d], of which each sees some [N, S] bool, and the sinks -> [N, H, d]."""
-        rows = rows.float()
-        scores = (torch.einsum("nhd,nsd->nhs", q.float(), rows) * self.config.head_dim**-0.5).masked_fill(
-            ~seen.unsqueeze(1), -torch.inf
+                self._indexer.keys.write(*others[2:4], batch, *index)
+                seen["chosen"] = self._indexer.choose(queries, others[4], batch, index[0])
+        attended = kernels.latent_attention(
+            queries[:, : config.queries],
+            positions,
+            starts,
+            self._table,
+            self._sinks,
+            window.keys,
+            paging.block_tables,
+            paging.context_len,
+            config.window or 0,
+            config.head_dim**-0.5,
+            eps,
+            config.first_key,
+            own,
+            **seen,
         )
-        sinks = self._sinks.view(1, -1, 1).expand(len(q), -1, 1)
-        weights = torch.cat([scores, sinks], dim=-1).softmax(-1)[..., :-1]
-        return torch.einsum("nhs,nsd->nhd", weights, rows)
-
-    def output(self, attended: Tensor, positions: Tensor) -> Tensor:
-        """The outputs of heads [N, H, d] float32, rotated back, to the model's width: the sum of all ranks [N, D]."""
-        attended = rotate(attended, self._table[positions], backwards=True).to(self._query_norm.dtype)
-        grouped = attended.unflatten(1, (self.config.groups, -1)).flatten(2)
+        grouped = attended.unflatten(1, (config.groups, -1))
         inner = torch.cat([each(grouped[:, i].contiguous()) for i, each in enumerate(self._outputs)], dim=1)
         return self._group.all_reduce(self._joined(inner))
 
 
-class Compressor:
-    """Entries of `width` channels from windows of `ratio` tokens, each channel by a softmax of its own over the tokens.
+class LatentContext:
+    """Rows of attention alone, for context that does not pass the layer."""
 
-    With two spans the first half of a token's columns goes into the entry of the window after its own.
-    """
+    def __init__(self, parts: Parts, config: LatentConfig, prefix: str) -> None:
+        """Read the weights under `prefix`, such as "mtp.0.attn."."""
+        self._project = Linear(parts.matrix(f"{prefix}wkv", config.head_dim), None, parts.kernels)
+        self._norm = parts.norm(f"{prefix}kv_norm", config.head_dim)
+        self._table = parts.rotary_table(config.rope, config.rotated)
+        self._kernels, self._eps = parts.kernels, parts.eps
+
+    def write(self, x: Tensor, batch: Batch, cache: LayerCache) -> None:
+        """Write each token's row, from x [N, D]."""
+        row, slots = self._project(x, out_float32=True), batch.paging[cache.group].slots
+        self._kernels.latent_rows(row, self._norm, batch.positions, self._table, self._eps, cache.keys, slots)
+
+
+class Compressor:
+    """Entries of `width` channels from windows of `ratio` tokens: see `Kernels.compress`."""
 
     def __init__(self, parts: Parts, config: LatentConfig, width: int, table: Tensor, prefix: str) -> None:
+        """Read the weights under `prefix`, such as "layers.3.attn.compressor."."""
         self.width, self.ratio, self.spans = width, config.ratio, config.spans
         self._table, self._kernels, self._eps = table, parts.kernels, parts.eps
-        columns = self.spans * width
-        self._values = Linear(parts.matrix(f"{prefix}wkv", columns), None, parts.kernels)
-        self._gates = Linear(parts.matrix(f"{prefix}wgate", columns), None, parts.kernels)
+        self._parts, self._prefix, columns = parts, prefix, self.spans * width
         self._places = parts.reader.take(f"{prefix}ape", (config.ratio, columns), dtype=torch.float32)
         self._norm = parts.norm(f"{prefix}norm", width)
 
-    @property
-    def products(self) -> list[Linear]:
-        """Its matrix products."""
-        return [self._values, self._gates]
+    def take(self) -> list[Tensor]:
+        """The projections of a token to values and to gates."""
+        return [self._parts.matrix(f"{self._prefix}{name}", self.spans * self.width) for name in ("wkv", "wgate")]
 
     def caches(self, length: int) -> list[CacheRows]:
         """Entries, and what a token brings to those of windows that are still open."""
@@ -185,147 +196,53 @@ class Compressor:
         raw = CacheRows(1, 2 * self.spans * self.width, reach, values=False, dtype=torch.float32)
         return [CacheRows(1, self.width, values=False, every=self.ratio), raw]
 
-    def forward(self, x: Tensor, places: "Places", entries: LayerCache, raw: LayerCache) -> None:
-        """Write what the tokens x [N, D] bring, and the entries of windows that they close."""
-        batch, ratio, width = places.batch, self.ratio, self.width
-        positions = batch.positions.long()
-        gates = self._gates(x, out_float32=True) + self._places[positions % ratio]
-        write(raw, batch, torch.cat([self._values(x, out_float32=True), gates], dim=1))
-        closing = ((positions + 1) % ratio == 0).nonzero().squeeze(1)
-        if not len(closing):
-            return
-        rows, known = places.window(raw, self.spans * ratio, closing)
-        values, gates = rows.chunk(2, dim=-1)
-        if self.spans == 2:  # of the window before the first columns, of its own the last
-            values, gates = (
-                torch.cat([each[:, :ratio, :width], each[:, ratio:, width:]], dim=1) for each in (values, gates)
-            )
-        weights = gates.masked_fill(~known.unsqueeze(2), -torch.inf).softmax(1)
-        made = (weights * values).sum(1)
-        made = normed(made, self._eps) * self._norm.float()
-        start = positions[closing] + 1 - ratio
-        made = rotate(made.unsqueeze(1), self._table[start]).squeeze(1)
-        places.write_entries(entries, closing, start // ratio, made)
+    def write(self, values: Tensor, gates: Tensor, batch: Batch, entries: LayerCache, raw: LayerCache) -> None:
+        """Write what the tokens bring, values and gates [N, spans * width], and the entries of windows they close."""
+        open_windows, tables = batch.paging[raw.group], batch.paging[entries.group].block_tables
+        self._kernels.compress(
+            values,
+            gates,
+            self._places,
+            batch.positions,
+            batch.query_start,
+            open_windows.slots,
+            raw.keys,
+            open_windows.block_tables,
+            open_windows.context_len,
+            entries.keys,
+            tables,
+            self._norm,
+            self._table,
+            self._eps,
+        )
 
 
 class Indexer:
-    """Scores a query's entries by small keys of their own."""
+    """Chooses a query's entries by small keys of their own.
+
+    It is whole on every rank: sums over ranks would break ties in other ways.
+    """
 
     def __init__(self, parts: Parts, config: LatentConfig, index: IndexConfig, table: Tensor, prefix: str) -> None:
-        """Read the weights under `prefix`, whole on every rank: sums over ranks would break ties differently."""
-        self._index, self._table = index, table
-        shape = (index.heads * index.head_dim, config.query_rank)
-        self._queries = Linear(parts.reader.take(f"{prefix}wq_b.weight", shape), None, parts.kernels)
-        self._weights = Linear(parts.matrix(f"{prefix}weights_proj", index.heads), None, parts.kernels)
-        self._keys = Compressor(parts, config, index.head_dim, table, f"{prefix}compressor.")
+        """Read the weights under `prefix`, such as "layers.3.attn.indexer."."""
+        self._index, self._table, self._kernels = index, table, parts.kernels
+        self.keys = Compressor(parts, config, index.head_dim, table, f"{prefix}compressor.")
 
-    @property
-    def products(self) -> list[Linear]:
-        """Its matrix products."""
-        return [self._queries, self._weights, *self._keys.products]
-
-    def caches(self, length: int) -> list[CacheRows]:
-        """Keys of entries, and what a token brings to those of open windows."""
-        return self._keys.caches(length)
-
-    def forward(
-        self, x: Tensor, narrow: Tensor, places: "Places", visible: Tensor, keys: LayerCache, raw: LayerCache
-    ) -> Tensor:
-        """The entries [N, K] that each token of x [N, D] chooses among its first `visible` [N], best first.
-
-        Of equal scores the lower entry is chosen. Where fewer are visible, the last of the K are not.
-        """
+    def choose(self, queries: Tensor, weights: Tensor, batch: Batch, keys: LayerCache) -> Tensor:
+        """The entries [N, K] of tokens whose last `queries` [N, .] and `weights` [N, H] are the indexer's."""
         index = self._index
-        self._keys.forward(x, places, keys, raw)
-        q = torch.unflatten(self._queries(narrow, out_float32=True), 1, (index.heads, index.head_dim))
-        q = rotate(q, self._table[places.batch.positions.long()])
-        weights = self._weights(x, out_float32=True) * (index.heads * index.head_dim) ** -0.5
-        rows, seen = places.entries(keys, visible, None)
-        products = torch.einsum("nhd,nmd->nhm", q, rows.float()).relu()
-        scores = (weights.unsqueeze(-1) * products).sum(1).masked_fill(~seen, -torch.inf)
-        return torch.sort(scores, dim=1, descending=True, stable=True).indices[:, : index.chosen]
-
-
-class Places:
-    """Finds rows of earlier tokens, and entries, for the tokens of a batch."""
-
-    def __init__(self, batch: Batch) -> None:
-        self.batch = batch
-        tokens = torch.arange(len(batch.tokens), device=batch.tokens.device)
-        starts = batch.query_start.long()
-        self._run = torch.searchsorted(starts[1:], tokens, right=True).clamp(max=len(starts) - 2)  # [N]
-        self._offset = tokens - starts[self._run]
-
-    def window(self, cache: LayerCache, count: int, of: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The rows [N, count, d] of the last `count` tokens up to each, and whether there is such a token [N, count].
-
-        `of` picks some of the tokens.
-        """
-        run, offset, positions = self._run, self._offset, self.batch.positions.long()
-        if of is not None:
-            run, offset, positions = run[of], offset[of], positions[of]
-        paging = self.batch.paging[cache.group]
-        back = torch.arange(1 - count, 1, device=run.device)
-        known = positions.unsqueeze(1) + back >= 0
-        place = (paging.context_len.long()[run] + offset).unsqueeze(1) + back
-        return self._rows(cache, paging, run, place.clamp(min=0)), known
-
-    def before_and_among(self, cache: LayerCache, count: int, own: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows [N, count + W, d] before blocks of W tokens, and their `own` [N, d]; whether there is such a row."""
-        starts = self.batch.query_start[:-1].long().clamp(max=len(own) - 1)
-        paging, runs = self.batch.paging[cache.group], torch.arange(len(starts), device=own.device)
-        back = torch.arange(-count, 0, device=own.device)
-        known = self.batch.positions.long()[starts].unsqueeze(1) + back >= 0
-        place = paging.context_len.long().unsqueeze(1) + back
-        width = len(own) // len(starts)
-        blocks = own.unflatten(0, (-1, width))
-        rows = torch.cat([self._rows(cache, paging, runs, place.clamp(min=0)), blocks.to(cache.keys.dtype)], dim=1)
-        seen = torch.cat([known, known.new_ones(len(starts), width)], dim=1)
-        return rows.repeat_interleave(width, 0), seen.repeat_interleave(width, 0)
-
-    def visible(self, entries: LayerCache, ratio: int) -> Tensor:
-        """The number [N] of entries that each token sees."""
-        return (self.batch.positions.long() + 1) // ratio
-
-    def entries(self, cache: LayerCache, visible: Tensor, chosen: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Entries [N, M, d], all or the `chosen` [N, M], and whether each token sees them [N, M]."""
-        paging = self.batch.paging[cache.group]
-        if chosen is None:
-            most = max(1, int(visible.max()))
-            chosen = torch.arange(most, device=visible.device).expand(len(visible), -1)
-        seen = chosen < visible.unsqueeze(1)
-        return self._rows(cache, paging, self._run, torch.where(seen, chosen, 0)), seen
-
-    def write_entries(self, cache: LayerCache, of: Tensor, numbers: Tensor, rows: Tensor) -> None:
-        """Write entries `numbers` [n], rows [n, d], of the runs of the tokens `of` [n]."""
-        block, at = self._find(cache, self.batch.paging[cache.group], self._run[of], numbers)
-        cache.keys[block, at, 0] = rows.to(cache.keys.dtype)
-
-    def _rows(self, cache: LayerCache, paging: Paging, run: Tensor, place: Tensor) -> Tensor:
-        block, at = self._find(cache, paging, run.unsqueeze(1), place)
-        return cache.keys[block, at, 0]
-
-    def _find(self, cache: LayerCache, paging: Paging, run: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
-        size = cache.keys.shape[1]
-        block = paging.block_tables[run, (place // size).clamp(max=paging.block_tables.shape[1] - 1)]
-        return block.long(), place % size
-
-
-def write(cache: LayerCache, batch: Batch, rows: Tensor) -> None:
-    """Write a row [N, d] of each token of the batch."""
-    slots, size = batch.paging[cache.group].slots.long(), cache.keys.shape[1]
-    cache.keys[slots // size, slots % size, 0] = rows.to(cache.keys.dtype)
-
-
-def rotate(x: Tensor, cos_sin: Tensor, *, backwards: bool = False) -> Tensor:
-    """Rotate pairs (2i, 2i + 1) of the last r channels of x [N, H, d] by cos_sin [N, r]."""
-    cos, sin = cos_sin.unsqueeze(1).chunk(2, dim=-1)
-    sin = -sin if backwards else sin
-    size = cos_sin.shape[-1]
-    still, turned = x[..., :-size], x[..., -size:].float().unflatten(-1, (-1, 2))
-    even, odd = turned.unbind(-1)
-    turned = torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2)
-    return torch.cat([still, turned.to(x.dtype)], dim=-1)
+        return self._kernels.choose_entries(
+            queries[:, -index.heads * index.head_dim :],
+            weights,
+            batch.positions,
+            batch.query_start,
+            keys.keys,
+            batch.paging[keys.group].block_tables,
+            self._table,
+            self.keys.ratio,
+            index.chosen,
+            (index.heads * index.head_dim) ** -0.5,
+        )
 
 
 def _reach(tokens: int, length: int) -> int | None:

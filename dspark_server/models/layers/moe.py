@@ -6,7 +6,6 @@ Shapes: N tokens, D the model's width, E experts of F features, of which a token
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dspark_server.models.layers.mlp import Mlp, MlpConfig
@@ -99,7 +98,7 @@ class ScoredMoe:
         self._router = Linear(parts.matrix(f"{prefix}gate", experts), None, parts.kernels)
         self._by_token = self._bias = None
         if config.hashed:
-            self._by_token = reader.integers(f"{prefix}gate.tid2eid", (config.vocabulary, config.chosen))
+            self._by_token = reader.integers(f"{prefix}gate.tid2eid", (config.vocabulary, config.chosen)).int()
         else:
             self._bias = reader.take(f"{prefix}gate.bias", (experts,), dtype=torch.float32)
         own = parts.group.share(config.features)
@@ -117,16 +116,9 @@ class ScoredMoe:
 
     def route(self, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """The experts [N, K] int32 of each token [N] and its x [N, D], and their shares [N, K] float32."""
-        scores = F.softplus(self._router(x, out_float32=True)).sqrt()
-        if self._by_token is not None:
-            chosen = self._by_token[tokens]
-        else:
-            assert self._bias is not None
-            # Of equal scores the lower expert, whatever else is in the batch.
-            ranked = (scores + self._bias).sort(dim=-1, descending=True, stable=True).indices
-            chosen = ranked[:, : self.config.chosen]
-        shares = scores.gather(1, chosen)
-        return chosen.int(), (shares / shares.sum(-1, keepdim=True) * self.config.scale).contiguous()
+        config, logits = self.config, self._router(x, out_float32=True)
+        given = None if self._by_token is None else self._by_token[tokens]
+        return self._kernels.score_experts(logits, self._bias, given, config.chosen, config.scale)
 
     def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
         """x [N, D] of tokens [N] -> [N, D], the sum of all ranks."""
