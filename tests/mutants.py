@@ -46,6 +46,7 @@ ADMISSION = "dspark_server/speculation/prefix_scheduler.py"
 TRITON, TRITON_TESTS = "kernels/triton/", "tests/kernels/test_triton_"
 DEVICE = "tests/engine/test_device_executor.py"
 BLOCK_RULE = "tests/speculation/test_losslessness.py::test_block_rule_has_the_targets_joint_law"
+LATENT_C = "kernels/cpu/latent.c"
 LATENT, V4 = "dspark_server/models/layers/latent.py", "tests/models/test_deepseek_v4.py::test_matches_transformers"
 CONFORMANCE = "tests/engine/test_conformance.py::test_fixture_is_reproduced"
 MONTE_CARLO = "tests/engine/test_monte_carlo.py::test_the_law_is_the_targets"
@@ -156,17 +157,18 @@ LOSSLESS = (
     _one("an assistant reads rows that the window has lost", "dspark_server/speculation/assistant.py",
          "return {source: window + 1 for", "return {source: 1 for",
          "tests/engine/test_drafters.py::test_an_assistant_reads_what_the_targets_window_would_free"),
-    _one("a compressed entry is seen before its window is closed", LATENT,
-         "(self.batch.positions.long() + 1) // ratio", "(self.batch.positions.long() + 2) // ratio", V4),
+    _one("a compressed entry is seen before its window is closed", LATENT_C,
+         "  long visible = (position + 1) / attend->ratio;\n",
+         "  long visible = (position + 2) / attend->ratio;\n", V4),
     _one("what tokens bring to an open window is kept too short", LATENT,
          "reach = _reach(self.spans * self.ratio, length)", "reach = _reach(self.ratio, length)", V4),
-    _one("an entry keeps what a rejected draft has written", LATENT,
-         "        cache.keys[block, at, 0] = rows.to(cache.keys.dtype)\n\n    def _rows",
-         "        known = cache.keys[block, at, 0]\n"
-         "        cache.keys[block, at, 0] = known.where(known.abs() < 500, rows)\n\n    def _rows",
+    _one("an entry keeps what a rejected draft has written", LATENT_C,
+         "      write_floats(row_at(&compress->entries, compress->dtype, run, start / ratio), made",
+         "      if (*(float *)row_at(&compress->entries, FLOAT32, run, start / ratio) > 500)\n"
+         "        write_floats(row_at(&compress->entries, compress->dtype, run, start / ratio), made",
          "tests/models/test_deepseek_v4.py::test_a_rejected_run_leaves_nothing"),
-    _one("the window before a block of DeepSeek-V4's stages begins at the block", LATENT,
-         "back = torch.arange(-count, 0, device=own.device)", "back = torch.arange(1 - count, 1, device=own.device)",
+    _one("the window before a block of DeepSeek-V4's stages ends at the block's first token", LATENT_C,
+         "attend->own ? attend->runs.positions[begin] - 1 : position;", "attend->own ? position : position;",
          "tests/engine/test_deepseek_v4.py::test_the_fixtures_are_reproduced"),
     _one("an MTP layer of streams sees place 0, which has no pair", "dspark_server/speculation/stages.py",
          "first_key=1", "first_key=0", "tests/engine/test_deepseek_v4.py::test_the_fixtures_are_reproduced"),

@@ -132,11 +132,11 @@ class LatentAttention:
         seen: dict[str, Any] = {}
         if self._compressor is not None:
             entries, raw, *index = compressed
-            self._compressor.write(*others[:2], batch, entries, raw)
+            self._compressor.write(others[0], others[1], batch, entries, raw)
             tables = batch.paging[entries.group].block_tables
             seen = {"entries": entries.keys, "entry_tables": tables, "ratio": config.ratio}
             if self._indexer is not None:
-                self._indexer.keys.write(*others[2:4], batch, *index)
+                self._indexer.keys.write(others[2], others[3], batch, *index)
                 seen["chosen"] = self._indexer.choose(queries, others[4], batch, index[0])
         attended = kernels.latent_attention(
             queries[:, : config.queries],
