@@ -17,7 +17,9 @@ from dspark_server.models.config import ModelConfig
 from dspark_server.models.decoder import Decoder
 from dspark_server.models.fields import read_json
 from dspark_server.models.hub import resolve_model
-from dspark_server.models.registry import load_config
+from dspark_server.models.loading import open_checkpoint, weight_bytes
+from dspark_server.models.registry import family_of, load_config
+from dspark_server.runtime import host_memory
 from dspark_server.runtime.backend import choose_kernels, use_threads
 from dspark_server.runtime.device import Device, find_device
 from dspark_server.runtime.graphs import default_sizes
@@ -74,9 +76,27 @@ class Place:
         use_threads(count, self.kernels, products=choose_backend(self.dtype, self.kernels) == "native")
 
     def load_target(self, max_model_len: int | None) -> Decoder:
-        """This rank's share of the model's weights; see Decoder.load."""
+        """This rank's share of the model's weights; see Decoder.load.
+
+        Raises ConfigError, before anything is loaded, if they do not fit into memory.
+        """
+        self._check_room()
         where = self.device.where if self.device else None
         return Decoder.load(self.directory, self.dtype, self.kernels, max_model_len, self.group, where)
+
+    def _check_room(self) -> None:
+        family, ranks = family_of(self.directory), self.group.size
+        checkpoint = open_checkpoint(self.directory)
+        needed = weight_bytes(checkpoint, self.dtype.itemsize, ranks, family.embedding, family.unused)
+        free = self.device.memory()[0] if self.device else host_memory.available()
+        if free is not None and needed > free:
+            gib, dtype = 1 << 30, str(self.dtype).removeprefix("torch.")
+            each = f" on each of {ranks} ranks" if ranks > 1 else ""
+            raise ConfigError(
+                f"{self.directory}: the weights need {needed / gib:.2f} GiB in {dtype}{each}, and {free / gib:.2f} GiB "
+                f"are free {'on the GPU' if self.device else 'on this host'}: free memory, take more ranks "
+                "(--tensor-parallel-size), or a smaller model."
+            )
 
 
 def build_executor(

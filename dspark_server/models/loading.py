@@ -7,6 +7,7 @@ tensor of a checkpoint must be requested. Only safetensors are read: pickle runs
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,23 @@ def _open_files(paths: list[Path]) -> tuple[dict[Path, Any], dict[str, TensorInf
                 raise CheckpointError(f"tensor {name} is both in {tensors[name].file} and in {path}; keep one of them")
             tensors[name] = TensorInfo(path, entry.get_dtype(), tuple(entry.get_shape()))
     return handles, tensors
+
+
+def weight_bytes(checkpoint: Checkpoint, itemsize: int, ranks: int, whole: str, unused: tuple[str, ...]) -> int:
+    """Bytes of the weights on one of `ranks`, of `itemsize` each, from the headers alone.
+
+    The tensor whose name ends with `whole` is on every rank; those whose names begin with one of `unused` are on none.
+    """
+    shared = everywhere = 0
+    for name, info in checkpoint.tensors.items():
+        if name.startswith(unused or "\0") or info.dtype in _SCALES:
+            continue
+        count = prod(info.shape) * (2 if info.dtype == "I8" else 1)
+        if name.endswith(whole):
+            everywhere += count
+        else:
+            shared += count
+    return (everywhere + -(-shared // ranks)) * itemsize
 
 
 class WeightReader:

@@ -4,8 +4,8 @@ import os
 from math import ceil
 from pathlib import Path
 
-CGROUPS = Path("/sys/fs/cgroup")
-MEMBERSHIP = Path("/proc/self/cgroup")
+from dspark_server.runtime.cgroups import CGROUPS, MEMBERSHIP, groups_of
+
 STATISTICS = Path("/proc/stat")
 
 
@@ -21,7 +21,7 @@ def quota(root: Path = CGROUPS, membership: Path = MEMBERSHIP) -> float | None:
 
     The lowest limit of the process's group and its ancestors counts.
     """
-    limits = [limit for group in _groups(root, membership) if (limit := _limit(group)) is not None]
+    limits = [limit for group in groups_of("cpu", root, membership) if (limit := _limit(group)) is not None]
     return min(limits, default=None)
 
 
@@ -33,27 +33,6 @@ def stolen(statistics: Path = STATISTICS) -> tuple[int, int]:
         return 0, 0
     ticks = [int(field) for field in fields[1:9]]  # user nice system idle iowait irq softirq steal
     return (ticks[7], sum(ticks)) if len(ticks) == 8 else (0, sum(ticks))
-
-
-def _groups(root: Path, membership: Path) -> list[Path]:
-    """Directories of the process's control groups that may hold a limit, from its own to the outermost visible."""
-    try:
-        lines = membership.read_text().splitlines()
-    except OSError:
-        return []
-    groups = []
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if not controllers:
-            top = root if (root / "cgroup.controllers").exists() else root / "unified"
-        elif "cpu" in controllers.split(","):
-            top = next((top for top in (root / controllers, root / "cpu") if top.exists()), root / "cpu")
-        else:
-            continue
-        # A container sees its own group as the root, though the path may be the host's.
-        own = top / path.lstrip("/")
-        groups += [own, *own.parents[: len(own.relative_to(top).parts)]] if own.exists() else [top]
-    return groups
 
 
 def _limit(group: Path) -> float | None:
