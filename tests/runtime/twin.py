@@ -397,7 +397,8 @@ class TwinKernels(ReferenceKernels):
         return out.masked_fill((index >= query_start[-1]).unsqueeze(1), float("nan")).to(qkv.dtype)
 
     @kernel
-    def experts(self, x: Tensor, packed: Any, chosen: Tensor, shares: Tensor) -> Tensor:
+    def experts(self, x: Tensor, packed: Any, chosen: Tensor, shares: Tensor, limit: float | None = None) -> Tensor:
+        assert limit is None
         own = torch.einsum("nkfd,nd->nkf", packed.gate_up[chosen.long()].float(), x.float()).to(x.dtype)
         gate, up = own.float().chunk(2, dim=-1)
         inner = (torch.nn.functional.silu(gate) * up).to(x.dtype).float()
