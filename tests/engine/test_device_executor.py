@@ -357,12 +357,12 @@ def test_a_failed_step_leaves_nothing_behind(engines: Engines) -> None:
 
 
 def test_the_pool_takes_what_memory_leaves() -> None:
-    with TwinDevice(free=900 << 10, total=1000 << 10, working=100 << 10) as device:
+    with TwinDevice(free=9000 << 10, total=10000 << 10, working=100 << 10) as device:
         core, _ = load(device, num_blocks=None, gpu_memory_utilization=0.8)
         pool = executor_of(core).pool
         caches = [cache for owner in (0, 1) for cache in pool.layers(owner)]
         per_block = sum(4 * (cache.keys[0].numel() + cache.values[0].numel()) for cache in caches)
-        assert pool.num_blocks == (800 - 100 - 100) * 1024 // per_block
+        assert pool.num_blocks == (8000 - 1000 - 100) * 1024 // per_block
 
 
 def test_the_graphs_of_all_sizes_share_one_result() -> None:
