@@ -168,7 +168,7 @@ class Decoder:
 
 
 def layers_prefix(directory: Path, reader: WeightReader) -> str:
-    """What the names of a checkpoint's layers begin with, such as "model.layers."."""
+    """The prefix of the names of a checkpoint's layers, such as "model.layers."."""
     return f"{_prefix(family_of(directory), reader)}layers."
 
 

@@ -18,7 +18,7 @@ def available(root: Path = CGROUPS, membership: Path = MEMBERSHIP, meminfo: Path
 
 
 def _left(group: Path) -> int | None:
-    """What a group of version 2 or 1 has left of its limit; None: it has none."""
+    """Bytes that a group of version 2 or 1 has left of its limit; None: it has no limit."""
     for most, used in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
         try:
             limit, now = int((group / most).read_text()), int((group / used).read_text())

@@ -69,7 +69,7 @@ def check_known(given: Collection[str], read: Collection[str], harmless: Collect
 
 
 def format_name(fields: Mapping[str, Any]) -> str:
-    """What a config calls its format: `speculators_model_type`, or else the architecture; "" if neither says it."""
+    """The name of a config's format: `speculators_model_type`, or else the architecture; "" if neither says it."""
     return str(fields.get("speculators_model_type") or architecture(fields))
 
 

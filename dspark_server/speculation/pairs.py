@@ -59,7 +59,7 @@ class PairDrafter(ModelDrafter):
 
     @abstractmethod
     def step(self, embedded: Tensor, before: Tensor, batch: Batch, cache: LayerCache) -> tuple[Tensor, Tensor]:
-        """The layer's outputs [N, D] for pairs: what serves as features of the next pair, and what the head reads."""
+        """The layer's outputs [N, D] for pairs: the features of the next pair, and the input of the head."""
 
     def observe(self, taps: list[Tensor], batch: Batch, pool: KVPool) -> None:
         """Write each token's features, and the row of the pair that ends with it."""

@@ -176,7 +176,7 @@ class StageDrafter(ModelDrafter):
 class StageContext:
     """H_ctx = norm(W [tap_1; ...; tap_m]), the same for all stages, and each stage's row of it.
 
-    `digest` names the weights that shape the rows, for the prefix cache.
+    `digest` names the drafter for the prefix cache, by weights of this; its other weights lie in the same checkpoint.
     """
 
     def __init__(self, parts: Parts, config: StagesConfig) -> None:
@@ -280,7 +280,7 @@ class StreamMtpDrafter(PairDrafter):
 
 
 class StreamPairs:
-    """The streams of pairs: X_j = H norm(features_j) + E norm(embedding). `digest` names the weights."""
+    """The streams of pairs: X_j = H norm(features_j) + E norm(embedding). `digest` as in StageContext."""
 
     def __init__(self, parts: Parts, count: int) -> None:
         into = [parts.matrix(f"mtp.0.{name}", parts.hidden) for name in ("e_proj", "h_proj")]

@@ -134,7 +134,7 @@ def _mtp_fields(run: TrainConfig, target_directory: Path) -> dict[str, Any]:
 def _speculators(
     run: TrainConfig, target_directory: Path, architecture: str, model_type: str, layers: int
 ) -> dict[str, Any]:
-    """What drafters of speculators have in common, for a layer of this `model_type`."""
+    """The fields that all drafters of speculators have, for a layer of this `model_type`."""
     theirs = read_json(target_directory / "config.json")
     shape = load_config(target_directory)
     proposal = {"proposal_type": "greedy", "speculative_tokens": run.block_size}

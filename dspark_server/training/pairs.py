@@ -44,11 +44,11 @@ class PairModel(TrainedDrafter):
 
     @abstractmethod
     def begin(self, embedded: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
-        """What attention projects [..., .] and the residual [..., D] of pairs of embeddings and features [..., D]."""
+        """The input of attention [..., .] and the residual [..., D] for pairs of embeddings and features [..., D]."""
 
     @abstractmethod
     def end(self, residual: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
-        """The features of the next pair, and what the head reads [..., D]."""
+        """The features of the next pair, and the input of the head [..., D]."""
 
     def forward(self, blocks: Blocks) -> tuple[Tensor, Tensor, Tensor | None]:
         """See TrainedDrafter: gamma passes, each a slot of every block."""

@@ -111,22 +111,28 @@ def test_rows(native: Kernels, case: Paged, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("case", CASES)
 @dtypes
 def test_entries(native: Kernels, case: Paged, ratio: int, spans: int, width: int, dtype: torch.dtype) -> None:
-    """What is kept is the same to the last bit, entries nearly so; a run alone writes the same entries."""
+    """Raw rows are the same to the last bit, entries nearly so; the first run alone writes the same to the last bit."""
     columns = spans * width
     raw, raw_tables = case.cache(8, 2 * columns, torch.float32)
     entries, entry_tables = case.cache(4, width, dtype, every=ratio)
     wide = some(len(case.positions), 2 * columns + 5)
     places, norm, cos_sin = some(ratio, columns), some(width, dtype=dtype), table(300, 8)
-    made = []
-    for kernels in (native, REFERENCE):
+    slots = case.slots(8, raw_tables)
+
+    def run(kernels: Kernels, tokens: int, runs: int) -> tuple[Tensor, Tensor]:
         kept, written = raw.clone(), entries.clone()
         kernels.compress(
-            wide[:, :columns], wide[:, 5 : columns + 5], places, case.positions, case.query_start,
-            case.slots(8, raw_tables), kept, raw_tables, case.context, written, entry_tables, norm, cos_sin, 1e-6,
+            wide[:tokens, :columns], wide[:tokens, 5 : columns + 5], places, case.positions[:tokens],
+            case.query_start[: runs + 1], slots[:tokens], kept, raw_tables[:runs], case.context[:runs], written,
+            entry_tables[:runs], norm, cos_sin, 1e-6,
         )  # fmt: skip
-        made.append((kept, written))
-    assert torch.equal(made[0][0], made[1][0])
-    torch.testing.assert_close(made[0][1], made[1][1], **TOLERANCES[dtype])
+        return kept, written
+
+    together, plain = (run(kernels, len(wide), len(case.counts)) for kernels in (native, REFERENCE))
+    assert torch.equal(together[0], plain[0])
+    torch.testing.assert_close(together[1], plain[1], **TOLERANCES[dtype])
+    alone, own = run(native, case.counts[0], 1), (raw_tables[0].long(), entry_tables[0].long())
+    assert all(torch.equal(mine[rows], its[rows]) for mine, its, rows in zip(alone, together, own, strict=True))
 
 
 @pytest.mark.parametrize("most", [1, 8, 100])
@@ -143,7 +149,7 @@ def test_choices(native: Kernels, case: Paged, most: int, dtype: torch.dtype) ->
 
 
 def test_of_equal_scores_the_lower_entries_are_chosen(native: Kernels) -> None:
-    """Where all products are negative, every score is 0."""
+    """Every score is 0 where all products are negative."""
     case = Paged([1, 3], [200, 97])
     keys, tables = case.cache(4, 16, torch.float32, every=4)
     keys.abs_()
