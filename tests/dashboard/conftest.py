@@ -17,5 +17,5 @@ def shared_server() -> Iterator[Running]:
 def server(shared_server: Running) -> Iterator[Running]:
     """Nothing may be left running, and the policy is what it was."""
     yield shared_server
-    shared_server.wait(lambda: shared_server.engine.in_flight == 0)
+    shared_server.settle()
     shared_server.post("policy", policy="causal", drafter="dspark")

@@ -90,6 +90,11 @@ class Running:
             assert time.monotonic() < end, "condition not reached"
             time.sleep(0.01)
 
+    def settle(self) -> None:
+        """Wait until nothing runs: an aborted request has left the server at once, and the engine after its step."""
+        stats = self.engine.stats
+        self.wait(lambda: self.engine.in_flight == 0 and stats.running == 0 and stats.waiting == 0)
+
     @contextmanager
     def feed(self) -> Iterator["FeedReader"]:
         with self.http.stream("GET", "/dashboard/feed") as response:
