@@ -29,7 +29,11 @@ from dspark_server.speculation.estimates import Estimates
 
 from ..models.test_moe import save_moe
 from ..runtime.twin import TwinDevice, TwinKernels
+from . import test_dflash2 as dflash2
+from . import test_mtp as mtp
 from .support import FIXTURES, REPETITIVE, greedy, prompts, seeded, shallow_pair, still
+from .test_drafter_formats import dflash_fields
+from .test_dflash2 import TARGET
 
 # Clocks stand still in `load`, so that these stay, and selection is the same at every run.
 COSTS = Profile((1, 16, 64), (1e4, 1.1e4, 2e4), (1, 4), (500.0, 700.0), 0.0, 0.0)
@@ -309,6 +313,40 @@ def test_a_drafter_of_one_token_a_pass(engines: Engines, pair: str, selection: s
         assert core.loop.stats.draft_tokens > 0
         assert core.loop.stats.failed_drafts == 0
         assert executor_of(core).drafts.replays > 0 or params is SLOT_BY_SLOT
+
+
+@pytest.fixture(scope="module")
+def formats(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Drafters of one target in the formats of others: of wider blocks than they draft, with a selector, by repetition.
+
+    Widths: DFlash's anchor is in the block and predicts nothing.
+    """
+    made = {name: tmp_path_factory.mktemp(name) for name in ("dflash", "dflash2", "mtp")}
+    own = TARGET.parent / "draft"
+    fields, tensors = json.loads((own / "config.json").read_text()), load_file(own / "model.safetensors")
+    heads = ("markov_head", "confidence_head", "embed_tokens", "lm_head")
+    write(made["dflash"], dflash_fields(fields), {n: t for n, t in tensors.items() if not n.startswith(heads)})
+    write(made["dflash2"], dflash2.CONFIG, dflash2.weights())
+    write(made["mtp"], mtp.CONFIG, mtp.weights())
+    return made
+
+
+def write(directory: Path, fields: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    (directory / "config.json").write_text(json.dumps(fields))
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, directory / "model.safetensors")
+
+
+@pytest.mark.parametrize("selection", ["causal", "lagged", "fixed"])
+@pytest.mark.parametrize("name", ["dflash", "dflash2", "mtp"])
+def test_drafters_in_the_formats_of_others(
+    engines: Engines, formats: dict[str, Path], name: str, selection: str
+) -> None:
+    for params in (AT_ONCE, FILTERED, SLOT_BY_SLOT):
+        core, _ = engines.both(generate(params), selection, pair=TARGET.parent, draft=formats[name], method="auto")
+        assert core.loop.stats.draft_tokens > 0
+        assert core.loop.stats.failed_drafts == 0
+        recorded = params is not SLOT_BY_SLOT and name != "dflash2"  # whose selector reads its candidates on the host
+        assert (executor_of(core).drafts.replays > 0) or not recorded
 
 
 def test_a_mixture_of_experts(tmp_path: Path) -> None:

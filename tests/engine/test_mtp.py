@@ -73,12 +73,15 @@ class Plain(nn.Module):
         return inner.final_layernorm(out[0])
 
 
+def weights() -> dict[str, Tensor]:
+    return {f"mtp_layers.0.{name}": tensor for name, tensor in Plain().inner.state_dict().items()}
+
+
 @pytest.fixture(scope="module")
 def drafter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("mtp")
     (directory / "config.json").write_text(json.dumps(CONFIG))
-    tensors = {f"mtp_layers.0.{name}": tensor for name, tensor in Plain().inner.state_dict().items()}
-    save_file(tensors, directory / "model.safetensors")
+    save_file(weights(), directory / "model.safetensors")
     return directory
 
 
