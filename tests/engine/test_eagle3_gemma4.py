@@ -79,9 +79,9 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-def load(pair: Path, **settings: Any) -> EngineCore:
-    draft = SpeculativeConfig(model=str(pair / "draft"), **{"selection": "fixed", "copying": False} | settings)
-    speculative = SpeculativeConfig("none") if settings.get("method") == "none" else draft
+def load(pair: Path, selection: str = "fixed", drafter: bool = True) -> EngineCore:
+    draft = SpeculativeConfig(model=str(pair / "draft"), selection=selection, copying=False)
+    speculative = draft if drafter else SpeculativeConfig("none")
     config = EngineConfig(str(pair / "target"), dtype="float32", num_blocks=400, speculative=speculative)
     return EngineCore.load(config, SMOLLM2_COSTS, clock=still)
 
@@ -149,8 +149,8 @@ def test_blocks_are_those_of_the_formulas(pair: Path) -> None:
 
 
 def test_tokens_are_the_targets(pair: Path) -> None:
-    core, texts = load(pair, selection="causal"), prompts(6, longest=60)
+    core, texts = load(pair, "causal"), prompts(6, longest=60)
     texts = [[token % VOCABULARY for token in text] for text in texts]
     params = [greedy(20) if index % 2 else seeded(index, 20) for index in range(6)]
-    assert core.generate(texts, params) == load(pair, method="none").generate(texts, params)
+    assert core.generate(texts, params) == load(pair, drafter=False).generate(texts, params)
     assert core.loop.stats.draft_tokens > 0
