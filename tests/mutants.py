@@ -104,10 +104,10 @@ LOSSLESS = (
          "tests/engine/test_grammar.py::test_drafted_and_committed_are_the_same"),
     _one("rules on the draft only", "dspark_server/speculation/law.py",
          "    logits = permitted(logits, sampling, columns)",
-         "    logits = logits.float()", f"{MONTE_CARLO}[causal-None-float32-True]"),
+         "    logits = logits.float()", f"{MONTE_CARLO}[causal-None-float32-True-block]"),
     _one("rules are not told what was committed", "dspark_server/engine/request.py",
          "                controls.commit([token])\n", "                pass\n",
-         f"{MONTE_CARLO}[causal-None-float32-True]"),
+         f"{MONTE_CARLO}[causal-None-float32-True-block]"),
     _one("prefix dropped whole on a late NaN", BLOCK,
          "return [min(request.limit, most) for request, most",
          "return [request.limit if request.limit <= most else 0 for request, most",
@@ -119,13 +119,13 @@ LOSSLESS = (
          "choice = draw_column(weights, columns, head->uniforms[at], cells);",
          "for (long j = 0; j < columns; j++) weights[j] *= weights[j];\n"
          "        choice = draw_column(weights, columns, head->uniforms[at], cells);",
-         f"{MONTE_CARLO}[causal-None-bfloat16-False]"),
+         f"{MONTE_CARLO}[causal-None-bfloat16-False-block]"),
     _one("block cut where it leaves the copy it was favoured with", SEQUENTIAL,
          "                copies.follow(k, previous)\n",
          "                copies.follow(k, previous)\n"
          "                left = copies.on[:, k] & (previous != copies.tokens[:, k])\n"
          "                usable = torch.where(left, usable.clamp(max=k), usable)\n",
-         f"{MONTE_CARLO}[causal-None-float32-False]"),
+         f"{MONTE_CARLO}[causal-None-float32-False-ratio]"),
     _one("a draft whose mask is late loses the token before it", SEQUENTIAL,
          "usable = torch.where(dead, usable.clamp(max=k), usable)",
          "usable = torch.where(dead, usable.clamp(max=max(k - 1, 0)), usable)",

@@ -1,5 +1,8 @@
 """The mutants must still apply, and name tests that exist: a run of them takes long, and a stale one says nothing."""
 
+import subprocess
+import sys
+
 import pytest
 
 from tests.mutants import MUTANTS, ROOT, Mutant
@@ -12,3 +15,13 @@ def test_a_mutant_applies_and_its_test_exists(mutant: Mutant) -> None:
         assert text != replacement
     file, *names = mutant.killer.split("[")[0].split("::")
     assert all(f" {name}" in (ROOT / file).read_text() for name in names), mutant.killer
+
+
+def test_cases_that_mutants_name_exist() -> None:
+    """A case that is not there would kill nothing: pytest drops it silently beside the test that it is a case of."""
+    cases = sorted({mutant.killer for mutant in MUTANTS if "[" in mutant.killer})
+    files = sorted({case.split("::")[0] for case in cases})
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-o", "addopts=", "-p", "no:cacheprovider", *files]
+    collected = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert cases
+    assert [case for case in cases if case not in collected] == []
