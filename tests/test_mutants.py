@@ -21,7 +21,18 @@ def test_cases_that_mutants_name_exist() -> None:
     """A case that is not there would kill nothing: pytest drops it silently beside the test that it is a case of."""
     cases = sorted({mutant.killer for mutant in MUTANTS if "[" in mutant.killer})
     files = sorted({case.split("::")[0] for case in cases})
-    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-o", "addopts=", "-p", "no:cacheprovider", *files]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "--collect-only",
+        "-q",
+        "-o",
+        "addopts=",
+        "-p",
+        "no:cacheprovider",
+        *files,
+    ]
     collected = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
     assert cases
     assert [case for case in cases if case not in collected] == []

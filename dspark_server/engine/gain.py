@@ -27,13 +27,15 @@ class StepTime:
         return self.draft + self.verify + self.host
 
 
-def seconds_without_drafts(cost_model: CostModel, load: Load, drafts: int, committed: int, took: StepTime) -> float:
+def seconds_without_drafts(
+    cost_model: CostModel, load: Load, drafts: int, committed: int, took: StepTime, drafting: int = 0
+) -> float:
     """Seconds that steps without drafts would take for the tokens of this step.
 
-    `load` is the step before its drafts, `drafts` the number of draft tokens verified, `committed` the number of tokens
-    that the step committed. Without drafts each of `load.sampling` requests gets one token a step, so the step is run
-    committed / sampling times: the pass at the size without drafts, and the same host time. Prompt tokens of the pass
-    are computed once either way.
+    `load` is the step before its drafts, `drafts` the number of draft tokens verified, `committed` that of tokens
+    committed, `drafting` that of requests for which the drafter drafted. Without drafts each of `load.sampling`
+    requests gets one token a step, so the step is run committed / sampling times: the pass at the size without drafts,
+    and the host time less what drafts add to it. Prompt tokens of the pass are computed once either way.
     """
     if not load.sampling:
         return took.verify + took.host
@@ -41,7 +43,8 @@ def seconds_without_drafts(cost_model: CostModel, load: Load, drafts: int, commi
     scale = took.verify / _pass_seconds(cost_model, load, drafts)
     last = len(cost_model.raw) - 1
     prompts = scale * float(cost_model.raw[min(load.tokens, last)] - cost_model.raw[min(load.sampling, last)])
-    return prompts + (scale * plain + took.host - prompts) * committed / load.sampling
+    host = max(0.0, took.host - cost_model.drafting_overhead(drafting))
+    return prompts + (scale * plain + host - prompts) * committed / load.sampling
 
 
 def _pass_seconds(cost_model: CostModel, load: Load, drafts: int) -> float:

@@ -137,14 +137,15 @@ class StepLoop:
             self.stats.seconds[part] += seconds
         if self.cost_model and tokens:
             took, committed = StepTime(draft, verify, host), sum(len(output.tokens) for output in outputs)
-            without = seconds_without_drafts(self.cost_model, load, draft_tokens, committed, took)
+            backbone = block.by_drafter if block else 0
+            without = seconds_without_drafts(self.cost_model, load, draft_tokens, committed, took, backbone)
             self.stats.gain.observe(took.total, without)
             self.cost_model.observe(
                 tokens=tokens,
                 context=load.context,
                 pairs=load.pairs + (tokens - load.tokens) * load.per_draft,
                 verify=verify,
-                requests=block.by_drafter if block else 0,
+                requests=backbone,
                 draft=draft,
                 overhead=host,
             )

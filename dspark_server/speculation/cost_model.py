@@ -25,6 +25,7 @@ Floats = npt.NDArray[np.float64]
 
 STALE = 0.02  # a cost that corrections have moved by this share makes the tables be built again
 OVERHEAD_GAIN = 0.1  # of a step's overhead in their average
+COMPARABLE = 64  # steps after one without drafts whose overhead is compared with its: later the load may be another
 SHORTEST, LONGEST = 1e-9, 1e6  # seconds: a measured draft or pass outside of these is an error of the clock
 
 
@@ -85,8 +86,9 @@ class CostModel:
         self._correction = Correction([profile.tokens, (1,), profile.requests])
         self._sieves = {"verify": Sieve(), "draft": Sieve()}
         self._since = 0.0  # seconds of steps since the last correction
-        self._overhead = 0.0
-        self._overheads: deque[float] = deque(maxlen=3)
+        self._overhead = Overhead()
+        self._drafting = Overhead()  # more of it, for each request that drafts
+        self._since_plain = COMPARABLE  # steps since one without drafts
         self._slowdown = Slowdown()
         self._build()
         self._start_raw, self._start_drafts = self._raw, self._drafts
@@ -123,8 +125,16 @@ class CostModel:
         return self._verify_seconds
 
     def draft(self, requests: int) -> float:
-        """Seconds to draft blocks for `requests` requests; 0 for none."""
-        return float(self._drafts[min(requests, len(self._drafts) - 1)])
+        """Seconds that drafts of `requests` requests add to a step beside their verification; 0 for none.
+
+        The draft itself, and what planning, rules and acceptance take longer than in a step without drafts: penalties
+        and masks of a block's slots can take as long as a fifth of the draft.
+        """
+        return float(self._drafts[min(requests, len(self._drafts) - 1)]) + self.drafting_overhead(requests)
+
+    def drafting_overhead(self, requests: int) -> float:
+        """The part of `draft` that is neither model's."""
+        return requests * self._drafting.seconds
 
     def doubt(self, tokens: int) -> float:
         """Standard deviation of the log of `raw[tokens]`: large where such passes have not been measured lately."""
@@ -133,8 +143,11 @@ class CostModel:
 
     @property
     def overhead(self) -> float:
-        """Seconds of a step outside both models: planning, choice of drafting requests, acceptance, commit."""
-        return self._overhead
+        """Seconds of a step without drafts outside of its pass: planning, choice of drafting requests, commit.
+
+        Of any step, while there is none without drafts.
+        """
+        return self._overhead.seconds
 
     def attention(self, context: float, pairs: float) -> float:
         """Seconds of reading `context` tokens of context, all runs together, for `pairs` (query, context) pairs."""
@@ -180,7 +193,11 @@ class CostModel:
         self._learn("verify", verify, self._verify_parts(size, reading))
         if drafted:
             self._learn("draft", draft, self._draft_parts(drafting))
-        self._learn_overhead(overhead)
+        self._since_plain = self._since_plain + 1 if drafted else 0
+        if drafted and self._since_plain <= COMPARABLE:
+            self._drafting.learn((overhead - self._overhead.seconds) / requests)
+        else:
+            self._overhead.learn(overhead)
 
     def _verify_parts(self, size: int, reading: float) -> Floats:
         """[K] seconds that each cost contributes to a pass."""
@@ -206,13 +223,6 @@ class CostModel:
         if np.abs(np.log(self._correction.factors / self._built)).max() > STALE:
             self._build()
 
-    def _learn_overhead(self, seconds: float) -> None:
-        if not seconds < LONGEST:  # nor NaN
-            return
-        self._overheads.append(max(0.0, seconds))
-        usual = median(self._overheads)  # the median ignores a single step that was held up
-        self._overhead += (usual - self._overhead) * (OVERHEAD_GAIN if self._overhead else 1.0)
-
     def _build(self) -> None:
         """Build the tables from the current factors."""
         profile, self._built = self._profile, self._correction.factors
@@ -230,6 +240,22 @@ class CostModel:
         if len(profile.draft):
             self._drafts = dense(profile.requests, self._draft, self._requests)
             self._drafts[0] = 0.0
+
+
+class Overhead:
+    """A recent average of seconds outside both models. The median of three ignores a single step that was held up."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._last: deque[float] = deque(maxlen=3)
+
+    def learn(self, seconds: float) -> None:
+        """Add a step's; values that no clock can have measured are ignored."""
+        if not seconds < LONGEST:  # nor NaN
+            return
+        first = not self._last
+        self._last.append(max(0.0, seconds))
+        self.seconds += (median(self._last) - self.seconds) * (1.0 if first else OVERHEAD_GAIN)
 
 
 def _measured(seconds: float) -> bool:

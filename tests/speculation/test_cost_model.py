@@ -128,6 +128,30 @@ def test_few_drafts_tell_what_a_draft_costs(factor: float) -> None:
     assert cost_model.raw[4] == pytest.approx(0.014, rel=0.05)  # which is no word about passes
 
 
+def test_what_drafts_add_to_the_host_is_a_part_of_their_cost() -> None:
+    """Rules of sampling take longer over a block: learnt beside steps without drafts, and forgotten with the rules."""
+    cost_model = CostModel(SERVED, 64, 8)
+
+    def steps(count: int, extra: float) -> None:
+        for _ in range(count):
+            for requests in (0, 2, 2, 2):
+                cost_model.observe(
+                    tokens=4, context=0.0, pairs=0.0, verify=SERVED.verify[2], requests=requests,
+                    draft=0.002 if requests else 0.0, overhead=0.001 + requests * extra,
+                )  # fmt: skip
+
+    steps(50, 4e-4)
+    assert cost_model.overhead == pytest.approx(0.001, rel=0.01)
+    assert cost_model.draft(2) == pytest.approx(0.002 + 2 * 4e-4, rel=0.02)
+    assert cost_model.draft(0) == 0.0
+    steps(50, 0.0)
+    assert cost_model.draft(2) == pytest.approx(0.002, rel=0.02)
+    serve(
+        cost_model, 400, requests=2, factor=2.0
+    )  # a busier engine in which every step drafts: nothing to compare with
+    assert cost_model.overhead == pytest.approx(0.002, rel=0.05)
+
+
 @given(
     st.lists(
         st.tuples(
