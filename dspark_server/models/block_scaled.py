@@ -1,7 +1,8 @@
-"""Weights stored in 8 or 4 bits beside scales of blocks of them, as DeepSeek releases them; exact in float32.
+"""Weights stored in 8 or 4 bits beside scales; exact in float32.
 
-`X.scale` holds powers of two (e8m0) for `X.weight`. In bfloat16 nothing is lost either: codes have at most four
-significant bits.
+DeepSeek's releases have powers of two (e8m0) in `X.scale` for `X.weight`, of blocks of e4m3 or runs of e2m1. In
+bfloat16 nothing is lost either: codes have at most four significant bits. Others have floats, of a tensor, of each row
+or of blocks: in `X.weight_scale_inv` (which is the scale, not its inverse) or `X.weight_scale`.
 
 Shapes: O rows, I columns of the weight.
 """
@@ -45,3 +46,25 @@ def expanded(codes: Tensor, scales: Tensor, shape: tuple[int, ...], rows: slice,
         values = torch.tensor([*_FP4, *(-each for each in _FP4)])[nibbles]
         return values * factors[row][:, column // FP4_BLOCK]
     return codes[rows][:, columns].float() * factors[row // FP8_BLOCK][:, column // FP8_BLOCK]
+
+
+def scaled(codes: Tensor, scales: Tensor, rows: slice, columns: slice) -> Tensor:
+    """These rows and columns of the weight [O, I] float32; `codes` e4m3 or int8 [O, I].
+
+    `scales`, of floats, has one element, [O, 1] or [O], or one for each block of 128 x 128.
+
+    Raises CheckpointError if it has another shape.
+    """
+    height, width = codes.shape
+    values, factors = codes[rows][:, columns].float(), scales.float()
+    if factors.numel() == 1:
+        return values * factors.flatten()
+    if tuple(factors.shape) in ((height, 1), (height,)):
+        return values * factors.view(-1, 1)[rows]
+    if tuple(factors.shape) != (-(-height // FP8_BLOCK), -(-width // FP8_BLOCK)):
+        raise CheckpointError(
+            f"its scales have shape {list(factors.shape)}: neither one, nor one of each of {height} rows, nor of each "
+            f"block of {FP8_BLOCK} x {FP8_BLOCK}"
+        )
+    row, column = torch.arange(height)[rows], torch.arange(width)[columns]
+    return values * factors[row // FP8_BLOCK][:, column // FP8_BLOCK]

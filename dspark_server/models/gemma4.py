@@ -21,6 +21,7 @@ from dspark_server.models.layers.mlp import Mlp, MlpConfig
 from dspark_server.models.layers.parts import Parts
 from dspark_server.models.layers.rope import rope_parameters
 from dspark_server.models.llama import FULL, SLIDING, special_tokens, windows_by_type
+from dspark_server.models.quantization import check_quantization
 from dspark_server.runtime.batch import Batch
 from dspark_server.runtime.kv import LayerCache
 from dspark_server.runtime.linear import Linear
@@ -137,8 +138,7 @@ def parse_assistant(fields: Fields) -> ModelConfig:
 def _decoder(fields: Fields, generation: Fields, types: list[str]) -> ModelConfig:
     for name, harmless in _WITHOUT.items():
         refuse(fields, name, harmless)
-    if fields.get("quantization_config"):
-        raise CheckpointError("config.json: quantized checkpoints are not supported; use the unquantized model")
+    check_quantization(fields)
     hidden, max_position = integer(fields, "hidden_size"), integer(fields, "max_position_embeddings")
     window = fields.get("sliding_window")
     layers = tuple(

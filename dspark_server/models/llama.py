@@ -15,6 +15,7 @@ from dspark_server.models.layers.mlp import MlpConfig
 from dspark_server.models.layers.moe import MoeConfig
 from dspark_server.models.layers.prenorm import PreNormLayer
 from dspark_server.models.layers.rope import rope_config
+from dspark_server.models.quantization import check_quantization
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
@@ -49,8 +50,7 @@ def read_decoder(
     fields of its own beside these: unknown ones are passed over.
     """
     refuse(fields, "hidden_act", ("silu",))
-    if fields.get("quantization_config"):
-        raise CheckpointError("config.json: quantized checkpoints are not supported; use the unquantized model")
+    check_quantization(fields)
     if fields.get("rope_interleaved"):
         raise CheckpointError("config.json: rope_interleaved is not supported; rotary pairs must be (i, i + d/2)")
     heads, hidden = integer(fields, "num_attention_heads"), integer(fields, "hidden_size")

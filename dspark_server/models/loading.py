@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dspark_server.errors import CheckpointError
-from dspark_server.models.block_scaled import expanded, scale_shape, stored_shape
+from dspark_server.models.block_scaled import expanded, scale_shape, scaled, stored_shape
 from dspark_server.models.fields import GGUF_IS_NOT_READ, read_json
 from dspark_server.models.layers.rope import RopeConfig, may_be_frequencies
 
@@ -28,6 +28,7 @@ _INTEGERS = ("I64", "I32", "I16", "U16", "U8", "BOOL")
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _BLOCK_SCALED = ("F8_E4M3", "I8")  # beside e8m0 scales
 _SCALES = ("F8_E8M0",)
+_FLOAT_SCALES = ("weight_scale_inv", "weight_scale")  # in place of "weight" at the end of a name
 # Buffers that old exporters saved; rotary frequencies are computed from the config, and must agree with them.
 _FREQUENCIES = r".*rotary_emb\.inv_freq"
 
@@ -135,14 +136,21 @@ def weight_bytes(checkpoint: Checkpoint, itemsize: int, ranks: int, whole: str, 
     """
     shared = everywhere = 0
     for name, info in checkpoint.tensors.items():
-        if name.startswith(unused or "\0") or info.dtype in _SCALES:
+        if name.startswith(unused or "\0") or info.dtype in _SCALES or name.endswith(_FLOAT_SCALES):
             continue
-        count = prod(info.shape) * (2 if info.dtype == "I8" else 1)
+        packed = info.dtype == "I8" and _float_scale(checkpoint, name) is None
+        count = prod(info.shape) * (2 if packed else 1)
         if name.endswith(whole):
             everywhere += count
         else:
             shared += count
     return (everywhere + -(-shared // ranks)) * itemsize
+
+
+def _float_scale(checkpoint: Checkpoint, name: str) -> str | None:
+    """The name of the floats that scale a weight of 8 bits; None: it has none."""
+    names = [name.removesuffix("weight") + each for each in _FLOAT_SCALES]
+    return next((each for each in names if each in checkpoint.tensors), None)
 
 
 class WeightReader:
@@ -196,7 +204,18 @@ class WeightReader:
         return tensor
 
     def _expanded(self, name: str, info: TensorInfo, shape: tuple[int, ...], rows: slice, columns: slice) -> Tensor:
-        """Part of a weight that is stored beside scales of its blocks, in float32."""
+        """Part of a weight that is stored beside scales, in float32."""
+        if floats := _float_scale(self._checkpoint, name):
+            found = self._checkpoint.tensors[floats]
+            if found.dtype not in _DTYPES:
+                raise CheckpointError(
+                    f"{found.file}: tensor {floats} has dtype {found.dtype}, where floats are expected"
+                )
+            self._taken.add(floats)
+            try:
+                return scaled(self._checkpoint.read(name), self._checkpoint.read(floats), rows, columns)
+            except CheckpointError as error:
+                raise CheckpointError(f"{info.file}: tensor {name}: {error}") from None
         scale = name.removesuffix("weight") + "scale"
         if self._find(scale, scale_shape(info.dtype, shape)).dtype not in _SCALES:
             raise CheckpointError(f"{info.file}: tensor {scale} should hold e8m0 scales of {name}")
@@ -223,7 +242,8 @@ class WeightReader:
                 f"{self._checkpoint.directory}: tensor {name} is missing; the checkpoint is incomplete, "
                 "or its config.json belongs to another model"
             )
-        if info.shape != stored_shape(info.dtype, tuple(shape)):
+        whole = _float_scale(self._checkpoint, name) is not None  # two of four bits make a byte, one of eight does
+        if info.shape != (tuple(shape) if whole else stored_shape(info.dtype, tuple(shape))):
             raise CheckpointError(
                 f"{info.file}: tensor {name} has shape {list(info.shape)}, but config.json asks for {list(shape)}; "
                 "weights and config.json must come from the same model"

@@ -1,0 +1,69 @@
+"""What a config.json's `quantization_config` says of the weights: 8 bits beside scales, or a format that is not read.
+
+Weights are expanded as they are read. Inputs of products keep the model's type where a format would round them to 8
+bits, too (W8A8): nothing is lost by that.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from dspark_server.errors import CheckpointError
+from dspark_server.models.block_scaled import FP8_BLOCK
+from dspark_server.models.fields import Fields, refuse
+
+READ = (
+    "fp8 with scales of blocks of 128 x 128 (quant_method fp8), and compressed-tensors' int-quantized, float-quantized "
+    "and naive-quantized in 8 bits, symmetric, with scales of tensors, channels or blocks of 128 x 128"
+)
+_PLAIN_FORMATS = ("int-quantized", "float-quantized", "naive-quantized")
+
+
+def check_quantization(fields: Fields) -> None:
+    """Raise CheckpointError if the weights are in a format that `WeightReader` does not read."""
+    stored = fields.get("quantization_config")
+    if stored is None:
+        return
+    if not isinstance(stored, Mapping):
+        raise CheckpointError(f"config.json: quantization_config should be an object, not {stored!r}")
+    method = stored.get("quant_method")
+    if method == "fp8":
+        refuse(stored, "fmt", ("e4m3",))
+        refuse(stored, "weight_block_size", ([FP8_BLOCK, FP8_BLOCK],))
+        refuse(stored, "activation_scheme", ("dynamic",))
+    elif method == "compressed-tensors":
+        _check_compressed(stored)
+    else:
+        raise CheckpointError(
+            f"config.json: quantization_config has quant_method {method!r}, which is not read; take the unquantized "
+            f"model, or one of: {READ}"
+        )
+
+
+def _check_compressed(stored: Mapping[str, Any]) -> None:
+    groups = stored.get("config_groups")
+    if not isinstance(groups, Mapping) or not all(isinstance(group, Mapping) for group in groups.values()):
+        raise CheckpointError(f"config.json: quantization_config's config_groups should be objects, not {groups!r}")
+    if stored.get("sparsity_config"):
+        raise CheckpointError("config.json: quantization_config has a sparsity_config: sparse weights are not read")
+    if stored.get("kv_cache_scheme"):
+        raise CheckpointError("config.json: quantization_config has a kv_cache_scheme, whose scales are not read")
+    for name, group in groups.items():
+        where = f"config.json: quantization_config's {name}"
+        format_name = group.get("format") or stored.get("format")
+        if format_name not in _PLAIN_FORMATS:
+            raise CheckpointError(f"{where} has format {format_name!r}; those that are read: {READ}")
+        weights, inputs = group.get("weights"), group.get("input_activations")
+        if not isinstance(weights, Mapping):
+            raise CheckpointError(f"{where} should say how weights are stored, not {weights!r}")
+        bits, symmetric, strategy = (weights.get(each) for each in ("num_bits", "symmetric", "strategy"))
+        if bits != 8 or symmetric is False or strategy not in ("tensor", "channel", "block"):
+            raise CheckpointError(
+                f"{where} has weights of num_bits {bits}, symmetric {symmetric}, strategy {strategy!r}; those that are "
+                f"read: {READ}"
+            )
+        if strategy == "block" and weights.get("block_structure") != [FP8_BLOCK, FP8_BLOCK]:
+            raise CheckpointError(
+                f"{where} has blocks of {weights.get('block_structure')}; those of {FP8_BLOCK} x {FP8_BLOCK} are read"
+            )
+        if isinstance(inputs, Mapping) and inputs.get("dynamic") is False:
+            raise CheckpointError(f"{where} has static scales of inputs, which are not read; take dynamic ones")
