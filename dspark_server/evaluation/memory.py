@@ -1,7 +1,8 @@
 """The memory that a model needs on each rank, from config.json and the checkpoint's headers: no weight is read.
 
-The layers are built as they are to be served, over a reader that counts and gives tensors without data. A rank's part
-of the routed experts is as large in whole experts (expert parallelism) as in parts of each (tensor parallelism).
+The layers are built as they are to be served, over a reader that counts and gives tensors without data; of layers
+with one config the first is built, and counted for all. A rank's part of the routed experts is as large in whole
+experts (expert parallelism) as in parts of each (tensor parallelism).
 """
 
 import re
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from dspark_server.config import UTILIZATION, EngineConfig
 from dspark_server.errors import CheckpointError
-from dspark_server.models.config import ModelConfig
+from dspark_server.models.config import LayerConfig, ModelConfig
 from dspark_server.models.decoder import ROTARY_MARGIN, check_length
 from dspark_server.models.family import Family
 from dspark_server.models.layers.latent import LatentConfig
@@ -53,6 +54,12 @@ class Weights:
         self.served[part] += served
         self.packed[part] += packed
         self.stored[dtype] += packed
+
+    def include(self, others: "Weights") -> None:
+        """Count others' tensors, too."""
+        self.served.update(others.served)
+        self.packed.update(others.packed)
+        self.stored.update(others.stored)
 
 
 @dataclass(frozen=True)
@@ -146,12 +153,13 @@ class HeaderParts(Parts):
     def rotary_table(self, rope: RopeConfig, head_dim: int) -> Tensor:
         """See Parts."""
         if (rope, head_dim) not in self._tables:
-            table = torch.empty((self.positions, head_dim), dtype=torch.float32, device="meta")
-            assert isinstance(self.reader, HeaderReader)
-            self.reader.weights.served["rotary tables"] += table.nbytes
-            self.reader.weights.packed["rotary tables"] += table.nbytes
-            self._tables[rope, head_dim] = table
+            self._tables[rope, head_dim] = torch.empty((self.positions, head_dim), dtype=torch.float32, device="meta")
         return self._tables[rope, head_dim]
+
+    @property
+    def table_bytes(self) -> int:
+        """Bytes of all rotary tables."""
+        return sum(table.nbytes for table in self._tables.values())
 
 
 def stored_bytes(headers: Mapping[str, TensorInfo], name: str) -> int:
@@ -175,8 +183,8 @@ def need(
     tensors that do not belong to the config, ConfigError if the ranks cannot share the model.
     """
     model, ranks = family.parse(dict(fields), {}), config.tensor_parallel_size
-    kept = fields.get("dtype", fields.get("torch_dtype")) if config.dtype == "auto" else config.dtype
-    dtype = torch.float32 if kept == "float32" else torch.bfloat16
+    said = fields.get("dtype", fields.get("torch_dtype")) if config.dtype == "auto" else config.dtype
+    dtype = torch.float32 if said == "float32" else torch.bfloat16
     model.shared_by(ranks)
     length = check_length(model, config.max_model_len)
     reader = HeaderReader(checkpoint, dtype, family)
@@ -187,9 +195,16 @@ def need(
     prefix = next((each for each in family.prefixes if f"{each}{family.embedding}" in reader), family.prefixes[0])
     vocabulary = (model.vocab_size, model.hidden_size)
     reader.take(f"{prefix}{family.embedding}", vocabulary)
-    rows: list[CacheRows] = []
+    rows, whole, built = list[CacheRows](), reader.weights, dict[LayerConfig, tuple[Weights, list[CacheRows]]]()
     for number, layer in enumerate(model.layers):
-        rows += family.layer(parts, layer, f"{prefix}layers.{number}.").attention.caches(length)
+        if layer not in built:
+            reader.weights = Weights()
+            kept = family.layer(parts, layer, f"{prefix}layers.{number}.").attention.caches(length)
+            built[layer] = reader.weights, kept
+        whole.include(built[layer][0])
+        rows += built[layer][1]
+    reader.weights = whole
+    whole.served["rotary tables"] = whole.packed["rotary tables"] = parts.table_bytes
     parts.norm(f"{prefix}norm")
     if model.streams:
         StreamHead(parts, model.streams, f"{prefix}hc_head_")
@@ -206,7 +221,7 @@ def need(
         drafter = [CacheRows(1, attention.head_dim, reach, values=False)] * stages.stages
         rows = [each if each.reach != attention.window else each._replace(reach=reach) for each in rows]
         if rank == 0:
-            _count_stages(checkpoint, reader.weights, dtype.itemsize, family.head if ranks > 1 else None)
+            _count_stages(checkpoint, whole, dtype.itemsize, family.head if ranks > 1 else None)
     elem = 1 if config.kv_cache_dtype == "fp8" else dtype.itemsize
     layout = CacheLayout.of([rows, drafter], config.block_size, elem)
     if rank:
@@ -214,7 +229,7 @@ def need(
     working = (
         _working(model, config, drafted, dtype.itemsize) if rank == 0 else _working(model, config, 0, dtype.itemsize)
     )
-    return Need(reader.weights, layout.groups, layout.block_bytes, working)
+    return Need(whole, layout.groups, layout.block_bytes, working)
 
 
 def _count_stages(checkpoint: Checkpoint, weights: Weights, itemsize: int, head: str | None) -> None:
