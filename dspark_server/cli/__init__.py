@@ -30,7 +30,12 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 
 COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
     "Serving": {"serve": serving.serve, "config": serving.config, "chat": chat.chat},
-    "Models": {"pull": models.pull, "profile": models.profile, "conformance": models.conformance},
+    "Models": {
+        "pull": models.pull,
+        "memory": models.memory,
+        "profile": models.profile,
+        "conformance": models.conformance,
+    },
     "Drafters": {
         "data": training.data,
         "train": training.train,
@@ -57,6 +62,7 @@ EXAMPLES = {
         "echo 'Name three colours.' | dspark-server chat --url http://127.0.0.1:9000",
     ),
     "pull": ("dspark-server pull", "dspark-server pull Qwen/Qwen3-0.6B --revision main"),
+    "memory": ("dspark-server memory ./DeepSeek-V4-Flash-0731 --tensor-parallel-size 8 --gpu-memory 139",),
     "profile": ("dspark-server profile --again --plot sps.png", "dspark-server profile --max-num-batched-tokens 512"),
     "conformance": ("dspark-server conformance fixtures/dspark_qwen3_vanilla",),
     "data": (

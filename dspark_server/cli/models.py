@@ -1,4 +1,4 @@
-"""`pull`, `profile` and `conformance`: a model before it is served."""
+"""`pull`, `memory`, `profile` and `conformance`: a model before it is served."""
 
 from pathlib import Path
 from typing import Annotated
@@ -19,6 +19,40 @@ def pull(
         from dspark_server.models.hub import resolve_model
 
         typer.echo(resolve_model(model, revision=revision))
+
+
+@takes_settings(("Model", "Engine", "Speculation"), without=("measure-costs-again",))
+def memory(
+    resolution: Resolution,
+    gpu_memory: Annotated[float, typer.Option(min=1, metavar="GIB", help="Memory of one GPU, such as 79 (H100).")],
+) -> None:
+    """Print what each rank holds of a model, and how many tokens of context fit beside it.
+
+    MODEL is a directory, of which config.json and the headers of the weights are read. The flags are those of serve.
+    Drafters in directories of their own are not counted.
+    """
+    from rich.console import Console
+
+    from dspark_server.config import EngineConfig
+    from dspark_server.evaluation.memory import GIB, need, show
+    from dspark_server.models.decoder import check_length
+    from dspark_server.models.fields import read_json
+    from dspark_server.models.loading import open_checkpoint
+    from dspark_server.models.registry import family_of, load_config
+
+    config = resolution.make(EngineConfig)
+    directory = Path(config.model)
+    if not directory.is_dir():
+        raise ConfigError(
+            f"{config.model} is not a directory on this machine: say the one that dspark-server pull prints."
+        )
+    fields, family, checkpoint = read_json(directory / "config.json"), family_of(directory), open_checkpoint(directory)
+    ranks = range(min(config.tensor_parallel_size, 2))
+    needs = [need(checkpoint, fields, family, config, rank) for rank in ranks]
+    console = Console()
+    show(needs, config, check_length(load_config(directory), config.max_model_len), gpu_memory * GIB, console)
+    if config.speculative.model:
+        console.print(f"The drafter {config.speculative.model} is not counted.")
 
 
 @takes_settings(("Model", "Engine", "Speculation"), without=("measure-costs-again",))

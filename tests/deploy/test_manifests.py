@@ -14,7 +14,7 @@ from dspark_server.api.server import LAST_WORDS_TIMEOUT
 from dspark_server.cli import app
 from tests.api.support import Running
 
-from .checkpoints import TARGETS
+from .checkpoints import DEEPSEEK, TARGETS
 from .dockerfile import environment, stage
 from .manifests import (
     APPLIED,
@@ -25,6 +25,7 @@ from .manifests import (
     of_kind,
     overlay,
     pod_templates,
+    readable,
     render,
     servers,
 )
@@ -32,13 +33,18 @@ from .manifests import (
 IMAGE = environment("server")
 ENGINE_STOP = 10  # seconds beyond all drain times for the engine to stop
 
-PODS = {"tensor-parallel": 1, "multi-node": 2}  # of one server, each with several ranks
+PODS = {
+    "tensor-parallel": 1,
+    "multi-node": 2,
+    "deepseek-v4-flash": 1,
+    "deepseek-v4-pro": 2,
+}  # of one server, each with several ranks
 
 
 def on_this_machine(text: str, tmp_path: Path) -> str:
     """A path inside the container as one here: configuration files, and secrets with something in them."""
     if text.startswith("/opt/dspark-server/configs/"):
-        return text.replace("/opt/dspark-server/configs", str(ROOT / "configs" / "serve"))
+        return str(readable(ROOT / "configs" / "serve" / Path(text).name, tmp_path))
     if text.startswith("/run/secrets/"):
         secret = tmp_path / "secret"
         secret.write_text("key\n")
@@ -154,7 +160,8 @@ def test_gpus_are_requested_as_they_are_limited(name: str) -> None:
         gpus.add(int(limits.get("nvidia.com/gpu", 0)))
         is_gpu_config = "-gpu.yaml" in container["args"][container["args"].index("--config") + 1]
         assert is_gpu_config == (gpus != {0})
-    assert gpus == {{"cpu": 0, "single-gpu": 1, "replicas": 1, "tensor-parallel": 4, "multi-node": 4}[name]}
+    few = {"cpu": 0, "single-gpu": 1, "replicas": 1, "tensor-parallel": 4, "multi-node": 4}
+    assert gpus == {(few | {"deepseek-v4-flash": 8, "deepseek-v4-pro": 8})[name]}
 
 
 @pytest.mark.parametrize("name", PODS)
@@ -163,13 +170,15 @@ def test_tensor_parallel_size_is_the_number_of_gpus_and_divides_the_heads(
 ) -> None:
     manifests = overlay(name)
     pods = PODS[name]
-    if name == "multi-node":
+    if pods > 1:
         assert of_kind(manifests, "LeaderWorkerSet")[0]["spec"]["leaderWorkerTemplate"]["size"] == pods
     for _, container in servers(manifests):
-        size = int(container["args"][container["args"].index("--tensor-parallel-size") + 1])
+        found = settings(container, tmp_path, monkeypatch)
+        size = found["tensor-parallel-size"]
         assert size == pods * int(container["resources"]["limits"]["nvidia.com/gpu"])
-        target = TARGETS[settings(container, tmp_path, monkeypatch)["model"]]
-        assert target["num_attention_heads"] % size == target["num_key_value_heads"] % size == 0
+        target = (TARGETS | DEEPSEEK)[found["model"]]
+        shared = "o_groups" if found["model"] in DEEPSEEK else "num_key_value_heads"
+        assert target["num_attention_heads"] % size == target[shared] % size == 0
         environment = {each["name"]: each.get("value") for each in container.get("env", ())}
         assert "OMP_NUM_THREADS" not in environment  # threads follow limits.cpu, also when it changes in place
         if pods > 1:  # how each pod's server knows which ranks are its own
