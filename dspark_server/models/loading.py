@@ -16,9 +16,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dspark_server.errors import CheckpointError
+from dspark_server.models import packed
 from dspark_server.models.block_scaled import expanded, scale_shape, scaled, stored_shape
 from dspark_server.models.fields import GGUF_IS_NOT_READ, read_json
 from dspark_server.models.layers.rope import RopeConfig, may_be_frequencies
+from dspark_server.models.quantization import packed_version
+from dspark_server.runtime.quantized import QuantizedMatrix
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -136,10 +139,10 @@ def weight_bytes(checkpoint: Checkpoint, itemsize: int, ranks: int, whole: str, 
     """
     shared = everywhere = 0
     for name, info in checkpoint.tensors.items():
-        if name.startswith(unused or "\0") or info.dtype in _SCALES or name.endswith(_FLOAT_SCALES):
+        if name.startswith(unused or "\0") or info.dtype in _SCALES or name.endswith(_FLOAT_SCALES + packed.OTHERS):
             continue
-        packed = info.dtype == "I8" and _float_scale(checkpoint, name) is None
-        count = prod(info.shape) * (2 if packed else 1)
+        pairs = info.dtype == "I8" and _float_scale(checkpoint, name) is None
+        count = prod(info.shape) * (8 if name.endswith(packed.WORDS) else 2 if pairs else 1)
         if name.endswith(whole):
             everywhere += count
         else:
@@ -166,7 +169,7 @@ class WeightReader:
         self._taken: set[str] = set()
 
     def __contains__(self, name: str) -> bool:
-        return name in self._checkpoint.tensors
+        return name in self._checkpoint.tensors or self._is_packed(name)
 
     def shape(self, name: str) -> tuple[int, ...] | None:
         """Return the shape of a tensor; None if there is none."""
@@ -187,6 +190,9 @@ class WeightReader:
 
         Raises CheckpointError if it is absent, of another shape or an unsupported dtype, or holds NaN or infinity.
         """
+        if len(shape) == 2 and self._is_packed(name):
+            whole = self._packed(name, (shape[0], shape[1])).expanded(torch.float32)
+            return self._finite(name, whole[rows][:, columns].to(self.where).to(dtype or self.dtype))
         info = self._find(name, shape)
         if info.dtype in _BLOCK_SCALED and len(shape) == 2:
             tensor = self._expanded(name, info, tuple(shape), rows, columns)
@@ -198,10 +204,34 @@ class WeightReader:
                 f"{info.file}: tensor {name} has dtype {info.dtype}; {', '.join(_DTYPES.values())} are supported, and "
                 "8 and 4 bits with scales of blocks"
             )
-        tensor = tensor.to(self.where).to(dtype or self.dtype)
+        return self._finite(name, tensor.to(self.where).to(dtype or self.dtype))
+
+    def _finite(self, name: str, tensor: Tensor) -> Tensor:
         if not all(bound.isfinite() for bound in tensor.aminmax()):  # either bound is NaN if any element is
-            raise CheckpointError(f"{info.file}: tensor {name} holds NaN or infinity; download or export it again")
+            raise CheckpointError(
+                f"{self._checkpoint.directory}: tensor {name} holds NaN or infinity; download or export it again"
+            )
         return tensor
+
+    def _is_packed(self, name: str) -> bool:
+        stem = name.removesuffix("weight")
+        return stem != name and any(stem + each in self._checkpoint.tensors for each in packed.WORDS)
+
+    def _packed(self, name: str, shape: tuple[int, int]) -> QuantizedMatrix:
+        """A weight that is packed into words."""
+        stem = name.removesuffix("weight")
+
+        def read(end: str) -> Tensor | None:
+            if stem + end not in self._checkpoint.tensors:
+                return None
+            self._taken.add(stem + end)
+            return self._checkpoint.read(stem + end)
+
+        read("weight_shape")
+        try:
+            return packed.read_packed(read, shape, packed_version(self._checkpoint.directory))
+        except CheckpointError as error:
+            raise CheckpointError(f"{self._checkpoint.directory}: {name}: {error}") from None
 
     def _expanded(self, name: str, info: TensorInfo, shape: tuple[int, ...], rows: slice, columns: slice) -> Tensor:
         """Part of a weight that is stored beside scales, in float32."""

@@ -5,17 +5,20 @@ bits, too (W8A8): nothing is lost by that.
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from dspark_server.errors import CheckpointError
 from dspark_server.models.block_scaled import FP8_BLOCK
-from dspark_server.models.fields import Fields, refuse
+from dspark_server.models.fields import Fields, read_json, refuse
 
 READ = (
-    "fp8 with scales of blocks of 128 x 128 (quant_method fp8), and compressed-tensors' int-quantized, float-quantized "
-    "and naive-quantized in 8 bits, symmetric, with scales of tensors, channels or blocks of 128 x 128"
+    "fp8 with scales of blocks of 128 x 128 (quant_method fp8); gptq and awq; compressed-tensors' int-quantized, "
+    "float-quantized and naive-quantized in 8 bits, symmetric, with scales of tensors, channels or blocks of 128 x "
+    "128, and pack-quantized in 4 or 8 bits, symmetric, with scales of channels or groups"
 )
 _PLAIN_FORMATS = ("int-quantized", "float-quantized", "naive-quantized")
+_PACKED = "pack-quantized"
 
 
 def check_quantization(fields: Fields) -> None:
@@ -30,6 +33,13 @@ def check_quantization(fields: Fields) -> None:
         refuse(stored, "fmt", ("e4m3",))
         refuse(stored, "weight_block_size", ([FP8_BLOCK, FP8_BLOCK],))
         refuse(stored, "activation_scheme", ("dynamic",))
+    elif method == "gptq":
+        refuse(stored, "bits", (4, 8))
+        refuse(stored, "checkpoint_format", ("gptq", "gptq_v2"))
+    elif method == "awq":
+        refuse(stored, "bits", (4,))
+        refuse(stored, "version", ("gemm", "GEMM"))
+        refuse(stored, "zero_point", (True,))
     elif method == "compressed-tensors":
         _check_compressed(stored)
     else:
@@ -50,13 +60,15 @@ def _check_compressed(stored: Mapping[str, Any]) -> None:
     for name, group in groups.items():
         where = f"config.json: quantization_config's {name}"
         format_name = group.get("format") or stored.get("format")
-        if format_name not in _PLAIN_FORMATS:
+        if format_name not in (*_PLAIN_FORMATS, _PACKED):
             raise CheckpointError(f"{where} has format {format_name!r}; those that are read: {READ}")
         weights, inputs = group.get("weights"), group.get("input_activations")
         if not isinstance(weights, Mapping):
             raise CheckpointError(f"{where} should say how weights are stored, not {weights!r}")
         bits, symmetric, strategy = (weights.get(each) for each in ("num_bits", "symmetric", "strategy"))
-        if bits != 8 or symmetric is False or strategy not in ("tensor", "channel", "block"):
+        packed = format_name == _PACKED
+        widths, strategies = ([4, 8], ["channel", "group"]) if packed else ([8], ["tensor", "channel", "block"])
+        if bits not in widths or symmetric is False or strategy not in strategies:
             raise CheckpointError(
                 f"{where} has weights of num_bits {bits}, symmetric {symmetric}, strategy {strategy!r}; those that are "
                 f"read: {READ}"
@@ -67,3 +79,12 @@ def _check_compressed(stored: Mapping[str, Any]) -> None:
             )
         if isinstance(inputs, Mapping) and inputs.get("dynamic") is False:
             raise CheckpointError(f"{where} has static scales of inputs, which are not read; take dynamic ones")
+
+
+def packed_version(directory: Path) -> str:
+    """What the words of a checkpoint's packed weights mean: "gptq", "gptq_v2", "awq", or another's method."""
+    fields = read_json(directory / "config.json")
+    text = fields.get("text_config")
+    stored = fields.get("quantization_config") or (isinstance(text, dict) and text.get("quantization_config")) or {}
+    method = str(stored.get("quant_method"))
+    return str(stored.get("checkpoint_format", method)) if method == "gptq" else method

@@ -13,9 +13,9 @@ from torch import Tensor
 class QuantizedMatrix:
     """W[o, k] = scales[o, g] (codes[o, k] - zeros[o, g]), g = k // group.
 
-    `codes` [O, K] int8, within the range of `bits`, 8 or 4; `scales` [O, G] float32; `zeros` [O, G] float32, None: 0.
-    `order` [K]: the columns are these of the input's, in this order (GPTQ's act-order); None: as they are.
-    `rounds_inputs`: the product rounds each row of its input to 8 bits, too (W8A8).
+    `codes` [O, K] int8: of 8 `bits`, or of 4, signed where there are no zeros and unsigned where there are. `scales`
+    [O, G] float32; `zeros` [O, G] float32, None: 0. `order` [K]: the columns are these of the input's, in this order
+    (act-order); None: as they are.
     """
 
     codes: Tensor
@@ -24,7 +24,6 @@ class QuantizedMatrix:
     bits: int = 8
     zeros: Tensor | None = None
     order: Tensor | None = None
-    rounds_inputs: bool = False
 
     def expanded(self, dtype: torch.dtype) -> Tensor:
         """The weight [O, K] that it stands for, in the order of the input's columns."""

@@ -100,7 +100,7 @@ def test_a_drafters_config_parses_whatever_its_architecture_is_called() -> None:
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "one set for all layers"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         ({"rope_interleaved": True}, "rope_interleaved"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quant_method 'gptq', which is not read"),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "quant_method 'bitsandbytes', which is not read"),
         ({"layer_types": ["sliding_attention"] * 4}, "layer_types is not supported for llama"),
         ({"num_key_value_heads": 3}, "multiple"),
         ({"hidden_size": 0}, "hidden_size must be a positive integer"),

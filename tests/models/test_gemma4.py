@@ -128,7 +128,7 @@ def test_a_drafter_may_have_the_targets_spelling() -> None:
         ({"rope_parameters": {FULL: {"rope_type": "default"}}}, "rope_parameters needs an entry for sliding_attention"),
         ({"rope_parameters": {kind: {"rope_type": "axial"} for kind in (FULL, SLIDING)}}, "rope type 'axial'"),
         ({"per_layer_config": {"1": {"sliding_window": 4}}}, "per_layer_config may give a layer head_dim"),
-        ({"quantization_config": {"quant_method": "awq"}}, "quant_method 'awq', which is not read"),
+        ({"quantization_config": {"quant_method": "torchao"}}, "quant_method 'torchao', which is not read"),
         ({"num_global_key_value_heads": 3}, "must be a multiple"),
     ],
 )

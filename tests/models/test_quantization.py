@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dspark_server.errors import CheckpointError
 from dspark_server.models.decoder import Decoder
-from dspark_server.models.loading import open_checkpoint, weight_bytes
+from dspark_server.models.loading import WeightReader, open_checkpoint, weight_bytes
 from dspark_server.models.quantization import check_quantization
 
 from .support import tiny_model
@@ -93,7 +93,10 @@ def test_logits_are_those_of_the_weights_that_are_meant(name: str, tmp_path: Pat
         ({"quant_method": "bitsandbytes"}, "quant_method 'bitsandbytes', which is not read"),
         (FINE | {"activation_scheme": "static"}, "activation_scheme 'static' is not supported"),
         (FINE | {"weight_block_size": [64, 64]}, "weight_block_size"),
-        (compressed("int", "group", "pack-quantized"), "format 'pack-quantized'"),
+        (compressed("int", "group", "marlin-24", num_bits=4), "format 'marlin-24'"),
+        (compressed("int", "group", "pack-quantized", num_bits=4, symmetric=False), "symmetric False"),
+        ({"quant_method": "gptq", "bits": 3}, "bits 3 is not supported"),
+        ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "version 'gemv'"),
         (compressed("int", "channel", "int-quantized", symmetric=False), "symmetric False"),
         (compressed("int", "channel", "int-quantized", num_bits=4), "num_bits 4"),
         (compressed("float", "block", "float-quantized", block_structure=[64, 64]), r"blocks of \[64, 64\]"),
@@ -117,3 +120,92 @@ def test_scales_of_another_shape_are_refused(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"up_proj.weight: its scales have shape \[2, 2\]"):
         Decoder.load(tmp_path, torch.float32, load("reference"), max_model_len=64)
+
+
+PACKED: dict[str, dict[str, Any]] = {
+    "pack-quantized": compressed("int", "group", "pack-quantized", num_bits=4, group_size=32),
+    "pack-quantized 8 bits": compressed("int", "channel", "pack-quantized"),
+    "pack-quantized act-order": compressed("int", "group", "pack-quantized", num_bits=4, group_size=32),
+    "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": True},
+    "gptq act-order": {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": True, "sym": False},
+    "gptq v2": {"quant_method": "gptq", "bits": 4, "group_size": 32, "checkpoint_format": "gptq_v2"},
+    "gptq 8 bits": {"quant_method": "gptq", "bits": 8, "group_size": -1},
+    "awq": {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm", "zero_point": True},
+}
+GROUPED = {"hidden_size": 160, "intermediate_size": 320, "head_dim": 32, "num_attention_heads": 4}
+
+
+def word(integers: list[int], bits: int) -> int:
+    """One signed 32-bit word, the first integer in its lowest bits."""
+    value = sum(each << (bits * place) for place, each in enumerate(integers))
+    return value - (1 << 32) if value >= 1 << 31 else value
+
+
+def packed(rows: list[list[int]], bits: int, order: tuple[int, ...] | None = None) -> Tensor:
+    """int32 [n, m / p] of integers [n, m], packed along rows; within a word in this `order`."""
+    size = 32 // bits
+    words = [
+        [word([row[at + place] for place in order or range(size)], bits) for at in range(0, len(row), size)]
+        for row in rows
+    ]
+    return torch.tensor(words, dtype=torch.int32)
+
+
+def pack(weight: Tensor, name: str, noise: torch.Generator) -> tuple[dict[str, Tensor], Tensor]:
+    """The tensors of a weight [O, I] by the ends of their names, and the weight that they stand for."""
+    height, width = weight.shape
+    config = PACKED[name]
+    bits = 8 if "8 bits" in name else 4
+    group = width if "8 bits" in name else 32
+    group_of = torch.arange(width) // group
+    if "act-order" in name:
+        group_of = group_of[torch.randperm(width, generator=noise)]
+    groups, most = width // group, 1 << bits
+    zeros = torch.full((height, groups), most // 2)
+    if name in ("awq", "gptq act-order", "gptq v2"):
+        zeros = torch.randint(1, most, (height, groups), generator=noise)
+    scales = (weight.abs().max() / most * 2 * (0.5 + torch.rand(height, groups, generator=noise))).half()
+    codes = (weight / scales.float()[:, group_of] + zeros[:, group_of]).round().clamp(0, most - 1).int()
+    meant = (codes - zeros[:, group_of]) * scales.float()[:, group_of]
+    if config["quant_method"] == "compressed-tensors":
+        tensors = {"weight_packed": packed(codes.tolist(), bits), "weight_scale": scales,
+                   "weight_shape": torch.tensor([height, width])}  # fmt: skip
+        return tensors | ({"weight_g_idx": group_of.int()} if "act-order" in name else {}), meant
+    if name == "awq":
+        order = (0, 2, 4, 6, 1, 3, 5, 7)
+        return {"qweight": packed(codes.t().tolist(), 4, order), "qzeros": packed(zeros.t().tolist(), 4, order),
+                "scales": scales.t()}, meant  # fmt: skip
+    stored_zeros = zeros if name == "gptq v2" else zeros - 1
+    return {"qweight": packed(codes.tolist(), bits).t(), "qzeros": packed(stored_zeros.t().tolist(), bits),
+            "scales": scales.t(), "g_idx": group_of.int()}, meant  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_packed_weights_are_those_that_are_meant(name: str, tmp_path: Path) -> None:
+    """Also the part of a rank, whose rows and columns no word divides."""
+    model, noise = tiny_model("qwen3", **GROUPED), torch.Generator().manual_seed(2)
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    parameters = dict(model.named_parameters())
+    for key in [key for key in tensors if "proj.weight" in key]:
+        own, meant = pack(tensors.pop(key), name, noise)
+        tensors |= {key.removesuffix("weight") + end: tensor.contiguous() for end, tensor in own.items()}
+        parameters[key].data = meant
+    save_file(tensors, tmp_path / "model.safetensors")
+    fields = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(fields | {"quantization_config": PACKED[name]}))
+    check_quantization({"quantization_config": PACKED[name]})
+    assert_matches(model, Decoder.load(tmp_path, torch.float32, load("reference"), max_model_len=256), relative=True)
+    key = "model.layers.1.mlp.down_proj.weight"
+    reader = WeightReader(open_checkpoint(tmp_path), torch.float32)
+    part = reader.take(key, parameters[key].shape, slice(3, 77), slice(5, 130))
+    assert torch.equal(part, parameters[key].data[3:77, 5:130])
+
+
+def test_words_of_another_matrix_are_refused(tmp_path: Path) -> None:
+    tensors = {"x.weight_packed": torch.zeros(4, 3, dtype=torch.int32), "x.weight_scale": torch.ones(4, 1)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": PACKED["pack-quantized"]}))
+    reader = WeightReader(open_checkpoint(tmp_path), torch.float32)
+    with pytest.raises(CheckpointError, match=r"x.weight: words of shape \[4, 3\] hold no \[4, 64\] integers"):
+        reader.take("x.weight", (4, 64))
