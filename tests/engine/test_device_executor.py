@@ -32,8 +32,8 @@ from ..runtime.twin import TwinDevice, TwinKernels
 from . import test_dflash2 as dflash2
 from . import test_mtp as mtp
 from .support import FIXTURES, REPETITIVE, greedy, prompts, seeded, shallow_pair, still
-from .test_drafter_formats import dflash_fields
 from .test_dflash2 import TARGET
+from .test_drafter_formats import dflash_fields
 
 # Clocks stand still in `load`, so that these stay, and selection is the same at every run.
 COSTS = Profile((1, 16, 64), (1e4, 1.1e4, 2e4), (1, 4), (500.0, 700.0), 0.0, 0.0)
