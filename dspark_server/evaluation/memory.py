@@ -178,9 +178,9 @@ def need(
 ) -> Need:
     """What `rank` of config.tensor_parallel_size holds; of drafters those inside the target's checkpoint are counted.
 
-    `fields` are config.json's. Weights are float32 where `config.dtype`, or for auto the
-    checkpoint, says it, else of 16 bits. Raises CheckpointError for
-    tensors that do not belong to the config, ConfigError if the ranks cannot share the model.
+    `fields` are config.json's. Weights are float32 where `config.dtype`, or for auto the checkpoint, says it, else
+    of 16 bits. Raises CheckpointError for tensors that do not belong to the config, ConfigError if the ranks cannot
+    share the model.
     """
     model, ranks = family.parse(dict(fields), {}), config.tensor_parallel_size
     said = fields.get("dtype", fields.get("torch_dtype")) if config.dtype == "auto" else config.dtype
@@ -211,25 +211,43 @@ def need(
     if not model.tie_word_embeddings:
         reader.take(family.head, vocabulary, group.share(model.vocab_size))
     drafted, drafter = 0, list[CacheRows]()
-    stages = StagesConfig.parse(fields, model) if model.streams and config.speculative.method != "none" else None
-    if stages:
-        attention = stages.layer.attention
-        assert isinstance(attention, LatentConfig)
-        assert attention.window is not None
-        reach = attention.window + 1
-        drafted = stages.block_size or 1
-        drafter = [CacheRows(1, attention.head_dim, reach, values=False)] * stages.stages
-        rows = [each if each.reach != attention.window else each._replace(reach=reach) for each in rows]
+    if stages := _stages(fields, model, config):
+        rows, drafter = _with_stages(rows, stages, model, length, dtype)
         if rank == 0:
+            drafted = stages.block_size or 1
             _count_stages(checkpoint, whole, dtype.itemsize, family.head if ranks > 1 else None)
-    elem = 1 if config.kv_cache_dtype == "fp8" else dtype.itemsize
-    layout = CacheLayout.of([rows, drafter], config.block_size, elem)
+    itemsize = 1 if config.kv_cache_dtype == "fp8" else dtype.itemsize
+    layout = CacheLayout.of([rows, drafter], config.block_size, itemsize)
     if rank:
-        layout = CacheLayout.of([rows, []], config.block_size, elem, layout.groups)
-    working = (
-        _working(model, config, drafted, dtype.itemsize) if rank == 0 else _working(model, config, 0, dtype.itemsize)
-    )
+        layout = CacheLayout.of([rows, []], config.block_size, itemsize, layout.groups)
+    working = _working(model, config, drafted, dtype.itemsize)
     return Need(whole, layout.groups, layout.block_bytes, working)
+
+
+def _with_stages(
+    rows: list[CacheRows], stages: StagesConfig, model: ModelConfig, length: int, dtype: torch.dtype
+) -> tuple[list[CacheRows], list[CacheRows]]:
+    """The target's rows, whose windows DSpark's stages keep longer, and the drafter's (speculation/stages.py).
+
+    An MTP layer keeps the streams of every token.
+    """
+    attention = stages.layer.attention
+    assert isinstance(attention, LatentConfig)
+    assert attention.window is not None
+    window = attention.window + (1 if stages.block_size else 0)
+    row = CacheRows(1, attention.head_dim, window if window < length else None, values=False)
+    if stages.block_size:
+        wider = [each._replace(reach=window) if each.reach == attention.window else each for each in rows]
+        return wider, [row] * stages.stages
+    assert model.streams is not None
+    return rows, [row, CacheRows(1, model.streams.count * model.hidden_size, values=False, dtype=dtype)]
+
+
+def _stages(fields: Mapping[str, Any], model: ModelConfig, config: EngineConfig) -> StagesConfig | None:
+    """The drafter inside the checkpoint, where there is one and it is used."""
+    if not model.streams or config.speculative.model or config.speculative.method in ("ngram", "none"):
+        return None
+    return StagesConfig.parse(fields, model)
 
 
 def _count_stages(checkpoint: Checkpoint, weights: Weights, itemsize: int, head: str | None) -> None:

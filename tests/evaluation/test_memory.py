@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from dspark_server.cli import app
 from dspark_server.config import EngineConfig, SpeculativeConfig
+from dspark_server.engine.core import EngineCore
 from dspark_server.errors import ConfigError
 from dspark_server.evaluation.memory import GIB, Need, need, report, stored_bytes
 from dspark_server.models.decoder import Decoder
@@ -43,7 +44,6 @@ def released(model: str, ranks: int, rank: int) -> Need:
 def test_what_is_counted_is_what_the_loader_takes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The bytes of every tensor that loading the target takes, of families with and without experts."""
     directory = FIXTURES / name
-    directory = directory if (directory / "config.json").exists() else directory / "target"
     taken = []
     take, integers = WeightReader.take, WeightReader.integers
 
@@ -75,6 +75,17 @@ def test_ranks_share_all_that_loading_shares() -> None:
     assert second.served["drafter"] == 0
     stages = {n: t for n, t in load_file(directory / "model.safetensors").items() if n.startswith("mtp.")}
     assert alone.packed["drafter"] == sum(tensor.nbytes for tensor in stages.values())
+
+
+@pytest.mark.parametrize("name", ["dspark_deepseek_v4", "mtp1_deepseek_v4"])
+def test_blocks_are_those_of_the_engine(name: str) -> None:
+    """With DSpark's stages, and with the MTP layer."""
+    settings = {"dtype": "float32", "max_num_seqs": 4, "max_model_len": 256, "block_size": 32}
+    config = EngineConfig(str(FIXTURES / name), kv_cache_memory_bytes=4 << 20, **settings)
+    pool = EngineCore.load(config).loop.executor.pool
+    found = of_directory(FIXTURES / name, **settings)
+    assert tuple(found.groups) == tuple(pool.groups)
+    assert (4 << 20) // found.block_bytes == pool.num_blocks
 
 
 @pytest.mark.parametrize(("model", "tensors", "gigabytes"), [(FLASH, 72317, 166.9), (PRO, 149782, 892.7)])
