@@ -184,6 +184,11 @@ class EngineConfig:
     tensor_parallel_size: int = setting(
         1, "Processes that share the model, each with its part of every layer.", group="Engine", minimum=1
     )
+    enable_expert_parallel: bool = setting(
+        False,
+        "Processes that share a mixture of experts have whole ones, not a part of each; no effect on other models.",
+        group="Engine",
+    )
     seed: int | None = setting(None, "Seed of private noise, for repeatable experiments.", group="Engine")
     speculative: SpeculativeConfig = setting(
         SpeculativeConfig(),

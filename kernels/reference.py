@@ -193,6 +193,8 @@ class ReferenceKernels(LatentReference):
         out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
         for token, (row, own, share) in enumerate(zip(x, chosen.tolist(), shares, strict=True)):
             for place, expert in enumerate(own):
+                if expert >= len(packed.down):  # another rank's
+                    continue
                 gate_up = F.linear(row.float(), packed.gate_up[expert].float()).to(x.dtype)
                 if limit is not None:
                     gate, up = gate_up.chunk(2)

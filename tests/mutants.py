@@ -54,6 +54,9 @@ MONTE_CARLO = "tests/engine/test_monte_carlo.py::test_the_law_is_the_targets"
 LOSSLESS = (
     _one("draft and acceptance share noise", "dspark_server/speculation/noise.py", "COIN = 2", "COIN = 1",
          "tests/speculation/test_streams.py::test_everything_in_the_key_gives_another_number"),
+    _one("a rank computes experts of another", "dspark_server/models/layers/moe.py",
+         "torch.where((number < 0) | (number > len(own)), len(own), number)", "number.remainder(len(own) + 1)",
+         "tests/kernels/test_native.py::test_experts_of_other_ranks_add_nothing"),
     _one("q is not the law drafts were drawn from", SEQUENTIAL, "laws.append(law)", "laws.append(torch.sqrt(law))",
          MONTE_CARLO),
     _one("residual softmaxed instead of normalised", ACCEPTANCE,

@@ -40,6 +40,7 @@ class Place:
     kernels: Kernels
     dtype: torch.dtype
     stored: torch.dtype
+    whole_experts: bool = False  # each on one rank
 
     @classmethod
     def choose(
@@ -69,7 +70,7 @@ class Place:
         stored = cache_dtype(config.kv_cache_dtype, dtype, kernels, device)
         if device:
             device.check(dtype)
-        return cls(directory, group, device, kernels, dtype, stored)
+        return cls(directory, group, device, kernels, dtype, stored, config.enable_expert_parallel)
 
     def use_threads(self, count: int) -> None:
         """Compute with `count` threads on the CPU."""
@@ -82,7 +83,8 @@ class Place:
         """
         self._check_room()
         where = self.device.where if self.device else None
-        return Decoder.load(self.directory, self.dtype, self.kernels, max_model_len, self.group, where)
+        whole = self.whole_experts
+        return Decoder.load(self.directory, self.dtype, self.kernels, max_model_len, self.group, where, whole)
 
     def _check_room(self) -> None:
         family, ranks = family_of(self.directory), self.group.size

@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 # Settings that shape a pass and its graphs: every rank uses those of rank 0, whatever it was started with.
 SHARED = ("max_model_len", "block_size", "kv_cache_dtype", "max_num_seqs", "max_num_batched_tokens",
-          "cuda_graph_sizes", "enforce_eager")  # fmt: skip
+          "cuda_graph_sizes", "enforce_eager", "enable_expert_parallel")  # fmt: skip
 
 
 class LeadingExecutor:
@@ -91,6 +91,7 @@ def announce(directory: Path, dtype: torch.dtype, config: EngineConfig, group: T
     Raises ConfigError, and sends nothing, for a model that these ranks cannot share.
     """
     model = load_config(directory)
+    model = model.with_whole_experts() if config.enable_expert_parallel else model
     model.shared_by(group.size)
     settings = {name: getattr(config, name) for name in SHARED} | {"dtype": str(dtype).removeprefix("torch.")}
     group.send(orjson.dumps([_identity(directory), settings]))

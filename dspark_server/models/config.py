@@ -51,13 +51,21 @@ class ModelConfig:
         """The rotary embeddings of all layers, with their head sizes."""
         return {(layer.attention.rope, layer.attention.head_dim) for layer in self.layers}
 
+    def with_whole_experts(self) -> "ModelConfig":
+        """The config whose routed experts lie whole on one rank each; the same where there are none."""
+
+        def whole(layer: LayerConfig) -> LayerConfig:
+            return replace(layer, mlp=replace(layer.mlp, whole=True)) if isinstance(layer.mlp, MoeConfig) else layer
+
+        return replace(self, layers=tuple(map(whole, self.layers)))
+
     def shared_by(self, size: int) -> "ModelConfig":
         """Return the config of one of `size` ranks: whole heads and equal shares of the feed-forward.
 
         Raises ConfigError, which names the sizes that work, if the layers cannot be divided so.
         """
         heads = sorted({layer.attention.kv_heads for layer in self.layers})
-        features = sorted({layer.mlp.features for layer in self.layers})
+        features = sorted({layer.mlp.parts for layer in self.layers})
         most = math.gcd(*(layer.attention.parts for layer in self.layers), *features)
 
         def works(size: int) -> bool:
@@ -67,7 +75,7 @@ class ModelConfig:
             working = " or ".join(str(n) for n in range(1, most + 1) if works(n))
             raise ConfigError(
                 f"--tensor-parallel-size must divide this model's {_named(heads)} key/value heads and "
-                f"{_named(features)} feed-forward units: it can be {working}, not {size}."
+                f"{_named(features)} feed-forward units or experts: it can be {working}, not {size}."
             )
         layers = [
             replace(each, attention=each.attention.shared_by(size), mlp=each.mlp.shared_by(size))

@@ -74,15 +74,17 @@ class Decoder:
         max_model_len: int | None = None,
         group: Group = ONE_RANK,
         where: torch.device | None = None,
+        whole_experts: bool = False,
     ) -> "Decoder":
         """Load a model directory to serve sequences of up to `max_model_len` tokens (default: the model's maximum).
 
-        `where`: the device of the weights; None: the CPU.
+        `where`: the device of the weights; None: the CPU. `whole_experts`: each on one rank of the group.
 
         Raises CheckpointError if the directory is not a complete checkpoint of a supported architecture, ConfigError if
         the dtype or the length cannot be served, or the group cannot share the model.
         """
         family, config = family_of(directory), load_config(directory)
+        config = config.with_whole_experts() if whole_experts else config
         config.shared_by(group.size)
         length = check_length(config, max_model_len)
         if dtype not in (torch.bfloat16, torch.float32) and (where is None or dtype != torch.float16):

@@ -255,6 +255,10 @@ class WeightReader:
         except CheckpointError as error:
             raise CheckpointError(f"{info.file}: tensor {name}: {error}; download or export it again") from None
 
+    def leave(self, prefix: str) -> None:
+        """Pass over the tensors whose names begin with `prefix`: another rank reads them."""
+        self._taken.update(name for name in self._checkpoint.tensors if name.startswith(prefix))
+
     def integers(self, name: str, shape: Sequence[int]) -> Tensor:
         """Return a tensor of indices or flags, as int64.
 

@@ -71,19 +71,27 @@ def _plain_experts(
     x: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, shares: Tensor, kernels: Kernels, limit: float = inf
 ) -> Tensor:
     """`Kernels.experts` by batched products: the rows of each touched expert, padded to the most that one has."""
-    (tokens, each), of_slot = chosen.shape, chosen.flatten().long()
+    (tokens, each), every = chosen.shape, chosen.flatten().long()
+    own = (every < len(down)).nonzero().squeeze(1)  # slots of experts that are not another rank's
+    outputs = torch.zeros(tokens * each, x.shape[1])
+    if len(own):
+        outputs[own] = _outputs(x[own // each], gate_up, down, every[own], kernels, limit)
+    return (outputs.view(tokens, each, -1) * shares.unsqueeze(2)).sum(1).to(x.dtype)
+
+
+def _outputs(x: Tensor, gate_up: Tensor, down: Tensor, of_slot: Tensor, kernels: Kernels, limit: float) -> Tensor:
+    """The outputs [S, D] float32 of experts [S] for x [S, D]."""
     touched, number, counts = of_slot.unique(return_inverse=True, return_counts=True)
     order = number.argsort(stable=True)
     sorted_number = number[order]
     place = torch.arange(len(order)) - (counts.cumsum(0) - counts)[sorted_number]
     rows = x.new_zeros(len(touched), int(counts.max()), x.shape[1])
-    rows[sorted_number, place] = x[order // each]
+    rows[sorted_number, place] = x[order]
     inner = limited(torch.bmm(rows, gate_up[touched].transpose(1, 2)).flatten(0, 1), limit, kernels)
     outputs = torch.bmm(inner.unflatten(0, rows.shape[:2]), down[touched].transpose(1, 2)).float()
-    of_slots = torch.empty(tokens * each, x.shape[1])
+    of_slots = torch.empty(len(order), x.shape[1])
     of_slots[order] = outputs[sorted_number, place]
-    outputs = of_slots.view(tokens, each, -1) * shares.unsqueeze(2)
-    return outputs.sum(1).to(x.dtype)
+    return of_slots
 
 
 def limited(gate_up: Tensor, limit: float, kernels: Kernels) -> Tensor:

@@ -252,6 +252,7 @@ static void combine_tokens(void *context) {
     for (long token = first; token < last; token++) {
       memset(sum, 0, hidden * sizeof(float));
       for (long slot = token * combine->chosen; slot < (token + 1) * combine->chosen; slot++) {
+        if (combine->places[slot] < 0) continue;  // another rank's
         const float *row = combine->rows + combine->places[slot] * hidden;
         for (long j = 0; j < hidden; j++) sum[j] += combine->shares[slot] * row[j];
       }
@@ -261,7 +262,9 @@ static void combine_tokens(void *context) {
 }
 
 // Each of `chosen` experts of a token, by their shares: out [tokens, hidden] = sum of share * down(silu(gate x) * up x).
-// Gates are cut at `limit`, what they multiply at +-limit (0: not so). experts and shares [tokens, chosen]; gate_up and down hold one packed matrix after another, features is a multiple of
+// Gates are cut at `limit`, what they multiply at +-limit (0: not so). experts and shares [tokens, chosen]; an expert
+// from `count` on is another rank's and adds nothing. gate_up and down hold one packed matrix after another, features is
+// a multiple of
 // BLOCK. Rows are sorted by expert, so that each matrix is read once; a row's result depends on no other row.
 // activated [tokens * chosen, features], rows [tokens * chosen, hidden] and index [2 * tokens * chosen + count + 1] are
 // scratch; count is the number of experts.
@@ -272,7 +275,8 @@ EXPORT void dspark_experts(const uint16_t *x, long x_stride, const uint16_t *gat
   long slots = tokens * chosen, parts_in = 0, parts_down = 0;
   int32_t *sources = index, *places = sources + slots, *starts = places + slots;
   memset(starts, 0, (count + 1) * sizeof *starts);
-  for (long slot = 0; slot < slots; slot++) starts[experts[slot] + 1]++;
+  for (long slot = 0; slot < slots; slot++)
+    if (experts[slot] < count) starts[experts[slot] + 1]++;
   for (long expert = 0; expert < count; expert++) starts[expert + 1] += starts[expert];
   long wide = rows_of_chunk(round_up(hidden, 2)), narrow = rows_of_chunk(round_up(features, 2));
   Part *parts = malloc(2 * (slots + 1) * sizeof *parts), *later = parts + slots + 1;
@@ -284,6 +288,10 @@ EXPORT void dspark_experts(const uint16_t *x, long x_stride, const uint16_t *gat
       later[parts_down++] = (Part){expert, at, smaller(narrow, starts[expert + 1] - at)};
   }
   for (long slot = 0; slot < slots; slot++) {  // in order of the slots: the sort is stable
+    if (experts[slot] >= count) {
+      places[slot] = -1;
+      continue;
+    }
     long place = starts[experts[slot]]++;
     sources[place] = (int32_t)(slot / chosen);
     places[slot] = (int32_t)place;

@@ -79,8 +79,11 @@ def multiply(
 
 
 @triton.jit
-def combine(rows, places, shares, out, CHOSEN: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Grid (N, WIDTH / BLOCK): out [N, WIDTH] = sum of share * row of each of a token's CHOSEN places [N, CHOSEN]."""
+def combine(rows, places, shares, present, out, CHOSEN: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Grid (N, WIDTH / BLOCK): out [N, WIDTH] = sum of share * row of each of a token's CHOSEN places [N, CHOSEN].
+
+    Rows from `present` [1] on are experts' of other ranks, and add nothing.
+    """
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < WIDTH
@@ -88,7 +91,8 @@ def combine(rows, places, shares, out, CHOSEN: tl.constexpr, WIDTH: tl.constexpr
     for slot in range(CHOSEN):
         place = tl.load(places + token * CHOSEN + slot).to(tl.int64)
         share = tl.load(shares + token * CHOSEN + slot)
-        total += share * tl.load(rows + place * WIDTH + column, mask=inside, other=0.0)
+        own = inside & (place + tl.zeros([BLOCK], tl.int64) < tl.load(present))
+        total += tl.where(own, share, 0.0) * tl.load(rows + place * WIDTH + column, mask=own, other=0.0)
     tl.store(out + token * WIDTH + column, total.to(out.dtype.element_ty), mask=inside)
 
 
@@ -103,10 +107,10 @@ def launches(
 ) -> Iterator[Launch]:
     """`Kernels.experts` into `out` [N, D]; nothing is read from the device."""
     (tokens, each), (experts, hidden, features) = chosen.shape, down.shape
-    of_slot = chosen.flatten()
+    of_slot = chosen.flatten().clamp(max=experts)  # those of other ranks are sorted last
     order = of_slot.argsort(stable=True)
     places = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-    counts = torch.zeros(experts + 1, dtype=torch.int64, device=x.device)
+    counts = torch.zeros(experts + 2, dtype=torch.int64, device=x.device)
     start = counts.scatter_add_(0, of_slot.long() + 1, torch.ones_like(order)).cumsum(0).int()
     sources = (order // each).int()
     activated = torch.empty(tokens * each, features, dtype=x.dtype, device=x.device)
@@ -118,7 +122,7 @@ def launches(
     yield Launch(
         combine,
         (tokens, -(-hidden // block)),
-        dict(rows=rows, places=places.int(), shares=shares, out=out),
+        dict(rows=rows, places=places.int(), shares=shares, present=start[experts:], out=out),
         constants=dict(CHOSEN=each, WIDTH=hidden, BLOCK=block),
     )
 

@@ -1,7 +1,6 @@
 """The manifests as `kubectl apply -k` would send them, and what stands in them."""
 
 import os
-import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -11,8 +10,6 @@ from typing import Any
 
 import pytest
 import yaml
-
-from dspark_server.cli.options import OPTIONS
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
@@ -75,12 +72,3 @@ def labels_of_pods(manifests: list[Manifest]) -> list[dict[str, str]]:
         added = {"leaderworkerset.sigs.k8s.io/worker-index": "0"} if name.endswith("leaderTemplate") else {}
         found.append(template["metadata"]["labels"] | added)
     return found
-
-
-def readable(file: Path, directory: Path) -> Path:
-    """A file of configs/serve; a copy in `directory` without expert parallelism, while there is no such setting."""
-    if any(option.name == "enable-expert-parallel" for option in OPTIONS):
-        return file
-    copy = directory / file.name
-    copy.write_text(re.sub(r"^enable-expert-parallel: true\n", "", file.read_text(), flags=re.MULTILINE))
-    return copy

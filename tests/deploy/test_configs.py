@@ -4,7 +4,6 @@ tests/server/test_real_model.py serves smollm2-cpu.yaml.
 """
 
 import re
-import tempfile
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -26,7 +25,7 @@ from dspark_server.resolve import resolve
 from dspark_server.speculation.dspark_formats import DSparkConfig
 
 from .checkpoints import DEEPSEEK, DRAFTERS, TARGETS, headers
-from .manifests import ROOT, readable
+from .manifests import ROOT
 
 DIRECTORY = ROOT / "configs" / "serve"
 RELEASES = sorted(DIRECTORY.glob("deepseek-v4-*.yaml"))
@@ -39,8 +38,7 @@ GIGABYTE = 1 << 30
 
 def load(file: Path) -> tuple[EngineConfig, ServerSettings]:
     """The settings that `serve --config FILE` has."""
-    with tempfile.TemporaryDirectory() as directory:
-        resolution = resolve(OPTIONS, {}, {}, readable(file, Path(directory)))
+    resolution = resolve(OPTIONS, {}, {}, file)
     return resolution.make(EngineConfig), resolution.make(ServerSettings)
 
 

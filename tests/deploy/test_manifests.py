@@ -25,7 +25,6 @@ from .manifests import (
     of_kind,
     overlay,
     pod_templates,
-    readable,
     render,
     servers,
 )
@@ -44,7 +43,7 @@ PODS = {
 def on_this_machine(text: str, tmp_path: Path) -> str:
     """A path inside the container as one here: configuration files, and secrets with something in them."""
     if text.startswith("/opt/dspark-server/configs/"):
-        return str(readable(ROOT / "configs" / "serve" / Path(text).name, tmp_path))
+        return str(ROOT / "configs" / "serve" / Path(text).name)
     if text.startswith("/run/secrets/"):
         secret = tmp_path / "secret"
         secret.write_text("key\n")

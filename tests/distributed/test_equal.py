@@ -11,6 +11,7 @@ import torch
 from dspark_server.config import SpeculativeConfig
 from dspark_server.engine.ranks import decode_runs, encode_runs
 from dspark_server.engine.request import SamplingParams
+from dspark_server.errors import ConfigError
 from dspark_server.runtime.batch import Run
 from dspark_server.runtime.paging import BlockTable
 from dspark_server.speculation.noise import CounterStreams
@@ -124,15 +125,23 @@ def test_deepseek_v4(two: Together, drafter: dict[str, Any], tmp_path: Path) -> 
         assert core.loop.stats.prefix_hits > 0
 
 
+@pytest.mark.parametrize("whole", [False, True], ids=["parts", "whole"])
 @pytest.mark.parametrize("variant", ["qwen3-some-plain", "qwen2-shared"])
-def test_mixtures_of_experts(two: Together, variant: str, tmp_path: Path) -> None:
-    """Each rank has a part of every expert, and the whole router."""
+def test_mixtures_of_experts(two: Together, variant: str, whole: bool, tmp_path: Path) -> None:
+    """Each rank has a part of every expert or some of the experts whole, and the whole router."""
     save_moe(tmp_path, variant)
-    config = tiny_config(drafter=False, model=str(tmp_path))
+    config = tiny_config(drafter=False, model=str(tmp_path), enable_expert_parallel=whole)
     texts = [[token % 190 for token in prompt] for prompt in prompts(4)]
     expected = one_rank(config).generate(texts, mixed(4))
     with two.core(config) as core:
         assert core.generate(texts, mixed(4)) == expected
+
+
+def test_experts_that_ranks_cannot_divide(two: Together, tmp_path: Path) -> None:
+    save_moe(tmp_path, "qwen3", num_experts=7)
+    config = tiny_config(drafter=False, model=str(tmp_path), enable_expert_parallel=True)
+    with pytest.raises(ConfigError, match="7 feed-forward units or experts"), two.core(config):
+        pass
 
 
 def test_runs_travel_as_plain_data() -> None:

@@ -14,6 +14,7 @@ from dspark_kernels.reference import ReferenceKernels
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dspark_server.models.layers.moe import numbered
 from dspark_server.runtime.linear import Experts
 from dspark_server.runtime.paging import TILE, CacheGroup
 from tests.kernels.support import Paged, check_hidden_rows_stay_hidden, close, mixture, paged
@@ -222,6 +223,20 @@ def test_experts_and_their_batch_invariance(
         assert torch.equal(native.experts(case.x[one], packed, case.chosen[one], case.shares[one])[0], together[token])
 
 
+def test_experts_of_other_ranks_add_nothing(native: NativeKernels) -> None:
+    """Numbers from E on: two parts of the experts add up to all of them."""
+    case = mixture(40, 8, 3, 64, 40, torch.bfloat16)
+    parts = []
+    for first, last in ((0, 5), (5, 8)):
+        own = numbered(case.chosen, range(first, last))
+        mine, its = (each.pack_experts(case.gate_up[first:last], case.down[first:last]) for each in (native, REFERENCE))
+        parts.append(native.experts(case.x, mine, own, case.shares))
+        close(parts[-1], REFERENCE.experts(case.x, its, own, case.shares))
+    assert parts[1].any(1).sum() < 40  # of some tokens all are elsewhere
+    whole = case.run(REFERENCE).float()
+    torch.testing.assert_close(parts[0].float() + parts[1].float(), whole, atol=0.03, rtol=0.02)  # each is rounded
+
+
 def test_a_nan_reaches_its_own_token_only(native: NativeKernels) -> None:
     case = mixture(9, 4, 2, 64, 32, torch.bfloat16)
     clean = case.run(native)
@@ -238,6 +253,10 @@ def test_plain_experts_are_the_same(tokens: int, each: int) -> None:
     plain = Experts(case.gate_up, case.down, dspark_kernels.load("native"))
     assert plain.backend == "plain"
     close(plain(case.x, case.chosen, case.shares), case.run(REFERENCE))
+    others = torch.where(case.chosen < 3, case.chosen, 3)
+    some = Experts(case.gate_up[:3], case.down[:3], dspark_kernels.load("native"))
+    packed = REFERENCE.pack_experts(case.gate_up[:3], case.down[:3])
+    close(some(case.x, others, case.shares), REFERENCE.experts(case.x, packed, others, case.shares))
 
 
 @pytest.mark.parametrize(("out_features", "in_features"), [(96, 64), (960, 576), (37, 51), (1, 2)])

@@ -10,6 +10,7 @@ from dspark_kernels import KernelBuildError, load
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dspark_server.models.layers.moe import numbered
 from tests.kernels.support import close, mixture, triton_kernels
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
@@ -98,6 +99,11 @@ def test_experts(tokens: int, experts: int, each: int, hidden: int, features: in
     packed = TRITON.pack_experts(case.gate_up, case.down)
     one = slice(tokens // 2, tokens // 2 + 1)
     close(TRITON.experts(case.x[one], packed, case.chosen[one], case.shares[one]), together[one])
+    first = experts // 2  # the others are another rank's
+    packed = TRITON.pack_experts(case.gate_up[first:], case.down[first:])
+    theirs = REFERENCE.pack_experts(case.gate_up[first:], case.down[first:])
+    own = numbered(case.chosen, range(first, experts))
+    close(TRITON.experts(case.x, packed, own, case.shares), REFERENCE.experts(case.x, theirs, own, case.shares))
 
 
 def test_a_negative_slot_is_not_written() -> None:

@@ -19,6 +19,11 @@ class MlpConfig:
     activation: Activation = "silu"
     bias: bool = False
 
+    @property
+    def parts(self) -> int:
+        """What ranks divide: its features."""
+        return self.features
+
     def shared_by(self, size: int) -> "MlpConfig":
         """Return the share of one of `size` ranks."""
         return replace(self, features=self.features // size)

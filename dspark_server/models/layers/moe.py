@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dspark_server.models.layers.mlp import Mlp, MlpConfig
 from dspark_server.models.layers.parts import Parts
+from dspark_server.runtime.group import Group
 from dspark_server.runtime.linear import Experts, Linear, limited
 
 
@@ -17,7 +18,8 @@ from dspark_server.runtime.linear import Experts, Linear, limited
 class MoeConfig:
     """`features` of each of `experts`; a token has `chosen` of them, whose shares add up to 1 if they are `normalised`.
 
-    `shared` is the width of the feed-forward that every token has beside these, 0: none.
+    `shared` is the width of the feed-forward that every token has beside these, 0: none. Where ranks share the model,
+    an expert is divided among them, or is `whole` on one of them (expert parallelism).
     """
 
     experts: int
@@ -25,10 +27,23 @@ class MoeConfig:
     features: int
     normalised: bool
     shared: int = 0
+    whole: bool = False
+
+    @property
+    def parts(self) -> int:
+        """What ranks divide: each expert's features, or the experts."""
+        return self.experts if self.whole else self.features
 
     def shared_by(self, size: int) -> "MoeConfig":
-        """Return the share of one of `size` ranks: a part of each expert's features."""
-        return replace(self, features=self.features // size, shared=self.shared // size)
+        """Return the share of one of `size` ranks: some of the experts, or a part of each one's features."""
+        features = self.features if self.whole else self.features // size
+        return replace(self, features=features, shared=self.shared // size)
+
+    def own(self, group: Group) -> tuple[range, slice]:
+        """The experts of this rank, and its part of the features of each."""
+        if self.whole:
+            return range(self.experts)[group.share(self.experts)], slice(None)
+        return range(self.experts), group.share(self.features)
 
 
 @dataclass(frozen=True)
@@ -53,13 +68,14 @@ class Moe:
         self.config = config
         self._group = parts.group
         self._router = Linear(parts.matrix(f"{prefix}gate", config.experts), None, parts.kernels)
-        own = parts.group.share(config.features)
+        self._own, own = config.own(parts.group)
         gate_up, down = [], []
-        for expert in range(config.experts):
+        for expert in self._own:
             name = f"{prefix}experts.{expert}."
             rows = {f"{name}gate_proj": (config.features, own), f"{name}up_proj": (config.features, own)}
             gate_up.append(parts.fused(rows, parts.hidden, bias=False)[0])
             down.append(parts.summed(f"{name}down_proj", config.features, own, bias=False)[0])
+        _leave_others(parts, config, self._own, f"{prefix}experts.")
         self._experts = Experts(torch.stack(gate_up), torch.stack(down), parts.kernels)
         self._shared = self._shared_gate = None
         if config.shared:
@@ -80,7 +96,8 @@ class Moe:
 
     def forward(self, x: Tensor) -> Tensor:
         """x [N, D] -> [N, D], the sum of all ranks."""
-        mixed = self._group.all_reduce(self._experts(x, *self.route(x)))
+        chosen, shares = self.route(x)
+        mixed = self._group.all_reduce(self._experts(x, numbered(chosen, self._own), shares))
         if self._shared is None or self._shared_gate is None:
             return mixed
         gate = self._shared_gate(x, out_float32=True).sigmoid()
@@ -101,10 +118,11 @@ class ScoredMoe:
             self._by_token = reader.integers(f"{prefix}gate.tid2eid", (config.vocabulary, config.chosen)).int()
         else:
             self._bias = reader.take(f"{prefix}gate.bias", (experts,), dtype=torch.float32)
-        own = parts.group.share(config.features)
+        self._own, own = config.own(parts.group)
         gate_up, down = zip(
-            *(_expert(parts, f"{prefix}experts.{i}.", config.features, own) for i in range(experts)), strict=True
+            *(_expert(parts, f"{prefix}experts.{i}.", config.features, own) for i in self._own), strict=True
         )
+        _leave_others(parts, config, self._own, f"{prefix}experts.")
         self._experts = Experts(torch.stack(gate_up), torch.stack(down), parts.kernels, config.limit)
         gates, out = _expert(parts, f"{prefix}shared_experts.", config.shared, parts.group.share(config.shared))
         self._shared = Linear(gates, None, parts.kernels), Linear(out, None, parts.kernels)
@@ -122,9 +140,24 @@ class ScoredMoe:
 
     def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
         """x [N, D] of tokens [N] -> [N, D], the sum of all ranks."""
-        mixed = self._experts(x, *self.route(x, tokens))
+        chosen, shares = self.route(x, tokens)
+        mixed = self._experts(x, numbered(chosen, self._own), shares)
         gate_up, down = self._shared
         return self._group.all_reduce(mixed + down(limited(gate_up(x), self.config.limit, self._kernels)))
+
+
+def numbered(chosen: Tensor, own: range) -> Tensor:
+    """Numbers of chosen experts among a rank's own; len(own) for those of others."""
+    if own.start == 0:
+        return chosen  # those of others are at least len(own) already
+    number = chosen - own.start
+    return torch.where((number < 0) | (number > len(own)), len(own), number)
+
+
+def _leave_others(parts: Parts, config: MoeConfig, own: range, prefix: str) -> None:
+    """Tell the reader that other ranks read the other experts."""
+    for expert in set(range(config.experts)) - set(own):
+        parts.reader.leave(f"{prefix}{expert}.")
 
 
 def _expert(parts: Parts, prefix: str, features: int, own: slice) -> tuple[Tensor, Tensor]:
