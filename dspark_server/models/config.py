@@ -72,10 +72,12 @@ class ModelConfig:
             return most % size == 0 and all(count % size == 0 or size % count == 0 for count in heads)
 
         if not works(size):
+            whole = any(isinstance(layer.mlp, MoeConfig) and layer.mlp.whole for layer in self.layers)
+            units = "experts" if whole else "feed-forward units"
             working = " or ".join(str(n) for n in range(1, most + 1) if works(n))
             raise ConfigError(
                 f"--tensor-parallel-size must divide this model's {_named(heads)} key/value heads and "
-                f"{_named(features)} feed-forward units or experts: it can be {working}, not {size}."
+                f"{_named(features)} {units}: it can be {working}, not {size}."
             )
         layers = [
             replace(each, attention=each.attention.shared_by(size), mlp=each.mlp.shared_by(size))

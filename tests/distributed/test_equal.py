@@ -12,6 +12,7 @@ from dspark_server.config import SpeculativeConfig
 from dspark_server.engine.ranks import decode_runs, encode_runs
 from dspark_server.engine.request import SamplingParams
 from dspark_server.errors import ConfigError
+from dspark_server.models.registry import load_config
 from dspark_server.runtime.batch import Run
 from dspark_server.runtime.paging import BlockTable
 from dspark_server.speculation.noise import CounterStreams
@@ -137,11 +138,12 @@ def test_mixtures_of_experts(two: Together, variant: str, whole: bool, tmp_path:
         assert core.generate(texts, mixed(4)) == expected
 
 
-def test_experts_that_ranks_cannot_divide(two: Together, tmp_path: Path) -> None:
+def test_experts_that_ranks_cannot_divide(tmp_path: Path) -> None:
     save_moe(tmp_path, "qwen3", num_experts=7)
-    config = tiny_config(drafter=False, model=str(tmp_path), enable_expert_parallel=True)
-    with pytest.raises(ConfigError, match="7 feed-forward units or experts"), two.core(config):
-        pass
+    model = load_config(tmp_path)
+    assert model.shared_by(2) != model
+    with pytest.raises(ConfigError, match="7 experts: it can be 1, not 2"):
+        model.with_whole_experts().shared_by(2)
 
 
 def test_runs_travel_as_plain_data() -> None:
