@@ -227,9 +227,13 @@ class Detokenizer:
         return decoder.push(tokens) + decoder.finish()
 
     def _opening(self, token: int) -> bytes:
-        """Bytes of a token that begins a text: without the leading space, if the decoder drops it."""
-        piece, alone = self.bytes_of(token), self._backend.decode([token], skip_special_tokens=False).encode()
-        return alone if piece.endswith(alone) else piece
+        """Bytes of a token that begins a text: without spaces, if the decoder drops them.
+
+        Metaspace drops all of the first token's, those within it, too; tokens that were added can have some.
+        """
+        piece, alone = self.bytes_of(token), self._backend.decode([token], skip_special_tokens=False)
+        part_of_character = REPLACEMENT in alone and not piece.endswith(alone.encode())
+        return piece if part_of_character else alone.encode()
 
 
 def _pieces(backend: Any, vocabulary: dict[str, int], added: Container[int]) -> list[bytes]:
