@@ -2,7 +2,7 @@
 
 Other engines lost characters of identifiers once windows, compressed rows or drafts were in play. The embedded model
 really repeats them. Random weights do not, so there the answers to texts that repeat identifiers are compared with the
-target's own, alone: in a busy batch, in chunks, after prefix hits and preemptions, with copies drafted from the text.
+target's own, alone: in a busy batch, in chunks, after prefix hits, with copies drafted from the text.
 """
 
 import random
@@ -69,7 +69,7 @@ def test_identifiers_are_read_as_they_stand(name: str, tmp_path: Path) -> None:
     solo = load(tmp_path, "none", enable_prefix_caching=False)
     wanted = [solo.generate([text], params)[0] for text in asked]
     rows = solo.batcher.pool.groups[0].block_size
-    tight = 2 * -(-(LENGTH // rows) // 2) + 8  # for little more than one of them: others give way
+    tight = 2 * -(-(LENGTH // rows) // 2) + 8  # for little more than one of them, where 160 is not more
     core = load(tmp_path, "ngram", max_num_batched_tokens=96, max_num_seqs=4, num_blocks=max(tight, 160))
     for _ in range(2):
         assert core.generate(asked, params) == wanted
