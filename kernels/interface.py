@@ -378,10 +378,10 @@ class Kernels(Protocol):
     ) -> Tensor:
         """Sum of the outputs of each token's experts, times their shares -> [N, D].
 
-        x [N, D]; chosen [N, K] int32: a token's experts, each another; shares [N, K] float32. One from E on is another
-        rank's and adds nothing. An expert is
+        x [N, D]; chosen [N, K] int32: a token's experts, each another; shares [N, K] float32. An expert is
         down(silu(gate x) * up x); gate, up and what goes into down are rounded, the K outputs are not. With a `limit`
-        gate x is at most that, and up x within +-limit. A token's result does not depend on N, nor on the other tokens.
+        gate x is at most that, and up x within +-limit. A number from E on is that of another rank's expert, and adds
+        nothing. A token's result does not depend on N, nor on the other tokens.
         """
         ...
 

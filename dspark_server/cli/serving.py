@@ -31,9 +31,8 @@ def serve(resolution: Resolution) -> None:
     if config.tensor_parallel_size > 1:  # before the other ranks exist, which would repeat the errors
         from dspark_server.models.registry import load_config
 
-        model = load_config(resolve_model(config.model, revision=config.revision))
-        model = model.with_whole_experts() if config.enable_expert_parallel else model
-        model.shared_by(config.tensor_parallel_size)
+        directory = resolve_model(config.model, revision=config.revision)
+        load_config(directory, config.enable_expert_parallel).shared_by(config.tensor_parallel_size)
     # From here on torch is imported, which takes seconds; wrong settings are reported before.
     with Ranks.start(config.tensor_parallel_size, config.device) as ranks:
         if ranks.rank != 0:

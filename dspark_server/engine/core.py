@@ -111,6 +111,8 @@ class EngineCore:
         if isinstance(group, TorchGroup):
             announce(place.directory, place.dtype, config, group)
         target = place.load_target(config.max_model_len)
+        if config.enable_expert_parallel and not (target.config.has_experts and group.size > 1):
+            logger.info("--enable-expert-parallel changes nothing: no routed experts, or no ranks to share them")
         tokenizer = _tokenizer(config, place.directory, target.config.vocab_size)
         defaults = _sampling_defaults(config, place.directory)
         drafter = _drafter(config.speculative, target, place)
@@ -132,7 +134,8 @@ class EngineCore:
         cost_model = None
         if policy in ("causal", "lagged"):
             drafts = f"{config.speculative.model}|{executor.block}|{config.speculative.shortlist}"
-            identity = f"{cache_identity}|{drafts}|{backend}|{place.kernels.build}|{threads_in_use()}"
+            experts = "whole" if config.enable_expert_parallel else "parts"
+            identity = f"{cache_identity}|{drafts}|{backend}|{experts}|{place.kernels.build}|{threads_in_use()}"
             measured = costs or _profile(config, executor, own.pool, target, identity)
             cost_model = CostModel(measured, config.max_num_batched_tokens, config.max_num_seqs)
         loop = StepLoop(

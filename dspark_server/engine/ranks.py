@@ -90,9 +90,7 @@ def announce(directory: Path, dtype: torch.dtype, config: EngineConfig, group: T
 
     Raises ConfigError, and sends nothing, for a model that these ranks cannot share.
     """
-    model = load_config(directory)
-    model = model.with_whole_experts() if config.enable_expert_parallel else model
-    model.shared_by(group.size)
+    load_config(directory, config.enable_expert_parallel).shared_by(group.size)
     settings = {name: getattr(config, name) for name in SHARED} | {"dtype": str(dtype).removeprefix("torch.")}
     group.send(orjson.dumps([_identity(directory), settings]))
 

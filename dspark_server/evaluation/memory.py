@@ -27,7 +27,7 @@ from dspark_server.models.layers.latent import LatentConfig
 from dspark_server.models.layers.parts import Parts
 from dspark_server.models.layers.rope import RopeConfig
 from dspark_server.models.layers.streams import StreamHead
-from dspark_server.models.loading import EVERY, Checkpoint, TensorInfo, WeightReader
+from dspark_server.models.loading import EVERY, Checkpoint, TensorInfo, WeightReader, stored_names
 from dspark_server.runtime.group import Group
 from dspark_server.runtime.paging import CacheGroup, CacheLayout, CacheRows
 from dspark_server.speculation.stages import StagesConfig
@@ -135,9 +135,9 @@ class HeaderReader(WeightReader):
         return tensor
 
     def _count(self, name: str, shape: Sequence[int], taken: Tensor) -> None:
-        info = self._find(name, shape)
+        dtype = "I32" if self._is_packed(name) else self._find(name, shape).dtype
         stored = stored_bytes(self._headers, name) * taken.numel() // prod(shape)
-        self.weights.add(self._part(name), info.dtype, stored, taken.nbytes)
+        self.weights.add(self._part(name), dtype, stored, taken.nbytes)
 
     def _part(self, name: str) -> str:
         if name.endswith(self._family.embedding):
@@ -163,10 +163,9 @@ class HeaderParts(Parts):
 
 
 def stored_bytes(headers: Mapping[str, TensorInfo], name: str) -> int:
-    """Bytes of a tensor in its file, and of its scales. Raises CheckpointError for a dtype that is not served."""
-    names = [name, *([name.removesuffix("weight") + "scale"] if name.endswith(".weight") else [])]
+    """Bytes of a weight in its file, with its scales. Raises CheckpointError for a dtype that is not served."""
     size = 0
-    for info in (headers[each] for each in names if each in headers):
+    for info in (headers[each] for each in stored_names(headers, name)):
         if info.dtype not in _ITEMSIZE:
             raise CheckpointError(f"{info.file}: tensor {name} has dtype {info.dtype}, which is not served")
         size += prod(info.shape) * _ITEMSIZE[info.dtype]
@@ -176,13 +175,14 @@ def stored_bytes(headers: Mapping[str, TensorInfo], name: str) -> int:
 def need(
     checkpoint: Checkpoint, fields: Mapping[str, Any], family: Family, config: EngineConfig, rank: int = 0
 ) -> Need:
-    """What `rank` of config.tensor_parallel_size holds; of drafters those inside the target's checkpoint are counted.
+    """Return the need of `rank` of config.tensor_parallel_size; a drafter is counted if it is in the checkpoint.
 
     `fields` are config.json's. Weights are float32 where `config.dtype`, or for auto the checkpoint, says it, else
     of 16 bits. Raises CheckpointError for tensors that do not belong to the config, ConfigError if the ranks cannot
     share the model.
     """
     model, ranks = family.parse(dict(fields), {}), config.tensor_parallel_size
+    model = model.with_whole_experts() if config.enable_expert_parallel else model
     said = fields.get("dtype", fields.get("torch_dtype")) if config.dtype == "auto" else config.dtype
     dtype = torch.float32 if said == "float32" else torch.bfloat16
     model.shared_by(ranks)

@@ -51,6 +51,11 @@ class ModelConfig:
         """The rotary embeddings of all layers, with their head sizes."""
         return {(layer.attention.rope, layer.attention.head_dim) for layer in self.layers}
 
+    @property
+    def has_experts(self) -> bool:
+        """Whether a layer is a mixture of experts."""
+        return any(isinstance(layer.mlp, MoeConfig) for layer in self.layers)
+
     def with_whole_experts(self) -> "ModelConfig":
         """The config whose routed experts lie whole on one rank each; the same where there are none."""
 
@@ -65,25 +70,30 @@ class ModelConfig:
         Raises ConfigError, which names the sizes that work, if the layers cannot be divided so.
         """
         heads = sorted({layer.attention.kv_heads for layer in self.layers})
-        features = sorted({layer.mlp.parts for layer in self.layers})
-        most = math.gcd(*(layer.attention.parts for layer in self.layers), *features)
+        whole = sorted({layer.mlp.parts for layer in self.layers if _whole_experts(layer)})
+        features = sorted({layer.mlp.parts for layer in self.layers if not _whole_experts(layer)})
+        most = math.gcd(*(layer.attention.parts for layer in self.layers), *features, *whole)
 
         def works(size: int) -> bool:
             return most % size == 0 and all(count % size == 0 or size % count == 0 for count in heads)
 
         if not works(size):
-            whole = any(isinstance(layer.mlp, MoeConfig) and layer.mlp.whole for layer in self.layers)
-            units = "experts" if whole else "feed-forward units"
+            units = [f"{_named(features)} feed-forward units"] if features else []
+            units += [f"{_named(whole)} experts"] if whole else []
             working = " or ".join(str(n) for n in range(1, most + 1) if works(n))
             raise ConfigError(
                 f"--tensor-parallel-size must divide this model's {_named(heads)} key/value heads and "
-                f"{_named(features)} {units}: it can be {working}, not {size}."
+                f"{' and '.join(units)}: it can be {working}, not {size}."
             )
         layers = [
             replace(each, attention=each.attention.shared_by(size), mlp=each.mlp.shared_by(size))
             for each in self.layers
         ]
         return replace(self, layers=tuple(layers))
+
+
+def _whole_experts(layer: LayerConfig) -> bool:
+    return isinstance(layer.mlp, MoeConfig) and layer.mlp.whole
 
 
 def _named(values: list[int]) -> str:

@@ -83,8 +83,7 @@ class Decoder:
         Raises CheckpointError if the directory is not a complete checkpoint of a supported architecture, ConfigError if
         the dtype or the length cannot be served, or the group cannot share the model.
         """
-        family, config = family_of(directory), load_config(directory)
-        config = config.with_whole_experts() if whole_experts else config
+        family, config = family_of(directory), load_config(directory, whole_experts)
         config.shared_by(group.size)
         length = check_length(config, max_model_len)
         if dtype not in (torch.bfloat16, torch.float32) and (where is None or dtype != torch.float16):

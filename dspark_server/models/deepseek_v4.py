@@ -3,7 +3,7 @@
 Released tensor names, without a prefix. The stages of a draft (`mtp.*`) in the same checkpoint are not read here.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,6 @@ from typing import Any
 from torch import Tensor
 
 from dspark_server.errors import CheckpointError
-from dspark_server.models.block_scaled import FP8_BLOCK
 from dspark_server.models.config import LayerConfig, ModelConfig
 from dspark_server.models.family import Family
 from dspark_server.models.fields import Fields, flag, integer, number, refuse, whole
@@ -21,6 +20,7 @@ from dspark_server.models.layers.parts import Parts
 from dspark_server.models.layers.rope import RopeConfig, rope_parameters
 from dspark_server.models.layers.streams import StreamConfig, StreamMix
 from dspark_server.models.llama import special_tokens
+from dspark_server.models.quantization import check_quantization
 from dspark_server.runtime.batch import Batch
 from dspark_server.runtime.kv import LayerCache
 from dspark_server.runtime.linear import Linear
@@ -129,15 +129,10 @@ def parse(fields: Fields, generation: Fields) -> ModelConfig:
 
 def _check_storage(fields: Fields) -> None:
     """Raise CheckpointError unless weights are plain, or stored as released (models/block_scaled.py)."""
-    stored = fields.get("quantization_config")
-    if stored is None:
-        return
-    if not isinstance(stored, Mapping):
-        raise CheckpointError(f"config.json: quantization_config should be an object, not {stored!r}")
+    check_quantization(fields)
+    stored = fields.get("quantization_config") or {}
     refuse(stored, "quant_method", ("fp8",))
-    refuse(stored, "fmt", ("e4m3",))
     refuse(stored, "scale_fmt", ("ue8m0",))
-    refuse(stored, "weight_block_size", ([FP8_BLOCK, FP8_BLOCK],))
     refuse(fields, "expert_dtype", ("fp4", "fp8"))
 
 

@@ -5,8 +5,9 @@ tensor of a checkpoint must be requested. Only safetensors are read: pickle runs
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -138,16 +139,28 @@ def weight_bytes(checkpoint: Checkpoint, itemsize: int, ranks: int, whole: str, 
     The tensor whose name ends with `whole` is on every rank; those whose names begin with one of `unused` are on none.
     """
     shared = everywhere = 0
+    shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
     for name, info in checkpoint.tensors.items():
-        if name.startswith(unused or "\0") or info.dtype in _SCALES or name.endswith(_FLOAT_SCALES + packed.OTHERS):
+        if name.startswith(unused or "\0") or info.dtype in _SCALES or name.endswith(_FLOAT_SCALES + packed.BESIDE):
             continue
         pairs = info.dtype == "I8" and _float_scale(checkpoint, name) is None
-        count = prod(info.shape) * (8 if name.endswith(packed.WORDS) else 2 if pairs else 1)
+        count = prod(info.shape) * (2 if pairs else 1)
+        if name.endswith(packed.WORDS):
+            count = packed.count_values(shapes, name)
         if name.endswith(whole):
             everywhere += count
         else:
             shared += count
     return (everywhere + -(-shared // ranks)) * itemsize
+
+
+def stored_names(tensors: Container[str], name: str) -> list[str]:
+    """The names of the tensors that hold one weight: its own, those of its scales, or those of its words."""
+    if not name.endswith(".weight"):
+        return [name]
+    ends = ("weight", "scale", *_FLOAT_SCALES, *packed.WORDS, *packed.BESIDE)
+    names = [name.removesuffix("weight") + end for end in ends]
+    return [each for each in names if each in tensors]
 
 
 def _float_scale(checkpoint: Checkpoint, name: str) -> str | None:
@@ -167,6 +180,7 @@ class WeightReader:
         self.where = where or torch.device("cpu")
         self._checkpoint = checkpoint
         self._taken: set[str] = set()
+        self._left: set[str] = set()  # prefixes
 
     def __contains__(self, name: str) -> bool:
         return name in self._checkpoint.tensors or self._is_packed(name)
@@ -213,6 +227,10 @@ class WeightReader:
             )
         return tensor
 
+    @cached_property
+    def _packed_version(self) -> str:
+        return packed_version(self._checkpoint.directory)
+
     def _is_packed(self, name: str) -> bool:
         stem = name.removesuffix("weight")
         return stem != name and any(stem + each in self._checkpoint.tensors for each in packed.WORDS)
@@ -222,14 +240,11 @@ class WeightReader:
         stem = name.removesuffix("weight")
 
         def read(end: str) -> Tensor | None:
-            if stem + end not in self._checkpoint.tensors:
-                return None
-            self._taken.add(stem + end)
-            return self._checkpoint.read(stem + end)
+            return self._checkpoint.read(stem + end) if stem + end in self._checkpoint.tensors else None
 
-        read("weight_shape")
+        self._taken.update(stored_names(self._checkpoint.tensors, name))
         try:
-            return packed.read_packed(read, shape, packed_version(self._checkpoint.directory))
+            return packed.read_packed(read, shape, self._packed_version)
         except CheckpointError as error:
             raise CheckpointError(f"{self._checkpoint.directory}: {name}: {error}") from None
 
@@ -256,8 +271,12 @@ class WeightReader:
             raise CheckpointError(f"{info.file}: tensor {name}: {error}; download or export it again") from None
 
     def leave(self, prefix: str) -> None:
-        """Pass over the tensors whose names begin with `prefix`: another rank reads them."""
-        self._taken.update(name for name in self._checkpoint.tensors if name.startswith(prefix))
+        """Pass over the tensors whose names begin with `prefix`, which ends with a dot: another rank reads them."""
+        self._left.add(prefix)
+
+    def _is_left(self, name: str) -> bool:
+        # Looked up, not searched for: a checkpoint has 150,000 names and 20,000 experts.
+        return any(name[: place + 1] in self._left for place, letter in enumerate(name) if letter == ".")
 
     def integers(self, name: str, shape: Sequence[int]) -> Tensor:
         """Return a tensor of indices or flags, as int64.
@@ -291,7 +310,7 @@ class WeightReader:
         Buffers of rotary frequencies are passed over if they hold those of `ropes`, each with its head size.
         """
         left = sorted(self._checkpoint.tensors.keys() - self._taken)
-        left = [name for name in left if not name.startswith(unused or "\0")]
+        left = [name for name in left if not (name.startswith(unused or "\0") or self._is_left(name))]
         frequencies = [name for name in left if ropes and re.fullmatch(_FREQUENCIES, name)]
         for name in frequencies:
             stored = self._checkpoint.read(name)

@@ -8,10 +8,12 @@ Shapes: O rows, I columns of the weight, G groups of columns; p = 32 / bits inte
 | GPTQ | `qweight` [I / p, O] | `scales` [G, O] | `qzeros` [G, O / p], less 1 (not so in gptq_v2) |
 | AWQ | `qweight` [I, O / p], in a word in the order 0 2 4 6 1 3 5 7 | `scales` [G, O] | `qzeros` [G, O / p] |
 
-GPTQ's `g_idx` [I], and pack-quantized's `weight_g_idx`, name the group of each column (act-order).
+GPTQ's `g_idx` [I], and pack-quantized's `weight_g_idx`, name the group of each column (act-order). Sources:
+compressed-tensors 0.12 (`pack_to_int32`), the layouts of AutoGPTQ and AutoAWQ.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from math import prod
 
 import torch
 from torch import Tensor
@@ -20,7 +22,7 @@ from dspark_server.errors import CheckpointError
 from dspark_server.runtime.quantized import QuantizedMatrix
 
 WORDS = ("weight_packed", "qweight")  # in place of "weight" at the end of a name
-OTHERS = ("weight_shape", "weight_g_idx", "scales", "qzeros", "g_idx")
+BESIDE = ("weight_shape", "weight_g_idx", "scales", "qzeros", "g_idx")  # likewise; `weight_scale` is also others'
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # place in its word of each of eight integers
 
 Read = Callable[[str], Tensor | None]  # of the end of a name in place of "weight"; None: there is no such tensor
@@ -36,36 +38,45 @@ def unpacked(words: Tensor, bits: int, dim: int) -> Tensor:
 def read_packed(read: Read, shape: tuple[int, int], version: str) -> QuantizedMatrix:
     """The matrix [O, I] whose tensors `read` gives; `version` is the `checkpoint_format` of GPTQ, or "awq".
 
-    Raises CheckpointError if their shapes do not belong together.
+    Raises CheckpointError if one is missing, or is of a shape or type that does not belong to the others.
     """
     height, width = shape
     words = read("weight_packed")
     if words is not None:
-        scales = _there(read("weight_scale"), "weight_scale").float().view(height, -1)
-        bits = _bits(words.shape, (height, width), 1)
+        bits = _bits(words, (height, width), 1)
         codes = unpacked(words, bits, 1)[:, :width] - (1 << (bits - 1))
-        return _matrix(codes, scales, None, read("weight_g_idx"), bits)
-    words, scales = _there(read("qweight"), "qweight"), _there(read("scales"), "scales").float().t()
+        return _matrix(codes, _scales(read("weight_scale"), height), None, read("weight_g_idx"), bits)
+    words, scales = _there(read("qweight"), "qweight"), _scales(_there(read("scales"), "scales").t(), height)
+    awq = version == "awq"
+    bits = _bits(words, (width, height), 1 if awq else 0)
     zero_words = _there(read("qzeros"), "qzeros")
-    if version == "awq":
-        bits, order = _bits(words.shape, (width, height), 1), _awq_order(height)
-        codes = unpacked(words, bits, 1)[:, order].t()
-        zeros = unpacked(zero_words, bits, 1)[:, order].t().float()
-        return _matrix(codes, scales, zeros, None, bits)
-    bits = _bits(words.shape, (width, height), 0)
-    codes = unpacked(words, bits, 0)[:width].t()
-    zeros = unpacked(zero_words, bits, 1)[:, :height].t().float() + (0 if version == "gptq_v2" else 1)
-    return _matrix(codes, scales, zeros, read("g_idx"), bits)
+    if _bits(zero_words, (scales.shape[1], height), 1) != bits:
+        raise CheckpointError(f"qzeros of shape {list(zero_words.shape)} have other integers than qweight")
+    zeros = unpacked(zero_words, bits, 1)
+    if awq:
+        order = _awq_order(height)
+        return _matrix(unpacked(words, bits, 1)[:, order].t(), scales, zeros[:, order].t().float(), None, bits)
+    added = 0 if version == "gptq_v2" else 1
+    return _matrix(
+        unpacked(words, bits, 0)[:width].t(), scales, zeros[:, :height].t().float() + added, read("g_idx"), bits
+    )
+
+
+def count_values(tensors: Mapping[str, tuple[int, ...]], name: str) -> int:
+    """The number of integers, padding included, of words `name`, from the shapes of all tensors."""
+    shape, stem = tensors[name], name.removesuffix("qweight")
+    if stem != name and {f"{stem}scales", f"{stem}qzeros"} <= tensors.keys():
+        return prod(shape) * -(-tensors[f"{stem}scales"][1] // tensors[f"{stem}qzeros"][1])
+    return prod(shape) * 8  # of 4 bits; those of 8 are half as many
 
 
 def _matrix(codes: Tensor, scales: Tensor, zeros: Tensor | None, group_of: Tensor | None, bits: int) -> QuantizedMatrix:
-    height, width = codes.shape
-    groups = scales.shape[1]
-    if scales.shape[0] != height or (zeros is not None and zeros.shape != scales.shape):
-        raise CheckpointError(f"scales of shape {list(scales.shape)} do not belong to {height} rows")
+    width, groups = codes.shape[1], scales.shape[1]
     if width % groups:
         raise CheckpointError(f"{width} columns make no {groups} groups of one size")
     group, order = width // groups, None
+    if group_of is not None and group_of.shape != (width,):
+        raise CheckpointError(f"g_idx of shape {list(group_of.shape)} does not name the group of {width} columns")
     if group_of is not None and not torch.equal(group_of.long(), torch.arange(width) // group):
         order = group_of.argsort(stable=True)
         if not torch.equal(group_of[order].long(), torch.arange(width) // group):
@@ -76,14 +87,24 @@ def _matrix(codes: Tensor, scales: Tensor, zeros: Tensor | None, group_of: Tenso
     return QuantizedMatrix(codes.to(torch.int8), scales, group, bits, zeros, order)
 
 
-def _bits(words: torch.Size, shape: tuple[int, int], dim: int) -> int:
+def _scales(scales: Tensor | None, height: int) -> Tensor:
+    """Scales [O, G] float32, of [O, G] or [O]."""
+    scales = _there(scales, "weight_scale")
+    if scales.shape[:1] != (height,) or scales.dim() > 2:
+        raise CheckpointError(f"scales of shape {list(scales.shape)} do not belong to {height} rows")
+    return scales.float().reshape(height, -1)
+
+
+def _bits(words: Tensor, shape: tuple[int, int], dim: int) -> int:
     """Bits of an integer, from the shape of the words and that of their matrix, packed along `dim`."""
     for bits in (4, 8):
         expected = list(shape)
         expected[dim] = -(-shape[dim] * bits // 32)
-        if list(words) == expected:
+        if list(words.shape) == expected and words.dtype == torch.int32:
             return bits
-    raise CheckpointError(f"words of shape {list(words)} hold no {list(shape)} integers of 4 or 8 bits")
+    raise CheckpointError(
+        f"words of shape {list(words.shape)} and type {words.dtype} hold no {list(shape)} integers of 4 or 8 bits"
+    )
 
 
 def _awq_order(height: int) -> Tensor:

@@ -82,7 +82,7 @@ def _check_compressed(stored: Mapping[str, Any]) -> None:
 
 
 def packed_version(directory: Path) -> str:
-    """What the words of a checkpoint's packed weights mean: "gptq", "gptq_v2", "awq", or another's method."""
+    """Return the version of a checkpoint's packed weights: "gptq", "gptq_v2", "awq", or another's method."""
     fields = read_json(directory / "config.json")
     text = fields.get("text_config")
     stored = fields.get("quantization_config") or (isinstance(text, dict) and text.get("quantization_config")) or {}

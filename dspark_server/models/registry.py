@@ -56,10 +56,13 @@ def family_of(directory: Path) -> Family:
     return family
 
 
-def load_config(directory: Path) -> ModelConfig:
+def load_config(directory: Path, whole_experts: bool = False) -> ModelConfig:
     """Read config.json of a target checkpoint, and further end tokens of generation_config.json if there is one.
+
+    `whole_experts` as in `ModelConfig.with_whole_experts`.
 
     Raises CheckpointError if a file is absent or unreadable, or asks for something this server does not support.
     """
     family, generation = family_of(directory), directory / "generation_config.json"
-    return family.parse(read_json(directory / "config.json"), read_json(generation) if generation.is_file() else {})
+    config = family.parse(read_json(directory / "config.json"), read_json(generation) if generation.is_file() else {})
+    return config.with_whole_experts() if whole_experts else config

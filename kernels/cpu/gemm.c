@@ -264,10 +264,9 @@ static void combine_tokens(void *context) {
 // Each of `chosen` experts of a token, by their shares: out [tokens, hidden] = sum of share * down(silu(gate x) * up x).
 // Gates are cut at `limit`, what they multiply at +-limit (0: not so). experts and shares [tokens, chosen]; an expert
 // from `count` on is another rank's and adds nothing. gate_up and down hold one packed matrix after another, features is
-// a multiple of
-// BLOCK. Rows are sorted by expert, so that each matrix is read once; a row's result depends on no other row.
-// activated [tokens * chosen, features], rows [tokens * chosen, hidden] and index [2 * tokens * chosen + count + 1] are
-// scratch; count is the number of experts.
+// a multiple of BLOCK. Rows are sorted by expert, so that each matrix is read once; a row's result depends on no other
+// row. activated [tokens * chosen, features], rows [tokens * chosen, hidden] and index [2 * tokens * chosen + count + 1]
+// are scratch; count is the number of experts.
 EXPORT void dspark_experts(const uint16_t *x, long x_stride, const uint16_t *gate_up, const uint16_t *down,
                            const int32_t *experts, const float *shares, uint16_t *out, long tokens, long chosen,
                            long count, long hidden, long features, float limit, uint16_t *activated, float *rows,

@@ -8,6 +8,7 @@ DSpark; the headers are made from them.
 """
 
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -155,10 +156,11 @@ DEEPSEEK: dict[str, Fields] = {
 }
 
 
-def headers(fields: Fields) -> Checkpoint:
+@cache
+def headers(model: str) -> Checkpoint:
     """The headers of a DeepSeek-V4 release, without files."""
     found: dict[str, TensorInfo] = {}
-    for name, dtype, *shape in _deepseek_tensors(fields):
+    for name, dtype, *shape in _deepseek_tensors(DEEPSEEK[model]):
         if dtype in ("F8_E4M3", "I8"):
             scale = scale_shape(dtype, (shape[0], shape[1]))
             found[name.removesuffix("weight") + "scale"] = TensorInfo(Path(), "F8_E8M0", scale)

@@ -108,9 +108,9 @@ def test_a_field_that_a_checkpoint_must_have_is_missed(field: str) -> None:
 
 @cache
 def needs(model: str, ranks: int, settings: EngineConfig) -> tuple[Need, Need]:
-    """What rank 0 and each other one holds; `settings` without a model."""
+    """The needs of rank 0 and of each other one; `settings` without a model."""
     fields = DEEPSEEK[model]
-    return tuple(need(headers(fields), fields, DEEPSEEK_V4, settings, rank) for rank in (0, 1))
+    return tuple(need(headers(model), fields, DEEPSEEK_V4, settings, rank) for rank in (0, 1))
 
 
 def fitting(own: Sequence[Need], config: EngineConfig, gib: int, packed: bool) -> str:

@@ -52,7 +52,7 @@ def on_this_machine(text: str, tmp_path: Path) -> str:
 
 
 def settings(container: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *extra: str) -> dict[str, Any]:
-    """What `dspark-server config` says of a container's arguments and environment, by flag.
+    """The settings that `dspark-server config` makes of a container's arguments and environment, by flag.
 
     Fails with the server's own message if it would not start.
     """

@@ -143,7 +143,10 @@ def test_experts_that_ranks_cannot_divide(tmp_path: Path) -> None:
     model = load_config(tmp_path)
     assert model.shared_by(2) != model
     with pytest.raises(ConfigError, match="7 experts: it can be 1, not 2"):
-        model.with_whole_experts().shared_by(2)
+        load_config(tmp_path, whole_experts=True).shared_by(2)
+    save_moe(tmp_path, "qwen3-some-plain", num_experts=6)
+    with pytest.raises(ConfigError, match="96 feed-forward units and 6 experts: it can be 1 or 2, not 4"):
+        load_config(tmp_path, whole_experts=True).shared_by(4)
 
 
 def test_runs_travel_as_plain_data() -> None:

@@ -3,9 +3,12 @@
 import asyncio
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from dspark_server.config import SpeculativeConfig
 from dspark_server.engine.engine import AsyncEngine
 from dspark_server.engine.ranks import LeadingExecutor
 from dspark_server.engine.request import FinishReason
@@ -14,6 +17,7 @@ from dspark_server.errors import EngineDeadError
 from ..engine.support import on_cycles, prompts
 from ..engine.test_async_engine import TOKENIZER, Listener
 from ..engine.test_supervision import until_dead
+from ..models.v4 import DSPARK, save_v4
 from .support import Together, tiny_config
 
 
@@ -31,15 +35,32 @@ def fail_in_a_pass(ranks: Together, engine: AsyncEngine) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fault", "reason"),
-    [(kill_the_other, "another rank is gone"), (fail_in_a_pass, "a pass that other ranks share failed: MemoryError")],
+    ("fault", "reason", "experts"),
+    [
+        (kill_the_other, "another rank is gone", False),
+        (kill_the_other, "another rank is gone", True),
+        (fail_in_a_pass, "a pass that other ranks share failed: MemoryError", False),
+    ],
 )
-def test_the_first_failure_is_the_last(fault: Callable[[Together, AsyncEngine], None], reason: str) -> None:
-    """One rank cannot fail its requests and go on: the other would still be in the middle of the pass."""
+def test_the_first_failure_is_the_last(
+    fault: Callable[[Together, AsyncEngine], None], reason: str, experts: bool, tmp_path: Path
+) -> None:
+    """One rank cannot fail its requests and go on: the other would still be in the middle of the pass.
+
+    `experts`: DeepSeek-V4 with whole experts on each rank, and DSpark's stages.
+    """
+    config = tiny_config()
+    if experts:
+        save_v4(tmp_path, stages=3, **DSPARK)
+        config = replace(
+            tiny_config(model=str(tmp_path), num_blocks=300, block_size=16, enable_expert_parallel=True),
+            speculative=SpeculativeConfig(selection="fixed", copying=False),
+        )
 
     async def test(ranks: Together, engine: AsyncEngine) -> None:
         await engine.start()
-        running = [Listener(engine, prompt, 400) for prompt in prompts(3)]
+        texts = [[2 + token % 250 for token in prompt] for prompt in prompts(3)]
+        running = [Listener(engine, text, 400) for text in texts]
         await running[0].changed.wait()
         steps = engine.stats.steps
         began = time.monotonic()
@@ -57,7 +78,7 @@ def test_the_first_failure_is_the_last(fault: Callable[[Together, AsyncEngine], 
         await engine.stop()
 
     with Together.start(2) as ranks:
-        engine = AsyncEngine(ranks.load(tiny_config()), TOKENIZER)
+        engine = AsyncEngine(ranks.load(config), TOKENIZER)
         asyncio.run(asyncio.wait_for(test(ranks, engine), 60))
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from dspark_server.config import EngineConfig, SpeculativeConfig
 from dspark_server.engine.core import EngineCore
 from dspark_server.engine.request import SamplingParams
+from dspark_server.engine.trace import StepTrace
 from dspark_server.speculation.cost_model import Profile
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -85,6 +86,14 @@ def _cut(source: Path, made: Path, layers: int, **fields: Any) -> None:
     beyond = tuple(f"layers.{index}." for index in range(layers, config["num_hidden_layers"]))
     kept = {name: tensor for name, tensor in tensors.items() if not name.removeprefix("model.").startswith(beyond)}
     save_file(kept, made / "model.safetensors")
+
+
+def traced_blocks(core: EngineCore, prompt: list[int], max_tokens: int = 16) -> tuple[list[int], list[StepTrace]]:
+    """The text of a prompt and its greedy answer, and the steps that drafted for it, with their logits."""
+    seen: list[StepTrace] = []
+    core.loop.executor.drafter.sampler.keep_logits = True
+    core.loop.watch(lambda trace: seen.append(trace) if trace.block else None)
+    return [*prompt, *core.generate([prompt], greedy(max_tokens))[0]], seen
 
 
 def prompts(count: int, *, shortest: int = 3, longest: int = 40, seed: int = 0) -> list[list[int]]:

@@ -16,10 +16,9 @@ from transformers import AutoModelForCausalLM
 from dspark_server.config import EngineConfig, SpeculativeConfig
 from dspark_server.engine.core import EngineCore
 from dspark_server.engine.request import SamplingParams
-from dspark_server.engine.trace import StepTrace
 from dspark_server.errors import CheckpointError, ConfigError
 
-from .support import FIXTURES, greedy, prompts, seeded
+from .support import FIXTURES, greedy, prompts, seeded, traced_blocks
 
 TARGET = FIXTURES / "dspark_qwen3_vanilla" / "target"
 HIDDEN, HEADS, KV, SIZE, FEATURES, VOCABULARY, LAYERS = 64, 4, 2, 32, 96, 512, 2
@@ -160,11 +159,7 @@ def path(states: Tensor, head: Tensor, anchor: int) -> list[int]:
 
 
 def test_blocks_are_those_of_the_formulas(drafter: Path) -> None:
-    core, seen = load(drafter), list[StepTrace]()
-    core.loop.executor.drafter.sampler.keep_logits = True
-    core.loop.watch(lambda trace: seen.append(trace) if trace.block else None)
-    prompt = prompts(1, shortest=40, longest=40)[0]
-    text = [*prompt, *core.generate([prompt], greedy(20))[0]]
+    text, seen = traced_blocks(load(drafter), prompts(1, shortest=40, longest=40)[0], 20)
     target = AutoModelForCausalLM.from_pretrained(TARGET, dtype=torch.float64)
     assert len(seen) > 10
     for trace in seen[:10]:

@@ -15,11 +15,10 @@ from transformers import Gemma4UnifiedForCausalLM
 
 from dspark_server.config import EngineConfig, SpeculativeConfig
 from dspark_server.engine.core import EngineCore
-from dspark_server.engine.trace import StepTrace
 from dspark_server.speculation.families import family_of
 
 from ..models.test_gemma4 import save_gemma
-from .support import SMOLLM2_COSTS, greedy, prompts, seeded, still
+from .support import SMOLLM2_COSTS, greedy, prompts, seeded, still, traced_blocks
 
 HIDDEN, HEADS, SIZE, FEATURES, VOCABULARY, LAYERS, DEPTH, EPS, CAP = 64, 4, 32, 96, 384, 6, 4, 1e-6, 30.0
 TAPS = [0, 1, 2, 3, 4]
@@ -119,13 +118,10 @@ def layer(w: dict[str, Tensor], features: Tensor, embedded: Tensor) -> Tensor:
 
 
 def test_blocks_are_those_of_the_formulas(pair: Path) -> None:
-    core, seen = load(pair), list[StepTrace]()
+    core = load(pair)
     assert family_of(pair / "draft") == "eagle3"
     assert (core.drafter, core.loop.executor.gamma) == ("eagle3", DEPTH)
-    core.loop.executor.drafter.sampler.keep_logits = True
-    core.loop.watch(lambda trace: seen.append(trace) if trace.block else None)
-    prompt = [token % VOCABULARY for token in prompts(1, shortest=40, longest=40)[0]]
-    text = [*prompt, *core.generate([prompt], greedy(16))[0]]
+    text, seen = traced_blocks(core, [token % VOCABULARY for token in prompts(1, shortest=40, longest=40)[0]])
     target = Gemma4UnifiedForCausalLM.from_pretrained(pair / "target", dtype=torch.float64)
     embed, head = target.get_input_embeddings(), target.get_input_embeddings().weight.detach()
     w = {name: tensor.double() for name, tensor in weights(head.float()).items()}

@@ -40,6 +40,18 @@ def test_a_step_without_drafts_gains_nothing() -> None:
     assert seconds_without_drafts(cost_model(), Load(3, 3, 100), 0, 3, took) == pytest.approx(took.total)
 
 
+def test_what_drafts_add_to_the_host_is_not_there_without_them() -> None:
+    costs = cost_model()
+    for requests in (0, 1, 1, 1, 1, 1, 1) * 20:
+        costs.observe(
+            tokens=1, context=0.0, pairs=0.0, verify=0.010, requests=requests, draft=0.002 * requests,
+            overhead=0.001 + 0.003 * requests,
+        )  # fmt: skip
+    took = StepTime(draft=0.002, verify=0.010, host=0.004)
+    without = seconds_without_drafts(costs, Load(1, 1, 100), drafts=0, committed=1, took=took, drafting=1)
+    assert without == pytest.approx(0.010 + 0.001, rel=0.01)
+
+
 def test_a_draft_that_is_rejected_is_a_loss() -> None:
     took = StepTime(0.002, 0.014, 0.001)
     assert seconds_without_drafts(cost_model(), Load(1, 1, 100), 4, 1, took) == pytest.approx(0.011)

@@ -16,12 +16,11 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3RMS
 
 from dspark_server.config import EngineConfig, SpeculativeConfig
 from dspark_server.engine.core import EngineCore
-from dspark_server.engine.trace import StepTrace
 from dspark_server.errors import CheckpointError
 from dspark_server.models.registry import load_config
 from dspark_server.speculation.mtp import MtpConfig
 
-from .support import FIXTURES, SMOLLM2_COSTS, greedy, prompts, seeded, still
+from .support import FIXTURES, SMOLLM2_COSTS, greedy, prompts, seeded, still, traced_blocks
 
 TARGET = FIXTURES / "dspark_qwen3_vanilla" / "target"
 HIDDEN, EPS, DEPTH = 64, 1e-5, 4
@@ -92,12 +91,9 @@ def load(draft: SpeculativeConfig) -> EngineCore:
 
 def test_blocks_are_those_of_the_formulas(drafter: Path) -> None:
     """The rows before a block are those of the target's own states, its slots' features the layer's own output."""
-    core, seen = load(SpeculativeConfig(model=str(drafter), selection="fixed", copying=False)), list[StepTrace]()
+    core = load(SpeculativeConfig(model=str(drafter), selection="fixed", copying=False))
     assert (core.drafter, core.loop.executor.gamma) == ("mtp", DEPTH)
-    core.loop.executor.drafter.sampler.keep_logits = True
-    core.loop.watch(lambda trace: seen.append(trace) if trace.block else None)
-    prompt = prompts(1, shortest=40, longest=40)[0]
-    text = [*prompt, *core.generate([prompt], greedy(16))[0]]
+    text, seen = traced_blocks(core, prompts(1, shortest=40, longest=40)[0])
     target = AutoModelForCausalLM.from_pretrained(TARGET, dtype=torch.float64)
     plain, embed = Plain().double(), target.get_input_embeddings()
     assert len(seen) > 8

@@ -37,7 +37,7 @@ def of_directory(directory: Path, rank: int = 0, **settings: object) -> Need:
 def released(model: str, ranks: int, rank: int) -> Need:
     sizes = {"max_model_len": LENGTH, "max_num_batched_tokens": 4096, "max_num_seqs": 128, "block_size": 128}
     config = EngineConfig(model, tensor_parallel_size=ranks, **sizes)
-    return need(headers(DEEPSEEK[model]), DEEPSEEK[model], DEEPSEEK_V4, config, rank)
+    return need(headers(model), DEEPSEEK[model], DEEPSEEK_V4, config, rank)
 
 
 @pytest.mark.parametrize("name", ["dspark_qwen3_vanilla/target", "dspark_gemma4/target", "dspark_deepseek_v4"])
@@ -90,7 +90,7 @@ def test_blocks_are_those_of_the_engine(name: str) -> None:
 
 @pytest.mark.parametrize(("model", "tensors", "gigabytes"), [(FLASH, 72317, 166.9), (PRO, 149782, 892.7)])
 def test_the_headers_are_of_the_released_number_and_size(model: str, tensors: int, gigabytes: float) -> None:
-    found = headers(DEEPSEEK[model]).tensors
+    found = headers(model).tensors
     assert len(found) == tensors
     size = sum(stored_bytes(found, name) for name in found if not name.endswith(".scale"))
     assert size / 1e9 == pytest.approx(gigabytes, abs=0.05)

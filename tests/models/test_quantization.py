@@ -10,10 +10,13 @@ from dspark_kernels import load
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dspark_server.config import EngineConfig, SpeculativeConfig
 from dspark_server.errors import CheckpointError
+from dspark_server.evaluation.memory import need
 from dspark_server.models.decoder import Decoder
 from dspark_server.models.loading import WeightReader, open_checkpoint, weight_bytes
 from dspark_server.models.quantization import check_quantization
+from dspark_server.models.qwen3 import QWEN3
 
 from .support import tiny_model
 from .test_decoder import assert_matches
@@ -196,16 +199,48 @@ def test_packed_weights_are_those_that_are_meant(name: str, tmp_path: Path) -> N
     (tmp_path / "config.json").write_text(json.dumps(fields | {"quantization_config": PACKED[name]}))
     check_quantization({"quantization_config": PACKED[name]})
     assert_matches(model, Decoder.load(tmp_path, torch.float32, load("reference"), max_model_len=256), relative=True)
+    checkpoint, whole = open_checkpoint(tmp_path), 2 * sum(parameter.numel() for parameter in parameters.values())
+    counted = weight_bytes(checkpoint, 2, 1, "embed_tokens.weight", ())
+    exact = not name.startswith("pack-quantized 8")  # headers do not say how many integers its words have
+    assert counted == whole if exact else counted > whole
+    fields = json.loads((tmp_path / "config.json").read_text())
+    weights = need(
+        checkpoint, fields, QWEN3, EngineConfig(str(tmp_path), speculative=SpeculativeConfig("none"))
+    ).weights
+    assert weights.served.total() - weights.served["rotary tables"] == whole * 2  # the checkpoint says float32
+    assert weights.packed.total() - weights.packed["rotary tables"] == sum(each.nbytes for each in tensors.values())
     key = "model.layers.1.mlp.down_proj.weight"
     reader = WeightReader(open_checkpoint(tmp_path), torch.float32)
     part = reader.take(key, parameters[key].shape, slice(3, 77), slice(5, 130))
     assert torch.equal(part, parameters[key].data[3:77, 5:130])
 
 
-def test_words_of_another_matrix_are_refused(tmp_path: Path) -> None:
-    tensors = {"x.weight_packed": torch.zeros(4, 3, dtype=torch.int32), "x.weight_scale": torch.ones(4, 1)}
-    save_file(tensors, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": PACKED["pack-quantized"]}))
+def words(*shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=torch.int32)
+
+
+GPTQ = {"qweight": words(8, 8), "qzeros": words(2, 1), "scales": torch.ones(2, 8)}  # of [8, 64]
+
+
+@pytest.mark.parametrize(
+    ("name", "own", "message"),
+    [
+        ("pack-quantized", {"weight_packed": words(8, 3)}, r"words of shape \[8, 3\] .* hold no \[8, 64\] integers"),
+        ("pack-quantized", {"weight_packed": torch.zeros(8, 8)}, r"type torch.float32 hold no \[8, 64\] integers"),
+        ("pack-quantized", {"weight_packed": words(8, 8)}, "weight_scale is missing"),
+        ("pack-quantized", {"weight_packed": words(8, 8), "weight_scale": torch.ones(7, 2)}, "do not belong to 8 rows"),
+        ("pack-quantized", {"weight_packed": words(8, 8), "weight_scale": torch.ones(8, 3)}, "make no 3 groups"),
+        ("gptq", {"qweight": words(8, 8)}, "scales is missing"),
+        ("gptq", GPTQ | {"qzeros": words(2, 2)}, r"qzeros of shape \[2, 2\] have other integers"),
+        ("gptq", GPTQ | {"qzeros": words(3, 1)}, r"words of shape \[3, 1\]"),
+        ("gptq", GPTQ | {"g_idx": words(63)}, r"g_idx of shape \[63\]"),
+        ("gptq", GPTQ | {"g_idx": words(64)}, "g_idx does not name 32 columns of each of 2 groups"),
+        ("awq", GPTQ, r"words of shape \[8, 8\] .* hold no \[64, 8\] integers"),
+    ],
+)
+def test_words_of_another_matrix_are_refused(name: str, own: dict[str, Tensor], message: str, tmp_path: Path) -> None:
+    save_file({f"x.{end}": tensor for end, tensor in own.items()}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": PACKED[name]}))
     reader = WeightReader(open_checkpoint(tmp_path), torch.float32)
-    with pytest.raises(CheckpointError, match=r"x.weight: words of shape \[4, 3\] hold no \[4, 64\] integers"):
-        reader.take("x.weight", (4, 64))
+    with pytest.raises(CheckpointError, match=rf"x.weight: .*{message}"):
+        reader.take("x.weight", (8, 64))

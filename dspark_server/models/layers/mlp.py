@@ -21,7 +21,7 @@ class MlpConfig:
 
     @property
     def parts(self) -> int:
-        """What ranks divide: its features."""
+        """The number of features, which ranks divide."""
         return self.features
 
     def shared_by(self, size: int) -> "MlpConfig":

@@ -31,13 +31,16 @@ class MoeConfig:
 
     @property
     def parts(self) -> int:
-        """What ranks divide: each expert's features, or the experts."""
+        """The number of features of an expert, or of experts if they are whole: ranks divide these."""
         return self.experts if self.whole else self.features
 
     def shared_by(self, size: int) -> "MoeConfig":
-        """Return the share of one of `size` ranks: some of the experts, or a part of each one's features."""
+        """Return the share of one of `size` ranks: some of the experts, or a part of each one's features.
+
+        Of the shared one the largest part, where the ranks' are not equal.
+        """
         features = self.features if self.whole else self.features // size
-        return replace(self, features=features, shared=self.shared // size)
+        return replace(self, features=features, shared=-(-self.shared // size))
 
     def own(self, group: Group) -> tuple[range, slice]:
         """The experts of this rank, and its part of the features of each."""
