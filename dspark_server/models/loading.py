@@ -146,7 +146,7 @@ def weight_bytes(checkpoint: Checkpoint, itemsize: int, ranks: int, whole: str, 
         pairs = info.dtype == "I8" and _float_scale(checkpoint, name) is None
         count = prod(info.shape) * (2 if pairs else 1)
         if name.endswith(packed.WORDS):
-            count = packed.count_values(shapes, name)
+            count = packed.count_values(shapes, checkpoint.read, name)
         if name.endswith(whole):
             everywhere += count
         else:

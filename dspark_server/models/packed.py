@@ -62,12 +62,17 @@ def read_packed(read: Read, shape: tuple[int, int], version: str) -> QuantizedMa
     )
 
 
-def count_values(tensors: Mapping[str, tuple[int, ...]], name: str) -> int:
-    """The number of integers, padding included, of words `name`, from the shapes of all tensors."""
-    shape, stem = tensors[name], name.removesuffix("qweight")
-    if stem != name and {f"{stem}scales", f"{stem}qzeros"} <= tensors.keys():
-        return prod(shape) * -(-tensors[f"{stem}scales"][1] // tensors[f"{stem}qzeros"][1])
-    return prod(shape) * 8  # of 4 bits; those of 8 are half as many
+def count_values(shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], Tensor], name: str) -> int:
+    """The number of integers of words `name`, from the shapes of all tensors; `read` gives a small one.
+
+    Of words without the tensors that belong to them, 8 each.
+    """
+    packed, gptq = name.removesuffix("weight_packed"), name.removesuffix("qweight")
+    if packed != name and f"{packed}weight_shape" in shapes:
+        return prod(read(f"{packed}weight_shape").tolist())
+    if gptq != name and {f"{gptq}scales", f"{gptq}qzeros"} <= shapes.keys():
+        return prod(shapes[name]) * -(-shapes[f"{gptq}scales"][1] // shapes[f"{gptq}qzeros"][1])
+    return prod(shapes[name]) * 8
 
 
 def _matrix(codes: Tensor, scales: Tensor, zeros: Tensor | None, group_of: Tensor | None, bits: int) -> QuantizedMatrix:

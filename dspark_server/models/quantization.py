@@ -1,4 +1,4 @@
-"""What a config.json's `quantization_config` says of the weights: 8 bits beside scales, or a format that is not read.
+"""The `quantization_config` of a config.json: formats of weights that are read, and refusal of the others by name.
 
 Weights are expanded as they are read. Inputs of products keep the model's type where a format would round them to 8
 bits, too (W8A8): nothing is lost by that.
