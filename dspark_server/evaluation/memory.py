@@ -64,7 +64,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class Need:
-    """What a rank holds, in bytes. Requests take `block_bytes` for a block of any of `groups`.
+    """The bytes that a rank holds. Requests take `block_bytes` for a block of any of `groups`.
 
     `working` is an estimate of a step's activations: a full pass and a full draft, with logits of all their tokens.
     """
