@@ -89,7 +89,8 @@ def _matrix(codes: Tensor, scales: Tensor, zeros: Tensor | None, group_of: Tenso
         codes = codes[:, order]
     if bits == 8 and zeros is not None:  # unsigned integers of 8 bits are moved to signed ones
         codes, zeros = codes - 128, zeros - 128
-    return QuantizedMatrix(codes.to(torch.int8), scales, group, bits, zeros, order)
+    offsets = None if zeros is None else -scales * zeros  # exact in float32, as is the weight: 19 bits at most
+    return QuantizedMatrix(codes.to(torch.int8), scales, group, bits, offsets, order)
 
 
 def _scales(scales: Tensor | None, height: int) -> Tensor:

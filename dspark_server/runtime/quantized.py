@@ -11,10 +11,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class QuantizedMatrix:
-    """W[o, k] = scales[o, g] (codes[o, k] - zeros[o, g]), g = k // group.
+    """W[o, k] = scales[o, g] codes[o, k] + offsets[o, g], g = k // group.
 
-    `codes` [O, K] int8: of 8 `bits`, or of 4, signed where there are no zeros and unsigned where there are. `scales`
-    [O, G] float32; `zeros` [O, G] float32, None: 0. `order` [K]: the columns are these of the input's, in this order
+    `codes` [O, K] int8: of 8 `bits`, or of 4, signed where there are no offsets and unsigned where there are. `scales`
+    [O, G] float32; `offsets` [O, G] float32, None: 0. `order` [K]: the columns are these of the input's, in this order
     (act-order); None: as they are.
     """
 
@@ -22,16 +22,16 @@ class QuantizedMatrix:
     scales: Tensor
     group: int
     bits: int = 8
-    zeros: Tensor | None = None
+    offsets: Tensor | None = None
     order: Tensor | None = None
 
     def expanded(self, dtype: torch.dtype) -> Tensor:
         """The weight [O, K] that it stands for, in the order of the input's columns."""
         values = self.codes.float()
         of_column = torch.arange(values.shape[1]) // self.group
-        if self.zeros is not None:
-            values -= self.zeros[:, of_column]
         values *= self.scales[:, of_column]
+        if self.offsets is not None:
+            values += self.offsets[:, of_column]
         if self.order is not None:
             values = torch.empty_like(values).index_copy_(1, self.order, values)
         return values.to(dtype)
