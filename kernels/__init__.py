@@ -21,6 +21,8 @@ from dspark_kernels.interface import (
     LayerParts,
     PackedExperts,
     PackedLinear,
+    Ruled,
+    Rules,
 )
 from dspark_kernels.reference import ReferenceKernels
 
@@ -35,6 +37,8 @@ __all__ = [
     "LayerParts",
     "PackedExperts",
     "PackedLinear",
+    "Ruled",
+    "Rules",
     "huge_zeros",
     "load",
 ]

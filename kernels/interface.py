@@ -15,6 +15,7 @@ no run (rows from query_start[R] on): attention's results for these are undefine
 Kernels for a device read nothing on the host and allocate by shapes alone: a CUDA graph can hold them.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -65,6 +66,45 @@ class Filters:
     top_k: Tensor
     top_p: Tensor
     min_p: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Rules:
+    """Edits of one request's logits (speculation/controls.py), in the order of its fields; None: no such rule.
+
+    allowed [V] bool: no other token may appear. words: bad words one after the other, each its length and its tokens;
+    tail: the last tokens of the answer, with which one may have begun. early: tokens that may not appear before
+    position `until`. bias [V] float32, added. seen [V] bool, of prompt and answer, and counts [V] float32, of the
+    answer (None: all 0), for the penalties. touched: the tokens that are seen or have a bias, each once. Tensors of
+    tokens are int64.
+    """
+
+    allowed: Tensor | None = None
+    words: Tensor | None = None
+    tail: Tensor | None = None
+    early: Tensor | None = None
+    until: int = 0
+    bias: Tensor | None = None
+    touched: Tensor | None = None
+    seen: Tensor | None = None
+    counts: Tensor | None = None
+    repetition: float = 1.0
+    frequency: float = 0.0
+    presence: float = 0.0
+
+
+@dataclass(frozen=True)
+class Ruled:
+    """The rules of R rows, None where a row has none, for the tokens at `position` [R] int64 and after it.
+
+    drafted [R, E] int64: the draft tokens before `position`, as many for each row. column [V] int32: the column of each
+    token, -1: none (None: the token itself).
+    """
+
+    rules: Sequence[Rules | None]
+    position: Tensor
+    drafted: Tensor
+    column: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -146,6 +186,11 @@ class Kernels(Protocol):
     @property
     def reads_fp8(self) -> bool:
         """Whether caches may be float8_e4m3fn."""
+        ...
+
+    @property
+    def ruled(self) -> bool:
+        """Whether `draft_tokens` takes rules, and there is `apply_rules`."""
         ...
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -399,13 +444,22 @@ class Kernels(Protocol):
         uniforms: Tensor | None,
         favour: Favour | None,
         filters: Filters | None = None,
+        ruled: Ruled | None = None,
     ) -> DraftedTokens:
         """Draw whole blocks left to right under the vanilla Markov head (DSpark §3.2).
 
         base [R, gamma, C] float32; anchors [R] int64; names [C] int64: the token of each column (None: the column);
         head: W1 [V, r] and the packed W2 [C, r], or None; slot k's logits are base + W1[x_{k-1}] W2.
         inverse_temperature [R] float32, 0 for a greedy row; uniforms [R, gamma] float64 draw the others' tokens by
-        inverse CDF (None: all are greedy), after their `filters`.
+        inverse CDF (None: all are greedy), after their `filters`. A slot's logits are edited by what is `ruled` for it,
+        the draft tokens before it included; one whose rules leave no token is not usable.
+        """
+        ...
+
+    def apply_rules(self, logits: Tensor, start: Tensor, lengths: Tensor, tokens: Tensor, ruled: Ruled) -> None:
+        """Edit rows of logits [M, V] float32 in place, `start`, `lengths` and `tokens` as in `accept_drafts`.
+
+        Row start[i] + k is that of the token after draft token k of request i, and after all of its `drafted`.
         """
         ...
 

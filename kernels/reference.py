@@ -7,8 +7,18 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from dspark_kernels.interface import UNNAMED, DraftedTokens, Favour, Filters, LayerParts, PackedExperts, PackedLinear
+from dspark_kernels.interface import (
+    UNNAMED,
+    DraftedTokens,
+    Favour,
+    Filters,
+    LayerParts,
+    PackedExperts,
+    PackedLinear,
+    Ruled,
+)
 from dspark_kernels.reference_latent import LatentReference
+from dspark_kernels.reference_rules import edit_rows
 from torch import Tensor
 
 
@@ -46,6 +56,7 @@ class ReferenceKernels(LatentReference):
     name = "reference"
     build = "reference"
     reads_fp8 = True
+    ruled = True
     threads: int | None = None
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -216,6 +227,7 @@ class ReferenceKernels(LatentReference):
         uniforms: Tensor | None,
         favour: Favour | None,
         filters: Filters | None = None,
+        ruled: Ruled | None = None,
     ) -> DraftedTokens:
         rows, slots, columns = base.shape
         greedy, scale = inverse_temperature == 0, inverse_temperature.unsqueeze(1)
@@ -243,6 +255,12 @@ class ReferenceKernels(LatentReference):
                 logits = logits.scatter(1, place, torch.where(following, score + favour.bias[:, k], own).unsqueeze(1))
                 replaced = torch.where(favour.named[:, k : k + 1], here.gather(1, place), favour.tokens[:, k : k + 1])
                 here = here.scatter(1, place, replaced)
+            if ruled is not None:
+                logits = logits.clone()
+                edit_rows(logits, ruled, tokens[:, :k], k, here)
+                finite = finite & (logits.amax(-1) > -torch.inf)
+                usable = torch.where(finite, usable, usable.clamp(max=k))
+                following = following & finite
             choice, logits = logits.argmax(-1), logits.where(finite.unsqueeze(1), 0.0)
             if filters is not None:
                 index, positive = torch.arange(rows, device=where), inverse_temperature.masked_fill(greedy, 1.0)
@@ -259,6 +277,14 @@ class ReferenceKernels(LatentReference):
             if favour is not None:
                 following = following & (previous == favour.tokens[:, k])
         return DraftedTokens(tokens, None if uniforms is None else laws, on, odds, usable)
+
+    def apply_rules(self, logits: Tensor, start: Tensor, lengths: Tensor, tokens: Tensor, ruled: Ruled) -> None:
+        names = torch.arange(logits.shape[1], device=logits.device).expand(len(logits), -1)
+        for k in range(int(lengths.max()) + 1):
+            for i in (lengths >= k).nonzero().flatten().tolist():
+                one = Ruled(ruled.rules[i : i + 1], ruled.position[i : i + 1], ruled.drafted[i : i + 1])
+                row = int(start[i]) + k
+                edit_rows(logits[row : row + 1], one, tokens[i : i + 1, :k], k, names)
 
     def accept_drafts(
         self,

@@ -67,7 +67,7 @@ class Cycle(Protocol):
         rows: Sequence[int],
         sampling: SamplingBatch,
     ) -> Accepted:
-        """`acceptance.accept`, with its outcome on the host."""
+        """`acceptance.accept`, with its outcome on the host. `logits` may be written."""
 
     def finite_rows(self) -> list[int]:
         """Number of leading tokens of each run of the pass with finite hidden states after the last layer.

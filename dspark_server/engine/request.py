@@ -179,6 +179,13 @@ class Request:
         return self.params.prompt_logprobs is not None and len(self.prompt_logprobs) < self.prompt_length
 
     @property
+    def reads_raw_logits(self) -> bool:
+        """Whether its logits are read after its rules were applied: for log-probabilities, or to say why it failed."""
+        if self.controls is None:
+            return False
+        return self.params.logprobs is not None or self.params.allowed_token_ids is not None
+
+    @property
     def grammar(self) -> Grammar | None:
         """The grammar that the answer must follow; None if there is none."""
         return self.controls.grammar if isinstance(self.controls, Controls) else None

@@ -298,7 +298,10 @@ class StepLoop:
         sampling = sampling_batch(verified.requests)
         if self._acceptance:
             return self._acceptance(verified, block, sampling)
-        return cycle.accept(verified.logits, verified.row_start, block, verified.rows, sampling)
+        logits = verified.logits
+        if any(request.reads_raw_logits for request in verified.requests):
+            logits = logits.clone()  # acceptance writes to rows of requests with rules
+        return cycle.accept(logits, verified.row_start, block, verified.rows, sampling)
 
     def _learn(self, plan: Plan, block: DraftBlock, outputs: list[StepOutput]) -> None:
         """Record the acceptance of drafts, in the counters and in each request's histories (of the drafter, of copies).

@@ -23,7 +23,7 @@ draft's own token, q(x_<=i) min(P_i p(v), q(v)), that makes q(x_<=i) P_i p(v): p
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from dspark_kernels import Filters, Kernels
@@ -91,8 +91,8 @@ def accept(
     logits [N, V], float32 (float64 is computed in float64); row_start, R + 1 numbers: rows row_start[r] up to
     row_start[r + 1] belong to request r, ℓ_r + 1 of them; rows [R]: its row of `draft`, -1 if it did not draft;
     sampling: R rows. ℓ_r = 0 is plain sampling, and `draft` may be None if all are 0. `kernels`, if given, compute
-    maxima, and the ratio and block rules except for rows with controls. `jointly`: the block rule takes the ratio
-    rule's place.
+    maxima, and the ratio and block rules except for rows with grammars; they edit the rows of requests with rules in
+    place. `jointly`: the block rule takes the ratio rule's place.
     """
     device = logits.device
     row = torch.as_tensor(rows, dtype=torch.int64).to(device)
@@ -105,6 +105,11 @@ def accept(
     # A request that did not draft reads row 0, and the result is not used.
     row = row.clamp(min=0)
     whole = _Pass(logits, bounds[:-1], lengths, draft.tokens[:, :width][row], row, sampling)
+    if kernels is not None and kernels.ruled and logits.dtype == torch.float32 and (ruled := sampling.ruled()):
+        # All rows of a block at once: which of them count is not known yet, and no row's edits read another's token.
+        kernels.apply_rules(logits, whole.start, lengths, whole.tokens, ruled)
+        sampling = sampling.without_rules()
+        whole = replace(whole, sampling=sampling)
     result = Accepted(torch.empty_like(lengths), torch.empty_like(lengths), torch.empty_like(lengths, dtype=torch.bool))
     for rule, indices, part in sampling.parts:
         mine = whole if indices is None else whole.select(indices, part)

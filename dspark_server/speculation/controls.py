@@ -11,17 +11,26 @@ repetition, frequency and presence penalties.
 Shapes: C columns of a row of logits, V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from copy import copy
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
+from dspark_kernels import Rules
 from torch import Tensor
 
 
 class Control(Protocol):
     """Rules of one request."""
+
+    @property
+    def rules(self) -> Rules | None:
+        """The same after the committed tokens as data, for `Kernels.apply_rules`; None: only `apply` can say them.
+
+        Its tensors may be written by `commit`.
+        """
 
     def prepare(self, drafted: Sequence[int]) -> None:
         """Begin elsewhere what `apply` will need after `drafted`, if it takes long."""
@@ -42,6 +51,11 @@ class Forbidden:
 
     tokens: tuple[int, ...]
     until: int
+
+    @cached_property
+    def rules(self) -> Rules | None:
+        """See `Control.rules`."""
+        return Rules(early=torch.tensor(self.tokens), until=self.until)
 
     def prepare(self, drafted: Sequence[int]) -> None:
         """See `Control.prepare`: nothing."""
@@ -124,6 +138,7 @@ class Controls:
         self._early = early
         self.grammar = grammar
         self._bad_words = tuple(bad_words)
+        self._words = torch.tensor([part for word in bad_words for part in (len(word), *word)]) if bad_words else None
         self._tail: list[int] = []  # last tokens of the answer: possible beginnings of a bad word
         self._bias = _dense(vocabulary, bias)
         self._allowed: Tensor | None = None
@@ -131,11 +146,16 @@ class Controls:
             self._allowed = torch.zeros(vocabulary, dtype=torch.bool)
             self._allowed[list(allowed)] = True
         self._prompt_seen: Tensor | None = None  # [V] bool, of the prompt's tokens; the choices of a prompt share it
+        touched = {token for token, _ in bias}
         if self._penalties.any:
             self._prompt_seen = torch.zeros(vocabulary, dtype=torch.bool)
             self._prompt_seen[list(set(prompt))] = True
+            touched |= set(prompt)
+        self._first = _Tokens(touched)  # that bias or penalties may change, before the answer
         self._counts: Tensor | None = None  # [V] f32, counts of the answer's tokens; None before the first
         self._seen = self._prompt_seen  # tokens of the prompt and the answer
+        self._touched = self._first
+        self._rules: Rules | None = None  # after the committed tokens; made when asked for
 
     def again(self, grammar: Grammar | None) -> "Controls":
         """The same rules for another answer to the same prompt, from its beginning.
@@ -145,15 +165,44 @@ class Controls:
         made = copy(self)
         made.grammar = grammar
         made._tail, made._seen, made._counts = [], self._prompt_seen, None
+        made._touched, made._rules = self._first, None
         return made
+
+    @property
+    def rules(self) -> Rules | None:
+        """See `Control.rules`: not of a grammar."""
+        if self.grammar is not None:
+            return None
+        if self._rules is None:
+            self._rules = Rules(
+                allowed=self._allowed,
+                words=self._words,
+                tail=torch.tensor(self._tail, dtype=torch.int64) if self._bad_words else None,
+                early=None if self._early is None else torch.tensor(self._early.tokens),
+                until=0 if self._early is None else self._early.until,
+                bias=self._bias,
+                touched=self._touched.tensor,
+                seen=self._seen,
+                counts=self._counts,
+                repetition=self._penalties.repetition,
+                frequency=self._penalties.frequency,
+                presence=self._penalties.presence,
+            )
+        return self._rules
 
     def commit(self, tokens: Sequence[int]) -> None:
         """Add `tokens` to the answer."""
+        self._rules = None
         if self._seen is not None:
             if self._counts is None:
-                self._counts, self._seen = torch.zeros(len(self._seen)), self._seen.clone()
-            self._counts.index_add_(0, torch.tensor(tokens), torch.ones(len(tokens)))
-            self._seen[list(tokens)] = True
+                self._counts = torch.zeros(len(self._seen), dtype=torch.float32)
+                self._seen = self._seen.clone()
+                self._touched = self._first.copy()
+            counts, seen = self._counts.numpy(), self._seen.numpy()  # numpy writes single numbers faster
+            for token in tokens:
+                counts[token] += 1.0
+                seen[token] = True
+            self._touched.add(tokens)
         if self._bad_words:
             self._tail = (self._tail + list(tokens))[-_longest(self._bad_words) :]
         if self.grammar is not None:
@@ -185,7 +234,7 @@ class Controls:
             if self._early is not None:
                 self._early.apply(logits, drafted, position, columns)
         if self._bias is not None:
-            logits += of(self._bias)
+            logits += of(self._bias).to(logits.dtype)
         if self._seen is not None:
             self._penalize(logits, drafted, of)
 
@@ -206,10 +255,42 @@ class Controls:
             scaled = torch.where(logits > 0, logits / rule.repetition, logits * rule.repetition)
             torch.where(here, scaled, logits, out=logits)
         if rule.frequency or rule.presence:
-            counts = torch.zeros(len(seen)) if self._counts is None else self._counts
-            counts = of(counts if more is None else counts.index_add(0, more, torch.ones(len(drafted))))
+            counts = self._counts
+            if counts is None:
+                counts = torch.zeros(len(seen), dtype=torch.float32)
+            if more is not None:
+                counts = counts.index_add(0, more, torch.ones(len(drafted), dtype=torch.float32))
+            counts = of(counts).to(logits.dtype)
             penalty = rule.frequency * counts
             logits -= penalty + rule.presence * (counts > 0) if rule.presence else penalty
+
+
+class _Tokens:
+    """A set of tokens, and the same as a tensor [S] i64 that grows at its end."""
+
+    def __init__(self, tokens: Iterable[int]) -> None:
+        self._known = set(tokens)
+        self._all = torch.tensor(sorted(self._known), dtype=torch.int64)
+
+    @property
+    def tensor(self) -> Tensor:
+        """The tokens, each once. Later ones are written behind its end."""
+        return self._all[: len(self._known)]
+
+    def add(self, tokens: Iterable[int]) -> None:
+        """Add those that are not there yet."""
+        new = set(tokens) - self._known
+        if not new:
+            return
+        size = len(self._known)
+        self._known |= new
+        if len(self._known) > len(self._all):
+            self._all = torch.cat([self._all[:size], self._all.new_empty(size + 64)])
+        self._all[size : len(self._known)] = torch.tensor(list(new))
+
+    def copy(self) -> "_Tokens":
+        """A set of its own with the same tokens."""
+        return _Tokens(self._known)
 
 
 def _longest(bad_words: Sequence[tuple[int, ...]]) -> int:
@@ -220,7 +301,7 @@ def _longest(bad_words: Sequence[tuple[int, ...]]) -> int:
 def _dense(vocabulary: int, bias: Sequence[tuple[int, float]]) -> Tensor | None:
     if not bias:
         return None
-    dense = torch.zeros(vocabulary)
+    dense = torch.zeros(vocabulary, dtype=torch.float32)
     for token, value in bias:
         dense[token] = value
     return dense

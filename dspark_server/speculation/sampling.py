@@ -14,7 +14,7 @@ from enum import Enum
 from functools import cached_property
 
 import torch
-from dspark_kernels import Filters
+from dspark_kernels import Filters, Ruled
 from torch import Tensor
 
 from dspark_server.speculation.controls import Control
@@ -196,6 +196,18 @@ class SamplingBatch:
             further = zip(*(tokens.tolist() for tokens in drafted), strict=True)
             before = tuple((*own, *more) for own, more in zip(self.drafted, further, strict=True))
         return replace(self, position=self.position + offset, drafted=before)
+
+    def ruled(self) -> Ruled | None:
+        """The rules of its rows as data, of rows that have them; None if no row has."""
+        rules = [None if control is None else control.rules for control in self.controls]
+        if not any(rules):
+            return None
+        return Ruled(rules, self.position, torch.tensor(self.drafted, dtype=torch.int64).view(len(self), -1))
+
+    def without_rules(self) -> "SamplingBatch":
+        """The same rows once `ruled` has been applied to the logits: other controls stay."""
+        left = tuple(None if control is None or control.rules else control for control in self.controls)
+        return replace(self, controls=left) if any(left) else self.without_controls()
 
     def without_controls(self) -> "SamplingBatch":
         """The same rows once their rules have been applied to the logits."""

@@ -7,15 +7,17 @@ Shapes: R drafting requests, gamma slots, D hidden size, C draft tokens (all of 
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from time import monotonic
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from dspark_kernels import DraftedTokens, Favour, Filters, Kernels
+from dspark_kernels import DraftedTokens, Favour, Filters, Kernels, Ruled
 from torch import Tensor
 
 from dspark_server.speculation.calibration import Calibration
+from dspark_server.speculation.controls import Control
 from dspark_server.speculation.copying import CopyBias
 from dspark_server.speculation.draft_block import DraftBlock
 from dspark_server.speculation.heads import ConfidenceHead, SequentialHead
@@ -79,14 +81,14 @@ class BlockSampler:
             return self._slot_by_slot(hidden, base, anchors, sampling, streams, copies, deadline)
         apart = sampling.coupled & ~sampling.greedy
         if sampling.controls:
-            apart = apart | torch.tensor([bool(control) for control in sampling.controls]).to(apart.device)
+            apart = apart | torch.tensor([self._needs_words(control) for control in sampling.controls]).to(apart.device)
         if not bool(apart.any()):
             return self._at_once(hidden, base, anchors, sampling, streams, copies)
         if bool(apart.all()):
             return self._slot_by_slot(hidden, base, anchors, sampling, streams, copies, deadline)
-        # One request with a seed or a control must not slow down the others.
+        # One request with a seed or a grammar must not slow down the others.
         rows = [(~apart).nonzero().squeeze(1), apart.nonzero().squeeze(1)]
-        parts = [sampling.select(rows[0]).without_controls(), sampling.select(rows[1])]
+        parts = [sampling.select(mine) for mine in rows]
         favoured = [None if copies is None else copies.select(mine) for mine in rows]
         arguments = [
             (hidden[mine], base[mine], anchors[mine], part, streams, favour)
@@ -192,7 +194,10 @@ class BlockSampler:
             columns = self.draft_tokens.expand(requests, gamma, vocabulary)
         inverse, uniforms = self.whole_block_noise(sampling, streams, gamma)
         filters = sampling.filters(torch.arange(requests)) if sampling.filtered and not sampling.all_greedy else None
-        drawn, confidence = self.whole_block(hidden, base, anchors, inverse, uniforms, favour, filters)
+        ruled = sampling.ruled()
+        if ruled is not None and self.draft_tokens is not None:
+            ruled = replace(ruled, column=self._column)
+        drawn, confidence = self.whole_block(hidden, base, anchors, inverse, uniforms, favour, filters, ruled)
         if copies is not None:
             copies.on, copies.odds = drawn.on, drawn.odds
         return DraftBlock(
@@ -205,6 +210,18 @@ class BlockSampler:
             usable=drawn.usable,
             copies=copies,
         )
+
+    def _needs_words(self, control: Control | None) -> bool:
+        """Whether a control can only be applied slot by slot, in Python."""
+        return control is not None and not (self._kernels.ruled and control.rules)
+
+    @cached_property
+    def _column(self) -> Tensor:
+        """[V] int32: the column of each token, -1: it cannot be drafted."""
+        assert self.draft_tokens is not None, "column v is token v"
+        column = torch.full((self._vocabulary,), -1, dtype=torch.int32)
+        column[self.draft_tokens] = torch.arange(len(self.draft_tokens), dtype=torch.int32)
+        return column
 
     def takes_whole_blocks(self, sampling: SamplingBatch) -> bool:
         """Whether one kernel call draws whole blocks without device reads: a vanilla head, no seeds, no controls."""
@@ -225,11 +242,12 @@ class BlockSampler:
         uniforms: Tensor | None,
         favour: Favour | None,
         filters: Filters | None = None,
+        ruled: Ruled | None = None,
     ) -> tuple[DraftedTokens, Tensor | None]:
         """The blocks, and the confidence logits [R, gamma] if there is such a head; reads nothing on the host."""
         packed = None if self.head is None else self.head.packed
         drawn = self._kernels.draft_tokens(
-            base, anchors, self.draft_tokens, packed, inverse_temperature, uniforms, favour, filters
+            base, anchors, self.draft_tokens, packed, inverse_temperature, uniforms, favour, filters, ruled
         )
         if self._confidence is None:
             return drawn, None

@@ -2,6 +2,7 @@
 // the context suggests is favoured, and the next token is drawn. One call drafts whole blocks.
 #include "draw.h"
 #include "filter.h"
+#include "rules.h"
 
 typedef struct {
   const float *base;                  // [rows, slots, columns]
@@ -20,7 +21,11 @@ typedef struct {
   uint8_t *on;                        // [rows, slots]
   float *odds;                        // [rows, slots]
   int64_t *usable;                    // [rows] in: as many slots as there are
-  long rows, slots, columns, rank;
+  const Rules *rules;                 // [rows], or null
+  const int32_t *column;              // [V] the column of each token, -1: none; null: the token itself
+  const int64_t *drafted;             // [rows, earlier] draft tokens before the block, of those with rules
+  const int64_t *position;            // [rows] of the first slot, of those with rules
+  long rows, slots, columns, rank, earlier;
 } Head;
 
 typedef struct {
@@ -48,6 +53,21 @@ static float corrected(float *logits, const float *base, const float *correction
   return broken ? NAN : best;
 }
 
+// The logits after the rules of their request; their maximum.
+static float ruled(const Head *head, float *logits, long row, long slot) {
+  long at = row * head->slots, length = head->earlier + slot;
+  int64_t drafted[length + 1];
+  if (head->earlier) memcpy(drafted, head->drafted + row * head->earlier, head->earlier * sizeof *drafted);
+  memcpy(drafted + head->earlier, head->tokens + at, slot * sizeof *drafted);
+  int replaced = head->place && !head->named[at + slot];
+  Columns columns = {head->names, head->column, replaced ? head->place[at + slot] : -1,
+                     replaced ? head->copied[at + slot] : 0};
+  edit(logits, head->columns, &columns, head->rules + row, drafted, length, head->position[row] + slot);
+  float best = -INFINITY;
+  for (long j = 0; j < head->columns; j++) best = logits[j] > best ? logits[j] : best;
+  return best;
+}
+
 static void draw_rows(void *context) {
   const float unnamed = -4.0f, few = -20.0f;  // unnamed: UNNAMED of interface.py
   Slot *slot = context;
@@ -62,14 +82,7 @@ static void draw_rows(void *context) {
       float scale = head->inverse_temperature[row];
       float best = corrected(logits, head->base + at * columns,
                              slot->correction ? slot->correction + row * columns : 0, columns);
-      if (!(best > -INFINITY)) {
-        if (head->usable[row] > slot->slot) head->usable[row] = slot->slot;
-        head->tokens[at] = head->names ? head->names[0] : 0;
-        slot->following[row] = 0;
-        if (scale != 0) memset(head->law + at * columns, 0, columns * sizeof(float));
-        continue;
-      }
-      if (slot->following[row]) {
+      if (best > -INFINITY && slot->following[row]) {
         long place = head->place[at];
         float max;
         memcpy(scratch, logits, padded * sizeof(float));
@@ -80,6 +93,14 @@ static void draw_rows(void *context) {
         head->on[at] = 1;
         head->odds[at] = odds > few ? odds : few;
         logits[place] = score + head->bias[at];
+      }
+      if (best > -INFINITY && head->rules) best = ruled(head, logits, row, slot->slot);
+      if (!(best > -INFINITY)) {  // a broken row, or rules that leave no token
+        if (head->usable[row] > slot->slot) head->usable[row] = slot->slot;
+        head->tokens[at] = head->names ? head->names[0] : 0;
+        slot->following[row] = 0;
+        if (scale != 0) memset(head->law + at * columns, 0, columns * sizeof(float));
+        continue;
       }
       if (scale == 0) {
         best = logits[0];
@@ -117,10 +138,12 @@ EXPORT void dspark_sequential_head(const float *base, const uint16_t *w1, const 
                                    const int64_t *names, const float *inverse_temperature, const double *uniforms,
                                    const int64_t *top_k, const float *top_p, const float *min_p, const int64_t *place, const int64_t *copied, const uint8_t *named,
                                    const float *bias, uint8_t *following, uint16_t *x, float *correction,
-                                   int64_t *tokens, float *law, uint8_t *on, float *odds, int64_t *usable, long rows,
-                                   long slots, long columns, long rank, int threads) {
+                                   int64_t *tokens, float *law, uint8_t *on, float *odds, int64_t *usable,
+                                   const Rules *rules, const int32_t *column, const int64_t *drafted,
+                                   const int64_t *position, long rows, long slots, long columns, long rank,
+                                   long earlier, int threads) {
   Head head = {base, w1,  w2, names, inverse_temperature, uniforms, top_k, top_p, min_p, place, copied, named, bias, tokens, law,
-               on, odds,  usable,              rows,     slots, columns, rank};
+               on, odds,  usable, rules, column, drafted, position, rows, slots, columns, rank, earlier};
   for (long k = 0; k < slots; k++) {
     if (rank) {
       for (long row = 0; row < rows; row++) {

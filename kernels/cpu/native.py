@@ -12,7 +12,16 @@ from pathlib import Path
 
 import torch
 from dspark_kernels.cpu.memory import Arena
-from dspark_kernels.interface import DraftedTokens, Favour, Filters, LayerParts, PackedExperts, PackedLinear
+from dspark_kernels.cpu.rules import packed_rules
+from dspark_kernels.interface import (
+    DraftedTokens,
+    Favour,
+    Filters,
+    LayerParts,
+    PackedExperts,
+    PackedLinear,
+    Ruled,
+)
 from torch import Tensor, empty, get_num_threads
 
 FLOAT32, BFLOAT16 = 0, 1  # as in common.h
@@ -43,7 +52,8 @@ _SIGNATURES = {
     "dspark_argmax": [c_void_p] * 2 + [c_long] * 3 + [c_int, c_int],
     "dspark_linear": [c_void_p] * 4 + [c_long] * 4 + [c_int, c_int],
     "dspark_draft_loss": [c_void_p] * 9 + [c_long] * 2 + [c_int] * 3,
-    "dspark_sequential_head": [c_void_p] * 22 + [c_long] * 4 + [c_int],
+    "dspark_sequential_head": [c_void_p] * 26 + [c_long] * 5 + [c_int],
+    "dspark_apply_rules": [c_void_p] * 6 + [c_long] * 3 + [c_int],
     "dspark_accept": [c_void_p] * 13 + [c_long] * 8 + [c_int, c_int],
     "dspark_filter_logits": [c_void_p] * 7 + [c_long] * 2 + [c_int],
     "dspark_experts": [c_void_p, c_long] + [c_void_p] * 5 + [c_long] * 5 + [c_float] + [c_void_p] * 3 + [c_int],
@@ -145,6 +155,7 @@ class NativeKernels:
     """`interface.Kernels` over the shared library at `library`."""
 
     reads_fp8 = False
+    ruled = True
     threads: int | None = None
 
     def __init__(self, library: Path) -> None:
@@ -177,6 +188,7 @@ class NativeKernels:
         self._accept = native.dspark_accept
         self._filter_logits = native.dspark_filter_logits
         self._sequential_head = native.dspark_sequential_head
+        self._apply_rules = native.dspark_apply_rules
 
     def count(self) -> int:
         """Number of threads of a call."""
@@ -509,6 +521,7 @@ class NativeKernels:
         uniforms: Tensor | None,
         favour: Favour | None,
         filters: Filters | None = None,
+        ruled: Ruled | None = None,
     ) -> DraftedTokens:
         rows, slots, columns = base.shape
         tokens, usable = empty((rows, slots), dtype=torch.int64), torch.full((rows,), slots)
@@ -526,14 +539,29 @@ class NativeKernels:
             else (t.data_ptr() for t in (favour.place, favour.tokens, favour.named, favour.bias))
         )
         limits = (None,) * 3 if filters is None else _addresses(filters)
+        rules, column, drafted, position, earlier = None, None, None, None, 0
+        if ruled is not None:
+            rules, earlier = packed_rules(ruled.rules), ruled.drafted.shape[1]
+            column = None if ruled.column is None else ruled.column.data_ptr()
+            drafted, position = ruled.drafted.data_ptr(), ruled.position.data_ptr()
         self._sequential_head(
             base.data_ptr(), w1, w2, anchors.data_ptr(), None if names is None else names.data_ptr(),
             inverse_temperature.data_ptr(), None if uniforms is None else uniforms.data_ptr(),
             *limits, place, copied, named, bias, following.data_ptr(),
             x.data_ptr(), correction.data_ptr(), tokens.data_ptr(), None if law is None else law.data_ptr(),
-            on.data_ptr(), odds.data_ptr(), usable.data_ptr(), rows, slots, columns, rank, self.count(),
+            on.data_ptr(), odds.data_ptr(), usable.data_ptr(), rules, column, drafted, position,
+            rows, slots, columns, rank, earlier, self.count(),
         )  # fmt: skip
         return DraftedTokens(tokens, law, on, odds, usable)
+
+    def apply_rules(self, logits: Tensor, start: Tensor, lengths: Tensor, tokens: Tensor, ruled: Ruled) -> None:
+        requests, width = tokens.shape
+        assert not ruled.drafted.shape[1], "the first row of a request has no draft tokens before it"
+        tokens, rules = tokens.contiguous(), packed_rules(ruled.rules)
+        self._apply_rules(
+            logits.data_ptr(), start.data_ptr(), lengths.data_ptr(), tokens.data_ptr(), rules,
+            ruled.position.data_ptr(), requests, logits.shape[1], width, self.count(),
+        )  # fmt: skip
 
     def accept_drafts(
         self,

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 import triton
 from dspark_kernels.cpu.build import KernelBuildError
-from dspark_kernels.interface import DraftedTokens, Favour, Filters, LayerParts, PackedExperts, PackedLinear
+from dspark_kernels.interface import DraftedTokens, Favour, Filters, LayerParts, PackedExperts, PackedLinear, Ruled
 from dspark_kernels.reference import PlainExperts, PlainLinear, ReferenceKernels
 from dspark_kernels.triton import accept, attention, elementwise, experts, filter, rotary, sequential
 from dspark_kernels.triton.launch import H100, Gpu
@@ -25,6 +25,7 @@ class TritonKernels:
 
     name = "triton"
     reads_fp8 = True
+    ruled = False
     threads: int | None = None
 
     def __init__(self) -> None:
@@ -155,8 +156,10 @@ class TritonKernels:
         uniforms: Tensor | None,
         favour: Favour | None,
         filters: Filters | None = None,
+        ruled: Ruled | None = None,
     ) -> DraftedTokens:
         """Reads nothing from the device: `law` is present if there are `uniforms`, though all rows may be greedy."""
+        assert ruled is None, "this set edits no logits"
         rows, slots, _ = base.shape
         device, weights = base.device, None
         if head is not None:
@@ -180,6 +183,9 @@ class TritonKernels:
         ):
             launch.run()
         return drawn
+
+    def apply_rules(self, logits: Tensor, start: Tensor, lengths: Tensor, tokens: Tensor, ruled: Ruled) -> None:
+        raise NotImplementedError("see `ruled`")
 
     def accept_drafts(
         self,

@@ -345,6 +345,7 @@ class TwinKernels(ReferenceKernels):
     Each is one launch. What attention gives tokens of no run is NaN, so that whoever uses it is found out.
     """
 
+    ruled = False  # like those of a GPU
     rms_norm = kernel(ReferenceKernels.rms_norm)
     add_rms_norm = kernel(ReferenceKernels.add_rms_norm)
     rotary_kv_write = kernel(ReferenceKernels.rotary_kv_write)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from dspark_kernels import Ruled, load
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -137,6 +138,21 @@ def test_rules_are_the_reference(
     row = scores.clone() if names is None else scores[names]
     controls.apply(row, drafted, len(prompt) + len(output), names)
     torch.testing.assert_close(row, wanted if names is None else wanted[names])
+    if controls.rules is None:
+        assert "alternating" in options
+        return
+    for kernels in (load("native"), load("reference")):  # the same as data, for every row of a block
+        rows = scores.float().repeat(len(drafted) + 1, 1)
+        ruled = Ruled(
+            [controls.rules], torch.tensor([len(prompt) + len(output) - len(drafted)]), torch.zeros(1, 0).long()
+        )
+        kernels.apply_rules(
+            rows, torch.zeros(1).long(), torch.tensor([len(drafted)]), torch.tensor([drafted]).long(), ruled
+        )
+        for k, got in enumerate(rows):
+            before = output[: len(output) - len(drafted) + k]
+            row_wanted = torch.tensor(reference(scores.tolist(), prompt, before, **options))
+            torch.testing.assert_close(got, row_wanted.float())
 
 
 def test_a_bad_word_does_not_begin_in_the_prompt() -> None:
