@@ -37,6 +37,7 @@ __all__ = [
     "LayerParts",
     "PackedExperts",
     "PackedLinear",
+    "ReferenceKernels",
     "Ruled",
     "Rules",
     "huge_zeros",

@@ -502,6 +502,15 @@ class Kernels(Protocol):
         """
         ...
 
+    def log_probabilities(self, logits: Tensor, tokens: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Natural log-probabilities of rows of finite logits [n, V] float32 contiguous.
+
+        tokens [n] int64, one of each row. Returns theirs [n] float32, their ranks [n] int64 (1: most likely), and the
+        `count` <= V most likely tokens [n, count] int64 of each row in falling order, of equal ones the lower first,
+        with theirs [n, count] float32.
+        """
+        ...
+
     def draft_loss(
         self,
         draft: Tensor,

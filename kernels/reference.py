@@ -337,6 +337,14 @@ class ReferenceKernels(LatentReference):
             row[~kept] = -torch.inf
         return out
 
+    def log_probabilities(self, logits: Tensor, tokens: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        laws = logits.log_softmax(-1)
+        own = logits.gather(1, tokens.unsqueeze(1))
+        order = logits.argsort(stable=True, dim=-1, descending=True)[:, :count]
+        return (
+            laws.gather(1, tokens.unsqueeze(1)).squeeze(1), (logits > own).sum(1) + 1, order, laws.gather(1, order),
+        )  # fmt: skip
+
     def draft_loss(
         self,
         draft: Tensor,

@@ -145,6 +145,7 @@ class EngineCore:
             cost_model=cost_model,
             max_draft_tokens=config.speculative.num_speculative_tokens,
             copying=drafter if isinstance(drafter, Copying) else None,
+            kernels=place.kernels,
             check_invariants=config.check_invariants,
             **loop_options,
         )

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from dspark_kernels import Kernels, ReferenceKernels
 from torch import Tensor
 
 
@@ -20,15 +21,19 @@ class TokenLogprob:
     top: list[tuple[int, float]]
 
 
-def token_logprobs(logits: Tensor, tokens: Sequence[int], count: int) -> list[TokenLogprob]:
-    """Log-probability of each of N tokens by its row of logits [N, V], with the `count` most likely tokens."""
-    laws = logits.float().log_softmax(dim=-1)
-    own = laws.gather(1, torch.tensor(tokens).to(logits.device).unsqueeze(1))
-    ranks = (laws > own).sum(dim=1) + 1
-    best = laws.topk(count, dim=1) if count else None
-    tops: list[list[tuple[int, float]]] = [[] for _ in tokens]
-    if best is not None:
-        rows = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        tops = [list(zip(names, values, strict=True)) for names, values in rows]
-    whole = zip(tokens, own.squeeze(1).tolist(), ranks.tolist(), tops, strict=True)
+def token_logprobs(
+    logits: Tensor, tokens: Sequence[int], count: int, kernels: Kernels | None = None
+) -> list[TokenLogprob]:
+    """Log-probability of each of N tokens by its row of logits [N, V], with the `count` most likely tokens.
+
+    `kernels`, if given, compute them.
+    """
+    kernels = kernels or _PLAIN
+    asked = torch.tensor(tokens, dtype=torch.int64).to(logits.device)
+    own, ranks, best, values = kernels.log_probabilities(logits.float().contiguous(), asked, count)
+    tops = [list(zip(names, each, strict=True)) for names, each in zip(best.tolist(), values.tolist(), strict=True)]
+    whole = zip(tokens, own.tolist(), ranks.tolist(), tops, strict=True)
     return [TokenLogprob(*each) for each in whole]
+
+
+_PLAIN = ReferenceKernels()

@@ -8,6 +8,7 @@ from functools import lru_cache
 from itertools import pairwise
 
 import torch
+from dspark_kernels import Kernels
 from torch import Tensor
 
 from dspark_server import failpoints
@@ -61,6 +62,7 @@ class StepLoop:
         max_draft_tokens: int | None = None,
         copying: Copying | None = None,
         acceptance: Acceptance | None = None,
+        kernels: Kernels | None = None,
         trace: Callable[[StepTrace], None] | None = None,
         check_invariants: bool = False,
         clock: Clock = time.perf_counter,
@@ -77,6 +79,7 @@ class StepLoop:
         self._copying = copying
         self._streams = CounterStreams()
         self._acceptance = acceptance
+        self._kernels = kernels  # of log-probabilities; None: plain ones
         self._trace = trace
         self._check_invariants = check_invariants
         self._clock = clock
@@ -284,7 +287,7 @@ class StepLoop:
         logits, row_start = cycle.verify(block)
         logits = failpoints.passed("target.logits", logits)
         if any(entry.request.scores_prompt for entry in plan.scheduled):
-            logits, row_start = _score_prompts(plan, logits, row_start)
+            logits, row_start = _score_prompts(plan, logits, row_start, self._kernels)
         sampled = [run for run, entry in enumerate(plan.scheduled) if entry.samples]
         return Verification(
             [plan.scheduled[run].request for run in sampled],
@@ -379,7 +382,7 @@ class StepLoop:
             self._count_tokens(len(taken), len(prefix), kept)
             if request.finish_reason is not None:
                 ended.append(request)
-            outputs.append(output_of(request, taken, verified.logits, row, len(prefix), kept))
+            outputs.append(output_of(request, taken, verified.logits, row, len(prefix), kept, self._kernels))
         # Only now: if the step fails before this, all of them still run, so all of them get the error.
         for request in ended:
             self.batcher.remove(request)
@@ -421,7 +424,9 @@ def _finite_rows(cycle: Cycle, plan: Plan) -> Sequence[int | None]:
     return cycle.finite_rows()
 
 
-def _score_prompts(plan: Plan, logits: Tensor, row_start: list[int]) -> tuple[Tensor, list[int]]:
+def _score_prompts(
+    plan: Plan, logits: Tensor, row_start: list[int], kernels: Kernels | None
+) -> tuple[Tensor, list[int]]:
     """Store requested log-probabilities of prompt tokens; gives the logits and row starts left to sample from."""
     kept: list[int] = []
     starts = []
@@ -438,7 +443,7 @@ def _score_prompts(plan: Plan, logits: Tensor, row_start: list[int]) -> tuple[Te
         following = request.tokens[len(known) : min(request.computed + entry.count + 1, request.prompt_length)]
         if following:
             count = request.params.prompt_logprobs or 0
-            known += token_logprobs(logits[first : first + len(following)], following, count)
+            known += token_logprobs(logits[first : first + len(following)], following, count, kernels)
         if entry.samples:
             kept.append(end - 1)
     return logits[torch.tensor(kept, dtype=torch.int64).to(logits.device)], [*starts, len(kept)]

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from dspark_kernels import Kernels
 from torch import Tensor
 
 from dspark_server.engine.batcher import Plan
@@ -63,11 +64,22 @@ def drafting(plan: Plan, block: DraftBlock | None) -> list[Request]:
     return [plan.scheduled[asked.run].request for asked in block.requests] if block else []
 
 
-def output_of(request: Request, taken: list[int], logits: Tensor, row: int, drafted: int, accepted: int) -> StepOutput:
-    """Output of a commit of `taken` [n]; the first came from row `row` of logits [M, V], the others from the next."""
+def output_of(
+    request: Request,
+    taken: list[int],
+    logits: Tensor,
+    row: int,
+    drafted: int,
+    accepted: int,
+    kernels: Kernels | None = None,
+) -> StepOutput:
+    """Output of a commit of `taken` [n]; the first came from row `row` of logits [M, V], the others from the next.
+
+    `kernels`, if given, compute log-probabilities.
+    """
     asked, logprobs = request.params, None
     if asked.logprobs is not None and taken:
-        logprobs = token_logprobs(logits[row : row + len(taken)], taken, asked.logprobs)
+        logprobs = token_logprobs(logits[row : row + len(taken)], taken, asked.logprobs, kernels)
     first = len(request.tokens) - len(taken) == request.prompt_length
     prompt = request.prompt_logprobs if first and asked.prompt_logprobs is not None else None
     return StepOutput(request, taken, logprobs, prompt, drafted, accepted)

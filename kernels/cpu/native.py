@@ -56,6 +56,7 @@ _SIGNATURES = {
     "dspark_apply_rules": [c_void_p] * 6 + [c_long] * 3 + [c_int],
     "dspark_accept": [c_void_p] * 13 + [c_long] * 8 + [c_int, c_int],
     "dspark_filter_logits": [c_void_p] * 7 + [c_long] * 2 + [c_int],
+    "dspark_log_probabilities": [c_void_p] * 6 + [c_long] * 3 + [c_int],
     "dspark_experts": [c_void_p, c_long] + [c_void_p] * 5 + [c_long] * 5 + [c_float] + [c_void_p] * 3 + [c_int],
     "dspark_pack_linear": [c_void_p] * 2 + [c_long] * 2 + [c_int],
     "dspark_decoder_layer": [c_void_p] * 2 + [c_int] + [c_void_p] * 9 + [c_long] * 5 + [c_int, c_void_p, c_int],
@@ -189,6 +190,7 @@ class NativeKernels:
         self._filter_logits = native.dspark_filter_logits
         self._sequential_head = native.dspark_sequential_head
         self._apply_rules = native.dspark_apply_rules
+        self._log_probabilities = native.dspark_log_probabilities
 
     def count(self) -> int:
         """Number of threads of a call."""
@@ -601,6 +603,16 @@ class NativeKernels:
             len(rows), vocabulary, self.count(),
         )  # fmt: skip
         return out
+
+    def log_probabilities(self, logits: Tensor, tokens: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        rows, vocabulary = logits.shape
+        own, rank = empty(rows), empty(rows, dtype=torch.int64)
+        best, values = empty((rows, count), dtype=torch.int64), empty((rows, count))
+        self._log_probabilities(
+            logits.data_ptr(), tokens.data_ptr(), own.data_ptr(), rank.data_ptr(), best.data_ptr(), values.data_ptr(),
+            rows, vocabulary, count, self.count(),
+        )  # fmt: skip
+        return own, rank, best, values
 
     def draft_loss(
         self,

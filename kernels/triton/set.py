@@ -216,6 +216,9 @@ class TritonKernels:
         filter.launch(logits, rows, inverse_temperature, filters, out).run()
         return out
 
+    def log_probabilities(self, logits: Tensor, tokens: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return ReferenceKernels().log_probabilities(logits, tokens, count)
+
     def draft_loss(
         self,
         draft: Tensor,

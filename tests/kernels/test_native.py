@@ -310,6 +310,34 @@ def test_argmax_over_a_vocabulary_cut_into_segments(native: NativeKernels) -> No
     assert native.argmax(logits[1:2]).tolist() == [8191]
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    vocabulary=st.sampled_from([3, 40, 64, 1031, 4096]),
+    count=st.integers(0, 20),
+    spread=st.sampled_from([0.01, 3.0, 40.0]),
+    ties=st.booleans(),
+    seed=st.integers(0, 999),
+)
+def test_log_probabilities(vocabulary: int, count: int, spread: float, ties: bool, seed: int) -> None:
+    noise, count = torch.Generator().manual_seed(seed), min(count, vocabulary)
+    logits = torch.randn(5, vocabulary, generator=noise) * spread
+    if ties:
+        logits = (logits / spread * 2).round() * spread
+    logits[1, :2] = -torch.inf
+    tokens = torch.randint(vocabulary, (5,), generator=noise)
+    kernels = NativeKernels(build())
+    got, wanted = (each.log_probabilities(logits, tokens, count) for each in (kernels, ReferenceKernels()))
+    for mine, plain in ((got[0], wanted[0]), (got[3], wanted[3])):
+        torch.testing.assert_close(mine, plain, atol=2e-5, rtol=2e-6)
+    assert torch.equal(got[1], wanted[1])
+    assert torch.equal(got[2], wanted[2])
+    alone = kernels.log_probabilities(logits[2:3], tokens[2:3], count)
+    assert all(torch.equal(mine[2], theirs[0]) for mine, theirs in zip(got, alone, strict=True))
+    logits[0] = torch.nan
+    best = kernels.log_probabilities(logits, tokens, count)[2]
+    assert bool(((best >= 0) & (best < vocabulary)).all()), "names of tokens, whatever a row holds"
+
+
 def test_a_nan_reaches_the_output(native: NativeKernels) -> None:
     x = torch.ones(2, 64)
     x[1, 5] = torch.nan
