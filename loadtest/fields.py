@@ -3,13 +3,13 @@
 
     python loadtest/fields.py [--users 1,8,32] [--rounds 3] [--fields repetition-1.1,logprobs-5] [--server 'COMMAND']
 
-One server answers the same requests with the fields of each row, in turn, once with its drafter and once without it
-(`"speculation": {"enabled": false}`). A row has the medians of the rounds; `drafts` is the median of each round's ratio
+One server answers the same requests with the fields of each row, in turn, once with its drafter and once without
+(`"speculation": {"enabled": false}`). Figures are medians of the rounds; `drafts` is the median of each round's ratio
 of the two, and `of plain` that of its speed without drafts to plain sampling at the same temperature without drafts:
-what the fields themselves cost. COMMAND lacks only --port. Prefix caching should be off, as it is by default.
+what the fields cost. COMMAND lacks only --port. Prefix caching should be off, as it is by default.
 
-Exit status 1 if a row misses a bar: drafts at least 0.97 of none; penalties, biases, words and logprobs at least 0.95 of
-plain sampling, JSON schemas 0.90. Filters have no bar here.
+Exit status 1 if a row misses a bar: drafts at least 0.97 of none; penalties, biases, words and logprobs at least 0.95
+of plain sampling, JSON schemas 0.90. Filters have no bar here.
 """
 
 import argparse
