@@ -1,27 +1,24 @@
 # syntax=docker/dockerfile:1
 # docker build -t dspark-server .                                              for CPUs
-# docker build -t dspark-server:cuda --build-arg TARGET=cuda .                 on a CUDA runtime base
+# docker build -t dspark-server:cuda --build-arg BASE=nvidia/cuda:12.9.1-base-ubuntu24.04 .      on a CUDA runtime base
 # docker run -p 8000:8000 -v dspark-cache:/cache dspark-server                 serves SmolLM2-135M-Instruct
-# Every step but FROM is run by tests/deploy/image.py in a bare Debian (make check-image): see deploy/README.md.
+# buildah and podman take it, too: make check-image does both.
 
-# cpu or cuda: which of the two bases below, and with it which torch.
-ARG TARGET=cpu
-ARG CPU_BASE=debian:bookworm-slim
-ARG CUDA_BASE=nvidia/cuda:12.9.1-base-ubuntu24.04
+# A Debian or Ubuntu whose own Python is 3.11 or newer. torch from PyPI brings its CUDA libraries along; the GPU's driver
+# comes with the machine.
+ARG BASE=debian:bookworm-slim
 
-FROM ${CPU_BASE} AS base-cpu
-FROM ${CUDA_BASE} AS base-cuda
-
-# checkov:skip=CKV_DOCKER_7: the base is one of the two stages above, and their images have tags.
+# checkov:skip=CKV_DOCKER_7: the default has a tag.
 # hadolint ignore=DL3006
-FROM base-${TARGET} AS base
+FROM ${BASE} AS base
 SHELL ["/bin/sh", "-eu", "-c"]
 # A C compiler stays in the image: the native kernels are built at the first start, for the very processor that runs them,
-# and Triton compiles a launcher for each of its own (against Python's headers).
+# and on a CUDA base, which says its version, Triton compiles a launcher for each of its own (against Python's headers).
 # hadolint ignore=DL3008
 RUN apt-get update \
     && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends \
-        ca-certificates gcc libc6-dev python3-dev \
+        ca-certificates gcc libc6-dev python3 ${CUDA_VERSION:+python3-dev} \
+    && apt-get clean \
     && rm -rf /var/lib/apt/lists/*
 
 FROM base AS build

@@ -30,7 +30,7 @@ help:
 	@echo "make test-reliability [SOAK=180]                    faults on a live server, fuzzers, schemathesis, a soak; a table"
 	@echo "make check                                          format, lint and types"
 	@echo "make check-deploy                                   render and validate deploy/ and the Dockerfile (needs kubectl)"
-	@echo "make check-image [ARGS='--mirror URL']              the Dockerfile's steps in a bare Debian (root, debootstrap)"
+	@echo "make check-image [ARGS='--mirror URL']              build the image with buildah, run it with podman (root)"
 	@echo "make mutants                                        plant known bugs; a test must catch each"
 	@echo "make bench                                          measure this machine; see docs/benchmarks.md"
 
@@ -43,9 +43,9 @@ $(UV): | $(BIN)/python
 	@touch $@
 
 # The lists are complete: nothing has to be resolved.
-$(LISTED): requirements.txt $(UV)
+$(LISTED): requirements.txt requirements-plots.txt $(UV)
 	@echo "installing pinned dependencies (torch is 200 MB) ..." >&2
-	@$(call install,-r requirements.txt)
+	@$(call install,-r requirements.txt -r requirements-plots.txt)
 	@touch $@
 
 # By pip, which finds a CPU build where its configuration names one.

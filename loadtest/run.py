@@ -43,7 +43,6 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))  # for `python load
 from loadtest.client import LoadTestError, Outcome, RequestOptions, closed_loop, connect, open_loop, steady_load
 from loadtest.counters import scrape
 from loadtest.options import build_parser, check
-from loadtest.plots import plot
 from loadtest.report import Level, Report, Result, Slo, detailed, summarize
 from loadtest.servers import Server, speculative_config
 from loadtest.workload import Prompts, chat_template, poisson_arrivals
@@ -310,8 +309,18 @@ async def load_test(arguments: argparse.Namespace, console: Console) -> Report:
         finally:
             if report.runs:
                 report.save(arguments.out)
-                plot(report.medians(), arguments.out)
+                _plot(report, arguments.out, console)
     return report
+
+
+def _plot(report: Report, directory: Path, console: Console) -> None:
+    """Draw the plots, where there is matplotlib."""
+    try:
+        from loadtest.plots import plot
+    except ImportError:
+        console.print("no plots: they need matplotlib (pip install 'dspark-server[plots]')", markup=False)
+        return
+    plot(report.medians(), directory)
 
 
 def _event_loop() -> Callable[[Coroutine[Any, Any, Report]], Report]:
@@ -345,7 +354,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print(f"interrupted; what was measured is in {arguments.out}")
         return 130
     report.show(Console() if sys.stdout.isatty() else Console(width=120))
-    print(f"results.json, results.csv and plots are in {arguments.out}")
+    print(f"results are in {arguments.out}: {', '.join(sorted(path.name for path in arguments.out.iterdir()))}")
     return 0 if all(run["completed"] for run in report.runs) else 1
 
 

@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
+from dspark_server.figures import new_figure
 
 
 def plot_positions(results: Sequence[tuple[str, dict[str, Any]]], path: Path) -> None:
     """Acceptance given those before by draft position: a panel for each temperature, a line for each evaluation."""
     temperatures = sorted({result["temperature"] for _, result in results})
-    figure = Figure((5 * len(temperatures), 4), layout="constrained")
+    figure = new_figure(5 * len(temperatures), 4)
     panels = figure.subplots(1, len(temperatures), squeeze=False)[0]
     for axes, temperature in zip(panels, temperatures, strict=True):
         for label, result in results:

@@ -4,12 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
 from dspark_server.evaluation import measures
 from dspark_server.evaluation.collect import Blocks, Floats
+from dspark_server.figures import new_figure
 from dspark_server.speculation.cost_model import CostModel
 
 
@@ -18,7 +18,7 @@ def plot_evaluation(blocks: Blocks, domains: list[str], result: dict[str, Any], 
     directory.mkdir(parents=True, exist_ok=True)
     slots = np.arange(1, blocks.gamma + 1)
 
-    figure = Figure((6, 4), layout="constrained")
+    figure = new_figure(6, 4)
     axes = figure.subplots()
     for name in domains:
         axes.plot(slots, result["domains"][name]["per_position"], marker="o", label=name)
@@ -26,7 +26,7 @@ def plot_evaluation(blocks: Blocks, domains: list[str], result: dict[str, Any], 
     axes.legend()
     figure.savefig(directory / "positions.png", dpi=120)
 
-    figure = Figure((9, 4), layout="constrained")
+    figure = new_figure(9, 4)
     left, right = figure.subplots(1, 2)
     for name in domains:
         sweep = result["domains"][name]["threshold_sweep"]
@@ -45,7 +45,7 @@ def plot_reliability(kinds: dict[str, Floats], blocks: Blocks, path: Path) -> No
     """Predicted against observed survival of the prefix, one panel per position, one line for each of `kinds`."""
     columns = min(blocks.gamma, 6)
     rows = -(-blocks.gamma // columns)
-    figure = Figure((3 * columns, 3 * rows), layout="constrained")
+    figure = new_figure(3 * columns, 3 * rows)
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
     for spare in panels[blocks.gamma :]:
         spare.remove()
@@ -86,7 +86,7 @@ def show_costs(cost_model: CostModel, console: Console) -> None:
 def plot_costs(cost_model: CostModel, path: Path) -> None:
     """SPS(B), and seconds of a pass with its convex minorant."""
     profile, tokens = cost_model.profile, np.arange(1, len(cost_model.raw))
-    figure = Figure((9, 4), layout="constrained")
+    figure = new_figure(9, 4)
     left, right = figure.subplots(1, 2)
     left.plot(tokens, 1 / cost_model.raw[1:])
     left.plot(profile.tokens, 1 / np.array(profile.verify), "o", markersize=3)

@@ -3,7 +3,7 @@
 import csv
 from pathlib import Path
 
-from matplotlib.figure import Figure
+from dspark_server.figures import new_figure
 
 
 def plot_training(log: Path, path: Path) -> None:
@@ -13,7 +13,7 @@ def plot_training(log: Path, path: Path) -> None:
     if not rows:
         return
     seen = [float(row["positions"]) / 1e6 for row in rows]
-    figure = Figure((9, 4), layout="constrained")
+    figure = new_figure(9, 4)
     left, right = figure.subplots(1, 2)
     left.plot(seen, [float(row["held_out_tau"]) for row in rows], label="T = 1")
     left.plot(seen, [float(row["held_out_greedy_tau"]) for row in rows], label="greedy")

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from dspark_server import figures
 from dspark_server.models.decoder import Decoder
 from dspark_server.models.hub import cache_dir, resolve_model
 from dspark_server.runtime.linear import has_amx, has_bfloat16_pairs
@@ -323,8 +324,10 @@ def tau_and_positions(survival: Tensor) -> list[float]:
 def train(run: TrainConfig) -> Path:
     """Run a training to its end, or continue one; returns the checkpoint's directory.
 
-    The state is in the user's cache, the log and the checkpoint in `run.output`.
+    The state is in the user's cache, the log and the checkpoint in `run.output`. Raises ConfigError without matplotlib,
+    which draws the learning curve.
     """
+    figures.check()
     keep_freed_memory()
     with products_in(run.precision):
         return _train(run)

@@ -1,192 +1,122 @@
-"""`make check-image`: the Dockerfile's steps in a bare Debian, without a container daemon. Needs root and debootstrap.
+"""`make check-image`: the Dockerfile built by buildah and run by podman. Needs root, debootstrap, buildah and podman.
 
-Each stage is a directory: debootstrap's minimal bookworm stands for `debian:bookworm-slim`, a copy of its parent for
-any other. ENV, ARG, WORKDIR, USER, COPY and RUN are carried out with chroot as they stand in the Dockerfile; then the
-image's entrypoint serves on a root that it cannot write to: as the image's user, and as an id without an account with
-the arguments of the Kubernetes base, under a short load test. What this leaves open is in deploy/README.md.
+The base is debootstrap's minimal bookworm, which stands for `debian:bookworm-slim`, with what a closed network needs
+put into it (`--file`, `--env`); `--base` takes an image instead. The built image is run on a root that it cannot write
+to: as its own user, and as an id without an account with the arguments of the Kubernetes base, under a short load test.
+Each time its own HEALTHCHECK must pass, a request be answered, and SIGTERM end it with status 0.
 """
 
 import argparse
-import contextlib
-import fnmatch
 import http.client
 import json
-import os
 import shlex
 import shutil
-import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
-from string import Template
 
 import yaml
 
-sys.path.append(str(Path(__file__).resolve().parents[2]))  # for `python tests/deploy/image.py`
-
-from tests.deploy.dockerfile import Instruction, arguments, exec_form, instructions
-
 ROOT = Path(__file__).resolve().parents[2]
 SUITE = "bookworm"
+BASE, IMAGE, NAME, VOLUME = (
+    "localhost/dspark-check-base",
+    "localhost/dspark-server:check",
+    "dspark-check",
+    "dspark-check",
+)
 START_TIMEOUT = 600.0  # seconds: model, kernels and costs are made at the first start
+LARGEST = 1.7e9  # bytes of the image for CPUs, of a torch without CUDA
 
 
-@dataclass
-class Stage:
-    """A root directory, and what ENV, WORKDIR and USER have set so far."""
-
-    root: Path
-    environment: dict[str, str] = field(default_factory=lambda: {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"})
-    directory: str = "/"
-    user: str = "0:0"
+def run(*command: str | Path, quiet: bool = False) -> None:
+    """Run a command and wait. Raises CalledProcessError."""
+    print("+", shlex.join(map(str, command)), flush=True)
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL if quiet else None)
 
 
-class Builder:
-    """Carries instructions out. `binds`: paths of this machine and where steps see them; `shown`: variables for RUN."""
-
-    def __init__(self, work: Path, mirror: str | None, binds: dict[Path, Path], shown: dict[str, str]) -> None:
-        self._work = work
-        self._mirror = mirror
-        self._binds = binds
-        self._shown = shown
-        self._stages: dict[str, Stage] = {}
-        self._arguments = arguments() | {"TARGET": "cpu"}
-
-    def build(self) -> Stage:
-        """The last stage. Raises CalledProcessError for the step that failed."""
-        stage: Stage | None = None
-        for each in instructions():
-            if each.word == "FROM":
-                stage = self._begin(each.value)
-            elif stage is not None and stage.root != Path():
-                print(f"--> {each.word} {each.value[:150]}", flush=True)
-                self._carry_out(stage, each)
-        assert stage is not None
-        return stage
-
-    def _begin(self, value: str) -> Stage:
-        source, _, name = value.partition(" AS ")
-        source = Template(source).substitute(self._arguments)
-        print(f"==> FROM {source} AS {name}", flush=True)
-        root = self._work / name
-        if source.startswith("debian:"):
-            command = ["debootstrap", "--variant=minbase", SUITE, str(root), *([self._mirror] if self._mirror else [])]
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-            stage = Stage(root)
-        elif source in self._stages:
-            parent = self._stages[source]
-            subprocess.run(["cp", "--archive", "--reflink=auto", parent.root, root], check=True)
-            stage = Stage(root, dict(parent.environment), parent.directory, parent.user)
-        else:
-            stage = Stage(Path())  # the CUDA base: not to be had here
-        self._stages[name] = stage
-        return stage
-
-    def _carry_out(self, stage: Stage, each: Instruction) -> None:
-        known = self._arguments | stage.environment
-        if each.word == "RUN":
-            self.run(stage, ["/bin/sh", "-eu", "-c", each.value], self._arguments | self._shown)
-        elif each.word == "ENV":
-            for pair in shlex.split(each.value):
-                name, _, text = pair.partition("=")
-                stage.environment[name] = Template(text).safe_substitute(known)
-        elif each.word == "WORKDIR":
-            stage.directory = each.value
-            (stage.root / each.value.lstrip("/")).mkdir(parents=True, exist_ok=True)
-        elif each.word == "USER":
-            stage.user = each.value
-        elif each.word == "COPY":
-            self._copy(stage, each.value.split())
-        else:
-            assert each.word in ("ARG", "SHELL", "LABEL", "VOLUME", "EXPOSE", "HEALTHCHECK", "ENTRYPOINT", "CMD"), each
-
-    def _copy(self, stage: Stage, words: list[str]) -> None:
-        origin = ROOT
-        if words[0].startswith("--from="):
-            origin = self._stages[words.pop(0).removeprefix("--from=")].root
-        *sources, to = words
-        target = stage.root / os.path.normpath(os.path.join(stage.directory, to)).lstrip("/")
-        for source in sources:
-            path = origin / source.lstrip("/")
-            if path.is_dir():
-                shutil.copytree(path, target, symlinks=True, dirs_exist_ok=True, ignore=_ignored(origin))
-            else:
-                shutil.copy2(path, target / path.name if to.endswith("/") else target)
-
-    def command(self, stage: Stage, words: list[str], extra: dict[str, str], *, read_only: bool = False) -> list[str]:
-        """The command line that runs `words` in a stage, in namespaces of its own."""
-        root = shlex.quote(str(stage.root))
-        steps = [f"mount --rbind {root} {root}", f"mount -t proc proc {root}/proc", f"mount --rbind /dev {root}/dev"]
-        for path, seen in self._binds.items():
-            place = stage.root / str(seen).lstrip("/")
-            (place if path.is_dir() else place.parent).mkdir(parents=True, exist_ok=True)
-            if not path.is_dir():
-                place.touch()
-            steps.append(f"mount --bind {shlex.quote(str(path))} {shlex.quote(str(place))}")
-        if read_only:
-            for writable in ("cache", "tmp"):
-                steps.append(f"mount --bind {root}/{writable} {root}/{writable}")
-            steps.append(f"mount -o remount,ro,bind {root}")
-        variables = [f"{name}={value}" for name, value in (stage.environment | extra).items()]
-        inside = ["/bin/sh", "-c", 'cd "$1" && shift && exec "$@"', "sh", stage.directory, *words]
-        chroot = ["chroot", f"--userspec={stage.user}", str(stage.root), "/usr/bin/env", "-i", *variables, *inside]
-        steps.append("exec " + shlex.join(chroot))
-        return ["unshare", "--mount", "--pid", "--fork", "--kill-child=TERM", "/bin/sh", "-euc", "; ".join(steps)]
-
-    def run(self, stage: Stage, words: list[str], extra: dict[str, str]) -> None:
-        """Run `words` in a stage and wait; what they print goes into the log. Raises CalledProcessError."""
-        with (self._work / "log").open("ab") as log:
-            subprocess.run(self.command(stage, words, extra), check=True, stdout=log, stderr=log)
+def said(*command: str) -> str:
+    """What a command prints. Raises CalledProcessError."""
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
 
 
-def _ignored(origin: Path):
-    """What .dockerignore leaves out of a folder that is let in; nothing of another stage's."""
-    lines = (ROOT / ".dockerignore").read_text().splitlines() if origin == ROOT else []
-    patterns = [line.removeprefix("**/") for line in lines if line.startswith("**/")]
-    return lambda _, names: [name for name in names if any(fnmatch.fnmatch(name, each) for each in patterns)]
+def make_base(work: Path, mirror: str | None, files: Sequence[str], variables: Sequence[str]) -> None:
+    """Make the image BASE of a minimal Debian; each of `files` is PATH or PATH:SEEN."""
+    root = work / "base"
+    run("debootstrap", "--variant=minbase", SUITE, root, *([mirror] if mirror else []), quiet=True)
+    for path in ("usr/share/doc", "usr/share/locale", "usr/share/man", "var/cache/apt", "var/lib/apt/lists"):
+        shutil.rmtree(root / path, ignore_errors=True)  # as in Debian's own slim image
+        (root / path).mkdir(parents=True)
+    (root / "etc/dpkg/dpkg.cfg.d/docker").write_text(
+        "".join(f"path-exclude /usr/share/{each}/*\n" for each in ("doc", "locale", "man"))
+    )
+    container = said("buildah", "from", "scratch")
+    run("buildah", "copy", container, root, "/", quiet=True)
+    for text in files:
+        path, _, seen = text.partition(":")
+        run("buildah", "copy", container, path, seen or path, quiet=True)
+    for variable in variables:
+        run("buildah", "config", "--env", variable, container)
+    run("buildah", "commit", "--quiet", "--rm", container, BASE, quiet=True)
 
 
-@contextlib.contextmanager
-def serving(builder: Builder, stage: Stage, port: int, arguments: list[str]) -> Iterator[subprocess.Popen[bytes]]:
-    """The image's entrypoint on a read-only root."""
-    words = exec_form("server", "ENTRYPOINT") + arguments
-    process = subprocess.Popen(builder.command(stage, words, {"DSPARK_PORT": str(port)}, read_only=True))
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.wait()
+def build(base: str, options: Sequence[str]) -> None:
+    """Build IMAGE as the Dockerfile says."""
+    # Docker's format: OCI's has no HEALTHCHECK. In a chroot: RUN steps then need no runtime for containers.
+    fixed = ["--format", "docker", "--isolation", "chroot", "--network", "host", "--build-arg", f"BASE={base}"]
+    run("buildah", "bud", *fixed, *options, "--tag", IMAGE, ROOT)
 
 
-def children(pid: int) -> list[int]:
-    """Processes whose parent is `pid`."""
-    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+class Podman:
+    """podman with the options that this machine needs: `common` of every command, `of_run` of `run`."""
+
+    def __init__(self, common: str, of_run: str) -> None:
+        self._program = ["podman", *shlex.split(common)]
+        self._of_run = shlex.split(of_run)
+
+    def __call__(self, *arguments: str) -> str:
+        """What `podman ARGUMENTS` prints. Raises CalledProcessError."""
+        return said(*self._program, *arguments)
+
+    def start(self, port: int, user: str | None, arguments: Sequence[str]) -> None:
+        """Run IMAGE in the background as container NAME, on a root that cannot be written to."""
+        options = ["--read-only", "--tmpfs", "/tmp", "--volume", f"{VOLUME}:/cache", "--network", "host"]
+        options += ["--env", f"DSPARK_PORT={port}", *(["--user", user] if user else [])]
+        self("run", "--detach", "--name", NAME, *options, *self._of_run, IMAGE, *arguments)
+
+    def healthy(self) -> bool:
+        """Whether the image's own check passes now."""
+        command = [*self._program, "healthcheck", "run", NAME]
+        return subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode == 0
+
+    def state(self, field: str) -> str:
+        """A field of the container's state."""
+        return self("inspect", "--format", f"{{{{.State.{field}}}}}", NAME)
+
+    def remove(self) -> None:
+        """Remove container and volume, if they are there."""
+        subprocess.run([*self._program, "rm", "--force", NAME], capture_output=True)
+        subprocess.run([*self._program, "volume", "rm", "--force", VOLUME], capture_output=True)
 
 
-def free_port() -> int:
-    """A port that nobody listens on."""
+def try_out(podman: Podman, user: str | None, arguments: Sequence[str], *, load: bool) -> None:
+    """Start it, wait until its own health check passes, ask it something, stop it as a container runtime does."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def try_out(builder: Builder, stage: Stage, arguments: list[str], *, load: bool) -> None:
-    """Start it, wait until its own health check passes, ask it something, stop it as a container runtime does."""
-    port = free_port()
-    check = exec_form("server", "HEALTHCHECK")
+        port = int(probe.getsockname()[1])
     started = time.monotonic()
-    with serving(builder, stage, port, arguments) as process:
-        while subprocess.run(
-            builder.command(stage, check, {"DSPARK_PORT": str(port)}), stderr=subprocess.DEVNULL
-        ).returncode:
-            assert process.poll() is None, "the server ended while starting"
+    podman.remove()
+    try:
+        podman.start(port, user, arguments)
+        while not podman.healthy():
+            assert podman.state("Running") == "true", f"it ended while starting:\n{podman('logs', NAME)}"
             assert time.monotonic() - started < START_TIMEOUT, "not healthy in time"
             time.sleep(2)
-        print(f"healthy as {stage.user} after {time.monotonic() - started:.0f} s", flush=True)
+        print(f"healthy as {user or 'its own user'} after {time.monotonic() - started:.0f} s", flush=True)
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
         body = json.dumps({"prompt": "The capital of France is", "max_tokens": 2, "temperature": 0})
         connection.request("POST", "/v1/completions", body, {"content-type": "application/json"})
@@ -196,13 +126,13 @@ def try_out(builder: Builder, stage: Stage, arguments: list[str], *, load: bool)
         print(f"answered; {connection.getresponse().read().decode()}", flush=True)
         connection.close()
         if load:
-            options = ["--url", f"http://127.0.0.1:{port}", "--concurrency", "4", "--out", "/tmp/results"]
-            program = ["python", "/opt/dspark-server/loadtest/run.py", *options]
-            variables = {"MPLCONFIGDIR": "/tmp/matplotlib"}
-            subprocess.run(builder.command(stage, program, variables, read_only=True), check=True)
-        [server] = children(process.pid)  # unshare's child became the server
-        os.kill(server, signal.SIGTERM)
-        assert process.wait(60) == 0, f"ended with {process.returncode} after SIGTERM"
+            program = ["python", "/opt/dspark-server/loadtest/run.py", "--url", f"http://127.0.0.1:{port}"]
+            options = ["--concurrency", "4", "--out", "/tmp/results"]
+            print(podman("exec", "--env", "MPLCONFIGDIR=/tmp/matplotlib", NAME, *program, *options), flush=True)
+        podman("stop", "--time", "60", NAME)
+        assert podman.state("ExitCode") == "0", f"ended with {podman.state('ExitCode')} after SIGTERM"
+    finally:
+        podman.remove()
 
 
 def kubernetes_arguments() -> list[str]:
@@ -214,25 +144,28 @@ def kubernetes_arguments() -> list[str]:
 def main() -> None:
     """Build, then try out."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=ROOT / "build" / "image", help="where stages go; must not exist")
+    parser.add_argument("--base", help="an image to build on, instead of a Debian made here")
     parser.add_argument("--mirror", help="Debian mirror for debootstrap; default: its own")
-    parser.add_argument("--bind", action="append", default=[], metavar="PATH[:SEEN]", help="a path that steps may see")
-    parser.add_argument("--env", action="append", default=[], metavar="NAME=VALUE", help="a variable of the RUN steps")
+    parser.add_argument(
+        "--file", action="append", default=[], metavar="PATH[:SEEN]", help="a file of the Debian made here"
+    )
+    parser.add_argument("--env", action="append", default=[], metavar="NAME=VALUE", help="a variable of it")
+    parser.add_argument("--build", default="", metavar="ARGS", help="more arguments of buildah bud")
+    parser.add_argument("--podman", default="", metavar="ARGS", help="arguments of every podman command")
+    parser.add_argument("--run", default="", metavar="ARGS", help="more arguments of podman run")
     options = parser.parse_args()
-    options.work.mkdir(parents=True)
-    binds = {}
-    for text in ("/etc/resolv.conf", "/etc/hosts", *options.bind):
-        path, _, seen = text.partition(":")
-        binds[Path(path)] = Path(seen or path)
-    builder = Builder(options.work, options.mirror, binds, dict(pair.split("=", 1) for pair in options.env))
-    stage = builder.build()
-    size = subprocess.run(["du", "--summarize", "--human-readable", stage.root], capture_output=True, text=True)
-    print(f"image: {size.stdout.split()[0]}")
-    try_out(builder, stage, exec_form("server", "CMD"), load=False)
-    for made in (stage.root / "cache").iterdir():  # another id gets another volume
-        shutil.rmtree(made)
-    stage.user = "12345:0"  # as OpenShift would
-    try_out(builder, stage, kubernetes_arguments(), load=True)
+    if missing := [each for each in ("debootstrap", "buildah", "podman") if shutil.which(each) is None]:
+        sys.exit(f"{', '.join(missing)}: not installed; Debian has packages of these names.")
+    if options.base is None:
+        with tempfile.TemporaryDirectory() as work:
+            make_base(Path(work), options.mirror, options.file, options.env)
+    build(options.base or BASE, shlex.split(options.build))
+    podman = Podman(options.podman, options.run)
+    size = int(podman("image", "inspect", "--format", "{{.Size}}", IMAGE))
+    print(f"image: {size / 1e9:.2f} GB", flush=True)
+    try_out(podman, None, [], load=False)
+    try_out(podman, "12345:0", kubernetes_arguments(), load=True)  # as OpenShift would
+    assert options.base or size <= LARGEST, f"the image is larger than {LARGEST / 1e9} GB"
     print("check-image: passed")
 
 

