@@ -203,10 +203,7 @@ class StepLoop:
         backbone = sum(each.source is Source.DRAFTER for each in asked)
         count = self._selection.count(len(asked) * self.executor.gamma, load, backbone)
         budget = None
-        own = [
-            None if each.source is Source.COPY else self._correction(request)
-            for each, request in zip(asked, requests, strict=True)
-        ]
+        own = [self._correction(request, each.source) for each, request in zip(asked, requests, strict=True)]
         corrections = Shifts.of(own, self.executor.gamma)
         if count is not None:
             sampled = [entry.request for entry in plan.scheduled if entry.samples]
@@ -269,9 +266,9 @@ class StepLoop:
         rates = torch.tensor([self._rate(request) for request in requests])
         return rates.unsqueeze(1) ** torch.arange(1, self.executor.gamma + 1)
 
-    def _correction(self, request: Request) -> Correction:
-        """The correction of survival estimates for requests like this one."""
-        return self._estimates.of(request.tenant, request.kind)
+    def _correction(self, request: Request, source: Source = Source.DRAFTER) -> Correction:
+        """The correction of survival estimates for drafts like this request's."""
+        return self._estimates.of(request.tenant, request.kind._replace(copied=source is Source.COPY))
 
     def _rate(self, request: Request) -> float:
         """Expected survival of the request's next draft token, from its record and those of requests like it."""
@@ -326,6 +323,11 @@ class StepLoop:
                 kind.judged += 1
                 kind.predicted += chance
                 kind.survived += position < stood
+            correction = self._correction(request, asked.source)
+            if verified:
+                correction.judged(said, length, min(stood, length))
+            else:
+                correction.unheard()
             if asked.source is Source.COPY:
                 if length:
                     request.copied.judged(length, stood)
@@ -336,11 +338,6 @@ class StepLoop:
                 self.stats.accepted_by_context[context] += min(stood, length)
                 if confident:
                     self.stats.trust.observe(sum(said[:length]), min(stood, length), length)
-            correction = self._correction(request)
-            if verified:
-                correction.judged(said, length, min(stood, length))
-            else:
-                correction.unheard()
             for record in (request.history, correction.everyone):
                 if confident:
                     record.expected(chances[: self._block])

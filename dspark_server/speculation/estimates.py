@@ -6,6 +6,8 @@ c_k that token k + 1 survives if those before it do is corrected on the logit sc
 position, which are learnt online for each *context*: one tenant's requests of one kind (`Kind`). So one tenant's
 traffic does not move another's estimates, and drafts that are judged by other rules do not mix.
 
+Copies from the context have corrections of their own: they fail for other reasons.
+
 Only outcomes of blocks that are committed are learnt from, so an estimate sees no token of its own block. A prefix that
 selection cut says nothing of its tail: only the tokens up to the first rejection are judged.
 """
@@ -26,7 +28,8 @@ MEMORY = 0.9995  # weight of the past after one more judged token: about the las
 PRIOR = 10.0  # information that the calibration counts for, in judged tokens of chance 1/2 times 1/4
 POSITION_PRIOR = 60.0  # the same for an offset of one position alone, and for the gain
 POPULATION_MEMORY = 0.995  # as history.MEMORY, for all requests of a context together
-UNHEARD = 0.99  # what is left of a correction after a block of which nothing was verified, so that none is final
+PATIENCE = 100  # blocks in a row of which nothing was verified, before a correction fades
+UNHEARD = 0.99  # what is left of it after each block from then on, so that none is final
 FARTHEST = 8.0  # greatest logit
 CONTEXTS = 4096  # the contexts used last are kept
 
@@ -37,6 +40,7 @@ class Kind(NamedTuple):
     temperature: int  # 0: greedy; 1: up to 0.6; 2: up to 1.1; 3: higher
     rules: int  # 0: none, or min_tokens; 1: penalties, biases or forbidden tokens; 2: a grammar
     seeded: bool  # sampled with a seed: accepted by another rule than without
+    copied: bool = False  # copied from the context, without the drafter
 
     @classmethod
     def of(cls, temperature: float, *, ruled: bool, grammar: bool, seeded: bool) -> "Kind":
@@ -59,6 +63,7 @@ class Correction:
     offset: float = 0.0
     by_position: list[float] = field(default_factory=list)
     everyone: SurvivalHistory = field(default_factory=lambda: SurvivalHistory(memory=POPULATION_MEMORY))
+    _unheard: int = 0  # blocks in a row of which nothing was verified
     _information: tuple[float, float, float] = (POSITION_PRIOR / 4, 0.0, PRIOR / 4)  # of gain, both and offset
     _by_position: list[float] = field(default_factory=list)
 
@@ -72,6 +77,7 @@ class Correction:
 
         stated [gamma]: the survivals a_k of its prefixes before the correction.
         """
+        self._unheard = 0
         missing = verified - len(self.by_position)
         if missing > 0:
             self.by_position += [0.0] * missing
@@ -95,7 +101,13 @@ class Correction:
         self._information = of_gain, of_both, of_offset
 
     def unheard(self) -> None:
-        """Fade after a block of which nothing was verified: an estimate that forbids drafts must not last for ever."""
+        """Fade after many blocks in a row of which nothing was verified: none that forbids drafts lasts for ever.
+
+        Where some blocks are verified, it stays: fading would pull it back to what it has found to be wrong.
+        """
+        self._unheard += 1
+        if self._unheard <= PATIENCE:
+            return
         self.gain += (1 - UNHEARD) * (1 - self.gain)
         self.offset *= UNHEARD
         self.by_position = [UNHEARD * each for each in self.by_position]
