@@ -97,7 +97,8 @@ def choose_drafting(
     able.sort(key=lambda index: -candidates[index].rate)
 
     if not hopeless(candidates[able[0]].rate):
-        sizes = _sizes(len(able))
+        # A draft runs at a recorded size too: those that fill it cost nothing more.
+        sizes = sorted({min(cost_model.full_draft(size), len(able)) for size in _sizes(len(able))})
         thetas = predicted_thetas([candidates[i] for i in able], len(able), sizes, load, cost_model, floor, best)
         if max(thetas) > best:
             drafting, best = sizes[thetas.index(max(thetas))], max(thetas)

@@ -94,10 +94,13 @@ class StepCost:
     produces none of tau: if it were counted, any draft would look cheap beside a long chunk.
     """
 
-    table: Floats  # seconds of the target pass, by number of draft tokens
+    table: Floats  # seconds of the target pass, by number of draft tokens: a convex bound, or as measured
+    measured: Floats
     fixed: float
     each: float
     prefill: float = 0.0  # seconds that the step takes in addition, for prompts
+    tokens: int = 0  # of the pass before any draft
+    stairs: Integers | None = None  # CostModel.stairs
 
     @classmethod
     def of(cls, cost_model: CostModel, load: Load, requests: int, slots: int | None = None) -> "StepCost":
@@ -113,8 +116,9 @@ class StepCost:
             cost_model.draft(requests) + cost_model.overhead + cost_model.attention(load.context, load.pairs) - prefill
         )
         each = cost_model.attention(0.0, load.per_draft)
-        table = raw[tokens:] if slots is None else cost_model.convex(tokens, min(slots, load.room))
-        return cls(table, fixed, each, prefill)
+        measured = raw[tokens:]
+        table = measured if slots is None else cost_model.convex(tokens, min(slots, load.room))
+        return cls(table, measured, fixed, each, prefill, tokens, cost_model.stairs)
 
     def __call__(self, count: int) -> float:
         """Seconds with `count` draft tokens. Without `min` and `max`, whose calls took most of its time."""
@@ -122,17 +126,33 @@ class StepCost:
         seconds = table.item(count if count < last else last) + self.fixed + count * self.each
         return seconds if seconds > LEAST else LEAST
 
+    def full(self, count: int) -> int:
+        """Number of draft tokens, at least `count`, that the pass with `count` of them has rows for."""
+        if self.stairs is None:
+            return count
+        place = self.tokens + count
+        return int(self.stairs[place]) - self.tokens if place < len(self.stairs) else count
+
+    def as_run(self, count: int) -> float:
+        """Seconds with `count` draft tokens, as measured."""
+        return max(LEAST, self.measured.item(min(count, len(self.measured) - 1)) + self.fixed + count * self.each)
+
     def upto(self, drafts: int) -> Floats:
         """[drafts + 1] seconds with 0 .. drafts draft tokens."""
+        return self._seconds(self.table, drafts)
+
+    def _seconds(self, table: Floats, drafts: int) -> Floats:
         count = np.arange(drafts + 1)
-        seconds = self.table[np.minimum(count, len(self.table) - 1)] + self.fixed + count * self.each
+        seconds = table[np.minimum(count, len(table) - 1)] + self.fixed + count * self.each
         return np.asarray(np.maximum(seconds, LEAST))
 
     def room(self, load: Load, floor: float | None) -> int:
-        """Number of draft tokens that may be added; with `floor`, so that the step takes no longer than 1 / floor
-        seconds.
+        """Number of draft tokens that may be added; with `floor`, so that the step, as measured, takes no longer than
+        1 / floor seconds.
         """
-        return min(load.room, within_floor(self.upto(load.room) + self.prefill, floor)) if floor else load.room
+        if not floor:
+            return load.room
+        return min(load.room, within_floor(self._seconds(self.measured, load.room) + self.prefill, floor))
 
 
 def within_floor(seconds: Floats, floor: float | None) -> int:
@@ -154,32 +174,39 @@ def admit(
     limits: Sequence[int],
     sampling: int,
     room: int,
-    seconds: Callable[[int], float],
+    cost: StepCost,
 ) -> Admitted:
     """Algorithm 1 over blocks of survivals [R][gamma]: add the likeliest token left, until Theta no longer rises.
 
     The step gives `sampling` tokens without drafts, and `room` draft tokens may be added. Ties go to the earlier
-    request, and so to the earlier position of a request. `seconds` is as in StepCost. Plain numbers: few tokens are
-    looked at, and the pass has evicted the code of array operations from the caches.
+    request, and so to the earlier position of a request. Once a token has paid for a larger recorded pass, the rows that
+    this pass has left cost nothing and are filled without asking. How many there are is known when that token is
+    looked at, so whether a token is kept still depends on none that ranks below it, nor on its own value.
+
+    Plain numbers: few tokens are looked at, and the pass has evicted the code of array operations from the caches.
     """
     lengths = [0] * len(limits)
     heads = [(-_at_most(1.0, block[0]), row) for row, block in enumerate(survival) if limits[row] > 0]
     heapify(heads)
-    gained, best = 0.0, sampling / seconds(0)
+    gained, best, kept, rows = 0.0, sampling / cost(0), 0, cost.full(0)
     for count in range(1, room + 1):
         if not heads:
             break
         negative, row = heads[0]
-        theta = (sampling + (gained - negative)) / seconds(count)
-        if theta <= best:
-            break
-        gained, best = gained - negative, theta
+        if count > rows:
+            theta = (sampling + (gained - negative)) / cost(count)
+            if theta <= best:
+                break
+            best, rows = theta, cost.full(count)
+        gained, kept = gained - negative, count
+        if count == rows and cost.stairs is not None:
+            best = (sampling + gained) / cost(count)
         lengths[row] += 1
         if lengths[row] < limits[row]:
             heapreplace(heads, (-_at_most(-negative, survival[row][lengths[row]]), row))
         else:
             heappop(heads)
-    return Admitted(lengths, best)
+    return Admitted(lengths, best if cost.stairs is None else (sampling + gained) / cost.as_run(kept))
 
 
 def _at_most(most: float, value: float) -> float:
@@ -190,12 +217,12 @@ def _at_most(most: float, value: float) -> float:
 
 
 def best_count(survivals: Floats, seconds: Floats, load: Load, room: int | None = None) -> int:
-    """The count, at most `room` (None: the load's), with the greatest Theta of all.
+    """The count, at most `room` (None: the load's), with the greatest Theta of all; the largest of several.
 
     Looks at every survival: not allowed for the block that is being verified.
     """
     most = min(load.room if room is None else room, len(survivals))
-    return int(np.argmax(theta_by_count(survivals, seconds, load)[: most + 1]))
+    return most - int(np.argmax(theta_by_count(survivals, seconds, load)[most::-1]))
 
 
 def theta_by_count(survivals: Floats, seconds: Floats, load: Load) -> Floats:

@@ -12,7 +12,7 @@ from torch import Tensor
 from dspark_server.errors import ConfigError
 from dspark_server.speculation.cost_model import CostModel
 from dspark_server.speculation.drafting import Candidate
-from dspark_server.speculation.prefix_scheduler import Load, admit, best_count, within_floor
+from dspark_server.speculation.prefix_scheduler import Load, StepCost, admit, best_count, within_floor
 from dspark_server.speculation.selection import Lagged, LoadAware, Selection, build_selection
 from tests.speculation.costs import cost_model, linear, load
 from tests.speculation.test_exact import Context, Pair, ratio_law, total_variation
@@ -139,11 +139,11 @@ def test_whether_a_token_is_kept_does_not_depend_on_it_or_on_later_ones(policy: 
         changed = survival.clone()
         tail = generator.random(gamma - slot - 1) if slot + 1 < gamma else np.empty(0)
         changed[row, slot + 1 :] = changed[row, slot] * torch.from_numpy(tail.cumprod()).float()
-        shares = list(chosen._shares) if isinstance(chosen, Lagged) else []
+        past = list(chosen._past) if isinstance(chosen, Lagged) else []
         before = chosen.lengths(survival, most, here)
         if isinstance(chosen, Lagged):
-            chosen._shares.clear()
-            chosen._shares.extend(shares)
+            chosen._past.clear()
+            chosen._past.extend(past)
         after = chosen.lengths(changed, most, here)
         for position in range(slot + 1):
             assert (before[row] > position) == (after[row] > position), case
@@ -199,7 +199,8 @@ def test_appendix_a_retrospective_search_and_ours() -> None:
     seconds = 1 / np.array(SPS)
 
     def ours(draft: Context) -> int:
-        return admit([appendix_survival(draft[0]).tolist()], [2], 1, 2, seconds.tolist().__getitem__).lengths[0]
+        cost = StepCost(seconds, seconds, fixed=0.0, each=0.0)
+        return admit([appendix_survival(draft[0]).tolist()], [2], 1, 2, cost).lengths[0]
 
     def retrospective(draft: Context) -> int:
         return best_count(appendix_survival(draft[0]), seconds, load(1))
