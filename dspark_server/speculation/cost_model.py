@@ -120,6 +120,11 @@ class CostModel:
         """[max_tokens + 1] size that a pass over B tokens runs at; None where each size has a cost of its own."""
         return self._sizes if self._profile.recorded else None
 
+    @property
+    def largest_recorded(self) -> int:
+        """Tokens of the largest recorded pass; 0 without any."""
+        return self._profile.recorded[-1] if self._profile.recorded else 0
+
     def full_draft(self, requests: int) -> int:
         """Number of requests, at least `requests`, that can draft at the same cost."""
         return int(self._requests[requests]) if requests < len(self._requests) else requests
@@ -132,6 +137,22 @@ class CostModel:
         """
         start = min(tokens, len(self._raw) - 1)
         last = min(start + (1 << max(0, drafts - 1).bit_length()), len(self._raw) - 1)  # powers of two: few to keep
+        return self._minorant(start, last)
+
+    def convex_apart(self, tokens: int, drafts: int) -> Floats:
+        """`convex`, but passes past the largest recorded size have a minorant of their own.
+
+        A chord over that size would hide what the first token past it costs.
+        """
+        whole, start = self.convex(tokens, drafts), min(tokens, len(self._raw) - 1)
+        last = start + len(whole) - 1
+        if not start <= self.largest_recorded < last:
+            return whole
+        beyond = self._minorant(self.largest_recorded + 1, last)
+        return np.concatenate([whole[: -len(beyond)], beyond])
+
+    def _minorant(self, start: int, last: int) -> Floats:
+        """[last - start + 1] the greatest convex minorant of `raw` between the two."""
         found = self._convex.get((start, last))
         if found is None:
             corners = [start, *(size for size in self._corners if start < size < last), last]

@@ -101,13 +101,16 @@ class StepCost:
     prefill: float = 0.0  # seconds that the step takes in addition, for prompts
     tokens: int = 0  # of the pass before any draft
     stairs: Integers | None = None  # CostModel.stairs
+    recorded: int = 0  # draft tokens, at most, of a recorded pass
 
     @classmethod
-    def of(cls, cost_model: CostModel, load: Load, requests: int, slots: int | None = None) -> "StepCost":
+    def of(
+        cls, cost_model: CostModel, load: Load, requests: int, slots: int | None = None, *, apart: bool = False
+    ) -> "StepCost":
         """The cost of a step in which the drafter drafts for `requests` requests.
 
         `slots` is the largest number of draft tokens that the blocks could have, known before the draft: costs are then
-        on the convex minorant of the measured curve up to there. None: on the measured curve itself.
+        on the convex minorant of the measured curve up to there (`apart`: see CostModel). None: on the measured curve.
         """
         raw, most = cost_model.raw, len(cost_model.raw) - 1
         tokens = min(load.tokens, most)
@@ -117,8 +120,12 @@ class StepCost:
         )
         each = cost_model.attention(0.0, load.per_draft)
         measured = raw[tokens:]
-        table = measured if slots is None else cost_model.convex(tokens, min(slots, load.room))
-        return cls(table, measured, fixed, each, prefill, tokens, cost_model.stairs)
+        if slots is None:
+            table = measured
+        else:
+            table = (cost_model.convex_apart if apart else cost_model.convex)(tokens, min(slots, load.room))
+        recorded = cost_model.largest_recorded - tokens
+        return cls(table, measured, fixed, each, prefill, tokens, cost_model.stairs, recorded)
 
     def __call__(self, count: int) -> float:
         """Seconds with `count` draft tokens. Without `min` and `max`, whose calls took most of its time."""
@@ -133,13 +140,13 @@ class StepCost:
         place = self.tokens + count
         return int(self.stairs[place]) - self.tokens if place < len(self.stairs) else count
 
-    def as_run(self, count: int) -> float:
-        """Seconds with `count` draft tokens, as measured."""
-        return max(LEAST, self.measured.item(min(count, len(self.measured) - 1)) + self.fixed + count * self.each)
-
     def upto(self, drafts: int) -> Floats:
         """[drafts + 1] seconds with 0 .. drafts draft tokens."""
         return self._seconds(self.table, drafts)
+
+    def as_run(self, drafts: int) -> Floats:
+        """The same, as measured."""
+        return self._seconds(self.measured, drafts)
 
     def _seconds(self, table: Floats, drafts: int) -> Floats:
         count = np.arange(drafts + 1)
@@ -152,7 +159,7 @@ class StepCost:
         """
         if not floor:
             return load.room
-        return min(load.room, within_floor(self._seconds(self.measured, load.room) + self.prefill, floor))
+        return min(load.room, within_floor(self.as_run(load.room) + self.prefill, floor))
 
 
 def within_floor(seconds: Floats, floor: float | None) -> int:
@@ -175,30 +182,37 @@ def admit(
     sampling: int,
     room: int,
     cost: StepCost,
+    usual: Floats | None = None,
 ) -> Admitted:
     """Algorithm 1 over blocks of survivals [R][gamma]: add the likeliest token left, until Theta no longer rises.
 
     The step gives `sampling` tokens without drafts, and `room` draft tokens may be added. Ties go to the earlier
-    request, and so to the earlier position of a request. Once a token has paid for a larger recorded pass, the rows that
-    this pass has left cost nothing and are filled without asking. How many there are is known when that token is
-    looked at, so whether a token is kept still depends on none that ranks below it, nor on its own value.
+    request, and so to the earlier position of a request. Plain numbers: few tokens are looked at, and the pass has
+    evicted the code of array operations from the caches.
 
-    Plain numbers: few tokens are looked at, and the pass has evicted the code of array operations from the caches.
+    Where passes are recorded, the rows of a recorded pass that are left cost nothing and are filled without asking. So a
+    larger one has to pay by all of its tokens, of which only the first is looked at: the others are taken to fall from
+    there as `usual` does, the ranked survivals [n] of an earlier step (None: the first must pay on the minorant). Whether
+    a token is kept still depends on none that ranks below it, nor on its own value.
     """
     lengths = [0] * len(limits)
     heads = [(-_at_most(1.0, block[0]), row) for row, block in enumerate(survival) if limits[row] > 0]
     heapify(heads)
-    gained, best, kept, rows = 0.0, sampling / cost(0), 0, cost.full(0)
+    gained, best, rows = 0.0, sampling / cost(0), cost.full(0)
     for count in range(1, room + 1):
         if not heads:
             break
         negative, row = heads[0]
         if count > rows:
-            theta = (sampling + (gained - negative)) / cost(count)
-            if theta <= best:
+            if usual is not None and count <= cost.recorded + 1:
+                if not _pays(usual[count - 1 : room], -negative, sampling + gained, cost.as_run(room)[count - 1 :]):
+                    break
+            elif (theta := (sampling + (gained - negative)) / cost(count)) <= best:
                 break
-            best, rows = theta, cost.full(count)
-        gained, kept = gained - negative, count
+            else:
+                best = theta
+            rows = cost.full(count)
+        gained -= negative
         if count == rows and cost.stairs is not None:
             best = (sampling + gained) / cost(count)
         lengths[row] += 1
@@ -206,7 +220,18 @@ def admit(
             heapreplace(heads, (-_at_most(-negative, survival[row][lengths[row]]), row))
         else:
             heappop(heads)
-    return Admitted(lengths, best if cost.stairs is None else (sampling + gained) / cost.as_run(kept))
+    return Admitted(lengths, best)
+
+
+def _pays(usual: Floats, first: float, tau: float, seconds: Floats) -> bool:
+    """Whether more draft tokens are expected to raise Theta: the next survives with `first`, the rest fall as `usual`.
+
+    `tau` tokens are expected without them; seconds [n + 1] with 0 .. n of them.
+    """
+    if not len(usual) or usual[0] <= 0:
+        return False
+    gained = np.minimum(first, usual * (first / usual[0])).cumsum()
+    return bool(((tau + gained) / seconds[1 : len(usual) + 1]).max() > tau / seconds[0])
 
 
 def _at_most(most: float, value: float) -> float:

@@ -141,10 +141,21 @@ class Causal(LoadAware):
     """Algorithm 1: admit by falling survival, stop at the first token that does not raise Theta.
 
     The cost curve is the convex minorant of the measured one from the step's tokens to about the end of all its drafts:
-    on it this greedy walk ends at the global best. Rows that the recorded pass has left are then filled.
+    on it this greedy walk ends at the global best. Where passes are recorded, see `admit`.
     """
 
     name = "causal"
+
+    def __init__(self, cost_model: CostModel, floor: float | None = None) -> None:
+        super().__init__(cost_model, floor)
+        self._last: Floats | None = None
+
+    def _usual(self, survival: Tensor, limits: Sequence[int]) -> Floats | None:
+        """Ranked survivals of the last step that drafted, for as many slots as this one has; keeps this one's."""
+        if self._cost_model.stairs is None:
+            return None
+        last, self._last = self._last, _ranked(survival, limits)
+        return None if last is None else _stretched(last, survival.numel())
 
     def lengths(
         self,
@@ -155,11 +166,14 @@ class Causal(LoadAware):
         by_drafter: int | None = None,
         slots: int | None = None,
     ) -> list[int]:
+        usual = self._usual(survival, limits)
         if self._exploration.count is not None:
             return Ranked.of(survival, limits).first(self._exploration.count)
         backbone = len(limits) if by_drafter is None else by_drafter
-        seconds = StepCost.of(self._cost_model, load, backbone, sum(limits) if slots is None else slots)
-        lengths = admit(survival.tolist(), limits, load.sampling, seconds.room(load, self._floor), seconds).lengths
+        slots = sum(limits) if slots is None else slots
+        seconds = StepCost.of(self._cost_model, load, backbone, slots, apart=True)
+        room = seconds.room(load, self._floor)
+        lengths = admit(survival.tolist(), limits, load.sampling, room, seconds, usual).lengths
         self._exploration.verified(lengths)
         return lengths
 
@@ -191,7 +205,7 @@ class Lagged(LoadAware):
         # Counted in whole blocks, not in usable slots: whether a slot is usable is known from this block's own tokens.
         whole = survival.numel()
         kept = self.count(whole, load, len(limits) if by_drafter is None else by_drafter)
-        self._past.append(np.pad(ranked.values, (0, whole - len(ranked.values))))
+        self._past.append(_ranked(survival, limits))
         lengths = ranked.first(kept)
         self._exploration.verified(lengths)
         return lengths
@@ -204,6 +218,12 @@ class Lagged(LoadAware):
         if len(self._past) < self.LAG:
             return room
         return best_count(_stretched(self._past[0], slots), seconds.upto(slots), load, room)
+
+
+def _ranked(survival: Tensor, limits: Sequence[int]) -> Floats:
+    """Survivals [R gamma], falling, 0 beyond limits."""
+    values = Ranked.of(survival, limits).values
+    return np.pad(values, (0, survival.numel() - len(values)))
 
 
 def _stretched(survivals: Floats, slots: int) -> Floats:
