@@ -27,7 +27,7 @@ from dspark_server.evaluation.stairs import Oracle, smoothed, stepped
 from dspark_server.runtime.graphs import default_sizes
 
 PROFILES = Path(__file__).parents[1] / "configs/profiles"
-DEFAULT = [PROFILES / "qwen3-8b-h100.json", PROFILES / "v4-flash-like-8xh200.json"]
+DEFAULT = [PROFILES / "qwen3-8b-h100.json", PROFILES / "deepseek-v4-flash-8xh200.json"]
 USERS = (4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512)
 COARSE = tuple(1 << power for power in range(10))
 SYSTEMS = ("none", "smooth", "causal", "lagged", "oracle")
