@@ -13,7 +13,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -36,7 +36,7 @@ SYSTEMS = ("none", "smooth", "causal", "lagged", "oracle")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Simulate and print."""
     args = parser().parse_args(arguments)
-    workload = Workload(domain=args.domain, requests=args.requests, output_tokens=args.output_tokens)
+    workload = Workload(domain=args.domain)
     console, rows = Console(width=None if sys.stdout.isatty() else 120), []
     try:
         for path in args.profile:
@@ -46,7 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 title = f"{machine.name}, {len(sizes)} recorded sizes to {sizes[-1]}, eager +{1e3 * args.eager:g} ms"
                 table = Table("users", *SYSTEMS, "causal / smooth", "causal / oracle", "lagged / oracle", title=title)
                 for users in args.users:
-                    points = {name: point(truth, name, users, workload) for name in SYSTEMS}
+                    asked = replace(workload, requests=args.each * users)  # so that the first steps count little
+                    points = {name: point(truth, name, users, asked) for name in SYSTEMS}
                     made = {name: each.throughput for name, each in points.items()}
                     cells = [f"{made[name] / 1e3:.2f} ({points[name].budget:.2f})" for name in SYSTEMS]
                     pairs = (("causal", "smooth"), ("causal", "oracle"), ("lagged", "oracle"))
@@ -86,8 +87,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--eager", type=float, default=2e-3, help="seconds more of a pass past the largest; default 0.002")
     add("--domain", choices=DOMAINS, default="code", help="whose acceptance; default code")
-    add("--requests", type=int, default=16, help="measured at a point, at least; half of the users if more")
-    add("--output-tokens", type=int, default=128, help="of each answer; default 128")
+    add("--each", type=int, default=1, help="requests of each user after the first; default 1")
     add("--out", type=Path, help="JSON of every point")
     return result
 

@@ -288,7 +288,7 @@ def _machine() -> str:
 
 
 def measured_sizes(most: int, recorded: Sequence[int] = ()) -> list[int]:
-    """`recorded` sizes and the first past them, then 1, 2, 3, 4, 6, 8, 12, ..., as far as they go on; at last `most`."""
+    """`recorded` sizes and the first past them, then those of 1, 2, 3, 4, 6, 8, 12, ... that are larger; and `most`."""
     steps = {1 << power for power in range(most.bit_length())} | {3 << power for power in range(most.bit_length())}
     largest = max(recorded, default=0)
     own = {size for size in steps if size > largest} | {*recorded} | ({largest + 1} if recorded else set())

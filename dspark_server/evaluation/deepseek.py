@@ -9,6 +9,7 @@ Shapes: D width, V vocabulary, F features of an expert, T tokens of context. Byt
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from dspark_server.evaluation.roofline import Network, Pair
 
@@ -166,7 +167,7 @@ class Geometry:
         per_dense = own.bytes / own.count
         return Network(stages, own.count, per_dense, kv_bytes=rows / context, **self._experts())
 
-    def _experts(self) -> dict[str, float | int]:
+    def _experts(self) -> dict[str, Any]:
         return {
             "experts": self.experts,
             "experts_per_token": CHOSEN,

@@ -157,8 +157,8 @@ class Pair:
     """A target and its drafters, which share the target's head: DSpark's of `gamma` tokens, MTP-1's of one.
 
     `sequential_bytes` are read for each position of the sequential head, `unread_bytes` held and only looked up in.
-    Networks are those of requests with `context` tokens. A request of the default workload keeps `request_bytes` on each
-    device, or (0) the bytes of its rows. With `drafter_alone` one device drafts while the others wait.
+    Networks are those of requests with `context` tokens. A request of the default workload keeps `request_bytes` on
+    each device, or (0) the bytes of its rows. With `drafter_alone` one device drafts while the others wait.
     """
 
     name: str
@@ -229,8 +229,8 @@ class Pair:
 
 H100 = Accelerator("H100 SXM", bandwidth=3.35e12, peak=989e12, memory=80e9)
 H200 = Accelerator("H200 SXM", bandwidth=4.8e12, peak=989e12, memory=141e9)
-# Products are in bfloat16, as here activations are: weights are expanded on their way into a product. An exchange within a
-# node takes some 10 us, between nodes 30 (by eight cards of 400 Gbit/s each).
+# Products are in bfloat16, as here activations are: weights are expanded on their way into a product. An exchange
+# within a node takes some 10 us, between nodes 30 (by eight cards of 400 Gbit/s each).
 FOUR_H200 = Accelerator("4 x H200 SXM", 4.8e12, 989e12, 141e9, count=4, collective=10e-6)
 EIGHT_H100 = Accelerator("8 x H100 SXM", 3.35e12, 989e12, 80e9, count=8, collective=10e-6)
 EIGHT_H200 = Accelerator("8 x H200 SXM", 4.8e12, 989e12, 141e9, count=8, collective=10e-6)

@@ -102,8 +102,8 @@ class Simulation:
     ) -> None:
         """`believed`: the profile that selection starts with, instead of the true cost of passes (None).
 
-        `selection` makes one that takes the place of the load-aware policy named, from its cost model and the true rates
-        of the requests that decode.
+        `selection` makes one that takes the place of the load-aware policy named, from its cost model and the true
+        rates of the requests that decode.
 
         Raises ConfigError for an unknown policy, or requests that the machine's memory cannot hold.
         """

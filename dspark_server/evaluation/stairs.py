@@ -14,7 +14,7 @@ from dspark_server.evaluation.roofline import Machine
 from dspark_server.speculation.cost_model import CostModel, Profile
 from dspark_server.speculation.curves import dense
 from dspark_server.speculation.drafting import Candidate, DraftPlan
-from dspark_server.speculation.prefix_scheduler import Load, Ranked, StepCost, best_count, theta_by_count
+from dspark_server.speculation.prefix_scheduler import Floats, Load, Ranked, StepCost, best_count, theta_by_count
 from dspark_server.speculation.selection import Selection
 
 
@@ -60,7 +60,7 @@ def smoothed(machine: Machine) -> Profile:
 
 
 class Oracle(Selection):
-    """Not lossless, and only for comparison: tries every number of drafting requests, then every number of draft tokens.
+    """Not lossless, for comparison alone: tries every number of drafting requests, then every number of draft tokens.
 
     The latter with the survivals of the very blocks that it cuts.
     """
@@ -80,12 +80,12 @@ class Oracle(Selection):
             return DraftPlan([])
         assert len(rates) == len(candidates)
         longest = max(candidates[index].limit for index in able)
-        powers = np.array([rates[i] for i in able])[:, None] ** np.arange(1, longest + 1)
+        powers: Floats = np.array([rates[i] for i in able])[:, None] ** np.arange(1, longest + 1)
         limits = np.array([candidates[i].limit for i in able])
         best, count = load.sampling / StepCost.of(self._cost_model, load, 0)(0), 0
         for size in range(1, len(able) + 1):
             inside = np.arange(longest) < limits[:size, None]
-            values = np.sort(powers[:size][inside])[::-1]
+            values: Floats = np.sort(powers[:size][inside])[::-1]
             seconds = StepCost.of(self._cost_model, load, size).upto(len(values))
             theta = float(theta_by_count(values, seconds, load)[: load.room + 1].max())
             if theta > best:

@@ -38,8 +38,8 @@ class Profile:
     context costs each run that reads it `run_context` (its rows are read once) and each query token `query_context`
     more. The draft table is empty for an engine without a drafter.
 
-    `recorded` are the sizes of recorded passes (CUDA graphs), in tokens: a pass runs as the next of them, padded, and past
-    the largest at its own size. `recorded_drafts` are those of drafts, in requests. Both are empty on a CPU.
+    `recorded` are the sizes of recorded passes (CUDA graphs), in tokens: a pass runs as the next of them, padded, and
+    past the largest at its own size. `recorded_drafts` are those of drafts, in requests. Both are empty on a CPU.
     """
 
     tokens: tuple[int, ...]

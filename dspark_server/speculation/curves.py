@@ -36,7 +36,7 @@ def dense(sizes: Sequence[int], seconds: Floats, at: npt.NDArray[np.int64]) -> F
 
 
 def runs_as(recorded: Sequence[int], at: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Sizes that work of the sizes `at` runs at: the next recorded one, or past the largest, or without any, its own."""
+    """The sizes that work of sizes `at` runs at: the next recorded one; past the largest, or without any, its own."""
     if not recorded:
         return at
     steps = np.asarray(recorded, dtype=np.int64)

@@ -7,7 +7,7 @@ Shapes: R requests, gamma draft tokens each, a_{r,k} the probability that reques
 has Theta = tau / seconds, tau being the expected number of committed tokens (DSpark §3.2.2).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from heapq import heapify, heappop, heapreplace
 from typing import NamedTuple
@@ -190,10 +190,10 @@ def admit(
     request, and so to the earlier position of a request. Plain numbers: few tokens are looked at, and the pass has
     evicted the code of array operations from the caches.
 
-    Where passes are recorded, the rows of a recorded pass that are left cost nothing and are filled without asking. So a
-    larger one has to pay by all of its tokens, of which only the first is looked at: the others are taken to fall from
-    there as `usual` does, the ranked survivals [n] of an earlier step (None: the first must pay on the minorant). Whether
-    a token is kept still depends on none that ranks below it, nor on its own value.
+    Where passes are recorded, the rows of a recorded pass that are left cost nothing and are filled without asking. So
+    a larger one has to pay by all of its tokens, of which only the first is looked at: the others are taken to fall
+    from there as `usual` does, the ranked survivals [n] of an earlier step (None: the first must pay on the minorant).
+    Whether a token is kept still depends on none that ranks below it, nor on its own value.
     """
     lengths = [0] * len(limits)
     heads = [(-_at_most(1.0, block[0]), row) for row, block in enumerate(survival) if limits[row] > 0]

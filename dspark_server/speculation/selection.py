@@ -181,8 +181,8 @@ class Causal(LoadAware):
 class Lagged(LoadAware):
     """§5.2: survivals of two steps ago decide how many tokens are verified, and today's decide which.
 
-    The number K is then fixed before this step's blocks exist, so that a search over every number, on the measured curve
-    itself and at this step's load, stays lossless; the next pass's shape is known before its draft is.
+    The number K is then fixed before this step's blocks exist, so that a search over every number, on the measured
+    curve itself and at this step's load, stays lossless; the next pass's shape is known before its draft is.
     """
 
     name = "lagged"

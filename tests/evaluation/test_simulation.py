@@ -132,7 +132,9 @@ def test_a_dense_model_too() -> None:
 def test_users_are_faster_at_the_same_throughput(points: dict[str, list[Point]]) -> None:
     """Figure 7's ordering: DSpark above MTP-1 above plain decoding."""
     for above, below in (("causal", "mtp-1"), ("mtp-1", "none")):
-        ratios = [ratio for _, ratio in at_matched_throughput(points[above], points[below])]
+        # Above, the one rank that drafts is the bottleneck: docs/simulation.md.
+        few = [point for point in points[below] if point.concurrency <= 256]
+        ratios = [ratio for _, ratio in at_matched_throughput(points[above], few)]
         assert ratios
         assert min(ratios) > 1.2
 
