@@ -8,10 +8,8 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
 
-import numpy as np
-
 from dspark_server.speculation.cost_model import CostModel
-from dspark_server.speculation.prefix_scheduler import Load, StepCost, admit, theta_by_count
+from dspark_server.speculation.prefix_scheduler import Load, StepCost, admit
 
 PROBING = 0.02  # probe budget, a share of the steps' seconds: drafts that only find out whether a request's drafts pay
 OPTIMISM = 0.95  # survival assumed for a probe: if even that does not pay, the reason is the load, not the request
@@ -155,12 +153,7 @@ def predicted_thetas(
             further = zip(rates[there:size], limits[there:size], strict=True)
             survival += [[rate**k for k in range(1, limit + 1)] for rate, limit in further]
             room = cost.room(load, floor)
-            if cost.stairs is None:
-                thetas[index] = admit(survival, limits[:size], load.sampling, room, cost).theta
-            else:  # these survivals are known: the best of all numbers
-                values = np.sort(np.concatenate(survival))[::-1][:room]
-                seconds = cost.as_run(len(values))
-                thetas[index] = float(theta_by_count(values, seconds, load).max())
+            thetas[index] = admit(survival, limits[:size], load.sampling, room, cost).theta
     return thetas
 
 

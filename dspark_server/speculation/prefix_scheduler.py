@@ -91,7 +91,8 @@ class StepCost:
     """Seconds that a step takes for its tau, by number of draft tokens verified.
 
     Prefill tokens in the pass raise the cost of each draft token, and that is counted. Their own cost is not, as it
-    produces none of tau: if it were counted, any draft would look cheap beside a long chunk.
+    produces none of tau: if it were counted, any draft would look cheap beside a long chunk. Nor do decoding tokens bear
+    alone what the pass costs at least: prefill tokens are charged what more tokens would cost there, at most their share.
     """
 
     table: Floats  # seconds of the target pass, by number of draft tokens: a convex bound, or as measured
@@ -114,7 +115,7 @@ class StepCost:
         """
         raw, most = cost_model.raw, len(cost_model.raw) - 1
         tokens = min(load.tokens, most)
-        prefill = 0.0 if load.tokens == load.sampling else float(raw[tokens] - raw[min(load.sampling, most)])
+        prefill = _prefill(raw, tokens, min(load.sampling, tokens))
         fixed = (
             cost_model.draft(requests) + cost_model.overhead + cost_model.attention(load.context, load.pairs) - prefill
         )
@@ -160,6 +161,15 @@ class StepCost:
         if not floor:
             return load.room
         return min(load.room, within_floor(self.as_run(load.room) + self.prefill, floor))
+
+
+def _prefill(raw: Floats, tokens: int, sampling: int) -> float:
+    """Seconds of a pass over `tokens` tokens that are its prefill's: all that they add, or that as many more would."""
+    if tokens <= sampling or not sampling:
+        return 0.0
+    prompts, further = tokens - sampling, min(tokens + sampling, len(raw) - 1)
+    slope = (raw[further] - raw[tokens]) / (further - tokens) if further > tokens else 0.0
+    return float(max(raw[tokens] - raw[sampling], min(prompts * slope, raw[tokens] * prompts / tokens)))
 
 
 def within_floor(seconds: Floats, floor: float | None) -> int:

@@ -113,7 +113,7 @@ def test_it_is_the_best_of_all_prefixes(policy: str, seed: int) -> None:
         ) -> float:
             tokens = sum(1 + float(row[:length].double().sum()) for row, length in zip(survival, chosen, strict=True))
             whole = costs.raw[here.tokens + sum(chosen)] + 1e-3 * (here.pairs + sum(chosen) * here.per_draft)
-            prompts = costs.raw[here.tokens] - costs.raw[here.sampling]
+            prompts = StepCost.of(costs, here, 0).prefill
             return tokens / (costs.draft(len(chosen)) + whole - prompts)
 
         allowed = (each for each in itertools.product(*(range(limit + 1) for limit in most)) if sum(each) <= room)
@@ -322,6 +322,16 @@ def test_a_prefill_chunk_does_not_make_drafts_look_cheap() -> None:
     policy = build_selection("causal", costs)
     assert policy.lengths(survival, [4] * 4, load(4)) == [0] * 4
     assert policy.lengths(survival, [4] * 4, Load(sampling=4, tokens=260, room=100)) == [0] * 4
+
+
+def test_what_a_pass_costs_at_least_is_shared_with_prompts() -> None:
+    """Where prompts fill passes past the corner of the roofline, a step that drafts save would not have been free."""
+    costs = cost_model([max(200, tokens) / 200 for tokens in range(1, 600)])
+    survival = torch.full((128, 1), 0.7)
+    for policy, tokens, kept in (("causal", 128, 72), ("causal", 300, 0)):
+        chosen = build_selection(policy, costs)
+        lengths = chosen.lengths(survival, [1] * 128, Load(sampling=128, tokens=tokens, room=128))
+        assert sum(lengths) == kept
 
 
 @given(limits, st.integers(0, 60), st.integers(0, 2**32 - 1))

@@ -157,9 +157,7 @@ def test_the_joint_law_is_the_targets(policy: str, vocabulary: int) -> None:
         pair, other = Pair(vocabulary, 2, seed, "random"), Pair(2, 2, seed + 9, "random")
         source = np.random.default_rng(seed)
         verify = 0.4 + source.choice([0.05, 0.3, 0.9], 4).cumsum()
-        costs = CostModel(
-            Profile((1, 3, 5, 6), tuple(verify.tolist()), (1,), (0.1,), 0.0, 0.0, (3, 5)), 8, 2
-        )
+        costs = CostModel(Profile((1, 3, 5, 6), tuple(verify.tolist()), (1,), (0.1,), 0.0, 0.0, (3, 5)), 8, 2)
         said = {context: float(source.random()) for context in (*pair.q, *other.q)}
         committed: dict[Context, float] = {}
         for (earlier, chance), (beside, share) in itertools.product(_drafts(other), repeat=2):
