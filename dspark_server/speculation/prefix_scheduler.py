@@ -91,8 +91,8 @@ class StepCost:
     """Seconds that a step takes for its tau, by number of draft tokens verified.
 
     Prefill tokens in the pass raise the cost of each draft token, and that is counted. Their own cost is not, as it
-    produces none of tau: if it were counted, any draft would look cheap beside a long chunk. Nor do decoding tokens bear
-    alone what the pass costs at least: prefill tokens are charged what more tokens would cost there, at most their share.
+    produces none of tau: if it were counted, any draft would look cheap beside a long chunk. Nor do decoding tokens
+    bear alone what a pass costs at least: prefill tokens are charged what as many more would cost, at most their share.
     """
 
     table: Floats  # seconds of the target pass, by number of draft tokens: a convex bound, or as measured
