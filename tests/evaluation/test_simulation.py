@@ -1,5 +1,6 @@
 """The simulator: production scheduling on a virtual clock, held to the shape of the paper's figures 7 and 8."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,10 @@ from dspark_server.evaluation.simulation import (
     at_matched_throughput,
     sweep,
 )
+from dspark_server.evaluation.stairs import stepped
 from dspark_server.models.deepseek_v4 import DEEPSEEK_V4
 from loadtest import simulate as command
+from loadtest import stairs
 
 from ..deploy.checkpoints import DEEPSEEK, headers
 
@@ -206,6 +209,27 @@ def test_the_geometry_of_deepseek_is_the_releases(
 @pytest.mark.parametrize("name", MACHINES)
 def test_profiles_are_what_the_roofline_derives(name: str) -> None:
     assert vars(Machine.load(PROFILES / f"{name}.json")) == vars(derive(name))
+
+
+def test_passes_are_priced_as_they_run() -> None:
+    """On passes recorded at powers of two: near the best there is, and far above a policy that knows no stairs."""
+    truth = stepped(derive("qwen3-8b-h100"), [1 << power for power in range(10)], eager=2e-3)
+    assert truth.costs.tokens[9:11] == (512, 513)
+    assert truth.costs.verify[10] > truth.costs.verify[9] + 2e-3
+    made = {
+        name: stairs.point(truth, name, 64, Workload(output_tokens=48, requests=64)).throughput
+        for name in ("smooth", "causal", "oracle")
+    }
+    assert made["causal"] > 1.2 * made["smooth"]
+    assert made["causal"] > 0.9 * made["oracle"]
+
+
+def test_the_command_of_stairs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, profile = tmp_path / "points.json", str(PROFILES / "qwen3-8b-h100.json")
+    assert stairs.main(["--profile", profile, "--users", "2", "--recorded", "1,2,4,8,16", "--out", str(out)]) == 0
+    assert "causal / oracle" in " ".join(capsys.readouterr().out.split())
+    assert {row["system"] for row in json.loads(out.read_text())} == set(stairs.SYSTEMS)
+    assert stairs.main(["--profile", str(tmp_path / "none.json")]) == 2
 
 
 def test_the_command_writes_tables_and_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
