@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Simulate and print."""
     args = parser().parse_args(arguments)
     workload = Workload(domain=args.domain)
-    console, rows = Console(width=None if sys.stdout.isatty() else 120), []
+    console, rows = Console(width=None if sys.stdout.isatty() else 150), []
     try:
         for path in args.profile:
             machine = Machine.load(path)
