@@ -26,10 +26,11 @@ from tqdm import tqdm
 
 from dspark_server.engine.simulate import DOMAINS, PAPER_TAU
 from dspark_server.errors import DSparkServerError
-from dspark_server.evaluation.roofline import MACHINES, Machine, derive
+from dspark_server.evaluation.machines import MACHINES, derive
+from dspark_server.evaluation.roofline import Machine
 from dspark_server.evaluation.simulation import SYSTEMS, Point, Workload, at_matched_throughput, sweep
 
-PROFILE = Path(__file__).parents[1] / "configs/profiles/v4-flash-like-8xh200.json"
+PROFILE = Path(__file__).parents[1] / "configs/profiles/deepseek-v4-flash-8xh200.json"
 CONCURRENCY = [1, 8, 32, 64, 128, 256, 512, 1000, 2000]
 BASELINES = ("mtp-1", "static-2")
 

@@ -85,7 +85,7 @@ LOSSLESS = (
          "p = torch.softmax(mine.logits[mine.start[active] + slot], -1)",
          "tests/speculation/test_losslessness.py::test_ratio_rule_has_the_targets_joint_law"),
     _one("retrospective search over this step's survivals", SELECTION,
-         "lengths = admit(survival.tolist(), limits, load.sampling, seconds.room(load, self._floor), seconds).lengths",
+         "lengths = admit(survival.tolist(), limits, load.sampling, room, seconds, usual).lengths",
          "every = (ranked := Ranked.of(survival, limits)).values\n"
          "        bumpy = seconds.upto(len(every)) * [1 + count % 2 for count in range(len(every) + 1)]\n"
          "        lengths = ranked.first(best_count(every, bumpy, load))",

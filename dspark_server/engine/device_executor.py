@@ -73,6 +73,7 @@ class DeviceExecutor:
         self.device = device
         self.passes = Graphs(device, up_to(sizes, max_tokens))
         self.drafts = Graphs(device, up_to(sizes, max_requests))
+        self.recorded = tuple(self.passes.sizes), tuple(self.drafts.sizes)
 
         wide, most = max(1, drafter.block), max_requests
         tables = table_fields(pool.groups, most, target.max_model_len, max_tokens + self.gamma + 1)

@@ -87,6 +87,11 @@ class Executor(Protocol):
     def block(self) -> int:
         """Most draft tokens of a block that a model drafts; longer ones are copies."""
 
+    @property
+    def recorded(self) -> tuple[Sequence[int], Sequence[int]]:
+        """Sizes of recorded passes, in tokens, and of recorded drafts, in requests; see `Profile.recorded`."""
+        return (), ()
+
     def cycle(self, runs: list[Run], streams: Streams, clock: Clock) -> Cycle:
         """Begin a step over `runs`, which hold the committed tokens of its pass."""
 
@@ -107,6 +112,7 @@ class TorchExecutor:
         self.pool = pool
         self.kernels = kernels
         self.jointly = jointly
+        self.recorded = (), ()
 
     def cycle(self, runs: list[Run], streams: Streams, clock: Clock) -> "TorchCycle":
         return TorchCycle(self, runs, streams, clock)

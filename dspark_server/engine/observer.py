@@ -164,13 +164,12 @@ class StepObserver:
         )
 
     def _theta(self, trace: StepTrace, block: DraftBlock, chosen: int) -> tuple[list[tuple[int, float]], float | None]:
-        """Theta over B for this step's blocks, on the cost curve of its policy, and Theta of its choice."""
+        """Theta over B for this step's blocks, at the costs that passes have, and Theta of its choice."""
         assert self._cost_model is not None
         assert block.survival is not None
         ranked = Ranked.of(block.survival, block.limits)
         count = len(ranked.values)
-        slots = None if trace.selection == "lagged" else block.slots
-        seconds = StepCost.of(self._cost_model, trace.load, block.by_drafter, slots).upto(count)
+        seconds = StepCost.of(self._cost_model, trace.load, block.by_drafter).upto(count)
         theta = theta_by_count(ranked.values, seconds, trace.load)
         points = np.unique(np.linspace(0, count, min(count + 1, MAX_POINTS)).round().astype(int))
         # The choice lies on this curve if the policy ranks all drafts together; near it for fixed and threshold.

@@ -22,14 +22,14 @@ from dspark_server.errors import ConfigError
 from dspark_server.runtime.batch import Run
 from dspark_server.runtime.paging import BlockTable, CacheGroup, tables_for
 from dspark_server.speculation.cost_model import Profile
-from dspark_server.speculation.curves import isotonic
+from dspark_server.speculation.curves import isotonic, runs_as
 from dspark_server.speculation.draft_block import DraftRequest
 from dspark_server.speculation.noise import CounterStreams
 from dspark_server.speculation.sampling import SamplingBatch
 
 logger = logging.getLogger(__name__)
 
-VERSION = 5  # of the measurement; a change makes every kept profile stale
+VERSION = 6  # of the measurement; a change makes every kept profile stale
 ROUNDS = 5  # over all sizes
 FEWEST = 3  # minimum number of rounds, however long they take
 PATIENCE = 10.0  # seconds after which no further round begins
@@ -90,8 +90,9 @@ class Profiler:
         share = self._fitting(max(1, self._num_blocks // -(-max_tokens // self._run_length)))
         near = max(1, min(near, min(share, self._longest) - self._run_length))
         far = min(far, self._longest - self._run_length)
-        sizes = _sizes(max_tokens)
-        requests = _sizes(max_requests) if self._executor.block else []
+        recorded, recorded_drafts = self._executor.recorded
+        sizes = measured_sizes(max_tokens, recorded)
+        requests = measured_sizes(max_requests, recorded_drafts) if self._executor.block else []
         few = min(self._run_length, max_tokens)
         slopes = [(queries, context) for queries in {1, few} for context in (far, near)] if far > near else []
         works = [Work(self._pass(tokens, near)) for tokens in sizes]
@@ -114,7 +115,16 @@ class Profiler:
             for tokens, seconds in zip(sizes, verify, strict=True)
         ]
         rising = tuple(isotonic(bare).tolist()), tuple(isotonic(draft).tolist())
-        return Profile(tuple(sizes), rising[0], tuple(requests), rising[1], per_run, per_query)
+        return Profile(
+            tuple(sizes),
+            rising[0],
+            tuple(requests),
+            rising[1],
+            per_run,
+            per_query,
+            recorded=tuple(recorded),
+            recorded_drafts=tuple(recorded_drafts) if requests else (),
+        )
 
     def disagreement(self, kept: Profile) -> tuple[str, float, float] | None:
         """Largest deviation of `kept` from a few passes and a draft timed now; None if within TOLERANCE.
@@ -124,7 +134,7 @@ class Profiler:
         sizes = [tokens for tokens in PROBED if tokens <= kept.tokens[-1]]
         works = [Work(self._pass(tokens, 1)) for tokens in sizes]
         names = [f"a pass of {tokens} tokens" for tokens in sizes]
-        expected = np.interp(sizes, kept.tokens, kept.verify).tolist()
+        expected = np.interp(runs_as(kept.recorded, np.asarray(sizes)), kept.tokens, kept.verify).tolist()
         if kept.requests and self._executor.block:
             works.append(Work(self._draft(1, 1), self._pass(1, 1)))
             names.append("a draft for one request")
@@ -226,6 +236,7 @@ def profile(
             max_tokens,
             max_requests,
             executor.gamma,
+            executor.recorded,
             _machine(),
         )
     )
@@ -276,7 +287,9 @@ def _machine() -> str:
     return f"{models} {torch.__version__}"
 
 
-def _sizes(most: int) -> list[int]:
-    """1, 2, 3, 4, 6, 8, 12, ... up to and including `most`."""
+def measured_sizes(most: int, recorded: Sequence[int] = ()) -> list[int]:
+    """`recorded` sizes and the first past them, then those of 1, 2, 3, 4, 6, 8, 12, ... that are larger; and `most`."""
     steps = {1 << power for power in range(most.bit_length())} | {3 << power for power in range(most.bit_length())}
-    return sorted({size for size in steps if size < most} | {most})
+    largest = max(recorded, default=0)
+    own = {size for size in steps if size > largest} | {*recorded} | ({largest + 1} if recorded else set())
+    return sorted({size for size in own if size < most} | {most})

@@ -47,6 +47,7 @@ class LeadingExecutor:
     def __init__(self, executor: Executor, group: TorchGroup) -> None:
         self.gamma = executor.gamma
         self.block = executor.block
+        self.recorded = executor.recorded
         self._executor = executor
         self._group = group
 

@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from statistics import NormalDist
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +37,9 @@ PAPER_TAU = {
     "eagle3": {"math": 5.14, "code": 4.16, "chat": 2.39},
 }
 DOMAINS = ("math", "code", "chat")  # GSM8K, HumanEval, MT-Bench
+
+
+_MIDDLES = np.array([NormalDist().inv_cdf((i + 0.5) / 64) for i in range(64)])  # of 64 equal parts of token noise
 
 
 @dataclass
@@ -77,6 +81,11 @@ class SurvivalModel:
         """Acceptance probabilities c [R, gamma] from request effects u [R] and token noise e [R, gamma]."""
         logits = self.level + self.request_spread * effects[:, None] + self.token_spread * noise
         return np.asarray(1 / (1 + np.exp(-logits)))
+
+    def rates(self, effects: Floats) -> Floats:
+        """Mean acceptance probabilities [R] of requests of effects u [R], over token noise."""
+        noise = np.tile(_MIDDLES, (len(effects), 1))
+        return np.asarray(self.chances(effects, noise).mean(axis=1))
 
     def tau(self, block: int = PAPER_BLOCK) -> float:
         """Mean number of tokens that a cycle commits when whole blocks are verified."""
@@ -133,6 +142,11 @@ class SimulatedExecutor:
     def block(self) -> int:
         """The drafter makes whole blocks."""
         return self.gamma
+
+    @property
+    def recorded(self) -> tuple[Sequence[int], Sequence[int]]:
+        """Of the costs that passes have."""
+        return self.cost_model.profile.recorded, self.cost_model.profile.recorded_drafts
 
     def __post_init__(self) -> None:
         self.noise = np.random.default_rng((self.seed, 1))

@@ -16,7 +16,8 @@ from dspark_server.speculation.cost_model import Profile
 
 LAUNCH = 0.5e-3  # seconds of a step outside both models: planning, launches, sampling, commit
 SEQUENTIAL = 20e-6  # seconds of one position of the sequential head: a small product and a softmax
-TYPICAL_CONTEXT = 192  # tokens of context that a draft block reads, as in the default workload
+TYPICAL_CONTEXT = 192  # tokens of context of a request, on average, in the default workload
+OWN_TOKENS = 144  # whole blocks of tokens of such a request, those that all requests share excepted
 USABLE_MEMORY = 0.9  # of the device, for weights and KV rows
 MAX_TOKENS = 16_384
 MAX_REQUESTS = 2_048
@@ -43,46 +44,66 @@ class Network:
     """A stack of layers as the roofline sees it.
 
     `dense` parameters are read and used by every pass for every token. Of `experts` in each of `layers`, a token uses
-    `experts_per_token`, drawn evenly and independently: a pass reads those that some token uses.
+    `experts_per_token`, drawn evenly and independently: a pass reads those that some token uses. Devices divide all of
+    these between them; `copied` parameters each reads and uses whole, and with `kv_copied` all context, too.
     """
 
     layers: int
     dense: float
     bytes_per_dense: float
-    kv_bytes: float  # of one token of context, all layers
+    kv_bytes: float  # that a run reads for one token of context, all layers
     pair_flops: float = 0.0  # of one (query, context) pair, all layers
     experts: int = 0
     experts_per_token: int = 0
     expert_parameters: float = 0.0
     bytes_per_expert_parameter: float = 0.0
-    exchanged: float = 0.0  # bytes a token sends between devices in one layer
+    exchanged: float = 0.0  # bytes of a token that a device sends for one of a layer's two exchanges, of many devices
+    copied: float = 0.0
+    bytes_per_copied: float = 0.0
+    kv_copied: bool = False
+    copied_pair_flops: float = 0.0  # of a pair, on every device
+    gathered: float = 0.0  # bytes of a token's logits, which one device collects
 
     def touched(self, tokens: int) -> float:
         """Experts of a layer that `tokens` tokens use, on average."""
         return self.experts * (1 - (1 - self.experts_per_token / self.experts) ** tokens) if self.experts else 0.0
 
-    def weight_bytes(self, tokens: int) -> float:
-        """Weights that a pass over `tokens` tokens reads."""
-        each = self.layers * self.expert_parameters * self.bytes_per_expert_parameter
-        return self.dense * self.bytes_per_dense + self.touched(tokens) * each
+    def weight_bytes(self, tokens: int, devices: int = 1) -> float:
+        """Weights that each of `devices` reads in a pass over `tokens` tokens."""
+        return self._weights(self.touched(tokens), devices)
 
-    @property
-    def stored_bytes(self) -> float:
-        """Bytes of all weights."""
-        each = self.layers * self.expert_parameters * self.bytes_per_expert_parameter
-        return self.dense * self.bytes_per_dense + self.experts * each
+    def stored_bytes(self, devices: int = 1) -> float:
+        """Bytes of all weights on each of `devices`."""
+        return self._weights(self.experts, devices)
 
-    @property
-    def token_flops(self) -> float:
-        """FLOPs of one token, attention excepted."""
-        return 2 * (self.dense + self.layers * self.experts_per_token * self.expert_parameters)
+    def _weights(self, experts: float, devices: int) -> float:
+        each = self.layers * self.expert_parameters * self.bytes_per_expert_parameter
+        return (self.dense * self.bytes_per_dense + experts * each) / devices + self.copied * self.bytes_per_copied
+
+    def token_flops(self, devices: int = 1) -> float:
+        """FLOPs of one token on each of `devices`, attention excepted."""
+        experts = self.layers * self.experts_per_token * self.expert_parameters
+        return 2 * ((self.dense + experts) / devices + self.copied)
 
     def seconds(self, tokens: int, on: Accelerator) -> float:
         """A pass over `tokens` tokens without context: max(bytes / bandwidth, FLOPs / peak) + exchange."""
-        read = self.weight_bytes(tokens) / (on.count * on.bandwidth)
-        compute = tokens * self.token_flops / (on.count * on.peak)
-        exchange = tokens * self.layers * self.exchanged / (on.count * on.link) if on.count > 1 else 0.0
-        return max(read, compute) + exchange + 2 * self.layers * on.collective
+        read = self.weight_bytes(tokens, on.count) / on.bandwidth
+        compute = tokens * self.token_flops(on.count) / on.peak
+        others = (on.count - 1) / on.count
+        exchange = tokens * others * (2 * self.layers * self.exchanged + self.gathered) / on.link
+        return max(read, compute) + exchange + (2 * self.layers * on.collective if on.count > 1 else 0.0)
+
+    def ridge(self, on: Accelerator) -> int:
+        """Tokens of a pass at which reading all weights takes as long as computing."""
+        return int(self.stored_bytes(on.count) / self.token_flops(on.count) * on.peak / on.bandwidth)
+
+    def run_context(self, on: Accelerator) -> float:
+        """Seconds of reading one token of context."""
+        return self.kv_bytes / on.bandwidth / (1 if self.kv_copied else on.count)
+
+    def query_context(self, on: Accelerator) -> float:
+        """Seconds of computing one (query, context) pair."""
+        return (self.pair_flops / on.count + self.copied_pair_flops) / on.peak
 
 
 @dataclass(frozen=True)
@@ -133,28 +154,36 @@ class Machine:
 
 @dataclass(frozen=True)
 class Pair:
-    """A target and its drafters, which share the target's head: DSpark's of `gamma` tokens, MTP-1's of one."""
+    """A target and its drafters, which share the target's head: DSpark's of `gamma` tokens, MTP-1's of one.
+
+    `sequential_bytes` are read for each position of the sequential head, `unread_bytes` held and only looked up in.
+    Networks are those of requests with `context` tokens. A request of the default workload keeps `request_bytes` on
+    each device, or (0) the bytes of its rows. With `drafter_alone` one device drafts while the others wait.
+    """
 
     name: str
     target: Network
     draft: Network
     single: Network
     gamma: int
+    sequential_bytes: float = 0.0
+    context: int = TYPICAL_CONTEXT
+    request_bytes: float = 0.0
+    unread_bytes: float = 0.0
+    drafter_alone: bool = False
 
     def on(self, accelerator: Accelerator) -> Machine:
         """Derive the machine."""
-        bandwidth, peak = accelerator.count * accelerator.bandwidth, accelerator.count * accelerator.peak
-        ridge = int(self.target.stored_bytes / self.target.token_flops * accelerator.peak / accelerator.bandwidth)
+        alone = replace(accelerator, count=1) if self.drafter_alone else accelerator
+        ridge = self.target.ridge(accelerator)
         tokens = _sizes(MAX_TOKENS, ridge)
-        requests = _sizes(MAX_REQUESTS, ridge // self.gamma)
-        rows = self.target.kv_bytes + self.draft.kv_bytes
-        free = USABLE_MEMORY * accelerator.count * accelerator.memory
-        free -= self.target.stored_bytes + self.draft.stored_bytes
+        requests = _sizes(MAX_REQUESTS, self.draft.ridge(alone) // self.gamma)
 
         def drafting(network: Network, gamma: int) -> tuple[float, ...]:
-            context = TYPICAL_CONTEXT * network.kv_bytes / bandwidth
+            context = self.context * network.run_context(alone)
+            sequential = SEQUENTIAL + self.sequential_bytes / alone.bandwidth
             return tuple(
-                _rounded(network.seconds(gamma * count, accelerator) + count * context + gamma * SEQUENTIAL)
+                _rounded(network.seconds(gamma * count, alone) + count * context + gamma * sequential)
                 for count in requests
             )
 
@@ -163,35 +192,50 @@ class Pair:
             verify=tuple(_rounded(self.target.seconds(count, accelerator)) for count in tokens),
             requests=tuple(requests),
             draft=drafting(self.draft, self.gamma),
-            run_context=_rounded(self.target.kv_bytes / bandwidth),
-            query_context=_rounded(self.target.pair_flops / peak),
+            run_context=_rounded(self.target.run_context(accelerator)),
+            query_context=_rounded(self.target.query_context(accelerator)),
         )
         return Machine(
             name=f"{self.name}, {accelerator.name}",
             gamma=self.gamma,
-            kv_tokens=int(free / rows),
+            kv_tokens=self._kv_tokens(accelerator, alone.count),
             overhead=LAUNCH,
             costs=costs,
             single_draft=drafting(self.single, 1),
             assumptions={
                 "floor": "max(bytes / bandwidth, FLOPs / peak) + exchange + 2 collectives a layer; attention apart: "
-                "run_context = KV bytes / bandwidth, query_context = FLOPs of a pair / peak",
+                "run_context = KV bytes / bandwidth, query_context = FLOPs of a pair / peak, at context_tokens",
                 "accelerator": _given(accelerator),
                 "target": _given(self.target),
                 "draft": _given(self.draft),
                 "single": _given(self.single),
                 "seconds_per_sequential_position": SEQUENTIAL,
-                "draft_context_tokens": TYPICAL_CONTEXT,
+                "bytes_per_sequential_position": self.sequential_bytes,
+                "context_tokens": self.context,
+                "drafter_on_one_device": self.drafter_alone,
+                "request_bytes": self.request_bytes,
                 "usable_memory": USABLE_MEMORY,
             },
         )
 
+    def _kv_tokens(self, accelerator: Accelerator, drafting: int) -> int:
+        """Tokens of context that fit beside the weights of the fullest device."""
+        free = USABLE_MEMORY * accelerator.memory - self.unread_bytes
+        free -= self.target.stored_bytes(accelerator.count) + self.draft.stored_bytes(drafting)
+        if self.request_bytes:
+            return max(0, int(free / self.request_bytes)) * OWN_TOKENS
+        return int(free / (self.target.kv_bytes + self.draft.kv_bytes))
+
 
 H100 = Accelerator("H100 SXM", bandwidth=3.35e12, peak=989e12, memory=80e9)
 H200 = Accelerator("H200 SXM", bandwidth=4.8e12, peak=989e12, memory=141e9)
-# FP8 products (Hopper has none of 4 bits); an exchange of all to all within the node takes some 10 us.
-EIGHT_H100 = Accelerator("8 x H100 SXM", 3.35e12, 1979e12, 80e9, count=8, collective=10e-6)
-EIGHT_H200 = Accelerator("8 x H200 SXM", 4.8e12, 1979e12, 141e9, count=8, collective=10e-6)
+# Products are in bfloat16, as here activations are: weights are expanded on their way into a product. An exchange
+# within a node takes some 10 us, between nodes 30 (by eight cards of 400 Gbit/s each).
+FOUR_H200 = Accelerator("4 x H200 SXM", 4.8e12, 989e12, 141e9, count=4, collective=10e-6)
+EIGHT_H100 = Accelerator("8 x H100 SXM", 3.35e12, 989e12, 80e9, count=8, collective=10e-6)
+EIGHT_H200 = Accelerator("8 x H200 SXM", 4.8e12, 989e12, 141e9, count=8, collective=10e-6)
+SIXTEEN_H200 = Accelerator("16 x H200 SXM", 4.8e12, 989e12, 141e9, count=16, link=360e9, collective=30e-6)
+EIGHT_B200 = Accelerator("8 x B200 SXM", 8e12, 2250e12, 191e9, count=8, link=900e9, collective=10e-6)
 
 # Qwen3-8B: 8.19e9 parameters (the whole checkpoint counts, the looked-up embedding table too), 36 layers, 32 heads and
 # 8 KV heads of 128. Drafter: 5 such layers of 193e6, the head of 622e6, W2 of 39e6. MTP-1: a layer, a projection, the
@@ -203,38 +247,6 @@ QWEN3_8B = Pair(
     single=Network(1, 193e6 + 34e6 + 622e6, 2, kv_bytes=2 * 8 * 128 * 2),
     gamma=7,
 )
-
-_EXPERT = 3 * 4096 * 2048
-_EXPERTS: dict[str, Any] = {
-    "experts": 256,
-    "experts_per_token": 6,
-    "expert_parameters": _EXPERT,
-    "bytes_per_expert_parameter": 0.53,  # 4 bits and their scales
-    "exchanged": 6 * 4096 * 3,  # to 6 experts in 8 bits, back in 16
-}
-# Like DeepSeek-V4-Flash: 284e9 parameters, 13e9 active; 43 layers of width 4096, 256 experts of 25e6 in each, 6 used.
-# All but the routed experts (shared experts, attention, head: 6.5e9) are in 8 bits. Its compressed KV is taken as 4 kB
-# a token. Drafter: 3 layers of the same kind, the head, projections; blocks of 5. MTP-1: one layer.
-V4_FLASH_LIKE = Pair(
-    "V4-Flash-like MoE",
-    target=Network(43, 6.5e9, 1, kv_bytes=4096, pair_flops=43 * 4 * 64 * 512 / 4, **_EXPERTS),
-    draft=Network(3, 3 * 139e6 + 530e6 + 83e6, 1, kv_bytes=3 * 1024, **_EXPERTS),
-    single=Network(1, 139e6 + 530e6 + 34e6, 1, kv_bytes=1024, **_EXPERTS),
-    gamma=5,
-)
-
-MACHINES = {
-    "qwen3-8b-h100": (QWEN3_8B, H100),
-    "qwen3-8b-h200": (QWEN3_8B, H200),
-    "v4-flash-like-8xh100": (V4_FLASH_LIKE, EIGHT_H100),
-    "v4-flash-like-8xh200": (V4_FLASH_LIKE, EIGHT_H200),
-}
-
-
-def derive(name: str) -> Machine:
-    """The machine called `name` in `configs/profiles/`."""
-    pair, accelerator = MACHINES[name]
-    return pair.on(accelerator)
 
 
 def _sizes(most: int, ridge: int) -> list[int]:

@@ -21,7 +21,7 @@ from dspark_server.errors import ConfigError
 from dspark_server.evaluation.roofline import MAX_REQUESTS, MAX_TOKENS, Machine
 from dspark_server.runtime.paging import CacheGroup
 from dspark_server.speculation.cost_model import CostModel, Profile
-from dspark_server.speculation.selection import POLICIES, build_selection
+from dspark_server.speculation.selection import POLICIES, Selection, build_selection
 
 BLOCK_SIZE = 16
 LOAD_AWARE = ("causal", "lagged")
@@ -92,9 +92,18 @@ class Simulation:
     """The production step loop of one policy on a simulated machine, and its users."""
 
     def __init__(
-        self, machine: Machine, policy: str, concurrency: int, workload: Workload, believed: Profile | None = None
+        self,
+        machine: Machine,
+        policy: str,
+        concurrency: int,
+        workload: Workload,
+        believed: Profile | None = None,
+        selection: Callable[[CostModel, Callable[[], list[float]]], Selection] | None = None,
     ) -> None:
         """`believed`: the profile that selection starts with, instead of the true cost of passes (None).
+
+        `selection` makes one that takes the place of the load-aware policy named, from its cost model and the true
+        rates of the requests that decode.
 
         Raises ConfigError for an unknown policy, or requests that the machine's memory cannot hold.
         """
@@ -131,7 +140,10 @@ class Simulation:
         # Selection learns from the times of steps, as in serving; their true cost is the executor's own.
         cost_model = CostModel(believed or costs, *most) if policy in LOAD_AWARE else None
         name = policy if policy in POLICIES else "fixed"
-        self.selection = build_selection(name, cost_model, threshold=workload.threshold)
+        if selection and cost_model:
+            self.selection = selection(cost_model, self._rates)
+        else:
+            self.selection = build_selection(name, cost_model, threshold=workload.threshold)
         self.loop = StepLoop(
             self.batcher,
             self.executor,
@@ -174,6 +186,11 @@ class Simulation:
                 self.batcher.add(request)
             self.loop.step()
         return (self.loop.stats.generation_tokens - before) / (self.clock.now - began)
+
+    def _rates(self) -> list[float]:
+        """The true mean chance of a next token of each decoding request."""
+        numbers = [request.nonce for request in self.batcher.running if request.is_decoding]
+        return self.executor.survival.rates(self.executor.effect(np.array(numbers))).tolist() if numbers else []
 
     def _requests(self) -> Iterator[Request]:
         """Endless requests. The first of each user has already produced part of its output, evenly spread.

@@ -18,10 +18,11 @@ import numpy.typing as npt
 
 from dspark_server.errors import ConfigError
 from dspark_server.speculation.correction import Correction, Sieve
-from dspark_server.speculation.curves import convex_minorant, dense, isotonic, shares
+from dspark_server.speculation.curves import convex_minorant, dense, isotonic, runs_as, shares
 from dspark_server.speculation.slowdown import Slowdown
 
 Floats = npt.NDArray[np.float64]
+Integers = npt.NDArray[np.int64]
 
 STALE = 0.02  # a cost that corrections have moved by this share makes the tables be built again
 OVERHEAD_GAIN = 0.1  # of a step's overhead in their average
@@ -36,6 +37,9 @@ class Profile:
     verify[i] is a target pass over tokens[i] tokens without context; draft[i] a draft of requests[i] blocks. A token of
     context costs each run that reads it `run_context` (its rows are read once) and each query token `query_context`
     more. The draft table is empty for an engine without a drafter.
+
+    `recorded` are the sizes of recorded passes (CUDA graphs), in tokens: a pass runs as the next of them, padded, and
+    past the largest at its own size. `recorded_drafts` are those of drafts, in requests. Both are empty on a CPU.
     """
 
     tokens: tuple[int, ...]
@@ -44,6 +48,8 @@ class Profile:
     draft: tuple[float, ...]
     run_context: float
     query_context: float
+    recorded: tuple[int, ...] = ()
+    recorded_drafts: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         tables = {"verify": (self.tokens, self.verify), "draft": (self.requests, self.draft)}
@@ -52,6 +58,9 @@ class Profile:
                 raise ConfigError(f"The cost profile's {name} table needs one time for each of rising sizes.")
             if not all(0 < second < float("inf") for second in seconds):
                 raise ConfigError(f"The cost profile's {name} times must be positive.")
+        for recorded in (self.recorded, self.recorded_drafts):
+            if any(a >= b for a, b in itertools.pairwise((0, *recorded))):
+                raise ConfigError("The cost profile's recorded sizes must be positive and rise.")
         if not self.tokens:
             raise ConfigError("The cost profile's verify table is empty.")
 
@@ -75,14 +84,15 @@ class Profile:
 class CostModel:
     """The cost model that selection reads: the profile, corrected by the measured times of steps (`correction`).
 
-    Tables are dense in B and R and never fall.
+    Tables are dense in B and R and never fall: a staircase up to the largest recorded size, lines beyond.
     """
 
     def __init__(self, profile: Profile, max_tokens: int, max_requests: int) -> None:
         """`max_tokens` and `max_requests` bound a step."""
         self._profile = profile
-        self._sizes = np.arange(max_tokens + 1)
-        self._requests = np.arange(max_requests + 1)
+        self._sizes = runs_as(profile.recorded, np.arange(max_tokens + 1))
+        self._requests = runs_as(profile.recorded_drafts, np.arange(max_requests + 1))
+        self._corners = sorted({*profile.tokens, *profile.recorded})
         self._correction = Correction([profile.tokens, (1,), profile.requests])
         self._sieves = {"verify": Sieve(), "draft": Sieve()}
         self._since = 0.0  # seconds of steps since the last correction
@@ -105,6 +115,20 @@ class CostModel:
         """[max_tokens + 1] seconds of a target pass over B tokens, attention to context excepted."""
         return self._raw
 
+    @property
+    def stairs(self) -> Integers | None:
+        """[max_tokens + 1] size that a pass over B tokens runs at; None where each size has a cost of its own."""
+        return self._sizes if self._profile.recorded else None
+
+    @property
+    def largest_recorded(self) -> int:
+        """Tokens of the largest recorded pass; 0 without any."""
+        return self._profile.recorded[-1] if self._profile.recorded else 0
+
+    def full_draft(self, requests: int) -> int:
+        """Number of requests, at least `requests`, that can draft at the same cost."""
+        return int(self._requests[requests]) if requests < len(self._requests) else requests
+
     def convex(self, tokens: int, drafts: int) -> Floats:
         """The greatest convex minorant of `raw` from `tokens` to the end of `drafts` draft tokens or to twice as far.
 
@@ -113,9 +137,25 @@ class CostModel:
         """
         start = min(tokens, len(self._raw) - 1)
         last = min(start + (1 << max(0, drafts - 1).bit_length()), len(self._raw) - 1)  # powers of two: few to keep
+        return self._minorant(start, last)
+
+    def convex_apart(self, tokens: int, drafts: int) -> Floats:
+        """`convex`, but passes past the largest recorded size have a minorant of their own.
+
+        A chord over that size would hide what the first token past it costs.
+        """
+        whole, start = self.convex(tokens, drafts), min(tokens, len(self._raw) - 1)
+        last = start + len(whole) - 1
+        if not start <= self.largest_recorded < last:
+            return whole
+        beyond = self._minorant(self.largest_recorded + 1, last)
+        return np.concatenate([whole[: -len(beyond)], beyond])
+
+    def _minorant(self, start: int, last: int) -> Floats:
+        """[last - start + 1] the greatest convex minorant of `raw` between the two."""
         found = self._convex.get((start, last))
         if found is None:
-            corners = [start, *(size for size in self._profile.tokens if start < size < last), last]
+            corners = [start, *(size for size in self._corners if start < size < last), last]
             found = self._convex[start, last] = convex_minorant(corners, self._raw[corners].tolist())
         return found
 
@@ -202,14 +242,15 @@ class CostModel:
     def _verify_parts(self, size: int, reading: float) -> Floats:
         """[K] seconds that each cost contributes to a pass."""
         parts, passes = np.zeros(len(self._built)), len(self._verify)
-        parts[:passes] = self._raw[size] * shares(self._profile.tokens, self._verify, size)
+        parts[:passes] = self._raw[size] * shares(self._profile.tokens, self._verify, int(self._sizes[size]))
         parts[passes] = self._attention * reading
         return parts
 
     def _draft_parts(self, requests: int) -> Floats:
         """[K] seconds that each cost contributes to a draft."""
         parts = np.zeros(len(self._built))
-        parts[len(self._verify) + 1 :] = self._drafts[requests] * shares(self._profile.requests, self._draft, requests)
+        size = int(self._requests[requests])
+        parts[len(self._verify) + 1 :] = self._drafts[requests] * shares(self._profile.requests, self._draft, size)
         return parts
 
     def _learn(self, part: str, seconds: float, expected: Floats) -> None:

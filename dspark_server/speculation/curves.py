@@ -35,6 +35,15 @@ def dense(sizes: Sequence[int], seconds: Floats, at: npt.NDArray[np.int64]) -> F
     return np.asarray(values, dtype=np.float64)
 
 
+def runs_as(recorded: Sequence[int], at: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """The sizes that work of sizes `at` runs at: the next recorded one; past the largest, or without any, its own."""
+    if not recorded:
+        return at
+    steps = np.asarray(recorded, dtype=np.int64)
+    place = np.searchsorted(steps, at)
+    return np.where(place < len(steps), steps[np.minimum(place, len(steps) - 1)], at)
+
+
 def shares(sizes: Sequence[int], seconds: Floats, size: int) -> Floats:
     """[len(sizes)] the share of each measured size in `dense` at `size`; their sum is 1."""
     parts = np.zeros(len(sizes))

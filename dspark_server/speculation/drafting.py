@@ -97,7 +97,8 @@ def choose_drafting(
     able.sort(key=lambda index: -candidates[index].rate)
 
     if not hopeless(candidates[able[0]].rate):
-        sizes = _sizes(len(able))
+        # A draft runs at a recorded size too: those that fill it cost nothing more.
+        sizes = sorted({min(cost_model.full_draft(size), len(able)) for size in _sizes(len(able))})
         thetas = predicted_thetas([candidates[i] for i in able], len(able), sizes, load, cost_model, floor, best)
         if max(thetas) > best:
             drafting, best = sizes[thetas.index(max(thetas))], max(thetas)
@@ -151,7 +152,8 @@ def predicted_thetas(
             cost, there = StepCost.of(cost_model, load, size, slots[size - 1]), len(survival)
             further = zip(rates[there:size], limits[there:size], strict=True)
             survival += [[rate**k for k in range(1, limit + 1)] for rate, limit in further]
-            thetas[index] = admit(survival, limits[:size], load.sampling, cost.room(load, floor), cost).theta
+            room = cost.room(load, floor)
+            thetas[index] = admit(survival, limits[:size], load.sampling, room, cost).theta
     return thetas
 
 

@@ -9,13 +9,14 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Protocol
 
+import numpy as np
 from torch import Tensor
 
 from dspark_server.errors import ConfigError
 from dspark_server.speculation.cost_model import CostModel
 from dspark_server.speculation.drafting import Candidate, DraftPlan, ProbeBudget, choose_drafting
 from dspark_server.speculation.exploration import Exploration
-from dspark_server.speculation.prefix_scheduler import Load, Ranked, StepCost, admit, best_count
+from dspark_server.speculation.prefix_scheduler import Floats, Load, Ranked, StepCost, admit, best_count
 
 POLICIES = ("causal", "lagged", "fixed", "threshold", "none")
 
@@ -140,10 +141,21 @@ class Causal(LoadAware):
     """Algorithm 1: admit by falling survival, stop at the first token that does not raise Theta.
 
     The cost curve is the convex minorant of the measured one from the step's tokens to about the end of all its drafts:
-    on it this greedy walk ends at the global best.
+    on it this greedy walk ends at the global best. Where passes are recorded, see `admit`.
     """
 
     name = "causal"
+
+    def __init__(self, cost_model: CostModel, floor: float | None = None) -> None:
+        super().__init__(cost_model, floor)
+        self._last: Floats | None = None
+
+    def _usual(self, survival: Tensor, limits: Sequence[int]) -> Floats | None:
+        """Ranked survivals of the last step that drafted, for as many slots as this one has; keeps this one's."""
+        if self._cost_model.stairs is None:
+            return None
+        last, self._last = self._last, _ranked(survival, limits)
+        return None if last is None else _stretched(last, survival.numel())
 
     def lengths(
         self,
@@ -154,11 +166,14 @@ class Causal(LoadAware):
         by_drafter: int | None = None,
         slots: int | None = None,
     ) -> list[int]:
+        usual = self._usual(survival, limits)
         if self._exploration.count is not None:
             return Ranked.of(survival, limits).first(self._exploration.count)
         backbone = len(limits) if by_drafter is None else by_drafter
-        seconds = StepCost.of(self._cost_model, load, backbone, sum(limits) if slots is None else slots)
-        lengths = admit(survival.tolist(), limits, load.sampling, seconds.room(load, self._floor), seconds).lengths
+        slots = sum(limits) if slots is None else slots
+        seconds = StepCost.of(self._cost_model, load, backbone, slots, apart=True)
+        room = seconds.room(load, self._floor)
+        lengths = admit(survival.tolist(), limits, load.sampling, room, seconds, usual).lengths
         self._exploration.verified(lengths)
         return lengths
 
@@ -166,8 +181,8 @@ class Causal(LoadAware):
 class Lagged(LoadAware):
     """§5.2: survivals of two steps ago decide how many tokens are verified, and today's decide which.
 
-    The number K is then fixed before this step's blocks exist, so that a search over all of them, on the measured curve
-    itself, stays lossless; the next pass's shape is known before its draft is.
+    The number K is then fixed before this step's blocks exist, so that a search over every number, on the measured
+    curve itself and at this step's load, stays lossless; the next pass's shape is known before its draft is.
     """
 
     name = "lagged"
@@ -175,7 +190,7 @@ class Lagged(LoadAware):
 
     def __init__(self, cost_model: CostModel, floor: float | None = None) -> None:
         super().__init__(cost_model, floor)
-        self._shares: deque[float] = deque(maxlen=self.LAG)
+        self._past: deque[Floats] = deque(maxlen=self.LAG)  # survivals of recent steps, falling, 0 where unusable
 
     def lengths(
         self,
@@ -187,13 +202,10 @@ class Lagged(LoadAware):
         slots: int | None = None,
     ) -> list[int]:
         ranked = Ranked.of(survival, limits)
-        backbone = len(limits) if by_drafter is None else by_drafter
-        seconds = StepCost.of(self._cost_model, load, backbone)
-        best = best_count(ranked.values, seconds.upto(len(ranked.values)), load, seconds.room(load, self._floor))
         # Counted in whole blocks, not in usable slots: whether a slot is usable is known from this block's own tokens.
         whole = survival.numel()
-        kept = self.count(whole, load, backbone)
-        self._shares.append(best / max(1, whole))
+        kept = self.count(whole, load, len(limits) if by_drafter is None else by_drafter)
+        self._past.append(_ranked(survival, limits))
         lengths = ranked.first(kept)
         self._exploration.verified(lengths)
         return lengths
@@ -201,9 +213,24 @@ class Lagged(LoadAware):
     def count(self, slots: int, load: Load, backbone: int = 0) -> int:
         if self._exploration.count is not None:
             return self._exploration.count
-        share = self._shares[0] if len(self._shares) == self.LAG else 1.0
-        room = StepCost.of(self._cost_model, load, backbone).room(load, self._floor) if self._floor else load.room
-        return min(room, round(share * slots))
+        seconds = StepCost.of(self._cost_model, load, backbone)
+        room = min(slots, seconds.room(load, self._floor))
+        if len(self._past) < self.LAG:
+            return room
+        return best_count(_stretched(self._past[0], slots), seconds.upto(slots), load, room)
+
+
+def _ranked(survival: Tensor, limits: Sequence[int]) -> Floats:
+    """Survivals [R gamma], falling, 0 beyond limits."""
+    values = Ranked.of(survival, limits).values
+    return np.pad(values, (0, survival.numel() - len(values)))
+
+
+def _stretched(survivals: Floats, slots: int) -> Floats:
+    """Survivals [slots], falling, that are distributed as `survivals` are."""
+    if not len(survivals):
+        return np.zeros(slots)
+    return survivals[((np.arange(slots) + 0.5) * len(survivals) / max(1, slots)).astype(np.int64)]
 
 
 def build_selection(

@@ -92,10 +92,10 @@ def test_a_policy_chosen_again_begins_without_history() -> None:
     made = core(selection="lagged")
     made.generate(prompts(3), greedy(20))
     used = made.loop._selection
-    assert len(used._shares) == 2  # type: ignore[attr-defined]
+    assert len(used._past) == 2  # type: ignore[attr-defined]
     made.select("lagged")
     assert made.loop._selection is not used
-    assert not made.loop._selection._shares  # type: ignore[attr-defined]
+    assert not made.loop._selection._past  # type: ignore[attr-defined]
     assert made.policies == ("causal", "lagged", "fixed", "threshold", "none")
 
 

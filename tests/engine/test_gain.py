@@ -6,7 +6,7 @@ import pytest
 
 from dspark_server.engine import gain
 from dspark_server.engine.gain import WINDOW, Gain, StepTime, seconds_without_drafts
-from dspark_server.evaluation.roofline import derive
+from dspark_server.evaluation.machines import derive
 from dspark_server.evaluation.simulation import Simulation, Workload
 from dspark_server.speculation.cost_model import CostModel, Profile
 from dspark_server.speculation.prefix_scheduler import Load
@@ -108,7 +108,7 @@ def test_the_estimate_is_the_ratio_of_two_simulated_servers(users: int, monkeypa
     Both servers are measured under a steady load: in the tail of a burst the one without drafts has other batches.
     """
     monkeypatch.setattr(gain, "WINDOW", 1e9)  # the whole load counts
-    machine, workload = derive("v4-flash-like-8xh200"), Workload(output_tokens=48)
+    machine, workload = derive("deepseek-v4-flash-8xh200"), Workload(output_tokens=48)
     drafting, plain = (Simulation(machine, policy, users, workload) for policy in ("causal", "none"))
     drafting.serve(1.0)
     plain.serve(1.0)

@@ -64,6 +64,22 @@ def assert_costs(measured: Profile) -> None:
     np.testing.assert_allclose(measured.draft, COSTS.draft, rtol=0.02)
 
 
+def test_recorded_sizes_are_measured_and_the_first_past_them(tmp_path: Path) -> None:
+    """A pass runs as one of them or, past the largest, at its own size: no other says anything."""
+    stairs = replace(COSTS, recorded=(1, 4, 24), recorded_drafts=(2, 4))
+    executor = Disturbed(VirtualClock(), CostModel(stairs, 64, 4), SurvivalModel.of("code"), gamma=7)
+    measured = measure(tmp_path, executor)
+    assert (measured.recorded, measured.recorded_drafts) == ((1, 4, 24), (2, 4))
+    assert measured.tokens == (1, 4, 24, 25, 32, 48, 64)
+    assert measured.requests == (2, 4)
+    np.testing.assert_allclose(CostModel(measured, 64, 4).raw, CostModel(stairs, 64, 4).raw, rtol=0.02)
+    again = executor.clock.now
+    assert measure(tmp_path, executor) == measured
+    assert executor.clock.now - again < 1.0
+    smooth = machine()  # without them, no such profile is believed
+    assert measure(tmp_path, smooth).recorded == ()
+
+
 def test_it_is_kept(tmp_path: Path) -> None:
     """It takes less than a second to believe it."""
     measured = measure(tmp_path / "profiles")

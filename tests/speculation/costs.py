@@ -3,7 +3,7 @@
 import numpy as np
 
 from dspark_server.speculation.cost_model import CostModel, Profile
-from dspark_server.speculation.prefix_scheduler import Load, StepCost, theta_by_count, within_floor
+from dspark_server.speculation.prefix_scheduler import Load, StepCost, theta_by_count
 
 
 def cost_model(verify: list[float], draft: float = 0.0, attention: float = 0.0) -> CostModel:
@@ -24,7 +24,7 @@ def load(requests: int, room: int = 1000) -> Load:
 def early_stop(survivals: np.ndarray, cost: StepCost, load: Load, floor: float | None = None) -> int:
     """Algorithm 1 over ranked survivals [n]: how many, stopping where Theta first fails to rise."""
     seconds = cost.upto(len(survivals))
-    most = min(load.room, within_floor(seconds, floor), len(survivals))
+    most = min(cost.room(load, floor), len(survivals))
     theta = theta_by_count(survivals, seconds, load)[: most + 1]
     stops = np.nonzero(theta[1:] <= theta[:-1])[0]
     return int(stops[0]) if len(stops) else most

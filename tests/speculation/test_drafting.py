@@ -148,7 +148,7 @@ def test_no_other_subset_would_be_worth_more(seed: int) -> None:
             subset: tuple[int, ...], crowd: list[Candidate] = crowd, costs: CostModel = costs, here: Load = here
         ) -> float:
             values = sorted((crowd[index].rate ** k for index in subset for k in (1, 2, 3)), reverse=True)
-            prompts = costs.raw[8] - costs.raw[6]
+            prompts = StepCost.of(costs, here, 0).prefill
             return max(
                 (6 + sum(values[:count])) / (costs.draft(len(subset)) + costs.raw[8 + count] - prompts)
                 for count in range(min(len(values), here.room) + 1)

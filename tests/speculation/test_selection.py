@@ -12,7 +12,7 @@ from torch import Tensor
 from dspark_server.errors import ConfigError
 from dspark_server.speculation.cost_model import CostModel
 from dspark_server.speculation.drafting import Candidate
-from dspark_server.speculation.prefix_scheduler import Load, admit, best_count, within_floor
+from dspark_server.speculation.prefix_scheduler import Load, StepCost, admit, best_count, within_floor
 from dspark_server.speculation.selection import Lagged, LoadAware, Selection, build_selection
 from tests.speculation.costs import cost_model, linear, load
 from tests.speculation.test_exact import Context, Pair, ratio_law, total_variation
@@ -113,7 +113,7 @@ def test_it_is_the_best_of_all_prefixes(policy: str, seed: int) -> None:
         ) -> float:
             tokens = sum(1 + float(row[:length].double().sum()) for row, length in zip(survival, chosen, strict=True))
             whole = costs.raw[here.tokens + sum(chosen)] + 1e-3 * (here.pairs + sum(chosen) * here.per_draft)
-            prompts = costs.raw[here.tokens] - costs.raw[here.sampling]
+            prompts = StepCost.of(costs, here, 0).prefill
             return tokens / (costs.draft(len(chosen)) + whole - prompts)
 
         allowed = (each for each in itertools.product(*(range(limit + 1) for limit in most)) if sum(each) <= room)
@@ -139,11 +139,11 @@ def test_whether_a_token_is_kept_does_not_depend_on_it_or_on_later_ones(policy: 
         changed = survival.clone()
         tail = generator.random(gamma - slot - 1) if slot + 1 < gamma else np.empty(0)
         changed[row, slot + 1 :] = changed[row, slot] * torch.from_numpy(tail.cumprod()).float()
-        shares = list(chosen._shares) if isinstance(chosen, Lagged) else []
+        past = list(chosen._past) if isinstance(chosen, Lagged) else []
         before = chosen.lengths(survival, most, here)
         if isinstance(chosen, Lagged):
-            chosen._shares.clear()
-            chosen._shares.extend(shares)
+            chosen._past.clear()
+            chosen._past.extend(past)
         after = chosen.lengths(changed, most, here)
         for position in range(slot + 1):
             assert (before[row] > position) == (after[row] > position), case
@@ -199,7 +199,8 @@ def test_appendix_a_retrospective_search_and_ours() -> None:
     seconds = 1 / np.array(SPS)
 
     def ours(draft: Context) -> int:
-        return admit([appendix_survival(draft[0]).tolist()], [2], 1, 2, seconds.tolist().__getitem__).lengths[0]
+        cost = StepCost(seconds, seconds, fixed=0.0, each=0.0)
+        return admit([appendix_survival(draft[0]).tolist()], [2], 1, 2, cost).lengths[0]
 
     def retrospective(draft: Context) -> int:
         return best_count(appendix_survival(draft[0]), seconds, load(1))
@@ -321,6 +322,16 @@ def test_a_prefill_chunk_does_not_make_drafts_look_cheap() -> None:
     policy = build_selection("causal", costs)
     assert policy.lengths(survival, [4] * 4, load(4)) == [0] * 4
     assert policy.lengths(survival, [4] * 4, Load(sampling=4, tokens=260, room=100)) == [0] * 4
+
+
+def test_what_a_pass_costs_at_least_is_shared_with_prompts() -> None:
+    """Where prompts fill passes past the corner of the roofline, a step that drafts save would not have been free."""
+    costs = cost_model([max(200, tokens) / 200 for tokens in range(1, 600)])
+    survival = torch.full((128, 1), 0.7)
+    for policy, tokens, kept in (("causal", 128, 72), ("causal", 300, 0)):
+        chosen = build_selection(policy, costs)
+        lengths = chosen.lengths(survival, [1] * 128, Load(sampling=128, tokens=tokens, room=128))
+        assert sum(lengths) == kept
 
 
 @given(limits, st.integers(0, 60), st.integers(0, 2**32 - 1))
