@@ -91,7 +91,7 @@ class Option:
         if self.is_mapping:
             return build(self.kind, read_object(value, where), where)
         if self.is_list:
-            parts = value.split(",") if isinstance(value, str) else value
+            parts = _split(value, where) if isinstance(value, str) else value
             if typing.get_args(self.kind)[0] is int:
                 return self._whole_numbers(parts, value, where)
             if not isinstance(parts, (list, tuple)) or not all(isinstance(part, str) for part in parts):
@@ -183,6 +183,16 @@ def suggest(word: str, known: Iterable[str]) -> str:
     """Return ` Did you mean X?` if a known word is close to this one, else ""."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f" Did you mean {close[0]}?" if close else ""
+
+
+def _split(text: str, where: str) -> Any:
+    """The parts of a list: JSON, as vLLM writes them, or separated by commas. Raises ConfigError naming `where`."""
+    if not text.startswith("["):
+        return text.split(",")
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"{where} begins like a JSON list, but is none: {error}.") from None
 
 
 def _without_none(kind: Any) -> tuple[Any, bool]:

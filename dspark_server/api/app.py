@@ -8,6 +8,7 @@ from typing import Any
 
 import orjson
 from fastapi import FastAPI, Request, Response
+from fastapi.middleware.cors import CORSMiddleware
 
 from dspark_server import __version__
 from dspark_server.api import errors, reference
@@ -57,11 +58,20 @@ def create_app(engine: AsyncEngine, settings: ServerSettings | None = None) -> F
 
 
 def bare_app(settings: ServerSettings, **options: Any) -> FastAPI:
-    """Return an application without routes: the edge middleware, and errors as OpenAI's error objects."""
+    """Return an application without routes: CORS where origins are allowed, the edge, errors as OpenAI's objects."""
     app = FastAPI(
         title="dspark-server", version=__version__, redirect_slashes=False, docs_url=None, redoc_url=None, **options
     )
     app.add_middleware(Edge, settings=settings)
+    if settings.allowed_origins:  # around the edge: a browser asks before it sends a key, and reads errors, too
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.allowed_origins,
+            allow_methods=settings.allowed_methods,
+            allow_headers=settings.allowed_headers,
+            allow_credentials=settings.allow_credentials,
+            expose_headers=("x-request-id", "retry-after"),
+        )
     errors.install(app)
     return app
 

@@ -4,6 +4,7 @@ import ipaddress
 import logging
 import re
 import uuid
+from collections.abc import Container
 from contextlib import nullcontext
 from urllib.parse import urlsplit
 
@@ -68,7 +69,7 @@ class Edge:
             tenant = self._keys.check(scope)
             scope.setdefault("state", {})["tenant"] = tenant
             if not self._keys:
-                _check_origin(scope, self._settings.host)
+                _check_origin(scope, self._settings.host, self._settings.allowed_origins)
             self._check_sizes(scope)
             with self._limits.admit(tenant) if scope["method"] == "POST" else nullcontext():
                 await self._app(scope, counted, send_with_id)
@@ -95,8 +96,8 @@ class Edge:
         return RequestError(f"The body may have at most {limit} bytes.", status=413, code="body_too_large")
 
 
-def _check_origin(scope: Scope, listening: str) -> None:
-    """Without API keys, refuse requests that a page of another site sends through a user's browser.
+def _check_origin(scope: Scope, listening: str, allowed: Container[str]) -> None:
+    """Without API keys, refuse requests that a page of a site that is not allowed sends through a user's browser.
 
     Raises RequestError (403). Browsers send Origin with every POST of a page. Our own page is recognised by its Host,
     except on a server that listens on loopback only: there a foreign name that resolves to us is an attack (DNS
@@ -105,13 +106,19 @@ def _check_origin(scope: Scope, listening: str) -> None:
     headers = dict(scope["headers"])
     if b"origin" not in headers:
         return
-    origin = urlsplit(headers[b"origin"].decode("latin-1"))
+    text = headers[b"origin"].decode("latin-1")
+    if "*" in allowed or text in allowed:
+        return
+    origin = urlsplit(text)
     host = origin.hostname or ""
     if host == "localhost" or _is_address(host):
         return
     if not _is_loopback(listening) and origin.netloc.encode("latin-1") == headers.get(b"host"):
         return
-    message = "Web pages of other sites may not use a server without API keys: give it one (--api-key-file)."
+    message = (
+        "Web pages of other sites may not use a server without API keys: give it one (--api-key-file), or allow the "
+        "site (--allowed-origins)."
+    )
     raise RequestError(message, status=403, code="foreign_origin")
 
 

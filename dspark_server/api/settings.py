@@ -1,11 +1,13 @@
 """Settings of the HTTP API. Times in seconds, sizes in bytes."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from dspark_server.errors import ConfigError
 from dspark_server.settings import check, setting
 
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\s]+|null")
 LOG_FORMATS = ("text", "json")
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
 DRAFT_FIGURES = ("none", "summary", "detailed")
@@ -40,6 +42,22 @@ class ServerSettings:
     )
     api_key_file: str | None = setting(
         None, "File with keys that are let in, one a line; # begins a comment.", group="Server", metavar="FILE"
+    )
+    allowed_origins: tuple[str, ...] = setting(
+        (),
+        "Web pages of these origins may use the server from a browser (CORS): a JSON list, or separated by commas, "
+        "such as https://chat.example.org; * for all. Default: none.",
+        group="Server",
+        metavar="ORIGINS",
+    )
+    allowed_methods: tuple[str, ...] = setting(
+        ("*",), "Methods that such pages may use.", group="Server", metavar="METHODS"
+    )
+    allowed_headers: tuple[str, ...] = setting(
+        ("*",), "Headers that such pages may send.", group="Server", metavar="HEADERS"
+    )
+    allow_credentials: bool = setting(
+        False, "Such pages may send cookies and the like; an Authorization header needs no permission.", group="Server"
     )
     shutdown_timeout: float = setting(
         30.0, "Seconds that running requests get to finish after SIGTERM.", group="Server", minimum=0
@@ -87,6 +105,9 @@ class ServerSettings:
     def __post_init__(self) -> None:
         check(self)
         self.all_api_keys()
+        for origin in self.allowed_origins:
+            if origin != "*" and not _ORIGIN.fullmatch(origin):
+                raise ConfigError(f"--allowed-origins takes origins such as https://chat.example.org, not {origin!r}.")
         for path in self.disable_access_log_for_endpoints:
             if not path.startswith("/"):
                 raise ConfigError(f"--disable-access-log-for-endpoints takes paths such as /health, not {path!r}.")
