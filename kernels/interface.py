@@ -15,7 +15,7 @@ no run (rows from query_start[R] on): attention's results for these are undefine
 Kernels for a device read nothing on the host and allocate by shapes alone: a CUDA graph can hold them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -414,8 +414,11 @@ class Kernels(Protocol):
         """
         ...
 
-    def pack_experts(self, gate_up: Tensor, down: Tensor) -> PackedExperts:
-        """Copy gate_up [E, 2F, D], the gates first, and down [E, D, F] once into this kernel set's own layout."""
+    def pack_experts(self, count: int, experts: Iterable[tuple[Tensor, Tensor]]) -> PackedExperts:
+        """Copy gate_up [2F, D], the gates first, and down [D, F] of `count` experts into this kernel set's own layout.
+
+        They are taken one after the other, so that no more than one exists twice.
+        """
         ...
 
     def experts(

@@ -3,6 +3,7 @@
 Written to be obviously right, not fast. Shapes and contracts: `interface.Kernels`.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -48,6 +49,16 @@ class PlainExperts:
     @property
     def count(self) -> int:
         return self.gate_up.shape[0]
+
+
+def stacked(count: int, experts: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """gate_up [count, 2F, D] and down [count, D, F] of experts, copied one after the other."""
+    room: tuple[Tensor, Tensor] | None = None
+    for number, each in enumerate(experts):
+        room = room or (each[0].new_empty(count, *each[0].shape), each[1].new_empty(count, *each[1].shape))
+        room[0][number], room[1][number] = each
+    assert room is not None, "a mixture has experts"
+    return room
 
 
 class ReferenceKernels(LatentReference):
@@ -194,8 +205,8 @@ class ReferenceKernels(LatentReference):
         bias = None if packed.bias is None else packed.bias.float()
         return F.linear(x.float(), packed.weight.float(), bias).to(out_dtype)
 
-    def pack_experts(self, gate_up: Tensor, down: Tensor) -> PlainExperts:
-        return PlainExperts(gate_up.clone(), down.clone())
+    def pack_experts(self, count: int, experts: Iterable[tuple[Tensor, Tensor]]) -> PlainExperts:
+        return PlainExperts(*stacked(count, experts))
 
     def experts(
         self, x: Tensor, packed: PackedExperts, chosen: Tensor, shares: Tensor, limit: float | None = None

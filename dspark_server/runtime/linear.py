@@ -1,13 +1,14 @@
 """A linear layer whose weight is packed once for the fastest matrix product this machine has."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from math import inf
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from dspark_kernels import Kernels, PackedLinear
+from dspark_kernels.reference import stacked
 from torch import Tensor
 
 from dspark_server.errors import ConfigError
@@ -44,20 +45,30 @@ class Linear:
 
 
 class Experts:
-    """The gated feed-forwards of a layer's experts: gate_up [E, 2F, D], the gates first, and down [E, D, F].
+    """The gated feed-forwards of a layer's E experts: gate_up [2F, D] of each, the gates first, and down [D, F].
 
-    Gates are cut at `limit`, what they multiply at +-`limit`. As with `Linear` only a packed copy is kept. `backend`
-    names the products in use: "grouped" of the kernels, or "plain", torch's batched ones over the experts touched.
+    Gates are cut at `limit`, what they multiply at +-`limit`. As with `Linear` only a packed copy is kept, and experts
+    are taken one after the other: no more than one is there twice. `backend` names the products in use: "grouped" of
+    the kernels, or "plain", torch's batched ones over the experts touched.
     """
 
-    def __init__(self, gate_up: Tensor, down: Tensor, kernels: Kernels, limit: float = inf) -> None:
-        on_cpu = gate_up.device.type == "cpu"
-        grouped = kernels.name.startswith("native") and gate_up.dtype == torch.bfloat16 if on_cpu else True
+    def __init__(
+        self,
+        count: int,
+        experts: Iterator[tuple[Tensor, Tensor]],
+        kernels: Kernels,
+        limit: float = inf,
+    ) -> None:
+        first = next(experts)
+        native = kernels.name.startswith("native") and first[0].dtype == torch.bfloat16
+        grouped = native or first[0].device.type != "cpu"
+        every = _begun(first, experts)
+        del first
         self.backend = "grouped" if grouped else "plain"
         self._kernels = kernels
         self._limit = limit
-        self._packed = kernels.pack_experts(gate_up, down) if grouped else None
-        self._plain = None if grouped else (gate_up, down)
+        self._packed = kernels.pack_experts(count, every) if grouped else None
+        self._plain = None if grouped else stacked(count, every)
 
     def __call__(self, x: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
         """See `Kernels.experts`."""
@@ -65,6 +76,13 @@ class Experts:
             return self._kernels.experts(x, self._packed, chosen, shares, None if self._limit == inf else self._limit)
         assert self._plain is not None
         return _plain_experts(x, *self._plain, chosen, shares, self._kernels, self._limit)
+
+
+def _begun(first: tuple[Tensor, Tensor], others: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """`first`, and then the others. Unlike `chain` it does not keep the first."""
+    yield first
+    del first
+    yield from others
 
 
 def _plain_experts(

@@ -5,7 +5,7 @@ A step makes hundreds of calls, so a method does nothing but take addresses, all
 """
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from ctypes import c_float, c_int, c_long, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
@@ -477,22 +477,35 @@ class NativeKernels:
         )  # fmt: skip
         return out
 
-    def pack_experts(self, gate_up: Tensor, down: Tensor) -> NativeExperts:
-        count, _, hidden = gate_up.shape
-        features = -(-down.shape[2] // _BLOCK) * _BLOCK
-        more = features - down.shape[2]  # units whose gate and weights are 0
-        halves = torch.nn.functional.pad(gate_up.unflatten(1, (2, -1)), (0, 0, 0, more)).flatten(1, 2)
-        narrow = torch.nn.functional.pad(down, (0, more))
-        return NativeExperts(self._pack_each(halves), self._pack_each(narrow), count, hidden, features)
-
-    def _pack_each(self, weights: Tensor) -> Tensor:
-        """Matrices [E, Nout, K] bfloat16, packed one after another."""
-        count, out_features, in_features = weights.shape
-        shape = (count, -(-out_features // _BLOCK), (in_features + 1) // 2, _BLOCK, 2)
-        packed = self._arena.empty(shape, torch.bfloat16)
-        for weight, own in zip(weights.contiguous(), packed, strict=True):
-            self._pack_linear(weight.data_ptr(), own.data_ptr(), in_features, out_features, self.count())
+    def pack_experts(self, count: int, experts: Iterable[tuple[Tensor, Tensor]]) -> NativeExperts:
+        packed: NativeExperts | None = None
+        for number, (gate_up, down) in enumerate(experts):
+            hidden, own = down.shape
+            features = -(-own // _BLOCK) * _BLOCK
+            if packed is None:
+                packed = NativeExperts(
+                    self._room(count, 2 * features, hidden),
+                    self._room(count, hidden, features),
+                    count,
+                    hidden,
+                    features,
+                )
+            more = features - own  # units whose gate and weights are 0
+            halves = torch.nn.functional.pad(gate_up.unflatten(0, (2, -1)), (0, 0, 0, more)).flatten(0, 1)
+            self._pack_into(packed.gate_up[number], halves)
+            self._pack_into(packed.down[number], torch.nn.functional.pad(down, (0, more)))
+        assert packed is not None, "a mixture has experts"
         return packed
+
+    def _room(self, count: int, out_features: int, in_features: int) -> Tensor:
+        """Room for `count` packed matrices, one after another."""
+        shape = (count, -(-out_features // _BLOCK), (in_features + 1) // 2, _BLOCK, 2)
+        return self._arena.empty(shape, torch.bfloat16)
+
+    def _pack_into(self, room: Tensor, weight: Tensor) -> None:
+        """Pack weight [Nout, K] bfloat16."""
+        weight, (out_features, in_features) = weight.contiguous(), weight.shape
+        self._pack_linear(weight.data_ptr(), room.data_ptr(), in_features, out_features, self.count())
 
     def experts(
         self, x: Tensor, packed: PackedExperts, chosen: Tensor, shares: Tensor, limit: float | None = None

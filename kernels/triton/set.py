@@ -1,6 +1,7 @@
 """`interface.Kernels` on a CUDA GPU; with TRITON_INTERPRET=1 in Triton's interpreter, on CPU tensors, for tests."""
 
 import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 import triton
 from dspark_kernels.cpu.build import KernelBuildError
 from dspark_kernels.interface import DraftedTokens, Favour, Filters, LayerParts, PackedExperts, PackedLinear, Ruled
-from dspark_kernels.reference import PlainExperts, PlainLinear, ReferenceKernels
+from dspark_kernels.reference import PlainExperts, PlainLinear, ReferenceKernels, stacked
 from dspark_kernels.triton import accept, attention, elementwise, experts, filter, rotary, sequential
 from dspark_kernels.triton.launch import H100, Gpu
 from torch import Tensor, empty, empty_like
@@ -131,8 +132,8 @@ class TritonKernels:
             return F.linear(x, packed.weight, packed.bias).to(out_dtype)
         return ReferenceKernels().linear(x, packed, out_dtype)
 
-    def pack_experts(self, gate_up: Tensor, down: Tensor) -> PlainExperts:
-        return PlainExperts(gate_up.contiguous(), down.contiguous())
+    def pack_experts(self, count: int, experts: Iterable[tuple[Tensor, Tensor]]) -> PlainExperts:
+        return PlainExperts(*stacked(count, experts))
 
     def experts(
         self, x: Tensor, packed: PackedExperts, chosen: Tensor, shares: Tensor, limit: float | None = None

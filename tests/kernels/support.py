@@ -84,8 +84,21 @@ class Mixture:
     chosen: Tensor
     shares: Tensor
 
+    def packed(
+        self, kernels: dspark_kernels.Kernels, first: int = 0, last: int | None = None
+    ) -> dspark_kernels.PackedExperts:
+        """Experts first .. last."""
+        own = self.gate_up[first:last], self.down[first:last]
+        return kernels.pack_experts(len(own[0]), zip(*own, strict=True))
+
     def run(self, kernels: dspark_kernels.Kernels, limit: float | None = None) -> Tensor:
-        return kernels.experts(self.x, kernels.pack_experts(self.gate_up, self.down), self.chosen, self.shares, limit)
+        return kernels.experts(
+            self.x,
+            self.packed(kernels),
+            self.chosen,
+            self.shares,
+            limit,
+        )
 
 
 def mixture(tokens: int, experts: int, each: int, hidden: int, features: int, dtype: torch.dtype) -> Mixture:

@@ -217,7 +217,7 @@ def test_experts_and_their_batch_invariance(
     limited = case.run(native, 0.4)
     close(limited, case.run(REFERENCE, 0.4))
     assert not torch.equal(limited, together)
-    packed = native.pack_experts(case.gate_up, case.down)
+    packed = case.packed(native)
     for token in {0, tokens // 2, tokens - 1}:
         one = slice(token, token + 1)
         assert torch.equal(native.experts(case.x[one], packed, case.chosen[one], case.shares[one])[0], together[token])
@@ -229,7 +229,7 @@ def test_experts_of_other_ranks_add_nothing(native: NativeKernels) -> None:
     parts = []
     for first, last in ((0, 5), (5, 8)):
         own = numbered(case.chosen, range(first, last))
-        mine, its = (each.pack_experts(case.gate_up[first:last], case.down[first:last]) for each in (native, REFERENCE))
+        mine, its = (case.packed(each, first, last) for each in (native, REFERENCE))
         parts.append(native.experts(case.x, mine, own, case.shares))
         close(parts[-1], REFERENCE.experts(case.x, its, own, case.shares))
     assert parts[1].any(1).sum() < 40  # of some tokens all are elsewhere
@@ -250,12 +250,12 @@ def test_a_nan_reaches_its_own_token_only(native: NativeKernels) -> None:
 def test_plain_experts_are_the_same(tokens: int, each: int) -> None:
     """Of float32, by torch's batched products: the kernels have none."""
     case = mixture(tokens, 8, each, 24, 20, torch.float32)
-    plain = Experts(case.gate_up, case.down, dspark_kernels.load("native"))
+    plain = Experts(len(case.down), zip(case.gate_up, case.down, strict=True), dspark_kernels.load("native"))
     assert plain.backend == "plain"
     close(plain(case.x, case.chosen, case.shares), case.run(REFERENCE))
     others = torch.where(case.chosen < 3, case.chosen, 3)
-    some = Experts(case.gate_up[:3], case.down[:3], dspark_kernels.load("native"))
-    packed = REFERENCE.pack_experts(case.gate_up[:3], case.down[:3])
+    some = Experts(3, zip(case.gate_up[:3], case.down[:3], strict=True), dspark_kernels.load("native"))
+    packed = case.packed(REFERENCE, 0, 3)
     close(some(case.x, others, case.shares), REFERENCE.experts(case.x, packed, others, case.shares))
 
 

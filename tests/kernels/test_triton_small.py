@@ -96,12 +96,11 @@ def test_experts(tokens: int, experts: int, each: int, hidden: int, features: in
     together = case.run(TRITON)
     close(together, case.run(REFERENCE))
     close(case.run(TRITON, 0.4), case.run(REFERENCE, 0.4))
-    packed = TRITON.pack_experts(case.gate_up, case.down)
+    packed = case.packed(TRITON)
     one = slice(tokens // 2, tokens // 2 + 1)
     close(TRITON.experts(case.x[one], packed, case.chosen[one], case.shares[one]), together[one])
     first = experts // 2  # the others are another rank's
-    packed = TRITON.pack_experts(case.gate_up[first:], case.down[first:])
-    theirs = REFERENCE.pack_experts(case.gate_up[first:], case.down[first:])
+    packed, theirs = case.packed(TRITON, first), case.packed(REFERENCE, first)
     own = numbered(case.chosen, range(first, experts))
     close(TRITON.experts(case.x, packed, own, case.shares), REFERENCE.experts(case.x, theirs, own, case.shares))
 

@@ -1,5 +1,7 @@
 """Mixtures of experts against transformers in float32, for every option of their configs; what cannot be is refused."""
 
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +9,7 @@ import pytest
 import torch
 from dspark_kernels import Kernels, load
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import (
     PreTrainedModel,
     Qwen2MoeConfig,
@@ -23,6 +26,7 @@ from dspark_server.models.layers.mlp import MlpConfig
 from dspark_server.models.layers.moe import MoeConfig
 from dspark_server.models.qwen3_moe import QWEN3_MOE
 from dspark_server.models.registry import load_config
+from dspark_server.runtime.linear import Experts
 
 from ..engine.support import FIXTURES, greedy, prompts, seeded
 from .support import VOCABULARY
@@ -133,3 +137,23 @@ def test_an_expert_that_is_missing_is_named(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"model\.layers\.1\.mlp\.experts\.5\.up_proj\.weight is missing"):
         Decoder.load(tmp_path, torch.float32, load("reference"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_experts_are_read_one_after_the_other(dtype: torch.dtype) -> None:
+    """A layer of DeepSeek-V4 has 13 GB of them: no more than two exist beside the packed copy."""
+    alive: set[int] = set()
+    most = 0
+
+    def read() -> Iterator[tuple[Tensor, Tensor]]:
+        nonlocal most
+        for number in range(6):
+            pair = torch.randn(64, 32).to(dtype), torch.randn(32, 32).to(dtype)
+            alive.add(number)
+            weakref.finalize(pair[0], alive.discard, number)
+            most = max(most, len(alive))
+            yield pair
+            del pair
+
+    Experts(6, read(), load("native"))
+    assert most <= 2

@@ -72,14 +72,15 @@ class Moe:
         self._group = parts.group
         self._router = Linear(parts.matrix(f"{prefix}gate", config.experts), None, parts.kernels)
         self._own, own = config.own(parts.group)
-        gate_up, down = [], []
-        for expert in self._own:
-            name = f"{prefix}experts.{expert}."
+
+        def expert(name: str) -> tuple[Tensor, Tensor]:
             rows = {f"{name}gate_proj": (config.features, own), f"{name}up_proj": (config.features, own)}
-            gate_up.append(parts.fused(rows, parts.hidden, bias=False)[0])
-            down.append(parts.summed(f"{name}down_proj", config.features, own, bias=False)[0])
+            down = parts.summed(f"{name}down_proj", config.features, own, bias=False)[0]
+            return parts.fused(rows, parts.hidden, bias=False)[0], down
+
+        every = (expert(f"{prefix}experts.{i}.") for i in self._own)
+        self._experts = Experts(len(self._own), every, parts.kernels)
         _leave_others(parts, config, self._own, f"{prefix}experts.")
-        self._experts = Experts(torch.stack(gate_up), torch.stack(down), parts.kernels)
         self._shared = self._shared_gate = None
         if config.shared:
             self._shared = Mlp(parts, MlpConfig(config.shared), f"{prefix}shared_expert.")
@@ -122,11 +123,9 @@ class ScoredMoe:
         else:
             self._bias = reader.take(f"{prefix}gate.bias", (experts,), dtype=torch.float32)
         self._own, own = config.own(parts.group)
-        gate_up, down = zip(
-            *(_expert(parts, f"{prefix}experts.{i}.", config.features, own) for i in self._own), strict=True
-        )
+        every = (_expert(parts, f"{prefix}experts.{i}.", config.features, own) for i in self._own)
+        self._experts = Experts(len(self._own), every, parts.kernels, config.limit)
         _leave_others(parts, config, self._own, f"{prefix}experts.")
-        self._experts = Experts(torch.stack(gate_up), torch.stack(down), parts.kernels, config.limit)
         gates, out = _expert(parts, f"{prefix}shared_experts.", config.shared, parts.group.share(config.shared))
         self._shared = Linear(gates, None, parts.kernels), Linear(out, None, parts.kernels)
 
