@@ -54,10 +54,6 @@ class Place:
         device = device or find_device(config.device)
         config.check_device(None if device is None else device.name)
         directory = resolve_model(config.model, revision=config.revision)
-        if device and load_config(directory).streams:
-            raise ConfigError(
-                "DeepSeek-V4 is served on the CPU only so far: its attention has no GPU kernels: --device cpu."
-            )
         dtype = _dtype(config.dtype, directory)
         kernels = kernels or choose_kernels(
             config.attention_backend,
