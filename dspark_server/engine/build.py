@@ -63,6 +63,10 @@ class Place:
             config.kv_cache_dtype,
             _flash_obstacle(load_config(directory)),
         )
+        if config.kv_cache_dtype == "fp8" and load_config(directory).streams:
+            raise ConfigError(
+                "--kv-cache-dtype fp8: DeepSeek-V4's rows are kept in the model's type; leave it at auto."
+            )
         stored = cache_dtype(config.kv_cache_dtype, dtype, kernels, device)
         if device:
             device.check(dtype)

@@ -51,8 +51,8 @@ def score(
         block = tl.load(tables + run * width + number // BLOCK_SIZE, mask=seen, other=0).to(tl.int64)
         at = block * block_stride + number % BLOCK_SIZE * HEAD_DIM
         key = tl.load(keys + at[:, None] + depth[None, :], mask=seen[:, None] & inside[None, :], other=0.0)
-        product = tl.dot(q, tl.trans(key.to(tl.float32)), input_precision=PRECISION)
-        total = tl.sum(tl.where(product > 0.0, product, 0.0) * weight[:, None], 0) * scale
+        product = tl.dot(key.to(tl.float32), tl.trans(q), input_precision=PRECISION)
+        total = tl.sum(tl.where(product > 0.0, product, 0.0) * weight[None, :], 1) * scale
         tl.store(to + number, total, mask=seen)
 
 
@@ -148,7 +148,7 @@ def launches(
                 dict(
                     HEADS=heads, HEAD_DIM=width, ROTATED=cos_sin.shape[1], BLOCK_SIZE=size, RATIO=ratio, MOST=most,
                     SPAN=SPAN, KEYS=32, ROWS=rows, DEPTH=depth,
-                    PRECISION="ieee" if keys.dtype == torch.float32 else "tf32",
+                    PRECISION="ieee" if keys.dtype == torch.float32 else "tf32x3",  # as exact as float32
                 ),
             )  # fmt: skip
         yield Launch(

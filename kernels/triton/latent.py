@@ -1,8 +1,8 @@
 """DeepSeek-V4's attention: rows that are key and value in one, the entries made of them, and attention over both.
 
-A program is one token, in attention with up to ROWS of its heads: every row that a token sees is loaded once, for scores
-and for sums. All programs of a token see the same rows, so rows that are not seen are never loaded, and what stands in
-them does not matter. Grids follow from shapes alone; a token without work returns at once.
+A program is one token, in attention with up to ROWS of its heads: every row that a token sees is loaded once, for
+scores and for sums. All programs of a token see the same rows, so rows that are not seen are never loaded, and what
+stands in them does not matter. Grids follow from shapes alone; a token without work returns at once.
 
 Sums are float32; attention's products are of the cache's dtype, to which queries and numerators are rounded.
 """
@@ -38,7 +38,7 @@ def latent_rows(
     x, norm, positions, cos_sin, slots, out, x_stride, block_stride, eps, HEAD_DIM: tl.constexpr,
     ROTATED: tl.constexpr, BLOCK_SIZE: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """Grid (N): a row to its slot of the cache `out`, or without slots to row N of it. A negative slot is not written."""
+    """Grid (N): a row to its slot of the cache `out`, or without slots to row N of it. No negative slot is written."""
     token = tl.program_id(0).to(tl.int64)
     channel = tl.arange(0, DEPTH)
     inside = channel < HEAD_DIM

@@ -36,15 +36,15 @@ def compressed_cases(model: Compressed) -> Iterator[Case]:
     yield from _streams(model)
     yield from _entries(model)
     yield from _choice(model)
-    for kind in ("window", "block", "all entries", "chosen entries"):
+    for kind in ("chosen entries", "all entries", "window", "block"):
         yield Case("latent attention", kind, _attention(model, kind))
     numbers, shares = _empty(torch.int32, TOKENS, model.each), _empty(torch.float32, TOKENS, model.each)
     x = _empty(model.dtype, TOKENS, model.hidden)
     gate_up = _empty(model.dtype, model.experts, 2 * model.features, model.hidden)
     down = _empty(model.dtype, model.experts, model.hidden, model.features)
     for launch in experts.launches(x, gate_up, down, numbers, shares, torch.empty_like(x), 10.0):
-        gated = ", gated, limited" if launch.constants.get("GATED") else ""
-        yield Case("experts", f"{launch.kernel.__name__}{gated}", launch)
+        gated = ", gated" if launch.constants.get("GATED") else ""
+        yield Case("limited experts", f"{launch.kernel.__name__}{gated}", launch)
 
 
 def _streams(model: Compressed) -> Iterator[Case]:
@@ -80,7 +80,10 @@ def _entries(model: Compressed) -> Iterator[Case]:
 
 def _choice(model: Compressed) -> Iterator[Case]:
     starts, _, tables = _runs()
-    queries, weights = _empty(torch.float32, TOKENS, INDEX_HEADS * INDEX_DIM), _empty(torch.float32, TOKENS, INDEX_HEADS)
+    queries, weights = (
+        _empty(torch.float32, TOKENS, INDEX_HEADS * INDEX_DIM),
+        _empty(torch.float32, TOKENS, INDEX_HEADS),
+    )
     for launch in indexer.launches(
         queries, weights, _empty(torch.int32, TOKENS), starts, _cache(model.dtype, INDEX_DIM, 4), tables,
         _empty(torch.float32, CONTEXT, ROTATED), 4, model.chosen, 0.01, _empty(torch.int32, TOKENS, model.chosen),
