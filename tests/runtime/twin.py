@@ -416,12 +416,14 @@ class TwinKernels(ReferenceKernels):
 
     @kernel
     def experts(self, x: Tensor, packed: Any, chosen: Tensor, shares: Tensor, limit: float | None = None) -> Tensor:
-        own = torch.einsum("nkfd,nd->nkf", packed.gate_up[chosen.long()].float(), x.float()).to(x.dtype)
+        shares = torch.where(chosen < len(packed.down), shares, 0.0)  # the others are another rank's
+        chosen = chosen.long().clamp(max=len(packed.down) - 1)
+        own = torch.einsum("nkfd,nd->nkf", packed.gate_up[chosen].float(), x.float()).to(x.dtype)
         gate, up = own.float().chunk(2, dim=-1)
         if limit is not None:
             gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
         inner = (torch.nn.functional.silu(gate) * up).to(x.dtype).float()
-        outputs = torch.einsum("nkdf,nkf->nkd", packed.down[chosen.long()].float(), inner)
+        outputs = torch.einsum("nkdf,nkf->nkd", packed.down[chosen].float(), inner)
         return (outputs * shares.unsqueeze(2)).sum(1).to(x.dtype)
 
     @kernel
