@@ -132,8 +132,9 @@ def test_choices(monkeypatch: pytest.MonkeyPatch, case: Paged, most: int, dtype:
     assert torch.equal(mine, theirs)
 
 
-def test_of_equal_scores_the_lower_entries_are_chosen() -> None:
-    """Every score is 0, or -0, where all products are negative; but for those of two entries."""
+def test_of_equal_scores_the_lower_entries_are_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every score is 0, or -0, where all products are negative; then but for one. More tie than a step counts."""
+    monkeypatch.setattr(indexer, "COUNTED", 4)
     case = Paged([1, 2], [200, 97])
     keys, tables = case.cache(4, 16, torch.float32, every=4)
     keys.abs_()
