@@ -11,8 +11,9 @@ contiguous. Index tensors are int32.
 Arguments are trusted: shapes are checked where the model is built, not on every call of a step.
 
 A padded step (runtime/graphs.py) has runs that are empty (query_start repeats, context_len 0) and tokens that belong to
-no run (rows from query_start[R] on): attention's results for these are undefined, and may not disturb any other row.
-Kernels for a device read nothing on the host and allocate by shapes alone: a CUDA graph can hold them.
+no run (rows from query_start[R] on, at position 0, which closes no window): attention's results for these are
+undefined, and may not disturb any other row. Kernels for a device read nothing on the host and allocate by shapes
+alone, whatever the CPU's do: a CUDA graph can hold them.
 """
 
 from collections.abc import Iterable, Sequence

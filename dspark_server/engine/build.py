@@ -54,10 +54,6 @@ class Place:
         device = device or find_device(config.device)
         config.check_device(None if device is None else device.name)
         directory = resolve_model(config.model, revision=config.revision)
-        if device and load_config(directory).streams:
-            raise ConfigError(
-                "DeepSeek-V4 is served on the CPU only so far: its attention has no GPU kernels: --device cpu."
-            )
         dtype = _dtype(config.dtype, directory)
         kernels = kernels or choose_kernels(
             config.attention_backend,
@@ -67,6 +63,10 @@ class Place:
             config.kv_cache_dtype,
             _flash_obstacle(load_config(directory)),
         )
+        if config.kv_cache_dtype == "fp8" and load_config(directory).streams:
+            raise ConfigError(
+                "--kv-cache-dtype fp8: DeepSeek-V4's rows are kept in the model's type; leave it at auto."
+            )
         stored = cache_dtype(config.kv_cache_dtype, dtype, kernels, device)
         if device:
             device.check(dtype)

@@ -20,14 +20,15 @@ from pathlib import Path
 
 import triton
 from dspark_kernels.triton import fp8
+from dspark_kernels.triton.latent_shapes import FLASH, PRO, Compressed, compressed_cases
 from dspark_kernels.triton.launch import H100, Gpu, Launch
-from dspark_kernels.triton.shapes import OTHERS, QWEN3_8B, SMOLLM2, Case, cases
+from dspark_kernels.triton.shapes import OTHERS, QWEN3_8B, SMOLLM2, Case, Model, cases
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 REGISTERS, WARPS, BLOCKS = 65536, 64, 32  # of a multiprocessor, equal on all three GPUs
 SHARED = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}  # bytes of a multiprocessor; a block has at most 1 KiB less
-MODELS = (QWEN3_8B, SMOLLM2, *OTHERS)
+MODELS: tuple[Model | Compressed, ...] = (QWEN3_8B, SMOLLM2, FLASH, PRO, *OTHERS)
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,12 @@ def table(found: list[tuple[str, Case, list[Usage | None]]]) -> Iterator[str]:
         yield f"| {model} | {case.family} | {case.configuration} | {case.launch.num_warps} | {figures} |"
 
 
+def _cases_of(model: Model | Compressed, capability: int) -> Iterator[Case]:
+    if isinstance(model, Compressed):
+        return compressed_cases(model)  # the same for all GPUs
+    return cases(model, Gpu(H100.processors, capability))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", type=int, nargs="+", default=[80, 90, 100], choices=[80, 90, 100])
@@ -115,7 +122,7 @@ def main() -> int:
     found: list[tuple[str, Case, list[Usage | None]]] = []
     with ThreadPoolExecutor() as pool:
         for model in (model for model in MODELS if model.name in arguments.models):
-            each = [list(cases(model, Gpu(H100.processors, capability))) for capability in arguments.targets]
+            each = [list(_cases_of(model, capability)) for capability in arguments.targets]
             for same in zip(*each, strict=True):
                 known = any(model.name == name and case.family == same[0].family for name, case, _ in found)
                 if not (arguments.one and known) and same[0].family in (arguments.families or [same[0].family]):

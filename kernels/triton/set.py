@@ -10,7 +10,8 @@ import triton
 from dspark_kernels.cpu.build import KernelBuildError
 from dspark_kernels.interface import DraftedTokens, Favour, Filters, LayerParts, PackedExperts, PackedLinear, Ruled
 from dspark_kernels.reference import PlainExperts, PlainLinear, ReferenceKernels, stacked
-from dspark_kernels.triton import accept, attention, elementwise, experts, filter, rotary, sequential
+from dspark_kernels.triton import accept, attention, elementwise, experts, filter, indexer, latent, rotary, sequential
+from dspark_kernels.triton import streams as streams_of
 from dspark_kernels.triton.launch import H100, Gpu
 from torch import Tensor, empty, empty_like
 
@@ -105,14 +106,126 @@ class TritonKernels:
     def norm_add(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, scale: float = 1.0) -> None:
         elementwise.norm_add_launch(x, residual, weight, eps, scale).run()
 
-    # Of DeepSeek-V4, which is not served on GPUs yet: torch's own operations.
-    read_streams = ReferenceKernels.read_streams
-    write_streams = ReferenceKernels.write_streams
-    score_experts = ReferenceKernels.score_experts
-    latent_rows = ReferenceKernels.latent_rows
-    compress = ReferenceKernels.compress
-    choose_entries = ReferenceKernels.choose_entries
-    latent_attention = ReferenceKernels.latent_attention
+    def read_streams(
+        self,
+        streams: Tensor,
+        fn: Tensor,
+        base: Tensor,
+        scale: Tensor,
+        norm: Tensor,
+        iterations: int,
+        floor: float,
+        eps: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        tokens, width = streams.shape[0], norm.shape[0]
+        count = streams.shape[1] // width
+        out = empty(tokens, width, dtype=streams.dtype, device=streams.device)
+        post, mixing = (empty(tokens, *shape, device=streams.device) for shape in ((count,), (count, count)))
+        for launch in streams_of.read_launches(
+            streams, fn, base, scale, norm, iterations, floor, eps, out, post, mixing
+        ):
+            launch.run()
+        return out, post, mixing
+
+    def write_streams(self, streams: Tensor, output: Tensor, post: Tensor, mixing: Tensor) -> None:
+        streams_of.write_launch(streams, output, post, mixing).run()
+
+    def score_experts(
+        self, logits: Tensor, bias: Tensor | None, chosen: Tensor | None, count: int, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        numbers = empty(logits.shape[0], count, dtype=torch.int32, device=logits.device)
+        shares = empty(logits.shape[0], count, device=logits.device)
+        given = None if chosen is None else chosen.contiguous()
+        streams_of.score_launch(logits, bias, given, scale, numbers, shares).run()
+        return numbers, shares
+
+    def latent_rows(
+        self,
+        x: Tensor,
+        norm: Tensor,
+        positions: Tensor,
+        cos_sin: Tensor,
+        eps: float,
+        cache: Tensor | None = None,
+        slots: Tensor | None = None,
+    ) -> Tensor | None:
+        if cache is not None:
+            latent.rows_launch(x, norm, positions, cos_sin, eps, cache, slots).run()
+            return None
+        out = empty(x.shape, dtype=norm.dtype, device=x.device)
+        latent.rows_launch(x, norm, positions, cos_sin, eps, out, None).run()
+        return out
+
+    def compress(
+        self,
+        values: Tensor,
+        gates: Tensor,
+        places: Tensor,
+        positions: Tensor,
+        query_start: Tensor,
+        slots: Tensor,
+        raw: Tensor,
+        raw_tables: Tensor,
+        raw_context: Tensor,
+        entries: Tensor,
+        entry_tables: Tensor,
+        norm: Tensor,
+        cos_sin: Tensor,
+        eps: float,
+    ) -> None:
+        for launch in latent.compress_launches(
+            values, gates, places, positions, query_start, slots, raw, raw_tables, raw_context, entries, entry_tables,
+            norm, cos_sin, eps,
+        ):  # fmt: skip
+            launch.run()
+
+    def choose_entries(
+        self,
+        queries: Tensor,
+        weights: Tensor,
+        positions: Tensor,
+        query_start: Tensor,
+        keys: Tensor,
+        tables: Tensor,
+        cos_sin: Tensor,
+        ratio: int,
+        most: int,
+        scale: float,
+    ) -> Tensor:
+        chosen = empty(queries.shape[0], most, dtype=torch.int32, device=queries.device)
+        for launch in indexer.launches(
+            queries, weights, positions, query_start, keys, tables, cos_sin, ratio, most, scale, chosen
+        ):
+            launch.run()
+        return chosen
+
+    def latent_attention(
+        self,
+        queries: Tensor,
+        positions: Tensor,
+        query_start: Tensor,
+        cos_sin: Tensor,
+        sinks: Tensor,
+        window: Tensor,
+        tables: Tensor,
+        context_len: Tensor,
+        seen: int,
+        scale: float,
+        eps: float,
+        first_key: int = 0,
+        own: Tensor | None = None,
+        entries: Tensor | None = None,
+        entry_tables: Tensor | None = None,
+        ratio: int = 1,
+        chosen: Tensor | None = None,
+    ) -> Tensor:
+        shape = queries.shape[0], sinks.shape[0] * window.shape[3]
+        out = empty(shape, dtype=window.dtype, device=queries.device)
+        latent.attention_launch(
+            queries, positions, query_start, cos_sin, sinks, window, tables, context_len, seen, scale, eps, first_key,
+            own, entries, entry_tables, ratio, chosen, out,
+        ).run()  # fmt: skip
+        return out
 
     def argmax(self, logits: Tensor) -> Tensor:
         out = empty(logits.shape[0], dtype=torch.int64, device=logits.device)

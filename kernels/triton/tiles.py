@@ -19,3 +19,16 @@ def owner_of(start, tile, owners, TILE: tl.constexpr):
         low = tl.where(first <= tile, middle, low)
         high = tl.where(first <= tile, high, middle)
     return low, tl.load(start + low) // TILE + low
+
+
+@triton.jit
+def run_of(start, token, runs):
+    """The run of a token: the last of `runs` whose first token, start [runs + 1], is at or before it."""
+    low = 0
+    high = runs
+    while high - low > 1:
+        middle = (low + high) // 2
+        before = tl.load(start + middle) <= token
+        low = tl.where(before, middle, low)
+        high = tl.where(before, high, middle)
+    return low

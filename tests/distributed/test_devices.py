@@ -7,6 +7,7 @@ recorded others, or replayed in another order, would hang or find other tokens.
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from dspark_server.engine.ranks import LeadingExecutor
 
 from ..engine.support import greedy, prompts, seeded, shallow_pair, still
 from ..engine.test_device_executor import COSTS, SIZES, sampled
+from ..models.v4 import DSPARK, save_v4
 from ..runtime.twin import TwinDevice, TwinKernels
 from .support import Together
 
@@ -111,3 +113,22 @@ def test_the_pool_has_what_fits_on_every_rank(two: Together, mine: int, theirs: 
         assert (fitting[0] < fitting[1]) == (mine < theirs), "the least is not whose it should be"
         assert pool.num_blocks == min(fitting)
         assert len(core.generate(prompts(1), [greedy(4)])[0]) == 4
+
+
+def test_deepseek_v4_with_whole_experts(two: Together, tmp_path: Path) -> None:
+    """Its drafter is in its own checkpoint; rows and entries are on both ranks."""
+    save_v4(tmp_path, stages=3, **DSPARK)
+    config = replace(
+        settings("lagged", model=str(tmp_path), block_size=16, max_model_len=384, num_blocks=300),
+        speculative=SpeculativeConfig(selection="lagged"),
+        enable_expert_parallel=True,
+    )
+    texts, params = (
+        [[2 + token % 250 for token in text] for text in prompts(2, longest=60)],
+        [greedy(6), sampled(0.9, 6)],
+    )
+    expected = one_rank(replace(config, enable_expert_parallel=False)).generate(texts, params)
+    with TwinDevice() as device, load(two, device, config) as core:
+        assert core.generate(texts, params) == expected
+        assert core.loop.stats.accepted_tokens > 0
+        assert executor_of(core).passes.replays > 0

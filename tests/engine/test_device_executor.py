@@ -81,7 +81,8 @@ def load(
     **settings: Any,
 ) -> tuple[EngineCore, list[Seen]]:
     pair = pair or shallow_pair(head)
-    drafter = {"model": str(draft or pair / "draft")} if method in ("auto", "dspark") else {}
+    draft = draft or pair / "draft"  # without one, the target has its drafter inside
+    drafter = {"model": str(draft)} if method in ("auto", "dspark") and draft.exists() else {}
     seen: list[Seen] = []
     config = EngineConfig(
         model=str(pair / "target"),

@@ -355,6 +355,10 @@ class TwinKernels(ReferenceKernels):
     argmax = kernel(ReferenceKernels.argmax)
     read_streams = kernel(ReferenceKernels.read_streams)
     write_streams = kernel(ReferenceKernels.write_streams)
+    score_experts = kernel(ReferenceKernels.score_experts)
+    latent_rows = kernel(ReferenceKernels.latent_rows)
+    compress = kernel(ReferenceKernels.compress)
+    choose_entries = kernel(ReferenceKernels.choose_entries)
     linear = kernel(ReferenceKernels.linear)
     draft_tokens = kernel(ReferenceKernels.draft_tokens)
 
@@ -398,12 +402,28 @@ class TwinKernels(ReferenceKernels):
         return out.masked_fill((index >= query_start[-1]).unsqueeze(1), float("nan")).to(qkv.dtype)
 
     @kernel
+    def latent_attention(
+        self,
+        queries: Tensor,
+        positions: Tensor,
+        query_start: Tensor,
+        *where: Any,
+        **more: Any,
+    ) -> Tensor:
+        out = ReferenceKernels.latent_attention(self, queries, positions, query_start, *where, **more)
+        index = torch.arange(len(out), device=out.device)
+        return out.masked_fill((index >= query_start[-1]).unsqueeze(1), float("nan"))
+
+    @kernel
     def experts(self, x: Tensor, packed: Any, chosen: Tensor, shares: Tensor, limit: float | None = None) -> Tensor:
-        assert limit is None
-        own = torch.einsum("nkfd,nd->nkf", packed.gate_up[chosen.long()].float(), x.float()).to(x.dtype)
+        shares = torch.where(chosen < len(packed.down), shares, 0.0)  # the others are another rank's
+        chosen = chosen.long().clamp(max=len(packed.down) - 1)
+        own = torch.einsum("nkfd,nd->nkf", packed.gate_up[chosen].float(), x.float()).to(x.dtype)
         gate, up = own.float().chunk(2, dim=-1)
+        if limit is not None:
+            gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
         inner = (torch.nn.functional.silu(gate) * up).to(x.dtype).float()
-        outputs = torch.einsum("nkdf,nkf->nkd", packed.down[chosen.long()].float(), inner)
+        outputs = torch.einsum("nkdf,nkf->nkd", packed.down[chosen].float(), inner)
         return (outputs * shares.unsqueeze(2)).sum(1).to(x.dtype)
 
     @kernel
