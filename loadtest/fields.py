@@ -48,7 +48,8 @@ class Fields:
     least: float | None = 0.95
 
 
-_THING = {"type": "object", "properties": {"name": {"type": "string"}, "parts": {"type": "array", "items": {"type": "string"}}}, "required": ["name", "parts"]}  # fmt: skip  # noqa: E501
+# An answer that cannot end before --max-tokens: a shorter one would be compared for its prompt.
+_THING = {"type": "object", "properties": {"name": {"type": "string"}, "parts": {"type": "array", "items": {"type": "string"}, "minItems": 90}}, "required": ["name", "parts"]}  # fmt: skip  # noqa: E501
 _SCHEMA = {"type": "json_schema", "json_schema": {"name": "thing", "schema": _THING}}
 
 ROWS = {
@@ -66,7 +67,7 @@ ROWS = {
         {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.05}, "temperature-0.7", None
     ),
     "sharp-top-k-50": Fields({"temperature": 0.1, "top_k": 50}, "temperature-0.1", None),
-    "schema": Fields({"response_format": _SCHEMA, "ignore_eos": False}, least=0.90),
+    "schema": Fields({"response_format": _SCHEMA}, least=0.90),
 }
 
 Found = dict[tuple[str, int, bool], list[float]]  # output tokens a second of every round, by row, users, with drafts
