@@ -37,6 +37,15 @@ class Thinking(Body):
     """Accepted; without effect."""
 
 
+class OutputConfig(Body):
+    """The form of the answer."""
+
+    effort: str | None = Field(None, max_length=MAX_NAME)
+    """Accepted; without effect."""
+    format: dict[str, Any] | None = None
+    """`{"type": "json_schema", "schema": …}`: the answer is JSON of this schema."""
+
+
 class MessagesRequest(Body):
     """A request of the Messages API."""
 
@@ -66,6 +75,8 @@ class MessagesRequest(Body):
     """`{"type": "auto"}` or `{"type": "none"}`; to force a call is refused."""
     thinking: Thinking | None = None
     """Whether the model thinks. Its thinking comes as the template has it, not in a block of its own."""
+    output_config: OutputConfig | None = None
+    """The form of the answer."""
     metadata: dict[str, Any] | None = None
     """Accepted; without effect."""
     service_tier: str | None = Field(None, max_length=MAX_NAME)
@@ -87,6 +98,8 @@ class MessagesRequest(Body):
             values["tool_choice"] = _tool_choice(self.tool_choice)
         if self.thinking is not None:
             values["chat_template_kwargs"] = {"enable_thinking": self.thinking.type != "disabled"}
+        if self.output_config is not None and self.output_config.format is not None:
+            values["response_format"] = _form(self.output_config.format)
         chat = validated(ChatRequest, values)
         chat.check()
         return chat
@@ -186,6 +199,14 @@ def _tool(tool: dict[str, Any], place: str) -> dict[str, Any]:
         raise RequestError(f"`{place}` needs a `name` and an `input_schema`, an object.")
     function = {"name": tool["name"], "description": tool.get("description"), "parameters": schema}
     return {"type": "function", "function": {key: value for key, value in function.items() if value is not None}}
+
+
+def _form(form: dict[str, Any]) -> dict[str, Any]:
+    if form.get("type") != "json_schema" or not isinstance(form.get("schema"), dict):
+        raise RequestError(
+            '`output_config.format` must be `{"type": "json_schema", "schema": …}`, the schema an object.'
+        )
+    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": form["schema"]}}
 
 
 def _tool_choice(choice: dict[str, Any]) -> str:

@@ -123,6 +123,14 @@ def test_the_template_sees_what_a_chat_would_show_it() -> None:
     assert given.opens_answer
 
 
+def test_a_form_is_the_chats() -> None:
+    form = {"type": "json_schema", "schema": {"type": "object"}}
+    body = {"messages": HI, "output_config": {"effort": "low", "format": form}}
+    asked = MessagesRequest.model_validate(body).as_chat().response_format
+    expected = {"type": "json_schema", "json_schema": {"name": "answer", "schema": {"type": "object"}}}
+    assert asked == ChatRequest.model_validate({"messages": HI, "response_format": expected}).response_format
+
+
 def test_a_last_turn_of_the_assistant_is_continued() -> None:
     messages = [*HI, {"role": "assistant", "content": "hel"}]
     assert MessagesRequest.model_validate({"messages": messages}).as_chat().continue_final_message
@@ -158,7 +166,7 @@ def test_what_cannot_be_served_is_named(server: Running, messages: list, place: 
         {"tool_choice": {"type": "any"}}, {"tool_choice": {"type": "tool", "name": "weather"}}, {"tool_choice": {}},
         {"tools": [{"type": ["custom"]}]},
         {"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, {"tools": [{"name": "a"}]},
-        {"thinking": {"type": "maybe"}}, {"container": "x"},
+        {"thinking": {"type": "maybe"}}, {"container": "x"}, {"output_config": {"format": {"type": "x"}}},
         {"messages": [{"role": "user", "content": "x" * 5000}]},
     ],
 )  # fmt: skip
