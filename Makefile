@@ -98,7 +98,7 @@ $(CLIENTS)/%/.installed: tests/clients/%.txt
 	@$(@D)/bin/pip install --progress-bar on -r $<
 	@touch $@
 
-test-clients: $(DEV) $(CLIENTS)/guidellm/.installed $(CLIENTS)/lm-eval/.installed
+test-clients: $(DEV) $(foreach client,anthropic guidellm lm-eval,$(CLIENTS)/$(client)/.installed)
 	@$(BIN)/dspark-server pull
 	@$(BIN)/python -m pytest tests/clients --timeout 1500 $(ARGS)
 

@@ -19,6 +19,8 @@ from dspark_server.api.completions import Completions
 from dspark_server.api.dashboard import PAGE_HEADERS, Dashboard
 from dspark_server.api.edge import Edge
 from dspark_server.api.intake import Intake
+from dspark_server.api.messages import Messages
+from dspark_server.api.messages_schema import MessagesRequest
 from dspark_server.api.metrics import Metrics
 from dspark_server.api.openapi import body_schema
 from dspark_server.api.schema import Body, CompletionRequest
@@ -44,6 +46,10 @@ def create_app(engine: AsyncEngine, settings: ServerSettings | None = None) -> F
     _add_post(app, "/v1/completions", about, completions.create, prompt=CompletionRequest)
     about = "Answer a conversation, by the model's chat template."
     _add_post(app, "/v1/chat/completions", about, chat.create, messages=ChatRequest)
+    about = "Answer a conversation in the form of Anthropic's API."
+    _add_post(app, "/v1/messages", about, Messages(intake, chat).create, messages=MessagesRequest)
+    about = "Tokens of a conversation in the form of Anthropic's API: `input_tokens`."
+    _add_post(app, "/v1/messages/count_tokens", about, tokens.count, messages=MessagesRequest)
     about = (
         "Tokens of a text as a completion sees it, or of messages as a chat does: `tokens`, `count`, `max_model_len`."
     )

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 
 from starlette.types import Scope
 
+from dspark_server.api.routing import is_anthropic
 from dspark_server.errors import RequestError
 
 # Paths of probes, scrapers and load balancers; and the dashboard's page, no secret: its data come from other paths.
@@ -14,7 +15,10 @@ READING = ("GET", "HEAD")
 
 
 class ApiKeys:
-    """Checks the bearer token of requests against a set of keys; without keys every request is allowed."""
+    """Checks the key of requests against a set of keys; without keys every request is allowed.
+
+    The key is a bearer token; on the routes of Anthropic's API it may also be `x-api-key`.
+    """
 
     def __init__(self, keys: Iterable[str]) -> None:
         self._keys = [key.encode() for key in keys]
@@ -30,16 +34,24 @@ class ApiKeys:
         """
         if not self._keys or is_open(scope["method"], scope["path"]):
             return ""
-        given = [value for name, value in scope["headers"] if name == b"authorization"]
-        scheme, _, token = given[0].partition(b" ") if len(given) == 1 else (b"", b"", b"")
-        token = token.strip()
+        scheme, _, bearer = _only(scope, b"authorization").partition(b" ")
+        own = _only(scope, b"x-api-key").strip() if is_anthropic(scope["path"]) else b""
+        tokens = (bearer.strip() if scheme.lower() == b"bearer" else b"", own)
         known = 0
         for number, key in enumerate(self._keys, 1):  # all: the time must not reveal a nearly right key
-            known = max(known, number * hmac.compare_digest(key, token))
-        if not known or scheme.lower() != b"bearer":
-            message = "The API key is wrong." if token else "An API key is needed: send `Authorization: Bearer KEY`."
+            for token in tokens:
+                known = max(known, number * hmac.compare_digest(key, token))
+        if not known:
+            given = bearer.strip() or own
+            message = "The API key is wrong." if given else "An API key is needed: send `Authorization: Bearer KEY`."
             raise RequestError(message, status=401, code="invalid_api_key")
         return f"key{known}"
+
+
+def _only(scope: Scope, header: bytes) -> bytes:
+    """Return the value of a header that is there once, else nothing."""
+    given = [value for name, value in scope["headers"] if name == header]
+    return given[0] if len(given) == 1 else b""
 
 
 def is_open(method: str, path: str) -> bool:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 from fastapi import Request, Response
 
@@ -10,6 +11,7 @@ from dspark_server.api.chat_template import ChatTemplate
 from dspark_server.api.intake import Asked, Intake, Prompt
 from dspark_server.api.logprobs import ChatLogprobs
 from dspark_server.api.responses import answer
+from dspark_server.api.schema import parse
 from dspark_server.api.shapes import CHAT
 from dspark_server.errors import RequestError
 from dspark_server.words import counted
@@ -28,17 +30,20 @@ class Chat:
         Raises RequestError, CapacityError or EngineDeadError; the response, once made, reports failures itself.
         """
         intake = self._intake
-        asked = await intake.receive(request, ChatRequest, "chatcmpl")
+        asked = await intake.receive(request, partial(parse, kind=ChatRequest), "chatcmpl-")
         body = asked.body
         logprobs = None
         if body.logprobs or body.prompt_logprobs is not None:
             logprobs = ChatLogprobs(intake.detokenizer, body)
-        with asked.generation.closed_on_failure(), _own_names(body):
-            await self._start(asked)
+        await self.start(asked)
         return answer(intake.engine, asked.generation, body, CHAT, asked.identifier, logprobs)
 
+    async def start(self, asked: Asked[ChatRequest]) -> None:
+        """Reserve places, render, tokenize, submit every choice. Raises as `create` does; nothing is left then."""
+        with asked.generation.closed_on_failure(), _own_names(asked.body):
+            await self._start(asked)
+
     async def _start(self, asked: Asked[ChatRequest]) -> None:
-        """Reserve places, render, tokenize, submit every choice."""
         intake, engine, body = self._intake, self._intake.engine, asked.body
         with engine.reserve(body.n, min(asked.likely_tokens, engine.max_model_len)) as reservation:
             text = await self._template.render(body)

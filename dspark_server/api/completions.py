@@ -1,6 +1,7 @@
 """POST /v1/completions: reads a body, submits choices to the engine, and returns the response that reads them."""
 
 import asyncio
+from functools import partial
 
 from fastapi import Request, Response
 
@@ -8,7 +9,7 @@ from dspark_server.api.intake import Asked, Intake, Prompt
 from dspark_server.api.logprobs import CompletionLogprobs
 from dspark_server.api.prompts import prompts_of
 from dspark_server.api.responses import answer
-from dspark_server.api.schema import CompletionRequest
+from dspark_server.api.schema import CompletionRequest, parse
 from dspark_server.api.shapes import COMPLETION
 
 
@@ -24,7 +25,7 @@ class Completions:
         Raises RequestError, CapacityError or EngineDeadError; the response, once made, reports failures itself.
         """
         intake = self._intake
-        asked = await intake.receive(request, CompletionRequest, "cmpl")
+        asked = await intake.receive(request, partial(parse, kind=CompletionRequest), "cmpl-")
         body = asked.body
         logprobs = None
         if body.logprobs is not None or body.prompt_logprobs is not None:

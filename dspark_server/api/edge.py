@@ -78,7 +78,7 @@ class Edge:
         except Exception as error:
             if started:
                 raise  # the response has begun: uvicorn logs the error and closes the connection
-            await error_response(error)(scope, receive, send_with_id)
+            await error_response(error, scope["path"])(scope, receive, send_with_id)
         finally:
             self._reading -= reading
 

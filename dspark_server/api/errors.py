@@ -1,6 +1,7 @@
 """Errors as HTTP: one place turns exceptions into OpenAI's error objects.
 
 `{"error": {"message", "type", "param", "code"}}`, of limited length, without content of the request or a traceback.
+On the routes of Anthropic's API, `{"type": "error", "error": {"type", "message"}}`.
 """
 
 import logging
@@ -10,7 +11,7 @@ import orjson
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 
-from dspark_server.api.routing import explained
+from dspark_server.api.routing import explained, is_anthropic
 from dspark_server.errors import CapacityError, DeadlineError, EngineDeadError, LimitError, RequestError
 
 logger = logging.getLogger(__name__)
@@ -21,6 +22,16 @@ _TYPES = {
     429: "rate_limit_error",
     500: "server_error",
     503: "service_unavailable_error",
+    504: "timeout_error",
+}
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
     504: "timeout_error",
 }
 
@@ -60,9 +71,17 @@ class GenerationError(Exception):
     """The engine gave up a request; the message is for the client."""
 
 
-def error_response(error: Exception) -> Response:
-    """Return the HTTP response for an exception."""
+def anthropic_error(status: int, body: dict[str, Any]) -> dict[str, Any]:
+    """Return an error object in the shape of Anthropic's API."""
+    kind = _ANTHROPIC_TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
+    return {"type": "error", "error": {"type": kind, "message": body["error"]["message"]}}
+
+
+def error_response(error: Exception, path: str) -> Response:
+    """Return the HTTP response for an exception, in the shape of the API that `path` belongs to."""
     status, body, headers = describe(error)
+    if is_anthropic(path):
+        body = anthropic_error(status, body)
     return Response(orjson.dumps(body), status, headers, media_type="application/json")
 
 
@@ -70,7 +89,8 @@ def install(app: FastAPI) -> None:
     """Turn every exception that leaves a route into an error object."""
 
     async def handle(request: Request, error: Exception) -> Response:
-        return error_response(explained(request, error) if isinstance(error, HTTPException) else error)
+        told = explained(request, error) if isinstance(error, HTTPException) else error
+        return error_response(told, request.url.path)
 
     for kind in (RequestError, CapacityError, EngineDeadError, GenerationError, HTTPException):
         app.add_exception_handler(kind, handle)

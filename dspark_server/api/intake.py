@@ -1,7 +1,7 @@
 """Steps that completions and chat share before the answer: read, check, tokenize, submit."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from time import monotonic
 from typing import Generic, TypeVar
@@ -11,7 +11,7 @@ from fastapi import Request
 from dspark_server.api.edge import REQUEST_ID
 from dspark_server.api.generation import Choice, Generation
 from dspark_server.api.metrics import Metrics
-from dspark_server.api.schema import GenerationRequest, parse
+from dspark_server.api.schema import GenerationRequest
 from dspark_server.api.settings import ServerSettings
 from dspark_server.api.structured import StructuredForms
 from dspark_server.engine.admission import Reservation
@@ -78,16 +78,16 @@ class Intake:
         tenant = request.state.tenant
         return Generation(self.engine, self.metrics, arrival, wants_tokens=wants_tokens, tenant=tenant)
 
-    async def receive(self, request: Request, kind: type[B], prefix: str) -> Asked[B]:
-        """Read and check a body; the answer's id begins with `prefix`. Raises RequestError."""
+    async def receive(self, request: Request, parse: Callable[[bytes], B], prefix: str) -> Asked[B]:
+        """Read a body, `parse` and check it; the answer's id begins with `prefix`. Raises RequestError."""
         arrival = monotonic()
         content = await self.read(request)
-        body = parse(content, kind)
+        body = parse(content)
         self.check(body)
         generation = self.generation(request, arrival, wants_tokens=body.return_token_ids)
         # An estimate: a place is reserved before `submit` counts the tokens.
         likely = len(content) // BYTES_PER_TOKEN
-        return Asked(body, generation, f"{prefix}-{body.request_id or request.scope[REQUEST_ID]}", likely)
+        return Asked(body, generation, f"{prefix}{body.request_id or request.scope[REQUEST_ID]}", likely)
 
     def check_model(self, name: str | None) -> None:
         """Raise RequestError (404) for a model that is not served; None stands for the served one."""

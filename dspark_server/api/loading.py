@@ -19,6 +19,8 @@ _PAGE = ("GET", "HEAD")
 ROUTES: dict[str, tuple[str, ...]] = {
     "/v1/completions": ("POST",),
     "/v1/chat/completions": ("POST",),
+    "/v1/messages": ("POST",),
+    "/v1/messages/count_tokens": ("POST",),
     "/v1/models": _READ,
     "/v1/models/{name:path}": _READ,
     "/tokenize": ("POST",),

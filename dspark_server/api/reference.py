@@ -29,6 +29,7 @@ def reference(document: dict[str, Any]) -> str:
         if path not in GENERATION and "requestBody" in methods.get("post", {}):
             parts.append(f"## POST {path}")
             parts.append("\n\nor\n\n".join(_beside(chat, body) for body in _bodies(methods["post"])))
+            parts += _NOTES.get(path, [])
     return "\n\n".join([*parts, _ERRORS]) + "\n"
 
 
@@ -189,6 +190,20 @@ the same as text, with U+FFFD for part of a character. `text_offset` is the plac
 A stream has one event, `data: {...}`, for each step that gave a choice text, and a last event for each choice with its
 `finish_reason`. No empty event precedes the first text. With `include_usage` one more event follows with `"choices": []`.
 The stream ends with `data: [DONE]`. A failure in mid-stream gives `data: {"error": ...}` and then `[DONE]`."""  # noqa: E501
+
+_NOTES = {
+    "/v1/messages": [
+        """\
+The answer is a `message` with at most one block, of type `text`. `stop_reason` is `end_turn`, `max_tokens` or
+`stop_sequence`. In `usage`, `cache_read_input_tokens` were in the prefix cache, and `input_tokens` are the others. A
+stream has the events `message_start`, `content_block_start`, `content_block_delta`, `content_block_stop`,
+`message_delta` and `message_stop`; a failure in mid-stream is an `error` event, which ends it.
+
+Blocks `tool_use`, `tool_result` and `thinking` of earlier turns are handed to the chat template; a result needs an
+earlier call. Tool calls and thinking in the answer are not parsed: they come as text. The key may be in `x-api-key`.
+Errors here, and below this path, are `{"type": "error", "error": {"type", "message"}}`."""
+    ]
+}
 
 _ERRORS = """\
 ## Errors

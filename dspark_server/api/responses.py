@@ -197,7 +197,7 @@ class StreamResponse(GenerationResponse):
         if generation.failure is not None:
             await self.send_failure(send)
             return
-        await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
+        await send({"type": "http.response.start", "status": 200, "headers": STREAM_HEADERS})
         while not generation.over:
             await self._send_news(send)
             await generation.wait()
@@ -278,7 +278,7 @@ def answer(
     return StreamResponse(engine, generation, shape, head, logprobs, **usage)
 
 
-_STREAM_HEADERS = [
+STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),

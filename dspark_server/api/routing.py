@@ -18,7 +18,7 @@ _HEALTH = "GET /health"
 # Routes of other servers (OpenAI, vLLM, SGLang, TGI, TEI, llama.cpp, Ollama, Anthropic, SageMaker, KServe), paths below
 # them included, and the route that serves the same here.
 INSTEAD: dict[str, str | None] = {
-    **dict.fromkeys(("/v1/responses", "/v1/messages", "/v1/complete", "/api/chat", "/v1/chat"), _CHAT),
+    **dict.fromkeys(("/v1/responses", "/v1/complete", "/api/chat", "/v1/chat"), _CHAT),
     **dict.fromkeys(("/openai/deployments", "/invocations", "/v2/models"), f"{_CHAT} or {_COMPLETIONS}"),
     **dict.fromkeys(("/generate", "/generate_stream", "/api/generate", "/completion", "/v1/engines"), _COMPLETIONS),
     **dict.fromkeys(
@@ -26,8 +26,9 @@ INSTEAD: dict[str, str | None] = {
     ),
     **dict.fromkeys(("/server_info", "/get_server_info", "/api/version"), "GET /version"),
     **dict.fromkeys(("/health_generate", "/healthz", "/readyz", "/v2/health", "/v1/health"), _HEALTH),
+    "/v1/messages/batches": "POST /v1/messages",
     "/livez": "GET /live",
-    **dict.fromkeys(("/v1/tokenize", "/apply-template", "/v1/messages/count_tokens"), "POST /tokenize"),
+    **dict.fromkeys(("/v1/tokenize", "/apply-template"), "POST /tokenize"),
     "/v1/detokenize": "POST /detokenize",
     **dict.fromkeys(
         (
@@ -42,6 +43,11 @@ INSTEAD: dict[str, str | None] = {
         )
     ),
 }
+
+
+def is_anthropic(path: str) -> bool:
+    """Whether a path belongs to Anthropic's API: its errors have that API's shape, and `x-api-key` may hold the key."""
+    return path == "/v1/messages" or path.startswith("/v1/messages/")
 
 
 def explained(request: Request, error: HTTPException) -> HTTPException:

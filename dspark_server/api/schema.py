@@ -73,6 +73,9 @@ class Body(BaseModel):
     def _drop_nulls(cls, values: Any) -> Any:
         return {k: v for k, v in values.items() if v is not None} if isinstance(values, dict) else values
 
+    def check(self) -> None:
+        """Check the rules that concern several fields. Raises RequestError."""
+
 
 Valid = TypeVar("Valid", bound=Body)
 
@@ -328,7 +331,7 @@ class CompletionRequest(GenerationRequest):
             raise RequestError("`min_tokens` must not exceed `max_tokens`.", param="min_tokens")
 
 
-Kind = TypeVar("Kind", bound=GenerationRequest)
+Kind = TypeVar("Kind", bound=Body)
 
 
 def parse(body: bytes, kind: type[Kind]) -> Kind:

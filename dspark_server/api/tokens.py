@@ -17,7 +17,8 @@ from pydantic import Field
 from dspark_server.api.chat_schema import Conversation
 from dspark_server.api.chat_template import ChatTemplate
 from dspark_server.api.intake import Intake
-from dspark_server.api.schema import Body, TokenId, read_object, validated
+from dspark_server.api.messages_schema import MessagesRequest
+from dspark_server.api.schema import Body, TokenId, parse, read_object, validated
 from dspark_server.errors import CapacityError, RequestError
 
 MAX_TEXT = 1 << 20  # characters
@@ -74,6 +75,10 @@ class Tokens:
         """
         return await self._answer(request, self._tokenize)
 
+    async def count(self, request: Request) -> Response:
+        """Number of tokens of a prompt of /v1/messages. Raises as `tokenize` does."""
+        return await self._answer(request, self._count)
+
     async def detokenize(self, request: Request) -> Response:
         """Text of token ids. Raises as `tokenize` does."""
         return await self._answer(request, self._detokenize)
@@ -106,7 +111,13 @@ class Tokens:
             "token_strs": self._tokenizer.convert_ids_to_tokens(tokens) if asked.return_token_strs else None,
         }
 
-    def _render(self, asked: TokenizeChatRequest) -> str:
+    def _count(self, body: bytes) -> dict[str, Any]:
+        asked = parse(body, MessagesRequest).as_chat()
+        self._intake.check_model(asked.model)
+        text = self._render(asked)
+        return {"input_tokens": len(self._tokenizer.encode(text, add_special_tokens=asked.add_special_tokens))}
+
+    def _render(self, asked: Conversation) -> str:
         """Return the prompt of a conversation, as for /v1/chat/completions."""
         asked.check_conversation()
         text = self._template.render_now(asked)

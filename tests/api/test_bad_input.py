@@ -214,7 +214,7 @@ def test_unknown_route(server: Running, path: str) -> None:
 
 ELSEWHERE = {
     "/v1/responses": "/v1/chat/completions",
-    "/v1/messages": "/v1/chat/completions",
+    "/api/show": "/v1/models",
     "/api/chat": "/v1/chat/completions",
     "/generate": "/v1/completions",
     "/api/generate": "/v1/completions",
