@@ -300,6 +300,16 @@ def test_the_dashboard_shows_a_chat_prompt_block_by_block(server: tuple[str, obj
     assert state["costs"], "the curve"
 
 
+def test_the_settings_of_the_measurements_are_requests_that_it_takes(server: tuple[str, object]) -> None:
+    bodies = [row.body for row in fields.ROWS.values()] + list(survival.SETTINGS.values())
+    for body in bodies:
+        asked = {"model": MODEL, "prompt": "The capital of", "max_tokens": 2} | body
+        answer = httpx.post(f"{server[0]}/v1/completions", json=asked, timeout=60)
+        assert answer.status_code == 200, answer.text
+    counters = survival.Survival.parse(httpx.get(f"{server[0]}/metrics").text)
+    assert len(counters.tenths) == 10
+
+
 def test_zz_sigterm_finishes_what_runs_and_exits_0(server: tuple[str, subprocess.Popen[bytes]]) -> None:
     url, process = server
     body = {"model": MODEL, "prompt": "Tell me a story.", "max_tokens": 40, "stream": True, "ignore_eos": True}
@@ -311,13 +321,3 @@ def test_zz_sigterm_finishes_what_runs_and_exits_0(server: tuple[str, subprocess
     assert rest[-1] == "data: [DONE]"
     assert '"finish_reason":"length"' in rest[-2]
     assert process.wait(30) == 0
-
-
-def test_the_settings_of_the_measurements_are_requests_that_it_takes(server: tuple[str, object]) -> None:
-    bodies = [row.body for row in fields.ROWS.values()] + list(survival.SETTINGS.values())
-    for body in bodies:
-        asked = {"model": MODEL, "prompt": "The capital of", "max_tokens": 2} | body
-        answer = httpx.post(f"{server[0]}/v1/completions", json=asked, timeout=60)
-        assert answer.status_code == 200, answer.text
-    counters = survival.Survival.parse(httpx.get(f"{server[0]}/metrics").text)
-    assert len(counters.tenths) == 10
