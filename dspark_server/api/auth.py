@@ -5,7 +5,6 @@ from collections.abc import Iterable
 
 from starlette.types import Scope
 
-from dspark_server.api.routing import is_anthropic
 from dspark_server.errors import RequestError
 
 # Paths of probes, scrapers and load balancers; and the dashboard's page, no secret: its data come from other paths.
@@ -57,3 +56,8 @@ def _only(scope: Scope, header: bytes) -> bytes:
 def is_open(method: str, path: str) -> bool:
     """Whether a request needs no key."""
     return method in READING and (path in OPEN_PATHS or path.startswith(OPEN_FOLDER))
+
+
+def is_anthropic(path: str) -> bool:
+    """Whether a path belongs to Anthropic's API: its errors have that API's shape, and `x-api-key` may hold the key."""
+    return path == "/v1/messages" or path.startswith("/v1/messages/")

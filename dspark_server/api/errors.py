@@ -11,7 +11,8 @@ import orjson
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 
-from dspark_server.api.routing import explained, is_anthropic
+from dspark_server.api.auth import is_anthropic
+from dspark_server.api.routing import explained
 from dspark_server.errors import CapacityError, DeadlineError, EngineDeadError, LimitError, RequestError
 
 logger = logging.getLogger(__name__)

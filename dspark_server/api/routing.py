@@ -45,11 +45,6 @@ INSTEAD: dict[str, str | None] = {
 }
 
 
-def is_anthropic(path: str) -> bool:
-    """Whether a path belongs to Anthropic's API: its errors have that API's shape, and `x-api-key` may hold the key."""
-    return path == "/v1/messages" or path.startswith("/v1/messages/")
-
-
 def explained(request: Request, error: HTTPException) -> HTTPException:
     """Return the error with a message for the client; a 405 has all methods of the path in `Allow`."""
     if error.status_code == 404:
